@@ -1,0 +1,121 @@
+package blockcrypt
+
+import (
+	"bytes"
+	"crypto/hmac"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"io"
+)
+
+// ConfigName is the file at a volume's root that holds its [Config].
+const ConfigName = "kmsfs.json"
+
+// Names modes.
+const (
+	NamesEncrypted = "encrypted"
+	NamesPlain     = "plain"
+)
+
+// Config is kmsfs.json: line 1 is JSON, line 2 the HMAC of line 1.
+type Config struct {
+	Format      int                        `json:"format"`
+	Volume      ID                         `json:"volume"`
+	Generation  uint64                     `json:"generation"`
+	Header      int                        `json:"header"`
+	Names       string                     `json:"names"`
+	Recipients  []ConfigRecipient          `json:"recipients"`
+	Directories map[string]json.RawMessage `json:"directories"` // keys of directories: none in this version
+	Branch      *json.RawMessage           `json:"branch"`      // the current branch: none in this version
+
+	line, mac []byte
+}
+
+// ConfigRecipient is a [Recipient] of the volume key, in JSON.
+type ConfigRecipient struct {
+	URI     string `json:"uri"`
+	Branch  []byte `json:"branch"`
+	Wrapped []byte `json:"wrapped"`
+}
+
+const maxConfig = 4 << 20
+
+// ParseConfig decodes kmsfs.json. Nothing in it is authenticated until
+// [Config.Verify]. Fields that are not known are refused.
+func ParseConfig(b []byte) (*Config, error) {
+	line, rest, ok := bytes.Cut(b, []byte("\n"))
+	mac, tail, _ := bytes.Cut(rest, []byte("\n"))
+	tag, err := hex.DecodeString(string(mac))
+	if !ok || len(b) > maxConfig {
+		return nil, damaged(BadConfig, "not two lines")
+	}
+	var probe struct {
+		Format *int `json:"format"`
+	}
+	if json.Unmarshal(line, &probe) != nil || probe.Format == nil {
+		return nil, damaged(BadConfig, "not a kmsfs.json")
+	}
+	if *probe.Format != 1 {
+		return nil, damaged(Unsupported, "format %d", *probe.Format)
+	}
+	c := &Config{line: bytes.Clone(line), mac: tag}
+	d := json.NewDecoder(bytes.NewReader(line))
+	d.DisallowUnknownFields()
+	if e := d.Decode(c); e != nil {
+		return nil, damaged(BadConfig, "%v", e)
+	}
+	if _, e := d.Token(); !errors.Is(e, io.EOF) || err != nil || len(tag) != 32 || len(tail) != 0 {
+		return nil, damaged(BadConfig, "malformed")
+	}
+	return c, c.check()
+}
+
+func (c *Config) check() error {
+	if _, err := NewGeometry(c.Header); err != nil {
+		return damaged(BadConfig, "%d is no header size", c.Header)
+	}
+	if c.Names != NamesEncrypted && c.Names != NamesPlain {
+		return damaged(Unsupported, "names mode %q", c.Names)
+	}
+	if len(c.Directories) != 0 || c.Branch != nil {
+		return damaged(Unsupported, "keys of directories or branches")
+	}
+	if _, err := encodeRecipients(c.List()); err != nil {
+		return damaged(BadConfig, "%v", err)
+	}
+	return nil
+}
+
+// Verify checks line 2; [BadConfigMAC] if line 1 was altered.
+func (c *Config) Verify(vk *VolumeKeys) error {
+	if !hmac.Equal(c.mac, vk.mac(vk.json, c.line)) {
+		return damaged(BadConfigMAC, "kmsfs.json was altered")
+	}
+	return nil
+}
+
+// Encode returns the file's bytes.
+func (c *Config) Encode(vk *VolumeKeys) ([]byte, error) {
+	if c.Directories == nil {
+		c.Directories = map[string]json.RawMessage{}
+	}
+	if err := c.check(); err != nil {
+		return nil, err
+	}
+	line, err := json.Marshal(c)
+	if err != nil {
+		return nil, err
+	}
+	c.line, c.mac = line, vk.mac(vk.json, line)
+	return append(append(bytes.Clone(line), '\n'), hex.EncodeToString(c.mac)+"\n"...), nil
+}
+
+// List returns the recipients of the volume key.
+func (c *Config) List() []Recipient {
+	var out []Recipient
+	for _, r := range c.Recipients {
+		out = append(out, Recipient(r))
+	}
+	return out
+}

@@ -1,0 +1,129 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"strconv"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// background runs the same command again as a process that goes on, and returns
+// when its mount can be used. The new process asks for passphrases and prints
+// its errors itself, and only then leaves the terminal.
+func background() error {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	c := exec.Command(self)
+	c.Args = os.Args
+	c.Env = append(os.Environ(), readyEnv+"=3")
+	c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
+	c.ExtraFiles = []*os.File{w}
+	err = c.Start()
+	w.Close()
+	if err != nil {
+		return err
+	}
+	msg, err := io.ReadAll(r)
+	if err == nil && len(msg) > 0 {
+		fmt.Print(string(msg))
+		return c.Process.Release()
+	}
+	if exit, ok := errors.AsType[*exec.ExitError](c.Wait()); ok && exit.ExitCode() > 0 {
+		os.Exit(exit.ExitCode()) // it has said why
+	}
+	return errors.New("the background process ended before the mount could be used")
+}
+
+// ready tells the waiting command that the mount can be used, and leaves its
+// terminal. In the foreground it only says so.
+func ready(log io.Writer, logPath, mountPoint string) error {
+	fd, err := strconv.Atoi(os.Getenv(readyEnv))
+	if err != nil {
+		fmt.Fprintf(log, "mounted at %s\n", mountPoint)
+		return nil
+	}
+	os.Unsetenv(readyEnv)
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer null.Close()
+	_, err = unix.Setsid()
+	err = errors.Join(err, os.Chdir("/"))
+	for _, std := range []int{0, 1} {
+		err = errors.Join(err, unix.Dup3(int(null.Fd()), std, 0))
+	}
+	if l, ok := log.(*logFile); ok { // a crash of the runtime goes to the log too
+		err = errors.Join(err, unix.Dup3(int(l.f.Fd()), 2, 0))
+	}
+	w := os.NewFile(uintptr(fd), "ready")
+	_, werr := fmt.Fprintf(w, "Mounted at %s. The log is %s.\n", mountPoint, logPath)
+	return errors.Join(err, werr, w.Close())
+}
+
+// maxLog bounds a log file; one older file is kept beside it.
+const maxLog = 1 << 20
+
+// logFile is a log of bounded size.
+type logFile struct {
+	path string
+
+	mu   sync.Mutex
+	f    *os.File
+	size int64
+}
+
+func openLog(path string) (*logFile, error) {
+	l := &logFile{path: path}
+	return l, l.open()
+}
+
+func (l *logFile) open() error {
+	f, err := os.OpenFile(l.path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
+		return err
+	}
+	st, err := f.Stat()
+	if err != nil {
+		f.Close()
+		return err
+	}
+	l.f, l.size = f, st.Size()
+	return nil
+}
+
+// Write implements [io.Writer].
+func (l *logFile) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.size+int64(len(b)) > maxLog {
+		old := l.f
+		if err := os.Rename(l.path, l.path+".1"); err == nil {
+			if err := l.open(); err == nil {
+				unix.Dup3(int(l.f.Fd()), 2, 0)
+				old.Close()
+			}
+		}
+	}
+	n, err := l.f.Write(b)
+	l.size += int64(n)
+	return n, err
+}
+
+// Close closes the log.
+func (l *logFile) Close() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.f.Close()
+}

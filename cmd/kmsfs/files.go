@@ -1,0 +1,271 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume"
+	"kmsfs/keystore"
+	"kmsfs/keystore/awskms"
+)
+
+const lonelyKeyUsage = "open the file with this `KEY` (repeatable); default: what the trust record of its volume names, or else the KMS key that the file names"
+
+func catCommand() *cobra.Command {
+	var k keyFlags
+	c := &cobra.Command{
+		Use:   "cat [--key KEY]... CIPHERFILE",
+		Short: "Print the plaintext of one ciphertext file, wherever it lies",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(c *cobra.Command, args []string) error {
+			return k.decrypt(context.Background(), args[0], os.Stdout)
+		},
+	}
+	k.add(c, lonelyKeyUsage)
+	return c
+}
+
+func decryptCommand() *cobra.Command {
+	var k keyFlags
+	c := &cobra.Command{
+		Use:   "decrypt [--key KEY]... IN OUT",
+		Short: "Decrypt one file; - is stdin or stdout",
+		Long: `Decrypt one file that kmsfs encrypt made, or one of a volume. - is stdin or
+stdout. OUT appears whole or not at all.`,
+		Args: cobra.ExactArgs(2),
+		RunE: func(c *cobra.Command, args []string) error {
+			ctx := context.Background()
+			in, cleanup, err := spoolStdin(args[0])
+			if err != nil {
+				return err
+			}
+			defer cleanup()
+			if args[1] == "-" {
+				return k.decrypt(ctx, in, os.Stdout)
+			}
+			return writeWhole(args[1], modeOf(args[0]), func(f *os.File) error { return k.decrypt(ctx, in, f) })
+		},
+	}
+	k.add(c, lonelyKeyUsage)
+	return c
+}
+
+func encryptCommand() *cobra.Command {
+	var k keyFlags
+	c := &cobra.Command{
+		Use:   "encrypt --key KEY... IN OUT",
+		Short: "Encrypt one file, with no volume; - is stdin or stdout",
+		Long: `Encrypt one file in the format of a volume's files, with no volume. - is stdin
+or stdout. OUT appears whole or not at all.`,
+		Args: cobra.ExactArgs(2),
+		RunE: func(c *cobra.Command, args []string) error { return k.encrypt(context.Background(), args[0], args[1]) },
+	}
+	k.add(c, "wrap the file's data key under this `KEY` (repeatable)")
+	return c
+}
+
+func (k *keyFlags) encrypt(ctx context.Context, in, out string) error {
+	if len(k.keys) == 0 {
+		return usageError{errors.New("no --key is given"), "kmsfs encrypt"}
+	}
+	r := os.Stdin
+	if in != "-" {
+		f, err := os.Open(in)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		if st, err := f.Stat(); err == nil && st.IsDir() {
+			return fmt.Errorf("%s is a directory; kmsfs init makes a volume of many files", in)
+		}
+		r = f
+	}
+	ms, err := k.create(ctx)
+	if err != nil {
+		return err
+	}
+	for _, m := range ms {
+		if m.created {
+			say("the key file %s was made; back it up: without it the file cannot be opened", m.path)
+		}
+	}
+	if out != "-" {
+		return writeWhole(out, modeOf(in), func(f *os.File) error { return volume.Encrypt(ctx, f, r, stores(ms)) })
+	}
+	// The header is written last, so what goes to a pipe is made in a file first.
+	f, err := spool()
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := volume.Encrypt(ctx, f, r, stores(ms)); err != nil {
+		return err
+	}
+	if _, err := f.Seek(0, io.SeekStart); err != nil {
+		return err
+	}
+	_, err = io.Copy(os.Stdout, f)
+	return err
+}
+
+// spool makes a file without a name; it holds ciphertext only.
+func spool() (*os.File, error) {
+	f, err := os.CreateTemp("", "kmsfs-*")
+	if err != nil {
+		return nil, err
+	}
+	return f, os.Remove(f.Name())
+}
+
+// spoolStdin makes a ciphertext that comes from a pipe one that can be read at
+// any offset; other names are given back as they are.
+func spoolStdin(in string) (path string, cleanup func(), err error) {
+	if in != "-" {
+		return in, func() {}, nil
+	}
+	f, err := spool()
+	if err != nil {
+		return "", nil, err
+	}
+	if _, err := io.Copy(f, os.Stdin); err != nil {
+		f.Close()
+		return "", nil, err
+	}
+	return fmt.Sprintf("/proc/self/fd/%d", f.Fd()), func() { f.Close() }, nil
+}
+
+// modeOf is the mode of a file made from in: in's own, or 0600.
+func modeOf(in string) os.FileMode {
+	if st, err := os.Stat(in); in != "-" && err == nil {
+		return st.Mode().Perm()
+	}
+	return 0o600
+}
+
+// writeWhole makes a file that appears whole or not at all.
+func writeWhole(path string, mode os.FileMode, f func(*os.File) error) error {
+	if st, err := os.Stat(path); err == nil && !st.Mode().IsRegular() {
+		return fmt.Errorf("%s is not a regular file", path)
+	}
+	tmp, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*")
+	if err != nil {
+		return err
+	}
+	err = tmp.Chmod(mode)
+	var partial error
+	if err == nil {
+		if err = f(tmp); exitCode(err) == exitIncomplete {
+			err, partial = nil, err
+		}
+	}
+	if err := finish(tmp, path, err); err != nil {
+		return err
+	}
+	return partial
+}
+
+// decrypt writes the plaintext of a ciphertext file to w.
+func (k *keyFlags) decrypt(ctx context.Context, path string, w io.Writer) error {
+	l, err := volume.OpenLone(path)
+	if err != nil {
+		return named(path, err)
+	}
+	defer l.Close()
+	if l.Header == nil {
+		return nil // an empty file is an empty file
+	}
+	key, err := k.dataKey(ctx, l)
+	if err != nil {
+		return named(path, err)
+	}
+	incomplete, err := l.Unlock(key)
+	clear(key)
+	if err != nil {
+		return named(path, err)
+	}
+	if _, err := io.CopyBuffer(onlyWriter{w}, l, make([]byte, 1<<20)); err != nil {
+		return named(path, err)
+	}
+	if incomplete {
+		return coded{fmt.Errorf("%s was being written when it was copied; %d bytes that open were given, the last writes may be missing", path, l.Size()), exitIncomplete}
+	}
+	return nil
+}
+
+// named adds a path to an error that lacks it.
+func named(path string, err error) error {
+	if _, ok := errors.AsType[*os.PathError](err); ok || errors.Is(err, unix.EPIPE) {
+		return err
+	}
+	return fmt.Errorf("%s: %w", path, err)
+}
+
+// onlyWriter hides ReadFrom, so that the buffer is used.
+type onlyWriter struct{ io.Writer }
+
+// dataKey unwraps the data key of a lone file: through --key, or the trust
+// record of its volume, or the KMS key that the header names.
+func (k *keyFlags) dataKey(ctx context.Context, l *volume.Lone) ([]byte, error) {
+	rs := l.Header.Recipients
+	rec, err := readRecord(l.Header.Volume)
+	if err != nil {
+		return nil, err
+	}
+	trusted, err := k.trusted(ctx, rs, rec)
+	if err != nil {
+		return nil, err
+	}
+	if len(trusted) == 0 {
+		trusted, err = k.unverified(ctx, rs)
+		if err != nil {
+			return nil, err
+		}
+	}
+	var errs []error
+	for _, r := range rs {
+		for _, s := range trusted {
+			if m, ok := s.(keystore.Matcher); r.URI != s.URI() && (!ok || !m.Matches(r.URI)) {
+				continue
+			}
+			key, err := s.Unwrap(ctx, l.Binding(), keystore.Wrapped{URI: r.URI, Branch: r.Branch, Blob: r.Wrapped})
+			if err == nil {
+				return key, nil
+			}
+			errs = append(errs, err)
+		}
+	}
+	return nil, errs[0]
+}
+
+// unverified opens the KMS key that the header names: nobody vouches for it, so
+// people are told which it is.
+func (k *keyFlags) unverified(ctx context.Context, rs []blockcrypt.Recipient) ([]keystore.Store, error) {
+	for _, r := range rs {
+		switch {
+		case strings.HasPrefix(r.URI, awskms.Scheme):
+			s, err := k.kms().Open(ctx, strings.TrimPrefix(r.URI, awskms.Scheme))
+			if err != nil {
+				return nil, err
+			}
+			say("using the key that the file names, unverified: %s", r.URI)
+			return []keystore.Store{s}, nil
+		case r.URI != "" && strings.HasPrefix(r.URI, "passphrase:"):
+			s, err := k.passphrase(r)
+			if err != nil {
+				return nil, err
+			}
+			return []keystore.Store{s}, nil
+		}
+	}
+	err := &keystore.Error{Kind: keystore.Untrusted, URI: rs[0].URI, Op: "open", Err: errors.New("its key is not at hand")}
+	return nil, hint(err, "name it with --key local:PATH")
+}

@@ -1,0 +1,87 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+
+	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume"
+	"kmsfs/keystore/local"
+)
+
+type initFlags struct {
+	keyFlags
+	plainNames bool
+}
+
+const initKeyUsage = "wrap every file's data key under this `KEY` (repeatable); default: a new local key"
+
+func initCommand() *cobra.Command {
+	var f initFlags
+	c := &cobra.Command{
+		Use:   "init [--key KEY]... CIPHERDIR",
+		Short: "Make a volume in an empty directory",
+		Args:  cobra.ExactArgs(1),
+		RunE:  func(c *cobra.Command, args []string) error { return f.run(c.Context(), args[0]) },
+	}
+	f.add(c, initKeyUsage)
+	c.Flags().BoolVar(&f.plainNames, "plain-names", false, "leave names as they are")
+	return c
+}
+
+func (f *initFlags) run(ctx context.Context, dir string) error {
+	if ctx == nil {
+		ctx = context.Background()
+	}
+	// Everything that can be wrong is looked at before anything is made.
+	if empty, err := volume.IsEmpty(dir); err != nil {
+		return err
+	} else if !empty {
+		return fmt.Errorf("%s: %w", dir, volume.ErrNotEmpty)
+	}
+	if _, err := stateDir(); err != nil {
+		return err
+	}
+	id := blockcrypt.NewID()
+	if len(f.keys) == 0 {
+		kd, err := keyDir()
+		if err != nil {
+			return err
+		}
+		f.keys = []string{local.Scheme + filepath.Join(kd, id.String()+".key")}
+	}
+	ms, err := f.create(ctx)
+	if err != nil {
+		return err
+	}
+	rec, err := volume.Init(ctx, dir, stores(ms), id, volume.InitOptions{PlainNames: f.plainNames})
+	if err != nil {
+		return err
+	}
+	for _, m := range ms {
+		if m.path != "" {
+			if rec.Local != "" {
+				continue
+			}
+			rec.Local = m.path
+		}
+	}
+	if err := writeRecord(rec, dir); err != nil {
+		return err
+	}
+	fmt.Printf("Volume %s made in %s.\n", id, dir)
+	for _, m := range ms {
+		fmt.Printf("Key: %s\n", m.store.URI())
+		if m.path != "" {
+			verb := "is in"
+			if m.created {
+				verb = "was made:"
+			}
+			fmt.Printf("The key file %s %s. Back it up, apart from the volume: without it the volume cannot be opened.\n", verb, m.path)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,216 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume"
+	"kmsfs/keystore"
+	"kmsfs/keystore/awskms"
+	"kmsfs/keystore/local"
+)
+
+// keyFlags are the flags by which keys are named and reached.
+type keyFlags struct {
+	keys           []string
+	passphraseFile string
+	aws            awskms.Options
+
+	clients *awskms.Clients
+}
+
+func (k *keyFlags) add(c *cobra.Command, usage string) {
+	f := c.Flags()
+	f.StringArrayVarP(&k.keys, "key", "k", nil, usage)
+	f.StringVar(&k.passphraseFile, "passphrase-file", "", "read the passphrase from this `FILE`")
+	f.StringVar(&k.aws.Endpoint, "aws-endpoint", "", "`URL` of KMS, instead of the Region's own")
+	f.StringVar(&k.aws.Profile, "aws-profile", "", "`PROFILE` of the AWS configuration")
+	f.StringVar(&k.aws.Region, "aws-region", "", "`REGION` of keys that are named by alias or ID")
+}
+
+func (k *keyFlags) kms() *awskms.Clients {
+	if k.clients == nil {
+		k.clients = awskms.New(k.aws)
+	}
+	return k.clients
+}
+
+const passphraseKey = "passphrase"
+
+// kmsName returns the name of a KMS key without its scheme.
+func kmsName(key string) (string, bool) {
+	if name, ok := strings.CutPrefix(key, awskms.Scheme); ok {
+		return name, true
+	}
+	return key, awskms.Named(key)
+}
+
+func badKey(key string) error {
+	return usageError{fmt.Errorf("%q names no key: local:PATH, passphrase, aws-kms:ALIAS|ID|ARN, alias/… and arn:aws:kms:… do", key), "kmsfs"}
+}
+
+// made is a store for a new volume or file, and what to tell about it.
+type made struct {
+	store   keystore.Store
+	path    string // of a key file, absolute
+	created bool
+}
+
+// create opens the keys of a new volume or file: a key file that is missing is
+// made, a passphrase is asked for twice, KMS is asked whether the key can serve.
+func (k *keyFlags) create(ctx context.Context) ([]made, error) {
+	var out []made
+	for _, key := range k.keys {
+		m, err := k.createOne(ctx, key)
+		if err != nil {
+			return nil, err
+		}
+		for _, o := range out {
+			if o.store.URI() == m.store.URI() {
+				return nil, usageError{fmt.Errorf("the key %s is named twice", key), "kmsfs"}
+			}
+		}
+		out = append(out, m)
+	}
+	return out, nil
+}
+
+func (k *keyFlags) createOne(ctx context.Context, key string) (made, error) {
+	if path, ok := strings.CutPrefix(key, local.Scheme); ok && path != "" {
+		abs, err := filepath.Abs(path)
+		if err != nil {
+			return made{}, err
+		}
+		s, created, err := local.CreateFile(abs)
+		return made{s, abs, created}, err
+	}
+	if name, ok := kmsName(key); ok {
+		s, err := k.kms().Open(ctx, name)
+		if err == nil {
+			err = s.Check(ctx)
+		}
+		return made{store: s}, err
+	}
+	if key != passphraseKey {
+		return made{}, badKey(key)
+	}
+	p, err := askPassphrase(k.passphraseFile, true)
+	if err != nil {
+		return made{}, err
+	}
+	defer clear(p)
+	s, err := local.NewPassphrase(p)
+	return made{store: s}, err
+}
+
+func stores(ms []made) []keystore.Store {
+	var out []keystore.Store
+	for _, m := range ms {
+		out = append(out, m.store)
+	}
+	return out
+}
+
+// trusted opens the stores that --key names, and those that the trust record
+// vouches for, of what recipients there are.
+func (k *keyFlags) trusted(ctx context.Context, recipients []blockcrypt.Recipient, rec *volume.Record) ([]keystore.Store, error) {
+	var out []keystore.Store
+	for _, key := range k.keys {
+		s, err := k.named(ctx, key, recipients)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, s)
+	}
+	if len(out) > 0 {
+		return out, nil
+	}
+	var errs []error
+	for _, r := range recipients {
+		if !rec.Trusts(r.URI) {
+			continue
+		}
+		s, err := k.open(ctx, r, rec)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		out = append(out, s)
+	}
+	if len(out) == 0 && len(errs) > 0 {
+		return nil, errs[0]
+	}
+	return out, nil
+}
+
+// named opens a key that the user named, which must be one of the recipients.
+func (k *keyFlags) named(ctx context.Context, key string, recipients []blockcrypt.Recipient) (keystore.Store, error) {
+	var s keystore.Store
+	var err error
+	if path, ok := strings.CutPrefix(key, local.Scheme); ok && path != "" {
+		s, err = local.OpenFile(path)
+	} else if name, ok := kmsName(key); ok {
+		s, err = k.kms().Open(ctx, name)
+	} else if key == passphraseKey {
+		for _, r := range recipients {
+			if strings.HasPrefix(r.URI, local.PassphraseScheme) {
+				return k.passphrase(r)
+			}
+		}
+		return nil, coded{errors.New("no passphrase opens this"), exitKey}
+	} else {
+		return nil, badKey(key)
+	}
+	if err != nil {
+		return nil, err
+	}
+	for _, r := range recipients {
+		if m, ok := s.(keystore.Matcher); r.URI == s.URI() || ok && m.Matches(r.URI) {
+			return s, nil
+		}
+	}
+	return nil, coded{fmt.Errorf("the key %s is not one that opens this: %s", key, uris(recipients)), exitKey}
+}
+
+func uris(rs []blockcrypt.Recipient) string {
+	var out []string
+	for _, r := range rs {
+		out = append(out, r.URI)
+	}
+	return strings.Join(out, ", ")
+}
+
+// open opens the store of a recipient that is trusted.
+func (k *keyFlags) open(ctx context.Context, r blockcrypt.Recipient, rec *volume.Record) (keystore.Store, error) {
+	switch {
+	case strings.HasPrefix(r.URI, local.Scheme):
+		if rec == nil || rec.Local == "" {
+			return nil, hint(fmt.Errorf("where the key file of %s lies is not known", r.URI), "name it with --key local:PATH")
+		}
+		s, err := local.OpenFile(rec.Local)
+		if err == nil && s.URI() != r.URI {
+			return nil, coded{hint(fmt.Errorf("the key file %s is not the one that opens this", rec.Local), "restore %s from its backup, or name the place it moved to with --key local:PATH", r.URI), exitKey}
+		}
+		return s, err
+	case strings.HasPrefix(r.URI, local.PassphraseScheme):
+		return k.passphrase(r)
+	case strings.HasPrefix(r.URI, awskms.Scheme):
+		return k.kms().Open(ctx, strings.TrimPrefix(r.URI, awskms.Scheme))
+	}
+	return nil, fmt.Errorf("this version of kmsfs does not know recipients like %s", r.URI)
+}
+
+func (k *keyFlags) passphrase(r blockcrypt.Recipient) (keystore.Store, error) {
+	p, err := askPassphrase(k.passphraseFile, false)
+	if err != nil {
+		return nil, err
+	}
+	defer clear(p)
+	return local.OpenPassphrase(r.URI, r.Branch, p)
+}

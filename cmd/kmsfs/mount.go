@@ -1,0 +1,309 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+	"kmsfs/fs"
+	"kmsfs/fs/volume"
+	"kmsfs/keystore"
+)
+
+type mountFlags struct {
+	keyFlags
+	create      bool
+	plainNames  bool
+	foreground  bool
+	readOnly    bool
+	allowOther  bool
+	acceptOlder bool
+	options     []string
+
+	pass []string // options for the kernel
+}
+
+func mountCommand() *cobra.Command {
+	var f mountFlags
+	c := &cobra.Command{
+		Use:   "mount [--key KEY]... CIPHERDIR MOUNTPOINT",
+		Short: "Mount a volume",
+		Long: `Mount a volume. The command returns when the volume can be used, and goes on in
+the background until kmsfs umount.
+
+A key is used only if --key names it, or if the trust record of the volume does:
+init writes one, and so does a mount with --key.`,
+		Args: cobra.ExactArgs(2),
+		RunE: func(c *cobra.Command, args []string) error { return f.start(c.Context(), args[0], args[1]) },
+	}
+	f.add(c, "open the volume with this `KEY` (repeatable); also where a moved key file is")
+	fl := c.Flags()
+	fl.BoolVar(&f.create, "create", false, "make the volume first if the directory is empty")
+	fl.BoolVar(&f.plainNames, "plain-names", false, "with --create: leave names as they are")
+	fl.BoolVarP(&f.foreground, "foreground", "f", false, "stay in the foreground and log to stderr")
+	fl.BoolVar(&f.readOnly, "read-only", false, "change nothing, repair nothing")
+	fl.BoolVar(&f.allowOther, "allow-other", false, "let other users in; the kernel checks permissions")
+	fl.BoolVar(&f.acceptOlder, "accept-older", false, "accept a kmsfs.json that is older than the last one seen: a restored backup")
+	fl.StringArrayVarP(&f.options, "options", "o", nil, "mount `OPTIONS`, comma-separated: ro, allow_other, key=KEY, passphrase_file=FILE, exec, noexec, suid, dev, …")
+	return c
+}
+
+// readyFD is where the background process says that the mount can be used.
+const readyEnv = "KMSFS_READY_FD"
+
+func (f *mountFlags) start(ctx context.Context, cipherDir, mountPoint string) error {
+	if ctx == nil {
+		ctx = context.Background()
+	}
+	if err := f.parseOptions(); err != nil {
+		return err
+	}
+	if !f.foreground && os.Getenv(readyEnv) == "" {
+		return background()
+	}
+	cipherDir, mountPoint, err := f.places(cipherDir, mountPoint)
+	if err != nil {
+		return err
+	}
+	if f.create {
+		if empty, err := volume.IsEmpty(cipherDir); err != nil {
+			return err
+		} else if empty {
+			in := initFlags{keyFlags: f.keyFlags, plainNames: f.plainNames}
+			if err := in.run(ctx, cipherDir); err != nil {
+				return err
+			}
+		}
+	}
+	return f.serve(ctx, cipherDir, mountPoint)
+}
+
+// Options of fstab that are about something else, or the default.
+var ignoredOptions = []string{"defaults", "rw", "auto", "noauto", "user", "users", "nouser", "nofail", "_netdev", "nosuid", "nodev", "async"}
+
+func (f *mountFlags) parseOptions() error {
+	for _, o := range strings.Split(strings.Join(f.options, ","), ",") {
+		name, value, _ := strings.Cut(o, "=")
+		switch {
+		case o == "" || slices.Contains(ignoredOptions, o) || strings.HasPrefix(o, "x-"):
+		case o == "ro":
+			f.readOnly = true
+		case o == "allow_other":
+			f.allowOther = true
+		case name == "key":
+			f.keys = append(f.keys, value)
+		case name == "passphrase_file":
+			f.passphraseFile = value
+		case name == "aws_profile":
+			f.aws.Profile = value
+		case name == "aws_region":
+			f.aws.Region = value
+		case name == "aws_endpoint":
+			f.aws.Endpoint = value
+		case slices.Contains([]string{"exec", "noexec", "suid", "dev", "noatime", "nodiratime", "relatime", "sync", "dirsync"}, o):
+			f.pass = append(f.pass, o)
+		default:
+			return usageError{fmt.Errorf("the mount option %q is not known", o), "kmsfs mount"}
+		}
+	}
+	return nil
+}
+
+// places checks both directories, and takes a dead mount away.
+func (f *mountFlags) places(cipherDir, mountPoint string) (c, m string, err error) {
+	if _, err := os.Stat("/dev/fuse"); err != nil {
+		return "", "", hint(errors.New("/dev/fuse is missing: this kernel or container has no FUSE"), "modprobe fuse; in a container, pass the device: --device /dev/fuse --cap-add SYS_ADMIN")
+	}
+	if c, err = realDir(cipherDir); err != nil {
+		return "", "", err
+	}
+	if _, err := os.Stat(mountPoint); errors.Is(err, unix.ENOTCONN) {
+		if err := detach(mountPoint); err != nil {
+			return "", "", fmt.Errorf("%s has a dead mount that cannot be cleaned up: %w", mountPoint, err)
+		}
+		say("cleaned up a dead mount at %s", mountPoint)
+	}
+	if m, err = realDir(mountPoint); err != nil {
+		return "", "", fmt.Errorf("mountpoint: %w", err)
+	}
+	if m == c || strings.HasPrefix(m, c+"/") {
+		return "", "", hint(fmt.Errorf("the mountpoint %s lies inside the ciphertext directory %s", m, c), "name a mountpoint elsewhere")
+	}
+	if strings.HasPrefix(c, m+"/") {
+		return "", "", hint(fmt.Errorf("the ciphertext directory %s lies below the mountpoint %s, which would hide it", c, m), "name a mountpoint elsewhere")
+	}
+	if mi, err := findMount(m); err != nil {
+		return "", "", err
+	} else if mi != nil {
+		return "", "", coded{hint(fmt.Errorf("the mountpoint %s is in use: %s is mounted there", m, mi.source), "kmsfs umount %s", m), exitBusy}
+	}
+	if entries, err := os.ReadDir(m); err != nil {
+		return "", "", err
+	} else if len(entries) > 0 {
+		return "", "", hint(fmt.Errorf("the mountpoint %s is not empty; the mount would hide what is in it", m), "name an empty directory")
+	}
+	return c, m, nil
+}
+
+func realDir(dir string) (string, error) {
+	st, err := os.Stat(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return "", fmt.Errorf("the directory %s does not exist", dir)
+	}
+	if err != nil {
+		return "", err
+	}
+	if !st.IsDir() {
+		return "", fmt.Errorf("%s is not a directory", dir)
+	}
+	if dir, err = filepath.Abs(dir); err != nil {
+		return "", err
+	}
+	return filepath.EvalSymlinks(dir)
+}
+
+// serve opens the volume, mounts it, and returns after it was unmounted.
+func (f *mountFlags) serve(ctx context.Context, cipherDir, mountPoint string) error {
+	u, err := f.unlock(ctx, cipherDir)
+	if err != nil {
+		return err
+	}
+	defer u.Close()
+	log, logPath, err := f.logger(u.Config.Volume)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	logger := slog.New(slog.NewTextHandler(log, nil))
+	unix.Umask(0)
+	unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}) // a core dump would hold keys
+	v, err := u.Open(volume.Options{ReadOnly: f.readOnly, KernelTimes: !f.readOnly, Logger: logger, Pool: 8})
+	if err != nil {
+		return err
+	}
+	server, err := fs.Mount(v, mountPoint, fs.MountOptions{Source: cipherDir, AllowOther: f.allowOther, Options: f.pass, Logger: logger})
+	if err != nil {
+		return errors.Join(mountFailed(err), v.Close())
+	}
+	go unmountOnSignal(server, mountPoint, logger)
+	if err := ready(log, logPath, mountPoint); err != nil {
+		logger.Error("going to the background failed", "error", err)
+	}
+	server.Wait()
+	err = v.Close()
+	if err != nil {
+		logger.Error("closing the volume failed", "error", err)
+	}
+	return err
+}
+
+func mountFailed(err error) error {
+	h := "see dmesg"
+	if os.Geteuid() != 0 {
+		h = "fuse3 must be installed; allow_other needs user_allow_other in /etc/fuse.conf"
+	}
+	return hint(fmt.Errorf("mounting failed: %w", err), "%s", h)
+}
+
+// unlock finds the volume's keys and checks it against its trust record.
+func (f *mountFlags) unlock(ctx context.Context, cipherDir string) (*volume.Unlocked, error) {
+	l, err := volume.Find(cipherDir)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", cipherDir, err)
+	}
+	defer l.Close()
+	rec, err := readRecord(l.Config.Volume)
+	if err != nil {
+		return nil, err
+	}
+	trusted, err := f.trusted(ctx, l.Config.List(), rec)
+	if err != nil {
+		return nil, err
+	}
+	if len(trusted) == 0 {
+		return nil, untrusted(l.Config.List(), cipherDir)
+	}
+	u, err := l.Unlock(ctx, trusted, volume.UnlockOptions{Record: rec, AcceptOlder: f.acceptOlder, ReadOnly: f.readOnly,
+		More: func(ctx context.Context, r blockcrypt.Recipient) (keystore.Store, error) { return f.open(ctx, r, rec) }})
+	if err != nil {
+		return nil, err
+	}
+	for _, key := range f.keys {
+		if path, ok := strings.CutPrefix(key, "local:"); ok {
+			if u.Record.Local, err = filepath.Abs(path); err != nil {
+				u.Close()
+				return nil, err
+			}
+		}
+	}
+	if rec == nil || !sameRecord(rec, u.Record) {
+		if err := writeRecord(u.Record, cipherDir); err != nil {
+			u.Close()
+			return nil, err
+		}
+	}
+	return u, nil
+}
+
+func sameRecord(a, b *volume.Record) bool {
+	return a.Generation == b.Generation && a.Local == b.Local && slices.Equal(a.Recipients, b.Recipients)
+}
+
+// untrusted refuses a volume whose keys nobody named, with the line that would
+// accept it.
+func untrusted(rs []blockcrypt.Recipient, cipherDir string) error {
+	key := rs[0].URI
+	switch {
+	case strings.HasPrefix(key, "local:"):
+		key = "local:PATH"
+	case strings.HasPrefix(key, "passphrase:"):
+		key = passphraseKey
+	}
+	err := &keystore.Error{Kind: keystore.Untrusted, URI: rs[0].URI, Op: "mount", Err: errors.New("nobody named this key for the volume, and there is no trust record here")}
+	return hint(err, "if it is yours: kmsfs mount --key %s %s MOUNTPOINT", key, cipherDir)
+}
+
+// unmountOnSignal unmounts at SIGINT and SIGTERM, as soon as nothing is in use.
+func unmountOnSignal(server *fs.Server, mountPoint string, logger *slog.Logger) {
+	c := make(chan os.Signal, 1)
+	signal.Notify(c, unix.SIGINT, unix.SIGTERM)
+	signal.Ignore(unix.SIGHUP)
+	<-c
+	for told := false; server.Unmount() != nil; told = true {
+		if !told {
+			logger.Warn("the mount is busy; it is unmounted when it is not", "mountpoint", mountPoint, "busy", strings.Join(busy(mountPoint), ", "))
+		}
+		time.Sleep(200 * time.Millisecond)
+	}
+}
+
+// logger returns where the log goes: stderr, or a bounded file under the state
+// directory.
+func (f *mountFlags) logger(id blockcrypt.ID) (io.WriteCloser, string, error) {
+	if f.foreground {
+		return nopCloser{os.Stderr}, "", nil
+	}
+	dir, err := stateDir()
+	if err != nil {
+		return nil, "", err
+	}
+	path := filepath.Join(dir, id.String()+".log")
+	l, err := openLog(path)
+	return l, path, err
+}
+
+type nopCloser struct{ io.Writer }
+
+func (nopCloser) Close() error { return nil }

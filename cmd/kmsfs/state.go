@@ -1,0 +1,123 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume"
+)
+
+// stateDir is where trust records and logs are kept: outside any volume.
+func stateDir() (string, error) {
+	dir := ""
+	switch x := os.Getenv("XDG_STATE_HOME"); {
+	case x != "":
+		dir = filepath.Join(x, "kmsfs")
+	case os.Geteuid() == 0:
+		dir = "/var/lib/kmsfs"
+	default:
+		home, err := os.UserHomeDir()
+		if err != nil {
+			return "", noState(err)
+		}
+		dir = filepath.Join(home, ".local", "state", "kmsfs")
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return "", noState(err)
+	}
+	return dir, nil
+}
+
+func noState(err error) error {
+	return hint(fmt.Errorf("there is no place for the trust record: %w", err), "set XDG_STATE_HOME to a directory that can be written")
+}
+
+// keyDir is where init puts key files of its own.
+func keyDir() (string, error) {
+	dir, err := os.UserConfigDir()
+	if err != nil {
+		return "", hint(fmt.Errorf("there is no place for a key file: %w", err), "name one with --key local:PATH")
+	}
+	dir = filepath.Join(dir, "kmsfs")
+	return dir, os.MkdirAll(dir, 0o700)
+}
+
+// readRecord returns the trust record of a volume, nil if there is none.
+func readRecord(id blockcrypt.ID) (*volume.Record, error) {
+	dir, err := stateDir()
+	if err != nil {
+		return nil, err
+	}
+	path := filepath.Join(dir, id.String()+".json")
+	b, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("the trust record: %w", err)
+	}
+	rec := &volume.Record{}
+	if err := json.Unmarshal(b, rec); err != nil || rec.Volume != id {
+		return nil, hint(fmt.Errorf("the trust record %s is damaged", path), "remove it and mount once with --key")
+	}
+	return rec, nil
+}
+
+// writeRecord puts the trust record in its place, and a copy of kmsfs.json
+// beside it.
+func writeRecord(rec *volume.Record, cipherDir string) error {
+	dir, err := stateDir()
+	if err != nil {
+		return err
+	}
+	b, err := json.MarshalIndent(rec, "", "  ")
+	if err != nil {
+		return err
+	}
+	if cfg, err := os.ReadFile(filepath.Join(cipherDir, blockcrypt.ConfigName)); err == nil {
+		if err := replaceFile(filepath.Join(dir, rec.Volume.String()+"."+blockcrypt.ConfigName), cfg); err != nil {
+			return noState(err)
+		}
+	}
+	if err := replaceFile(filepath.Join(dir, rec.Volume.String()+".json"), append(b, '\n')); err != nil {
+		return noState(err)
+	}
+	return nil
+}
+
+// replaceFile writes a file anew, durably: it is the old one or the new one.
+func replaceFile(path string, b []byte) error {
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*")
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	return finish(f, path, err)
+}
+
+// finish puts a file that was written under another name in its place, or
+// removes it after an error.
+func finish(f *os.File, path string, err error) error {
+	if err == nil {
+		err = f.Sync()
+	}
+	err = errors.Join(err, f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		os.Remove(f.Name())
+		return err
+	}
+	d, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}

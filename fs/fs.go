@@ -1,0 +1,425 @@
+package fs
+
+import (
+	"context"
+	"runtime/debug"
+	"syscall"
+	"time"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+
+	"kmsfs/fs/volume"
+)
+
+// fileSystem answers the kernel's requests.
+type fileSystem struct {
+	fuse.RawFileSystem // ENOSYS for what is not below
+	v                  *volume.Volume
+	files              table[*volume.Handle]
+	dirs               table[*volume.Dir]
+	timeout            time.Duration
+}
+
+func newFS(v *volume.Volume) *fileSystem {
+	f := &fileSystem{RawFileSystem: fuse.NewDefaultRawFileSystem(), v: v, timeout: remember}
+	if v.ReadOnly() {
+		f.timeout = rememberRead
+	}
+	return f
+}
+
+func (f *fileSystem) String() string { return "kmsfs" }
+
+func stack() string { return string(debug.Stack()) }
+
+// request is the context of a request that the kernel can interrupt.
+type request struct {
+	context.Context
+	cancel <-chan struct{}
+}
+
+func with(cancel <-chan struct{}) context.Context { return request{context.Background(), cancel} }
+
+func (r request) Done() <-chan struct{} { return r.cancel }
+
+func (r request) Err() error {
+	select {
+	case <-r.cancel:
+		return context.Canceled
+	default:
+		return nil
+	}
+}
+
+// Attributes and entries.
+
+func setAttr(out *fuse.Attr, st *volume.Attr) {
+	*out = fuse.Attr{
+		Ino: st.Ino, Size: uint64(st.Size), Blocks: uint64(st.Blocks),
+		Atime: uint64(st.Atim.Sec), Atimensec: uint32(st.Atim.Nsec),
+		Mtime: uint64(st.Mtim.Sec), Mtimensec: uint32(st.Mtim.Nsec),
+		Ctime: uint64(st.Ctim.Sec), Ctimensec: uint32(st.Ctim.Nsec),
+		Mode: st.Mode, Nlink: uint32(st.Nlink), Rdev: uint32(st.Rdev), Blksize: uint32(st.Blksize),
+	}
+	out.Uid, out.Gid = st.Uid, st.Gid
+}
+
+func (f *fileSystem) entry(out *fuse.EntryOut, n *volume.Node, st *volume.Attr, final bool) {
+	out.NodeId, out.Generation = n.ID(), 1
+	setAttr(&out.Attr, st)
+	if final {
+		out.SetEntryTimeout(f.timeout)
+		out.SetAttrTimeout(f.timeout)
+	}
+}
+
+func (f *fileSystem) node(id uint64) (*volume.Node, fuse.Status) {
+	n := f.v.Node(id)
+	if n == nil {
+		return nil, fuse.Status(syscall.ESTALE)
+	}
+	return n, fuse.OK
+}
+
+func (f *fileSystem) Lookup(cancel <-chan struct{}, h *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
+	dir, s := f.node(h.NodeId)
+	if !s.Ok() {
+		return s
+	}
+	n, st, final, err := f.v.Lookup(with(cancel), dir, name)
+	if s := status(err); s == fuse.ENOENT { // the kernel may remember that too
+		out.SetEntryTimeout(f.timeout)
+		return fuse.OK
+	} else if !s.Ok() {
+		return s
+	}
+	f.entry(out, n, &st, final)
+	return fuse.OK
+}
+
+func (f *fileSystem) Forget(id, count uint64) { f.v.Forget(id, count) }
+
+func (f *fileSystem) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut) fuse.Status {
+	n, s := f.node(in.NodeId)
+	if !s.Ok() {
+		return s
+	}
+	st, err := n.Attr()
+	if err != nil {
+		return status(err)
+	}
+	setAttr(&out.Attr, &st)
+	out.SetTimeout(f.timeout)
+	return fuse.OK
+}
+
+func (f *fileSystem) SetAttr(cancel <-chan struct{}, in *fuse.SetAttrIn, out *fuse.AttrOut) fuse.Status {
+	n, s := f.node(in.NodeId)
+	if !s.Ok() {
+		return s
+	}
+	set := volume.SetAttr{KillPriv: in.Valid&fuse.FATTR_KILL_SUIDGID != 0}
+	if v, ok := in.GetSize(); ok {
+		size := int64(v)
+		set.Size = &size
+	}
+	if v, ok := in.GetMode(); ok {
+		set.Mode = &v
+	}
+	if v, ok := in.GetUID(); ok {
+		set.UID = &v
+	}
+	if v, ok := in.GetGID(); ok {
+		set.GID = &v
+	}
+	if in.Valid&fuse.FATTR_ATIME != 0 {
+		set.Atime = timespec(in.Atime, in.Atimensec, in.Valid&fuse.FATTR_ATIME_NOW != 0)
+	}
+	if in.Valid&fuse.FATTR_MTIME != 0 {
+		set.Mtime = timespec(in.Mtime, in.Mtimensec, in.Valid&fuse.FATTR_MTIME_NOW != 0)
+	}
+	st, err := n.SetAttr(with(cancel), set)
+	if err != nil {
+		return status(err)
+	}
+	setAttr(&out.Attr, &st)
+	out.SetTimeout(f.timeout)
+	return fuse.OK
+}
+
+func timespec(sec uint64, nsec uint32, now bool) *unix.Timespec {
+	if now {
+		return &unix.Timespec{Nsec: unix.UTIME_NOW}
+	}
+	return &unix.Timespec{Sec: int64(sec), Nsec: int64(nsec)}
+}
+
+// Access is never asked: the kernel checks permissions by itself (default_permissions).
+
+func (f *fileSystem) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOut) fuse.Status {
+	s, err := f.v.Statfs()
+	if err != nil {
+		return status(err)
+	}
+	out.Blocks, out.Bfree, out.Bavail, out.Files, out.Ffree = s.Blocks, s.Bfree, s.Bavail, s.Files, s.Ffree
+	out.Bsize, out.NameLen, out.Frsize = uint32(s.Bsize), uint32(s.Namelen), uint32(s.Frsize)
+	return fuse.OK
+}
+
+// Entries of directories.
+
+func caller(h *fuse.InHeader, umask uint32) volume.Caller {
+	return volume.Caller{UID: h.Uid, GID: h.Gid, Umask: umask}
+}
+
+func (f *fileSystem) Mknod(cancel <-chan struct{}, in *fuse.MknodIn, name string, out *fuse.EntryOut) fuse.Status {
+	return f.made(in.NodeId, out, func(dir *volume.Node) (*volume.Node, volume.Attr, error) {
+		return f.v.Mknod(with(cancel), dir, name, in.Mode, in.Rdev, caller(&in.InHeader, in.Umask))
+	})
+}
+
+func (f *fileSystem) Mkdir(cancel <-chan struct{}, in *fuse.MkdirIn, name string, out *fuse.EntryOut) fuse.Status {
+	return f.made(in.NodeId, out, func(dir *volume.Node) (*volume.Node, volume.Attr, error) {
+		return f.v.Mkdir(with(cancel), dir, name, in.Mode, caller(&in.InHeader, in.Umask))
+	})
+}
+
+func (f *fileSystem) Symlink(cancel <-chan struct{}, h *fuse.InHeader, target, name string, out *fuse.EntryOut) fuse.Status {
+	return f.made(h.NodeId, out, func(dir *volume.Node) (*volume.Node, volume.Attr, error) {
+		return f.v.Symlink(with(cancel), dir, name, target, caller(h, 0))
+	})
+}
+
+func (f *fileSystem) Link(cancel <-chan struct{}, in *fuse.LinkIn, name string, out *fuse.EntryOut) fuse.Status {
+	return f.made(in.NodeId, out, func(dir *volume.Node) (*volume.Node, volume.Attr, error) {
+		n, s := f.node(in.Oldnodeid)
+		if !s.Ok() {
+			return nil, volume.Attr{}, syscall.Errno(s)
+		}
+		st, err := f.v.Link(with(cancel), n, dir, name)
+		return n, st, err
+	})
+}
+
+func (f *fileSystem) made(dir uint64, out *fuse.EntryOut, g func(*volume.Node) (*volume.Node, volume.Attr, error)) fuse.Status {
+	d, s := f.node(dir)
+	if !s.Ok() {
+		return s
+	}
+	n, st, err := g(d)
+	if err != nil {
+		return status(err)
+	}
+	f.entry(out, n, &st, true)
+	return fuse.OK
+}
+
+func (f *fileSystem) Unlink(_ <-chan struct{}, h *fuse.InHeader, name string) fuse.Status {
+	dir, s := f.node(h.NodeId)
+	if !s.Ok() {
+		return s
+	}
+	return status(f.v.Unlink(dir, name))
+}
+
+func (f *fileSystem) Rmdir(_ <-chan struct{}, h *fuse.InHeader, name string) fuse.Status {
+	dir, s := f.node(h.NodeId)
+	if !s.Ok() {
+		return s
+	}
+	return status(f.v.Rmdir(dir, name))
+}
+
+func (f *fileSystem) Rename(_ <-chan struct{}, in *fuse.RenameIn, oldName, newName string) fuse.Status {
+	from, s := f.node(in.NodeId)
+	if !s.Ok() {
+		return s
+	}
+	to, s := f.node(in.Newdir)
+	if !s.Ok() {
+		return s
+	}
+	return status(f.v.Rename(from, oldName, to, newName, in.Flags))
+}
+
+func (f *fileSystem) Readlink(_ <-chan struct{}, h *fuse.InHeader) ([]byte, fuse.Status) {
+	n, s := f.node(h.NodeId)
+	if !s.Ok() {
+		return nil, s
+	}
+	t, err := f.v.Readlink(n)
+	return []byte(t), status(err)
+}
+
+// Extended attributes.
+
+func (f *fileSystem) GetXAttr(_ <-chan struct{}, h *fuse.InHeader, attr string, dest []byte) (uint32, fuse.Status) {
+	n, s := f.node(h.NodeId)
+	if !s.Ok() {
+		return 0, s
+	}
+	v, err := n.Getxattr(attr)
+	return answer(v, dest, err)
+}
+
+func (f *fileSystem) ListXAttr(_ <-chan struct{}, h *fuse.InHeader, dest []byte) (uint32, fuse.Status) {
+	n, s := f.node(h.NodeId)
+	if !s.Ok() {
+		return 0, s
+	}
+	v, err := n.Listxattr()
+	return answer(v, dest, err)
+}
+
+// answer copies v to dest; one of no length asks only for v's.
+func answer(v, dest []byte, err error) (uint32, fuse.Status) {
+	if err != nil {
+		return 0, status(err)
+	}
+	if len(dest) > 0 && len(dest) < len(v) {
+		return uint32(len(v)), fuse.ERANGE
+	}
+	copy(dest, v)
+	return uint32(len(v)), fuse.OK
+}
+
+func (f *fileSystem) SetXAttr(_ <-chan struct{}, in *fuse.SetXAttrIn, attr string, data []byte) fuse.Status {
+	n, s := f.node(in.NodeId)
+	if !s.Ok() {
+		return s
+	}
+	return status(n.Setxattr(attr, data, int(in.Flags)))
+}
+
+func (f *fileSystem) RemoveXAttr(_ <-chan struct{}, h *fuse.InHeader, attr string) fuse.Status {
+	n, s := f.node(h.NodeId)
+	if !s.Ok() {
+		return s
+	}
+	return status(n.Removexattr(attr))
+}
+
+// Files.
+
+func writes(flags uint32) bool { return flags&syscall.O_ACCMODE != syscall.O_RDONLY }
+
+func (f *fileSystem) opened(out *fuse.OpenOut, h *volume.Handle) {
+	out.Fh = f.files.put(h)
+	if !f.v.ReadOnly() {
+		out.OpenFlags |= fuse.FOPEN_KEEP_CACHE
+	}
+}
+
+func (f *fileSystem) Create(cancel <-chan struct{}, in *fuse.CreateIn, name string, out *fuse.CreateOut) fuse.Status {
+	dir, s := f.node(in.NodeId)
+	if !s.Ok() {
+		return s
+	}
+	n, st, h, err := f.v.Create(with(cancel), dir, name, in.Mode, caller(&in.InHeader, in.Umask), in.Flags&syscall.O_EXCL != 0, writes(in.Flags))
+	if err != nil {
+		return status(err)
+	}
+	f.entry(&out.EntryOut, n, &st, true)
+	f.opened(&out.OpenOut, h)
+	return fuse.OK
+}
+
+func (f *fileSystem) Open(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
+	n, s := f.node(in.NodeId)
+	if !s.Ok() {
+		return s
+	}
+	h, err := n.Open(with(cancel), writes(in.Flags))
+	if err != nil {
+		return status(err)
+	}
+	f.opened(out, h)
+	return fuse.OK
+}
+
+func (f *fileSystem) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadResult, fuse.Status) {
+	n, err := f.files.get(in.Fh).Read(buf[:min(int(in.Size), len(buf))], int64(in.Offset))
+	if err != nil {
+		return nil, status(err)
+	}
+	return fuse.ReadResultData(buf[:n]), fuse.OK
+}
+
+func (f *fileSystem) Write(cancel <-chan struct{}, in *fuse.WriteIn, data []byte) (uint32, fuse.Status) {
+	h := f.files.get(in.Fh)
+	if in.WriteFlags&fuse.WRITE_KILL_SUIDGID != 0 {
+		if _, err := h.Node().SetAttr(with(cancel), volume.SetAttr{KillPriv: true}); err != nil {
+			return 0, status(err)
+		}
+	}
+	n, err := h.Write(with(cancel), data, int64(in.Offset))
+	return uint32(n), status(err)
+}
+
+func (f *fileSystem) Flush(_ <-chan struct{}, in *fuse.FlushIn) fuse.Status {
+	return status(f.files.get(in.Fh).Flush())
+}
+
+func (f *fileSystem) Fsync(_ <-chan struct{}, in *fuse.FsyncIn) fuse.Status {
+	return status(f.files.get(in.Fh).Fsync())
+}
+
+func (f *fileSystem) Release(_ <-chan struct{}, in *fuse.ReleaseIn) {
+	f.files.take(in.Fh).Release() // what fails is in the log: the kernel takes no answer
+}
+
+// Open directories.
+
+func (f *fileSystem) OpenDir(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
+	n, s := f.node(in.NodeId)
+	if !s.Ok() {
+		return s
+	}
+	d, err := n.OpenDir()
+	if err != nil {
+		return status(err)
+	}
+	out.Fh = f.dirs.put(d)
+	return fuse.OK
+}
+
+func (f *fileSystem) ReadDir(_ <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
+	d := f.dirs.get(in.Fh)
+	if err := d.SeekTo(int64(in.Offset)); err != nil {
+		return status(err)
+	}
+	return status(d.Next(func(e volume.Entry) bool { return out.AddDirEntry(dirEntry(e)) }))
+}
+
+func dirEntry(e volume.Entry) fuse.DirEntry {
+	return fuse.DirEntry{Mode: e.Type, Name: e.Name, Ino: e.Ino, Off: uint64(e.Off)}
+}
+
+func (f *fileSystem) ReadDirPlus(cancel <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
+	d := f.dirs.get(in.Fh)
+	if err := d.SeekTo(int64(in.Offset)); err != nil {
+		return status(err)
+	}
+	ctx := with(cancel)
+	return status(d.Next(func(e volume.Entry) bool {
+		slot := out.AddDirLookupEntry(dirEntry(e))
+		if slot == nil {
+			return false
+		}
+		if e.Name == "." || e.Name == ".." {
+			return true
+		}
+		// One that cannot be looked up stays in the list; its own lookup says why.
+		if n, st, final, err := d.Lookup(ctx, e); err == nil {
+			f.entry(slot, n, &st, final)
+		}
+		return true
+	}))
+}
+
+func (f *fileSystem) ReleaseDir(in *fuse.ReleaseIn) { f.dirs.take(in.Fh).Close() }
+
+func (f *fileSystem) FsyncDir(_ <-chan struct{}, in *fuse.FsyncIn) fuse.Status {
+	return status(f.dirs.get(in.Fh).Sync())
+}

@@ -1,0 +1,100 @@
+package fs
+
+import (
+	"fmt"
+	"log/slog"
+	"os"
+	"time"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+
+	"kmsfs/fs/volume"
+)
+
+// MountOptions of [Mount].
+type MountOptions struct {
+	Source     string   // shown by mount(8) and df(1): the ciphertext directory
+	AllowOther bool     // other users than the one who mounts
+	Options    []string // of mount(8): exec, noexec, suid, dev, …
+	Logger     *slog.Logger
+}
+
+// maxWrite is the most that a request carries: the kernel's own limit.
+const maxWrite = 1 << 20
+
+// Server is a mounted volume.
+type Server struct {
+	server *fuse.Server
+}
+
+// Mount mounts v at dir and returns when it can be used. The volume must have
+// been opened with KernelTimes, unless it is read-only. The caller closes it
+// after Wait.
+func Mount(v *volume.Volume, dir string, o MountOptions) (*Server, error) {
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	root := os.Geteuid() == 0
+	mo := &fuse.MountOptions{
+		Name:           "kmsfs",
+		FsName:         o.Source,
+		AllowOther:     o.AllowOther,
+		Options:        append([]string{"default_permissions"}, o.Options...),
+		MaxWrite:       maxWrite,
+		MaxReadAhead:   maxWrite,
+		MaxBackground:  64,
+		EnableAcl:      true,
+		DirectMount:    root,
+		Logger:         slog.NewLogLogger(o.Logger.Handler(), slog.LevelWarn),
+		DisableSplice:  true, // nothing is passed on as it is
+		RememberInodes: false,
+		PanicHandler: func(p any) fuse.Status {
+			o.Logger.Error("a request failed by a fault in kmsfs; please report it", "panic", fmt.Sprint(p), "stack", stack())
+			return fuse.EIO
+		},
+		ExtraCapabilities: fuse.CAP_DONT_MASK | fuse.CAP_HANDLE_KILLPRIV_V2,
+	}
+	if v.ReadOnly() {
+		mo.Options = append(mo.Options, "ro")
+	} else {
+		mo.ExtraCapabilities |= fuse.CAP_WRITEBACK_CACHE
+	}
+	server, err := fuse.NewServer(newFS(v), dir, mo)
+	if err != nil {
+		return nil, err
+	}
+	go server.Serve()
+	if err := server.WaitMount(); err != nil {
+		server.Unmount()
+		return nil, err
+	}
+	if root {
+		raiseReadAhead(dir)
+	}
+	return &Server{server}, nil
+}
+
+// Wait returns when the volume was unmounted and every request answered.
+func (s *Server) Wait() { s.server.Wait() }
+
+// Unmount unmounts; EBUSY while something is open.
+func (s *Server) Unmount() error { return s.server.Unmount() }
+
+// raiseReadAhead lets the kernel read ahead as far as a request reaches; its
+// default of 128 KiB costs a third of the sequential speed. A failure costs no
+// more than that.
+func raiseReadAhead(dir string) {
+	var st unix.Stat_t
+	if unix.Stat(dir, &st) == nil {
+		name := fmt.Sprintf("/sys/class/bdi/%d:%d/read_ahead_kb", unix.Major(st.Dev), unix.Minor(st.Dev))
+		os.WriteFile(name, []byte(fmt.Sprint(maxWrite>>10)), 0)
+	}
+}
+
+// Nobody else changes a volume that is mounted for writing, so the kernel may
+// remember what it was told; beside a read-only mount another may write.
+const (
+	remember     = time.Minute
+	rememberRead = time.Second
+)

@@ -1,0 +1,309 @@
+package volume
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+)
+
+// Attr returns what stat says of the node.
+func (n *Node) Attr() (st Attr, err error) {
+	v := n.v
+	if f := n.file.Load(); f != nil {
+		if done, err := f.borrow(func(fd int) error { return v.fstat(fd, &st) }); done && err == nil {
+			n.fill(&st, -1, "")
+			return st, nil
+		}
+	}
+	if n.IsDir() {
+		err = n.withFD(func(fd int) error { return v.fstat(fd, &st) })
+		n.fill(&st, -1, "")
+		return st, err
+	}
+	err = n.at(func(dir int, name string) error {
+		err := v.stat(dir, name, &st)
+		if err == nil && !n.is(&st) {
+			err = errMoved
+		}
+		if err == nil {
+			n.fill(&st, dir, name)
+		}
+		return err
+	})
+	return st, err
+}
+
+// fill turns the ciphertext's stat into the plaintext's: sizes, inode number,
+// the time that the kernel believes. The file is at dir/name.
+func (n *Node) fill(st *Attr, dir int, name string) {
+	st.Ino = n.v.foldIno(st.Dev, st.Ino)
+	switch st.Mode & unix.S_IFMT {
+	case unix.S_IFLNK:
+		st.Size = max(0, blockcrypt.TargetLen(st.Size))
+	case unix.S_IFREG:
+		st.Blksize = blockcrypt.PageSize
+		if f := n.file.Load(); f != nil && f.fill(st) {
+			return
+		}
+		st.Size = n.plainSize(st.Size, func() (int, error) {
+			return n.v.disk.open(dir, name, unix.O_RDONLY|fileFlags, 0)
+		})
+	}
+}
+
+// plainSize computes the plaintext size from the ciphertext's length. Damage
+// must not keep a file from being removed, so it has a size too: opening it
+// fails.
+func (n *Node) plainSize(length int64, open func() (int, error)) int64 {
+	v := n.v
+	size, err := v.geo.Plain(length, func(k int64) (int, error) {
+		fd, err := open()
+		if err != nil {
+			return 0, err
+		}
+		defer v.disk.close(fd)
+		return v.lastLen(fd, k)
+	})
+	if err != nil {
+		v.report(n.where(), "a file's length is wrong", err)
+		return max(0, length-int64(v.geo.Header()))
+	}
+	return size
+}
+
+// lastLen reads n of block k.
+func (v *Volume) lastLen(fd int, k int64) (int, error) {
+	var b [2]byte
+	if _, err := v.pread(fd, b[:], v.geo.PageOff(k)+int64(v.geo.Lead(k))); err != nil {
+		return 0, err
+	}
+	return blockcrypt.BlockLen(b[:]), nil
+}
+
+// foldIno folds the device into the inode number, where the tree spans several.
+func (v *Volume) foldIno(dev, ino uint64) uint64 {
+	x := dev ^ v.root.dev
+	return ino ^ (x<<40 | x>>24)
+}
+
+// SetAttr is what [Node.SetAttr] changes; nil leaves a thing as it is.
+type SetAttr struct {
+	Size         *int64
+	Mode         *uint32
+	UID, GID     *uint32
+	Atime, Mtime *unix.Timespec // Nsec may be UTIME_NOW
+	KillPriv     bool           // setuid, setgid and capabilities go
+}
+
+// SetAttr changes what s names, and returns the new attributes.
+func (n *Node) SetAttr(ctx context.Context, s SetAttr) (Attr, error) {
+	if n.v.o.ReadOnly {
+		return Attr{}, unix.EROFS
+	}
+	if s.Size != nil {
+		if err := n.truncate(ctx, *s.Size); err != nil {
+			return Attr{}, err
+		}
+	}
+	// What settling writes later would drop these bits again.
+	if s.Mode != nil || s.UID != nil || s.GID != nil || s.KillPriv {
+		if f := n.file.Load(); f != nil {
+			if err := f.settleNow(); err != nil {
+				return Attr{}, err
+			}
+		}
+	}
+	var err error
+	if s.KillPriv {
+		err = n.killPriv()
+	}
+	if err == nil && (s.UID != nil || s.GID != nil) {
+		err = n.withFD(func(fd int) error { return n.v.chown(fd, orMinusOne(s.UID), orMinusOne(s.GID)) })
+	}
+	if err == nil && s.Mode != nil {
+		err = n.withFD(func(fd int) error { return n.v.chmod(fd, *s.Mode&0o7777) })
+	}
+	if err == nil && (s.Atime != nil || s.Mtime != nil) {
+		err = n.setTimes(s.Atime, s.Mtime)
+	}
+	if err != nil {
+		return Attr{}, err
+	}
+	return n.Attr()
+}
+
+func orMinusOne(p *uint32) int {
+	if p == nil {
+		return -1
+	}
+	return int(*p)
+}
+
+func (n *Node) setTimes(atime, mtime *unix.Timespec) error {
+	omit := unix.Timespec{Nsec: unix.UTIME_OMIT}
+	a, m := omit, omit
+	if atime != nil {
+		a = *atime
+	}
+	if mtime != nil {
+		m = *mtime
+	}
+	err := n.withFD(func(fd int) error { return n.v.utimens(fd, a, m) })
+	if f := n.file.Load(); err == nil && mtime != nil && f != nil {
+		f.setMtime(*mtime)
+	}
+	return err
+}
+
+// killPriv takes setuid, setgid of an executable, and capabilities away, as a
+// write by somebody else does.
+func (n *Node) killPriv() error {
+	return n.withFD(func(fd int) error {
+		var st unix.Stat_t
+		if err := n.v.fstat(fd, &st); err != nil {
+			return err
+		}
+		drop := st.Mode & unix.S_ISUID
+		if st.Mode&unix.S_IXGRP != 0 {
+			drop |= st.Mode & unix.S_ISGID
+		}
+		if drop != 0 {
+			if err := n.v.chmod(fd, st.Mode&0o7777&^drop); err != nil {
+				return err
+			}
+		}
+		err := n.v.removexattr(fd, capabilityName)
+		if errors.Is(err, unix.ENODATA) || errors.Is(err, unix.EOPNOTSUPP) {
+			return nil
+		}
+		return err
+	})
+}
+
+// Extended attributes.
+
+const (
+	capabilityName = "security.capability"
+	aclAccessName  = "system.posix_acl_access"
+	aclDefaultName = "system.posix_acl_default"
+)
+
+// passes reports whether an attribute stands in the ciphertext as it is: the
+// kernel must read it.
+func passes(name string) bool {
+	return name == capabilityName || name == aclAccessName || name == aclDefaultName
+}
+
+func (n *Node) attrName(name string) (string, error) {
+	if passes(name) {
+		return name, nil
+	}
+	if enc, err := n.v.vk.EncodeAttr(name); err == nil {
+		if len(enc) > 255 {
+			return "", unix.ERANGE
+		}
+		return enc, nil
+	}
+	return "", unix.EOPNOTSUPP
+}
+
+// Getxattr returns the value of an attribute.
+func (n *Node) Getxattr(name string) (value []byte, err error) {
+	enc, err := n.attrName(name)
+	if err != nil {
+		return nil, err
+	}
+	err = n.withFD(func(fd int) error {
+		value, err = n.v.getxattr(fd, enc)
+		return err
+	})
+	if err != nil || enc == name {
+		return value, err
+	}
+	value, err = n.v.vk.OpenValue(name, value)
+	if err != nil {
+		n.v.report(n.where(), "an extended attribute cannot be read", err)
+	}
+	return value, err
+}
+
+// Setxattr sets an attribute; flags are those of setxattr(2).
+func (n *Node) Setxattr(name string, value []byte, flags int) error {
+	if n.v.o.ReadOnly {
+		return unix.EROFS
+	}
+	enc, err := n.attrName(name)
+	if err != nil {
+		return err
+	}
+	if enc != name {
+		if value, err = n.v.vk.SealValue(name, value); err != nil {
+			return err
+		}
+	}
+	if f := n.file.Load(); name == capabilityName && f != nil {
+		if err := f.settleNow(); err != nil {
+			return err
+		}
+	}
+	err = n.withFD(func(fd int) error { return n.v.setxattr(fd, enc, value, flags) })
+	n.aclChanged(name)
+	return err
+}
+
+// Removexattr removes an attribute.
+func (n *Node) Removexattr(name string) error {
+	if n.v.o.ReadOnly {
+		return unix.EROFS
+	}
+	enc, err := n.attrName(name)
+	if err != nil {
+		return err
+	}
+	err = n.withFD(func(fd int) error { return n.v.removexattr(fd, enc) })
+	n.aclChanged(name)
+	return err
+}
+
+func (n *Node) aclChanged(name string) {
+	if name == aclDefaultName {
+		n.dirMu.Lock()
+		n.acl = aclUnknown
+		n.dirMu.Unlock()
+	}
+}
+
+// Listxattr returns the names of the attributes, each with a NUL behind it.
+func (n *Node) Listxattr() ([]byte, error) {
+	var raw []byte
+	err := n.withFD(func(fd int) (err error) {
+		raw, err = n.v.listxattr(fd)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	var out []byte
+	for name := range bytes.SplitSeq(raw, []byte{0}) {
+		plain := string(name)
+		switch {
+		case plain == "":
+			continue
+		case passes(plain):
+		case strings.HasPrefix(plain, "user."), strings.HasPrefix(plain, "trusted."):
+			if plain, err = n.v.vk.DecodeAttr(plain); err != nil {
+				n.v.report(n.where(), "an extended attribute is not shown", err)
+				continue
+			}
+		default:
+			continue
+		}
+		out = append(append(out, plain...), 0)
+	}
+	return out, nil
+}

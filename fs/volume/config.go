@@ -1,0 +1,341 @@
+package volume
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+	"kmsfs/keystore"
+)
+
+// Record is the trust record of a volume, kept outside its ciphertext: which
+// recipients are trusted, which volume key is the right one, and the newest
+// kmsfs.json that was seen.
+type Record struct {
+	Volume     blockcrypt.ID `json:"volume"`
+	Recipients []string      `json:"recipients"`
+	Commitment string        `json:"commitment"`
+	Generation uint64        `json:"generation"`
+	Local      string        `json:"local"` // path of the local key's file
+}
+
+// Trusts reports whether the record names a recipient. A nil record trusts none.
+func (r *Record) Trusts(uri string) bool {
+	if r != nil {
+		for _, u := range r.Recipients {
+			if u == uri {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// InitOptions of [Init].
+type InitOptions struct {
+	PlainNames bool
+}
+
+// Init makes a volume in an empty directory: kmsfs.json, durable when it
+// returns. The volume key is wrapped for every store.
+func Init(ctx context.Context, dir string, stores []keystore.Store, id blockcrypt.ID, o InitOptions) (*Record, error) {
+	root, err := openRoot(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(root)
+	d := &disk{}
+	if err := d.mustBeEmpty(root); err != nil {
+		return nil, err
+	}
+	key, err := keystore.New(ctx, stores, keystore.Binding{Use: keystore.ForVolume, Volume: id})
+	if err != nil {
+		return nil, err
+	}
+	defer clear(key.Key[:])
+	vk, err := blockcrypt.NewVolumeKeys(key.Key[:], id)
+	if err != nil {
+		return nil, err
+	}
+	cfg := &blockcrypt.Config{Format: blockcrypt.Version, Volume: id, Generation: 1, Names: blockcrypt.NamesEncrypted}
+	if o.PlainNames {
+		cfg.Names = blockcrypt.NamesPlain
+	}
+	for _, w := range key.Wrapped {
+		cfg.Recipients = append(cfg.Recipients, blockcrypt.ConfigRecipient{URI: w.URI, Branch: w.Branch, Wrapped: w.Blob})
+	}
+	cfg.Header = max(blockcrypt.DefaultHeader, blockcrypt.RecipientsFit(cfg.List()))
+	b, err := cfg.Encode(vk)
+	if err != nil {
+		return nil, err
+	}
+	if err := d.replace(root, blockcrypt.ConfigName, b); err != nil {
+		return nil, err
+	}
+	return record(cfg, vk), nil
+}
+
+func record(cfg *blockcrypt.Config, vk *blockcrypt.VolumeKeys) *Record {
+	c := vk.Commitment()
+	r := &Record{Volume: cfg.Volume, Commitment: hex.EncodeToString(c[:]), Generation: cfg.Generation}
+	for _, rc := range cfg.Recipients {
+		r.Recipients = append(r.Recipients, rc.URI)
+	}
+	return r
+}
+
+// IsEmpty reports whether dir holds nothing.
+func IsEmpty(dir string) (bool, error) {
+	root, err := openRoot(dir)
+	if err != nil {
+		return false, err
+	}
+	defer unix.Close(root)
+	err = (&disk{}).mustBeEmpty(root)
+	return err == nil, ignore(err, ErrNotEmpty)
+}
+
+func (d *disk) mustBeEmpty(root int) error {
+	return d.scan(root, func(e dirent) error { return ErrNotEmpty })
+}
+
+func openRoot(dir string) (int, error) {
+	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	switch {
+	case errors.Is(err, unix.ENOENT):
+		return -1, fmt.Errorf("the directory %s does not exist", dir)
+	case errors.Is(err, unix.ENOTDIR):
+		return -1, fmt.Errorf("%s is not a directory", dir)
+	case err != nil:
+		return -1, fmt.Errorf("%s: %w", dir, err)
+	}
+	return fd, nil
+}
+
+// replace puts a file in the place of another, durably: write-new, fsync,
+// rename, fsync of the directory.
+func (d *disk) replace(dir int, name string, b []byte) (err error) {
+	tmp := name + ".new"
+	fd, err := d.open(dir, tmp, unix.O_WRONLY|unix.O_CREAT|unix.O_TRUNC, 0o644)
+	if err != nil {
+		return err
+	}
+	err = d.pwrite(fd, b, 0)
+	if err == nil {
+		err = d.fsync(fd)
+	}
+	err = errors.Join(err, unix.Close(fd))
+	if err == nil {
+		err = d.rename(dir, tmp, dir, name, 0)
+	}
+	if err != nil {
+		return errors.Join(err, d.unlink(dir, tmp, 0))
+	}
+	return d.fsync(dir)
+}
+
+// Locked is a volume whose kmsfs.json was read, with nothing authenticated yet.
+type Locked struct {
+	Config *blockcrypt.Config
+	root   int
+}
+
+// Find reads the kmsfs.json of dir. Close it, or go on with Unlock.
+func Find(dir string) (*Locked, error) {
+	root, err := openRoot(dir)
+	if err != nil {
+		return nil, err
+	}
+	cfg, err := readConfig(root)
+	if err != nil {
+		unix.Close(root)
+		return nil, err
+	}
+	return &Locked{cfg, root}, nil
+}
+
+// Close gives the volume up.
+func (l *Locked) Close() {
+	if l.root >= 0 {
+		unix.Close(l.root)
+		l.root = -1
+	}
+}
+
+func readConfig(root int) (*blockcrypt.Config, error) {
+	d := &disk{}
+	fd, err := d.open(root, blockcrypt.ConfigName, unix.O_RDONLY|fileFlags, 0)
+	if errors.Is(err, unix.ENOENT) {
+		return nil, ErrNotVolume
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", blockcrypt.ConfigName, err)
+	}
+	defer d.close(fd)
+	var st unix.Stat_t
+	if err := d.fstat(fd, &st); err != nil {
+		return nil, err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Size > 4<<20 {
+		return nil, &blockcrypt.DamageError{Class: blockcrypt.BadConfig, Pos: -1, Detail: "kmsfs.json is no file of a sensible size"}
+	}
+	b := make([]byte, st.Size)
+	n, err := d.pread(fd, b, 0)
+	if err != nil {
+		return nil, err
+	}
+	return blockcrypt.ParseConfig(b[:n])
+}
+
+// Unlocked is a volume whose kmsfs.json was authenticated.
+type Unlocked struct {
+	Config *blockcrypt.Config
+	Record *Record // what the trust record should say from now on
+
+	keys   *blockcrypt.VolumeKeys
+	stores []keystore.Store
+	root   int
+}
+
+// UnlockOptions of [Locked.Unlock].
+type UnlockOptions struct {
+	Record      *Record // nil: none is kept
+	AcceptOlder bool    // a restored backup: an older kmsfs.json than the record's
+	ReadOnly    bool
+	// More opens the store of a recipient that the authenticated kmsfs.json
+	// names, and that is trusted with it. It may be nil.
+	More func(ctx context.Context, r blockcrypt.Recipient) (keystore.Store, error)
+}
+
+// Unlock unwraps the volume key through one of the trusted stores and checks
+// kmsfs.json with it, and both against the trust record. On success l is
+// consumed.
+func (l *Locked) Unlock(ctx context.Context, trusted []keystore.Store, o UnlockOptions) (*Unlocked, error) {
+	keys, err := l.volumeKeys(ctx, trusted)
+	if err != nil {
+		return nil, err
+	}
+	if err := l.Config.Verify(keys); err != nil {
+		return nil, err
+	}
+	rec := record(l.Config, keys)
+	if o.Record != nil {
+		rec.Local = o.Record.Local
+		if o.Record.Commitment != rec.Commitment || o.Record.Volume != rec.Volume {
+			return nil, ErrOtherKey
+		}
+		if o.Record.Generation > rec.Generation && !o.AcceptOlder {
+			return nil, ErrOlder
+		}
+	}
+	u := &Unlocked{Config: l.Config, Record: rec, keys: keys, root: l.root}
+	if u.stores, err = l.allStores(ctx, trusted, o); err != nil {
+		return nil, err
+	}
+	l.root = -1
+	return u, nil
+}
+
+func (l *Locked) volumeKeys(ctx context.Context, trusted []keystore.Store) (*blockcrypt.VolumeKeys, error) {
+	var errs []error
+	for _, r := range l.Config.List() {
+		s := matching(trusted, r.URI)
+		if s == nil {
+			continue
+		}
+		key, err := s.Unwrap(ctx, keystore.Binding{Use: keystore.ForVolume, Volume: l.Config.Volume}, keystore.Wrapped{URI: r.URI, Branch: r.Branch, Blob: r.Wrapped})
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		defer clear(key)
+		return blockcrypt.NewVolumeKeys(key, l.Config.Volume)
+	}
+	if len(errs) > 0 {
+		return nil, errs[0]
+	}
+	uri := l.Config.Recipients[0].URI
+	return nil, &keystore.Error{Kind: keystore.Untrusted, URI: uri, Op: "unwrap", Err: errors.New("the volume is under a key that nobody named")}
+}
+
+// allStores returns a store for every recipient: a new file is wrapped for all.
+func (l *Locked) allStores(ctx context.Context, trusted []keystore.Store, o UnlockOptions) ([]keystore.Store, error) {
+	var out []keystore.Store
+	for _, r := range l.Config.List() {
+		s := matching(trusted, r.URI)
+		var err error
+		if s == nil && o.More != nil {
+			s, err = o.More(ctx, r)
+		}
+		switch {
+		case s != nil:
+			out = append(out, s)
+		case !o.ReadOnly:
+			if err == nil {
+				err = errors.New("its key is not at hand")
+			}
+			return nil, fmt.Errorf("cannot write for the recipient %s: %w", r.URI, err)
+		}
+	}
+	return out, nil
+}
+
+func matching(stores []keystore.Store, uri string) keystore.Store {
+	for _, s := range stores {
+		if m, ok := s.(keystore.Matcher); s.URI() == uri || ok && m.Matches(uri) {
+			return s
+		}
+	}
+	return nil
+}
+
+// Close gives the volume up, unless Open took it.
+func (u *Unlocked) Close() {
+	if u.root >= 0 {
+		unix.Close(u.root)
+		u.root = -1
+	}
+}
+
+// ignore returns nil for the target error.
+func ignore(err, target error) error {
+	if errors.Is(err, target) {
+		return nil
+	}
+	return err
+}
+
+// scan calls f for every entry of a directory but . and .., until f fails.
+func (d *disk) scan(dir int, f func(dirent) error) error {
+	fd, err := d.open(dir, ".", unix.O_RDONLY|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return err
+	}
+	defer d.close(fd)
+	buf := make([]byte, 32<<10)
+	for {
+		es, err := d.dirents(fd, buf)
+		if err != nil || len(es) == 0 {
+			return err
+		}
+		for _, e := range es {
+			if e.name == "." || e.name == ".." {
+				continue
+			}
+			if err := f(e); err != nil {
+				if err == io.EOF {
+					return nil
+				}
+				return err
+			}
+		}
+	}
+}
+
+func isOwn(name string) bool { return strings.HasPrefix(name, blockcrypt.Reserved) }

@@ -1,0 +1,468 @@
+package volume
+
+import (
+	"context"
+	"errors"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+)
+
+// A Caller is who asks for a new object: a daemon run by root gives it to them.
+type Caller struct {
+	UID, GID uint32
+	Umask    uint32 // applied unless the directory has a default ACL
+}
+
+// Lookup finds an entry and counts a lookup of its node; see [Volume.Forget].
+// final is false for a file that could not be repaired yet: its size may change,
+// so nobody may remember what was told.
+func (v *Volume) Lookup(ctx context.Context, dir *Node, name string) (n *Node, st Attr, final bool, err error) {
+	n, st, known, err := v.find(dir, func() (string, error) {
+		e, err := dir.encode(name, false)
+		return e.cname, err
+	})
+	return v.checked(ctx, n, st, known, err)
+}
+
+func (v *Volume) find(dir *Node, cname func() (string, error)) (n *Node, st Attr, known bool, err error) {
+	v.tree.RLock()
+	defer v.tree.RUnlock()
+	c, err := cname()
+	if err != nil {
+		return nil, st, false, err
+	}
+	return v.lookup(dir, c)
+}
+
+// lookup finds an entry by its ciphertext name; tree is held.
+func (v *Volume) lookup(dir *Node, cname string) (n *Node, st Attr, known bool, err error) {
+	fd, err := dir.enter()
+	if err != nil {
+		return nil, st, false, err
+	}
+	defer dir.leave()
+	if err := v.stat(fd, cname, &st); err != nil {
+		return nil, st, false, err
+	}
+	n, known = v.intern(&st, dir, cname)
+	n.fill(&st, fd, cname)
+	return n, st, known, nil
+}
+
+// checked repairs a file of a session that ended badly at its first lookup,
+// before anybody is told its size. No lock is held: it may need a key.
+func (v *Volume) checked(ctx context.Context, n *Node, st Attr, known bool, err error) (*Node, Attr, bool, error) {
+	if err != nil || known || n.typ != unix.S_IFREG || !v.repairs() {
+		return n, st, err == nil, err
+	}
+	ok, err := n.checkSession(ctx)
+	if err == nil && ok {
+		st, err = n.Attr()
+	}
+	if err != nil {
+		v.Forget(n.id, 1)
+		return nil, st, false, err
+	}
+	if !ok { // the next lookup makes another node, with its true size
+		v.mu.Lock()
+		n.pending = true
+		if key := (inodeKey{n.dev, n.ino}); v.inodes[key] == n {
+			delete(v.inodes, key)
+		}
+		v.mu.Unlock()
+	}
+	return n, st, ok, nil
+}
+
+// ensure prepares dir for a new entry: its ID, its name's symlink.
+func (v *Volume) ensure(dir *Node, name string) (e entryName, fd int, err error) {
+	if v.o.ReadOnly {
+		return e, -1, unix.EROFS
+	}
+	if e, err = dir.encode(name, true); err != nil {
+		return e, -1, err
+	}
+	fd, err = dir.enter()
+	return e, fd, err
+}
+
+// make runs a syscall that makes an entry, gives the object to its user, and
+// looks it up.
+func (v *Volume) make(ctx context.Context, dir *Node, name string, c Caller, mode uint32, f func(fd int, cname string, mode uint32) error) (*Node, Attr, error) {
+	v.tree.RLock()
+	defer v.tree.RUnlock()
+	e, fd, err := v.ensure(dir, name)
+	if err != nil {
+		return nil, Attr{}, err
+	}
+	defer dir.leave()
+	mode = dir.masked(fd, mode, c)
+	if err := f(fd, e.cname, mode); err != nil {
+		e.undo(&v.disk, fd)
+		return nil, Attr{}, err
+	}
+	if err := v.give(fd, e.cname, c, mode); err != nil {
+		return nil, Attr{}, err
+	}
+	n, st, _, err := v.lookup(dir, e.cname)
+	return n, st, err
+}
+
+// Mkdir makes a directory.
+func (v *Volume) Mkdir(ctx context.Context, dir *Node, name string, mode uint32, c Caller) (*Node, Attr, error) {
+	return v.make(ctx, dir, name, c, mode, func(fd int, cname string, mode uint32) error { return v.mkdir(fd, cname, mode&^unix.S_IFMT) })
+}
+
+// Mknod makes a file, device, pipe or socket.
+func (v *Volume) Mknod(ctx context.Context, dir *Node, name string, mode, rdev uint32, c Caller) (*Node, Attr, error) {
+	return v.make(ctx, dir, name, c, mode, func(fd int, cname string, mode uint32) error { return v.mknod(fd, cname, mode, int(rdev)) })
+}
+
+// Symlink makes a symlink whose target is encrypted.
+func (v *Volume) Symlink(ctx context.Context, dir *Node, name, target string, c Caller) (*Node, Attr, error) {
+	sealed, err := v.vk.SealTarget(target)
+	if err != nil {
+		return nil, Attr{}, err
+	}
+	return v.make(ctx, dir, name, c, unix.S_IFLNK, func(fd int, cname string, _ uint32) error { return v.symlink(sealed, fd, cname) })
+}
+
+// Link makes a further name of a file. One that is still to settle settles
+// first.
+func (v *Volume) Link(ctx context.Context, n, dir *Node, name string) (Attr, error) {
+	if f := n.file.Load(); f != nil {
+		if err := f.settleNow(); err != nil {
+			return Attr{}, err
+		}
+	}
+	_, st, err := v.make(ctx, dir, name, Caller{}, 0, func(fd int, cname string, _ uint32) error {
+		return n.at(func(od int, oname string) error {
+			var st unix.Stat_t
+			if err := v.stat(od, oname, &st); err != nil {
+				return err
+			}
+			if !n.is(&st) {
+				return errMoved
+			}
+			return v.link(od, oname, fd, cname)
+		})
+	})
+	return st, err
+}
+
+// Readlink returns the target of a symlink.
+func (v *Volume) Readlink(n *Node) (target string, err error) {
+	err = n.at(func(dir int, name string) error {
+		sealed, err := v.readlink(dir, name)
+		if err == nil {
+			target, err = v.vk.OpenTarget(sealed)
+		}
+		return err
+	})
+	if blockcrypt.ClassOf(err) != "" {
+		v.report(n.where(), "a symlink cannot be read", err)
+	}
+	return target, err
+}
+
+// masked applies the umask, unless the directory has a default ACL.
+func (n *Node) masked(fd int, mode uint32, c Caller) uint32 {
+	if c.Umask == 0 || n.hasDefaultACL(fd) {
+		return mode
+	}
+	return mode &^ (c.Umask & 0o777)
+}
+
+type aclKnown int8
+
+const (
+	aclUnknown aclKnown = iota
+	aclNone
+	aclDefault
+)
+
+func (n *Node) hasDefaultACL(fd int) bool {
+	n.dirMu.Lock()
+	defer n.dirMu.Unlock()
+	if n.acl == aclUnknown {
+		n.acl = aclNone
+		if _, err := unix.Getxattr(procFD(fd), aclDefaultName, nil); err == nil {
+			n.acl = aclDefault
+		}
+	}
+	return n.acl == aclDefault
+}
+
+// give makes the caller own a new entry, where root made it. The group is the
+// directory's where that is setgid. An entry that cannot be given away goes.
+func (v *Volume) give(fd int, cname string, c Caller, mode uint32) (err error) {
+	if !v.super || c.UID == 0 && c.GID == 0 {
+		return nil
+	}
+	var parent unix.Stat_t
+	err = v.fstat(fd, &parent)
+	gid := int(c.GID)
+	if parent.Mode&unix.S_ISGID != 0 {
+		gid = -1
+	}
+	if err == nil {
+		err = unix.Fchownat(fd, cname, int(c.UID), gid, unix.AT_SYMLINK_NOFOLLOW)
+	}
+	if err == nil && mode&(unix.S_ISUID|unix.S_ISGID) != 0 && mode&unix.S_IFMT != unix.S_IFLNK {
+		err = unix.Fchmodat(fd, cname, mode&^unix.S_IFMT, unix.AT_SYMLINK_NOFOLLOW) // chown took the bits
+	}
+	if err != nil {
+		if v.unlink(fd, cname, 0) == unix.EISDIR {
+			v.unlink(fd, cname, unix.AT_REMOVEDIR)
+		}
+	}
+	return err
+}
+
+// Unlink removes a name of what is not a directory. No key is needed.
+func (v *Volume) Unlink(dir *Node, name string) error {
+	return v.remove(dir, name, func(fd int, cname string, _ *unix.Stat_t) error { return v.unlink(fd, cname, 0) })
+}
+
+// Rmdir removes an empty directory, with what kmsfs keeps in it.
+func (v *Volume) Rmdir(dir *Node, name string) error {
+	return v.remove(dir, name, func(fd int, cname string, st *unix.Stat_t) error {
+		if st.Mode&unix.S_IFMT != unix.S_IFDIR {
+			return unix.ENOTDIR
+		}
+		if err := v.clearDir(dir, fd, cname, st); err != nil {
+			return err
+		}
+		return v.unlink(fd, cname, unix.AT_REMOVEDIR)
+	})
+}
+
+func (v *Volume) remove(dir *Node, name string, f func(fd int, cname string, st *unix.Stat_t) error) error {
+	if v.o.ReadOnly {
+		return unix.EROFS
+	}
+	v.tree.RLock()
+	defer v.tree.RUnlock()
+	e, err := dir.encode(name, false)
+	if err != nil {
+		return err
+	}
+	fd, err := dir.enter()
+	if err != nil {
+		return err
+	}
+	defer dir.leave()
+	var st unix.Stat_t
+	if err := v.stat(fd, e.cname, &st); err != nil {
+		return err
+	}
+	v.moveBegins()
+	defer v.moveEnds()
+	if err := f(fd, e.cname, &st); err != nil {
+		return err
+	}
+	e.dropName(&v.disk, fd)
+	v.unlinked(&st, dir, e.cname)
+	return nil
+}
+
+// clearDir removes what kmsfs keeps in the directory dir/cname, if nothing else
+// is there: ENOTEMPTY before touching anything.
+func (v *Volume) clearDir(dir *Node, fd int, cname string, st *unix.Stat_t) error {
+	n, _ := v.intern(st, dir, cname)
+	defer v.Forget(n.id, 1)
+	d, err := n.enter()
+	if err != nil {
+		return err
+	}
+	defer n.leave()
+	own, err := n.emptied(d)
+	if err != nil {
+		return err
+	}
+	for _, name := range own {
+		if err := v.unlink(d, name, 0); err != nil {
+			return err
+		}
+	}
+	n.forgetID()
+	return nil
+}
+
+// Rename moves an entry; flags are those of renameat2: RENAME_NOREPLACE,
+// RENAME_EXCHANGE, RENAME_WHITEOUT.
+func (v *Volume) Rename(from *Node, oldName string, to *Node, newName string, flags uint32) error {
+	if v.o.ReadOnly {
+		return unix.EROFS
+	}
+	v.tree.Lock()
+	defer v.tree.Unlock()
+	v.moveBegins()
+	defer v.moveEnds()
+	old, err := from.encode(oldName, false)
+	if err != nil {
+		return err
+	}
+	ofd, err := from.enter()
+	if err != nil {
+		return err
+	}
+	defer from.leave()
+	var ost, nst unix.Stat_t
+	if err := v.stat(ofd, old.cname, &ost); err != nil {
+		return err
+	}
+	now, nfd, err := v.ensure(to, newName)
+	if err != nil {
+		return err
+	}
+	defer to.leave()
+	err = v.stat(nfd, now.cname, &nst)
+	replaces := err == nil
+	if replaces && flags == 0 && ost.Mode&unix.S_IFMT == unix.S_IFDIR && nst.Mode&unix.S_IFMT == unix.S_IFDIR && nst.Ino != ost.Ino {
+		err = v.clearDir(to, nfd, now.cname, &nst)
+	} else {
+		err = ignore(err, unix.ENOENT)
+	}
+	if err == nil {
+		err = v.rename(ofd, old.cname, nfd, now.cname, flags)
+	}
+	if err != nil {
+		now.undo(&v.disk, nfd)
+		return err
+	}
+	v.renamed(from, old, ofd, &ost, to, now, &nst, replaces, flags)
+	return nil
+}
+
+// renamed keeps the nodes true after a rename that succeeded.
+func (v *Volume) renamed(from *Node, old entryName, ofd int, ost *unix.Stat_t, to *Node, now entryName, nst *unix.Stat_t, replaces bool, flags uint32) {
+	same := replaces && ost.Ino == nst.Ino && ost.Dev == nst.Dev
+	switch {
+	case from == to && old.cname == now.cname, same && flags&unix.RENAME_EXCHANGE == 0:
+		return // rename of a hard link onto another of the same file does nothing
+	case flags&unix.RENAME_EXCHANGE != 0:
+		v.moved(ost, from, old.cname, to, now.cname)
+		v.moved(nst, to, now.cname, from, old.cname)
+		return
+	case replaces:
+		v.unlinked(nst, to, now.cname)
+	}
+	v.moved(ost, from, old.cname, to, now.cname)
+	if flags&unix.RENAME_WHITEOUT == 0 {
+		old.dropName(&v.disk, ofd)
+	}
+}
+
+// Dir is an open directory. Its methods are for one caller at a time.
+type Dir struct {
+	n    *Node
+	fd   int
+	buf  []byte
+	next []dirent
+	off  int64 // the position of next[0], or of fd where next is empty
+	id   blockcrypt.ID
+	ok   bool
+}
+
+// An Entry of a directory. Off is the position behind it.
+type Entry struct {
+	Name string
+	Ino  uint64
+	Type uint32 // S_IFMT bits, 0 if the filesystem does not say
+	Off  int64
+
+	cname string
+}
+
+// OpenDir opens a directory for listing.
+func (n *Node) OpenDir() (*Dir, error) {
+	if !n.IsDir() {
+		return nil, unix.ENOTDIR
+	}
+	fd, err := n.enter()
+	if err != nil {
+		return nil, err
+	}
+	defer n.leave()
+	d := &Dir{n: n}
+	if d.fd, err = n.v.disk.open(fd, ".", unix.O_RDONLY|unix.O_DIRECTORY, 0); err != nil {
+		return nil, err
+	}
+	n.hold()
+	return d, nil
+}
+
+// Close ends it.
+func (d *Dir) Close() {
+	d.n.v.disk.close(d.fd)
+	d.n.release()
+}
+
+// Sync makes the directory's entries, and that it is where it is, durable.
+func (d *Dir) Sync() error {
+	if d.n.v.o.ReadOnly {
+		return nil
+	}
+	return errors.Join(d.n.v.fsync(d.fd), d.n.syncIDs())
+}
+
+// SeekTo goes to a position that an Entry gave, or to 0, the start.
+func (d *Dir) SeekTo(off int64) error {
+	if off == d.off && off != 0 {
+		return nil
+	}
+	if _, err := unix.Seek(d.fd, off, unix.SEEK_SET); err != nil {
+		return err
+	}
+	d.next, d.off, d.ok = nil, off, false
+	return nil
+}
+
+// Next calls f with the entries from here on, until it returns false: that
+// entry comes again. An entry that cannot be decoded is logged and left out, its
+// neighbours unharmed.
+func (d *Dir) Next(f func(Entry) bool) error {
+	v := d.n.v
+	if !d.ok {
+		var err error
+		if d.id, _, err = d.n.dirIdent(false); err != nil {
+			return err
+		}
+		d.ok = true
+	}
+	for {
+		if len(d.next) == 0 {
+			if d.buf == nil {
+				d.buf = make([]byte, 32<<10)
+			}
+			var err error
+			if d.next, err = v.dirents(d.fd, d.buf); err != nil || len(d.next) == 0 {
+				return err
+			}
+		}
+		for len(d.next) > 0 {
+			e := d.next[0]
+			out := Entry{Name: e.name, Ino: v.foldIno(d.n.dev, e.ino), Type: e.typ, Off: e.off, cname: e.name}
+			show := true
+			if e.name != "." && e.name != ".." {
+				var err error
+				if out.Name, show, err = d.n.decode(d.fd, d.id, e.name); err != nil {
+					v.report(d.n.where()+"/"+e.name, "an entry is not shown", err)
+				}
+			}
+			if show && !f(out) {
+				return nil
+			}
+			d.next, d.off = d.next[1:], e.off
+		}
+	}
+}
+
+// Lookup is [Volume.Lookup] of an entry that Next gave.
+func (d *Dir) Lookup(ctx context.Context, e Entry) (*Node, Attr, bool, error) {
+	n, st, known, err := d.n.v.find(d.n, func() (string, error) { return e.cname, nil })
+	return d.n.v.checked(ctx, n, st, known, err)
+}

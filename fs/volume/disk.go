@@ -1,0 +1,294 @@
+package volume
+
+import (
+	"os"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+)
+
+// A Call is a syscall on the ciphertext tree that changes something or moves
+// data, as [Options.Hook] sees it.
+type Call struct {
+	Op   string // the syscall's name
+	Name string // of the entry, for calls on directories
+	Off  int64
+	Len  int64
+}
+
+// disk makes every syscall on the ciphertext tree. hook, where a test sets it,
+// sees each call before it is made and can fail it.
+type disk struct {
+	hook func(Call) error
+}
+
+func (d *disk) before(op, name string, off, n int64) error {
+	if d.hook == nil {
+		return nil
+	}
+	return d.hook(Call{op, name, off, n})
+}
+
+// again repeats what a signal interrupted: Go's own preempt a thread at any time.
+func again(f func() error) error {
+	for {
+		if err := f(); err != unix.EINTR {
+			return err
+		}
+	}
+}
+
+// Backing files are opened with these flags and O_RDONLY or O_RDWR, nothing
+// else: O_APPEND would move every pwrite to the end.
+const fileFlags = unix.O_NOFOLLOW | unix.O_NONBLOCK | unix.O_CLOEXEC
+
+func (d *disk) open(dir int, name string, flags int, mode uint32) (fd int, err error) {
+	if err := d.before("openat", name, 0, 0); err != nil {
+		return -1, err
+	}
+	err = again(func() error {
+		fd, err = unix.Openat(dir, name, flags|unix.O_NOFOLLOW|unix.O_CLOEXEC, mode)
+		return err
+	})
+	return fd, err
+}
+
+func (d *disk) close(fd int) { unix.Close(fd) } // only of what was synced, or never written
+
+func (d *disk) stat(dir int, name string, st *unix.Stat_t) error {
+	return again(func() error { return unix.Fstatat(dir, name, st, unix.AT_SYMLINK_NOFOLLOW) })
+}
+
+func (d *disk) fstat(fd int, st *unix.Stat_t) error {
+	return again(func() error { return unix.Fstat(fd, st) })
+}
+
+// pread reads until b is full or the file ends.
+func (d *disk) pread(fd int, b []byte, off int64) (n int, err error) {
+	if err := d.before("pread", "", off, int64(len(b))); err != nil {
+		return 0, err
+	}
+	for n < len(b) {
+		m := 0
+		err = again(func() error { m, err = unix.Pread(fd, b[n:], off+int64(n)); return err })
+		if err != nil || m == 0 {
+			return n, err
+		}
+		n += m
+	}
+	return n, nil
+}
+
+// pwrite writes all of b, in one call where the kernel lets it.
+func (d *disk) pwrite(fd int, b []byte, off int64) error {
+	if err := d.before("pwrite", "", off, int64(len(b))); err != nil {
+		return err
+	}
+	for len(b) > 0 {
+		n := 0
+		var err error
+		err = again(func() error { n, err = unix.Pwrite(fd, b, off); return err })
+		if err != nil {
+			return err
+		}
+		if n == 0 {
+			return unix.EIO
+		}
+		b, off = b[n:], off+int64(n)
+	}
+	return nil
+}
+
+func (d *disk) truncate(fd int, size int64) error {
+	if err := d.before("ftruncate", "", size, 0); err != nil {
+		return err
+	}
+	return again(func() error { return unix.Ftruncate(fd, size) })
+}
+
+func (d *disk) datasync(fd int) error {
+	if err := d.before("fdatasync", "", 0, 0); err != nil {
+		return err
+	}
+	return again(func() error { return unix.Fdatasync(fd) })
+}
+
+func (d *disk) fsync(fd int) error {
+	if err := d.before("fsync", "", 0, 0); err != nil {
+		return err
+	}
+	return again(func() error { return unix.Fsync(fd) })
+}
+
+func (d *disk) syncfs(fd int) error {
+	if err := d.before("syncfs", "", 0, 0); err != nil {
+		return err
+	}
+	return again(func() error { return unix.Syncfs(fd) })
+}
+
+// settlePages is S of FORMAT.md: it waits until these pages are on the disk and
+// not being written, so that a rewrite cannot tear them.
+func (d *disk) settlePages(fd int, off, n int64) error {
+	if err := d.before("sync_file_range", "", off, n); err != nil {
+		return err
+	}
+	const how = unix.SYNC_FILE_RANGE_WAIT_BEFORE | unix.SYNC_FILE_RANGE_WRITE | unix.SYNC_FILE_RANGE_WAIT_AFTER
+	return again(func() error { return unix.SyncFileRange(fd, off, n, how) })
+}
+
+// waitPages waits until these pages are not being written.
+func (d *disk) waitPages(fd int, off, n int64) error {
+	return again(func() error { return unix.SyncFileRange(fd, off, n, unix.SYNC_FILE_RANGE_WAIT_BEFORE) })
+}
+
+// hasHole reports whether the backing filesystem knows a hole in [off, end).
+func (d *disk) hasHole(fd int, off, end int64) (bool, error) {
+	p, err := unix.Seek(fd, off, unix.SEEK_HOLE)
+	return p < end, err
+}
+
+func (d *disk) mkdir(dir int, name string, mode uint32) error {
+	if err := d.before("mkdirat", name, 0, 0); err != nil {
+		return err
+	}
+	return unix.Mkdirat(dir, name, mode)
+}
+
+func (d *disk) mknod(dir int, name string, mode uint32, dev int) error {
+	if err := d.before("mknodat", name, 0, 0); err != nil {
+		return err
+	}
+	return unix.Mknodat(dir, name, mode, dev)
+}
+
+func (d *disk) symlink(target string, dir int, name string) error {
+	if err := d.before("symlinkat", name, 0, 0); err != nil {
+		return err
+	}
+	return unix.Symlinkat(target, dir, name)
+}
+
+func (d *disk) readlink(dir int, name string) (string, error) {
+	for n := 512; ; n *= 4 {
+		b := make([]byte, n)
+		m, err := unix.Readlinkat(dir, name, b)
+		if err != nil {
+			return "", err
+		}
+		if m < n {
+			return string(b[:m]), nil
+		}
+	}
+}
+
+func (d *disk) unlink(dir int, name string, flags int) error {
+	if err := d.before("unlinkat", name, 0, 0); err != nil {
+		return err
+	}
+	return unix.Unlinkat(dir, name, flags)
+}
+
+func (d *disk) rename(od int, oname string, nd int, nname string, flags uint32) error {
+	if err := d.before("renameat2", oname, 0, 0); err != nil {
+		return err
+	}
+	return unix.Renameat2(od, oname, nd, nname, uint(flags))
+}
+
+func (d *disk) link(od int, oname string, nd int, nname string) error {
+	if err := d.before("linkat", nname, 0, 0); err != nil {
+		return err
+	}
+	return unix.Linkat(od, oname, nd, nname, 0)
+}
+
+func (d *disk) chmod(fd int, mode uint32) error {
+	if err := d.before("fchmod", "", 0, 0); err != nil {
+		return err
+	}
+	return unix.Chmod(procFD(fd), mode)
+}
+
+func (d *disk) chown(fd, uid, gid int) error {
+	if err := d.before("fchown", "", 0, 0); err != nil {
+		return err
+	}
+	return unix.Fchownat(fd, "", uid, gid, unix.AT_EMPTY_PATH)
+}
+
+func (d *disk) utimens(fd int, atime, mtime unix.Timespec) error {
+	if err := d.before("utimensat", "", 0, 0); err != nil {
+		return err
+	}
+	return unix.UtimesNanoAt(fd, "", []unix.Timespec{atime, mtime}, unix.AT_EMPTY_PATH)
+}
+
+func (d *disk) getxattr(fd int, name string) ([]byte, error) {
+	for n := 512; ; {
+		b := make([]byte, n)
+		m, err := unix.Getxattr(procFD(fd), name, b)
+		if err == unix.ERANGE {
+			if n, err = unix.Getxattr(procFD(fd), name, nil); err == nil {
+				continue
+			}
+		}
+		if err != nil {
+			return nil, err
+		}
+		return b[:m], nil
+	}
+}
+
+func (d *disk) setxattr(fd int, name string, value []byte, flags int) error {
+	if err := d.before("setxattr", "", 0, int64(len(value))); err != nil {
+		return err
+	}
+	return unix.Setxattr(procFD(fd), name, value, flags)
+}
+
+func (d *disk) removexattr(fd int, name string) error {
+	if err := d.before("removexattr", "", 0, 0); err != nil {
+		return err
+	}
+	return unix.Removexattr(procFD(fd), name)
+}
+
+func (d *disk) listxattr(fd int) ([]byte, error) {
+	for {
+		n, err := unix.Listxattr(procFD(fd), nil)
+		if err != nil || n == 0 {
+			return nil, err
+		}
+		b := make([]byte, n)
+		n, err = unix.Listxattr(procFD(fd), b)
+		if err != unix.ERANGE {
+			return b[:max(n, 0)], err
+		}
+	}
+}
+
+// procFD names the very object of a descriptor, of one opened with O_PATH too.
+func procFD(fd int) string { return "/proc/self/fd/" + strconv.Itoa(fd) }
+
+// dirent is one entry of a directory, off the position behind it.
+type dirent struct {
+	name string
+	ino  uint64
+	typ  uint32 // S_IFMT bits, 0 if the filesystem does not say
+	off  int64
+}
+
+// dirents reads the next entries of an open directory into buf, none at its end.
+func (d *disk) dirents(fd int, buf []byte) (out []dirent, err error) {
+	n := 0
+	err = again(func() error { n, err = unix.Getdents(fd, buf); return err })
+	if err != nil {
+		return nil, os.NewSyscallError("getdents64", err)
+	}
+	for b := buf[:n]; len(b) > 0; {
+		e, size := parseDirent(b)
+		out, b = append(out, e), b[size:]
+	}
+	return out, nil
+}

@@ -1,0 +1,447 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+	"kmsfs/keystore"
+)
+
+// file is the ciphertext file of a node while something of it is open, or has
+// still to settle. The rules that its methods follow are those of FORMAT.md,
+// "What is on the disk when the power fails"; conf, durable, whole, S and the
+// names of the states are from there.
+type file struct {
+	n *Node
+	v *Volume
+
+	// mu guards the fields below. It is held across reads and writes of the
+	// file, and shared by readers; not across an fsync or a call to a key service.
+	mu      sync.RWMutex
+	fd      int
+	old     []int // descriptors that could only read, closed with the file
+	rw      bool
+	closed  bool
+	handles int
+	writers int
+
+	hdr  *blockcrypt.Header // nil while the file is empty
+	head []byte             // the header's bytes as they are on the disk
+	keys *blockcrypt.FileKeys
+	next *keystore.DataKey // under which the first byte of an empty file will be written
+
+	size    int64 // of the plaintext
+	conf    int64 // so many bytes may be confirmed; 0: the file is fresh
+	durable int64 // so many are
+	whole   bool  // the length is at whole pages
+	born    time.Time
+	tailK   int64 // the block that tail holds, -1 for none
+	tail    []byte
+	sealed  int64 // blocks, under the current content key
+	epoch   uint16
+	inked   bool   // epoch was drawn
+	holes   bool   // the sparse flag was set here, so that the backing's holes are all there are
+	changes uint64 // of the content
+	cuts    uint64 // of them, truncations
+	view    bool   // of a read-only mount: size is what opens, not what the state says
+
+	mtime   unix.Timespec // what the kernel believes
+	touched bool          // the backing's mtime is another by now
+}
+
+// fresh is what a node remembers of a file that was closed before anything of
+// it was confirmed, and the number of its content key.
+type fresh struct {
+	file  blockcrypt.ID
+	born  time.Time // zero: something may be confirmed
+	epoch uint16
+	inked bool
+}
+
+// freshFor is how long nothing of a new file counts as confirmed without fsync.
+const freshFor = 30 * time.Second
+
+// acquire returns the node's open file, loading it if need be; write opens it
+// for writing and takes the data key that an empty file's first byte needs.
+func (n *Node) acquire(ctx context.Context, write bool) (*file, error) {
+	if n.typ != unix.S_IFREG {
+		return nil, unix.EINVAL
+	}
+	if write && n.v.o.ReadOnly {
+		return nil, unix.EROFS
+	}
+	n.openMu.Lock()
+	defer n.openMu.Unlock()
+	f := n.file.Load()
+	if f == nil {
+		var err error
+		if f, err = n.load(ctx); err != nil {
+			return nil, err
+		}
+		n.attach(f)
+	}
+	err := f.join(ctx, write)
+	if err != nil {
+		f.dropIfIdle()
+		return nil, err
+	}
+	return f, nil
+}
+
+func (n *Node) attach(f *file) {
+	n.hold()
+	n.file.Store(f)
+}
+
+// join counts a handle. openMu is held.
+func (f *file) join(ctx context.Context, write bool) error {
+	if write {
+		if err := f.needWrite(); err != nil {
+			return err
+		}
+		if err := f.needKey(ctx); err != nil {
+			return err
+		}
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.handles++
+	if write {
+		f.writers++
+	}
+	return nil
+}
+
+// needWrite makes the descriptor one that can write.
+func (f *file) needWrite() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.hdr != nil && f.hdr.NoWrite != 0 {
+		return unix.EROFS
+	}
+	if f.rw {
+		return nil
+	}
+	fd, err := f.n.open(unix.O_RDWR)
+	if err != nil {
+		return err
+	}
+	f.old = append(f.old, f.fd) // another thread may be reading from it
+	f.fd, f.rw = fd, true
+	return nil
+}
+
+// needKey takes a data key for the next content of an empty file.
+func (f *file) needKey(ctx context.Context) error {
+	f.mu.RLock()
+	have := f.size > 0 || f.next != nil
+	f.mu.RUnlock()
+	if have {
+		return nil
+	}
+	return f.takeKey(ctx)
+}
+
+// takeKey takes a data key for new content, if none is taken yet.
+func (f *file) takeKey(ctx context.Context) error {
+	k, err := f.v.ring.NewKey(ctx)
+	if err != nil {
+		f.v.report(f.n.where(), "no data key for new content", err)
+		return err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.next != nil {
+		f.v.ring.PutBack(k)
+		return nil
+	}
+	f.next = k
+	return nil
+}
+
+// release takes a handle back.
+func (f *file) release(write bool) {
+	f.n.openMu.Lock()
+	defer f.n.openMu.Unlock()
+	f.mu.Lock()
+	f.handles--
+	if write {
+		f.writers--
+	}
+	if f.writers == 0 && f.next != nil {
+		f.v.ring.PutBack(f.next)
+		f.next = nil
+	}
+	f.mu.Unlock()
+	f.dropIfIdle()
+}
+
+// dropIfIdle closes the file where nothing has it open, or hands it to the
+// settler. openMu is held.
+func (f *file) dropIfIdle() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.handles > 0 || f.closed {
+		return
+	}
+	if f.rw && !f.n.isGone() && f.unsettled() {
+		f.v.settler.add(f)
+		return
+	}
+	f.n.fresh = fresh{epoch: f.epoch, inked: f.inked}
+	if f.hdr != nil {
+		f.n.fresh.file = f.hdr.File
+		if f.conf == 0 {
+			f.n.fresh.born = f.born
+		}
+	}
+	f.closed = true
+	f.v.disk.close(f.fd)
+	for _, fd := range f.old {
+		f.v.disk.close(fd)
+	}
+	f.n.file.Store(nil)
+	f.n.release()
+}
+
+func (n *Node) isGone() bool {
+	n.v.mu.Lock()
+	defer n.v.mu.Unlock()
+	return n.gone
+}
+
+// unsettled reports whether the file on the disk is not yet in its final form. mu is held.
+func (f *file) unsettled() bool {
+	return f.hdr != nil && f.conf > 0 && (f.whole || f.flags()&(blockcrypt.Dirty|blockcrypt.Cut) != 0)
+}
+
+func (f *file) flags() uint32 {
+	if f.hdr == nil {
+		return 0
+	}
+	return f.hdr.State.Flags
+}
+
+// borrow calls g with the descriptor; done is false where the file was closed.
+func (f *file) borrow(g func(fd int) error) (done bool, err error) {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if f.closed {
+		return false, nil
+	}
+	return true, g(f.fd)
+}
+
+// fill puts size and time into st; false where the file was closed.
+func (f *file) fill(st *Attr) bool {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if f.closed {
+		return false
+	}
+	st.Size = f.size
+	if f.touched {
+		st.Mtim = f.mtime
+	}
+	return true
+}
+
+func (f *file) setMtime(t unix.Timespec) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if t.Nsec == unix.UTIME_NOW {
+		var st unix.Stat_t
+		if f.v.fstat(f.fd, &st) == nil {
+			f.mtime, f.touched = st.Mtim, false
+		}
+		return
+	}
+	f.mtime, f.touched = t, false
+}
+
+// touch notes that the content changed. mu is held.
+func (f *file) touch() {
+	f.changes++
+	f.touched = true
+	if !f.v.o.KernelTimes {
+		unix.ClockGettime(unix.CLOCK_REALTIME, &f.mtime)
+	}
+}
+
+// putMtime puts the time back that the kernel believes, which our own writes
+// have moved. mu is held.
+func (f *file) putMtime() error {
+	if !f.touched {
+		return nil
+	}
+	err := f.v.utimens(f.fd, unix.Timespec{Nsec: unix.UTIME_OMIT}, f.mtime)
+	f.touched = err != nil
+	return err
+}
+
+// A Handle is an open file. Its methods may be called by several goroutines.
+type Handle struct {
+	f     *file
+	write bool
+}
+
+// Open opens a regular file. Opening an empty one for writing takes a data key,
+// so that a refusal by the key service shows here.
+func (n *Node) Open(ctx context.Context, write bool) (*Handle, error) {
+	f, err := n.acquire(ctx, write)
+	if err != nil {
+		return nil, err
+	}
+	return &Handle{f, write}, nil
+}
+
+// Create makes a regular file, or opens the one that is there unless excl is
+// set, and opens it for writing, or reading only.
+func (v *Volume) Create(ctx context.Context, dir *Node, name string, mode uint32, c Caller, excl, write bool) (*Node, Attr, *Handle, error) {
+	if v.o.ReadOnly {
+		return nil, Attr{}, nil, unix.EROFS
+	}
+	// Before the file is there: a refusal leaves nothing behind.
+	key, err := v.ring.NewKey(ctx)
+	if err != nil {
+		v.report("new file", "no data key", err)
+		return nil, Attr{}, nil, err
+	}
+	created := -1
+	n, st, err := v.make(ctx, dir, name, c, mode|unix.S_IFREG, func(fd int, cname string, mode uint32) (err error) {
+		created, err = v.open(fd, cname, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|fileFlags, mode&^unix.S_IFMT)
+		return err
+	})
+	if errors.Is(err, unix.EEXIST) && !excl && created < 0 {
+		v.ring.PutBack(key)
+		n, _, _, err = v.Lookup(ctx, dir, name)
+		if err != nil {
+			return nil, Attr{}, nil, err
+		}
+		h, err := n.Open(ctx, write)
+		if err == nil {
+			st, err = n.Attr()
+		}
+		if err != nil {
+			v.Forget(n.id, 1)
+		}
+		return n, st, h, err
+	}
+	if err != nil {
+		if created >= 0 {
+			v.disk.close(created)
+		}
+		v.ring.PutBack(key)
+		return nil, Attr{}, nil, err
+	}
+	return n, st, n.adopt(created, &st, key, write), nil
+}
+
+// adopt opens a file that was made just now, empty, by its descriptor.
+func (n *Node) adopt(fd int, st *Attr, key *keystore.DataKey, write bool) *Handle {
+	n.openMu.Lock()
+	defer n.openMu.Unlock()
+	f := n.file.Load()
+	if f == nil {
+		f = n.newFile(fd, true, st)
+		f.handles, f.next = 1, key
+		if write {
+			f.writers = 1
+		}
+		n.attach(f)
+		return &Handle{f, write}
+	}
+	n.v.disk.close(fd) // another has opened it already
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.handles++
+	if write {
+		f.writers++
+	}
+	if f.next == nil && f.size == 0 {
+		f.next = key
+	} else {
+		n.v.ring.PutBack(key)
+	}
+	return &Handle{f, write}
+}
+
+func (n *Node) newFile(fd int, rw bool, st *Attr) *file {
+	return &file{n: n, v: n.v, fd: fd, rw: rw, tailK: -1, born: time.Now(), mtime: st.Mtim}
+}
+
+// Node returns the node of the file.
+func (h *Handle) Node() *Node { return h.f.n }
+
+// Flush is called at each close of a descriptor: what was written so far is
+// there after a SIGKILL when it returns.
+func (h *Handle) Flush() error {
+	if !h.write {
+		return nil
+	}
+	f := h.f
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.rest()
+}
+
+// rest brings a fresh file into the form that a closed one has, and puts the
+// time back. mu is held.
+func (f *file) rest() error {
+	if f.hdr != nil && f.conf == 0 && f.flags()&blockcrypt.Dirty != 0 {
+		if err := f.writeState(f.flags() &^ blockcrypt.Dirty); err != nil {
+			return f.failed("close", err)
+		}
+	}
+	return f.putMtime()
+}
+
+// Release closes the handle.
+func (h *Handle) Release() error {
+	err := h.Flush()
+	h.f.release(h.write)
+	return err
+}
+
+// Fsync makes what was written so far durable, and what leads to the file.
+func (h *Handle) Fsync() error {
+	if h.f.v.o.ReadOnly {
+		return nil
+	}
+	if err := h.f.sync(); err != nil {
+		return h.f.failed("fsync", err)
+	}
+	return h.f.syncPath()
+}
+
+// syncPath makes the IDs of the directories above durable, and the file's own
+// directory where its name is a long one.
+func (f *file) syncPath() error {
+	f.n.v.mu.Lock()
+	links := append([]link(nil), f.n.links...)
+	f.n.v.mu.Unlock()
+	for _, l := range links {
+		if err := l.dir.syncIDs(); err != nil {
+			return err
+		}
+		if len(l.cname) > len(blockcrypt.LongPrefix) && l.cname[:len(blockcrypt.LongPrefix)] == blockcrypt.LongPrefix {
+			if err := l.dir.syncDir(); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// failed logs that an operation on the file failed.
+func (f *file) failed(op string, err error) error {
+	if err != nil {
+		f.v.report(f.n.where(), op+" failed", err)
+	}
+	return err
+}

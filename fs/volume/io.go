@@ -1,0 +1,380 @@
+package volume
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+)
+
+// Buffers of ciphertext: a run of pages. Allocations of this size begin at a page.
+const runPages = 264
+
+var runs = sync.Pool{New: func() any { b := make([]byte, runPages*blockcrypt.PageSize); return &b }}
+
+// maxGap is the largest gap that is sealed as zeros; a larger one is a hole.
+const maxGap = 1 << 20
+
+var zeroBlock [blockcrypt.BlockSize]byte
+
+// Read fills b from offset off; less is read only at the end of the file.
+func (h *Handle) Read(b []byte, off int64) (int, error) {
+	f := h.f
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	n, err := f.read(b, off)
+	return n, f.failed("read", err)
+}
+
+func (f *file) read(b []byte, off int64) (int, error) {
+	if off >= f.size || len(b) == 0 {
+		return 0, nil
+	}
+	b = b[:min(int64(len(b)), f.size-off)]
+	buf := runs.Get().(*[]byte)
+	defer runs.Put(buf)
+	for done := 0; done < len(b); {
+		n, err := f.readRun(*buf, b[done:], off+int64(done))
+		if err != nil {
+			return 0, err
+		}
+		done += n
+	}
+	return len(b), nil
+}
+
+// readRun opens what one read of buf's size holds.
+func (f *file) readRun(buf, b []byte, off int64) (done int, err error) {
+	g := f.v.geo
+	first, last := g.Block(off), g.Block(off+int64(len(b))-1)
+	last = min(last, first+runPages-1)
+	n, err := f.v.pread(f.fd, buf[:(last-first+1)*blockcrypt.PageSize], g.PageOff(first))
+	if err != nil {
+		return 0, err
+	}
+	raw := buf[:n]
+	for k := first; k <= last; k++ {
+		start, size := g.Start(k), f.blockLen(k)
+		at := int(off + int64(done) - start)
+		page := pageOf(raw, int(k-first), g.Lead(k))
+		if at == 0 && len(b)-done >= size {
+			if err = f.openBlock(b[done:done], k, page, size); err != nil {
+				return 0, err
+			}
+			done += size
+			continue
+		}
+		var tmp [blockcrypt.BlockSize]byte
+		if err = f.openBlock(tmp[:0], k, page, size); err != nil {
+			return 0, err
+		}
+		done += copy(b[done:], tmp[at:size])
+	}
+	return done, nil
+}
+
+// pageOf returns page i of raw from the block's first byte on; less, or nothing,
+// where the file ends.
+func pageOf(raw []byte, i, lead int) []byte {
+	from := min(len(raw), i*blockcrypt.PageSize+lead)
+	return raw[from:min(len(raw), (i+1)*blockcrypt.PageSize)]
+}
+
+// blockLen returns how many bytes block k has in a file of this size.
+func (f *file) blockLen(k int64) int {
+	return int(min(f.size, f.v.geo.Start(k+1)) - f.v.geo.Start(k))
+}
+
+// openBlock opens block k, which must have size bytes, into dst, whose capacity
+// is enough. A hole is zeros.
+func (f *file) openBlock(dst []byte, k int64, page []byte, size int) error {
+	if f.isHole(k, page) {
+		clear(dst[:size])
+		return nil
+	}
+	if n := blockcrypt.BlockLen(page); n != size && f.view && n > size {
+		// A view of a file that is being written can end within a block.
+		var tmp [blockcrypt.BlockSize]byte
+		out, err := f.keys.Open(tmp[:0], k, page, f.v.geo.Capacity(k))
+		if err == nil {
+			copy(dst[:size], out)
+		}
+		return err
+	}
+	out, err := f.keys.Open(dst, k, page, f.v.geo.Capacity(k))
+	if err != nil {
+		return err
+	}
+	if len(out) != size {
+		return &blockcrypt.DamageError{Class: blockcrypt.BadBlock, Pos: f.v.geo.PageOff(k), Detail: "a block of another length"}
+	}
+	return nil
+}
+
+func (f *file) isHole(k int64, page []byte) bool {
+	return f.flags()&blockcrypt.Sparse != 0 && k < f.v.geo.Block(f.size-1) && len(page) > 0 && page[0] == 0 && page[1] == 0 && blockcrypt.IsHole(page)
+}
+
+// readBlock returns the plaintext of block k, in dst unless it is remembered.
+func (f *file) readBlock(k int64, dst []byte) ([]byte, error) {
+	size := f.blockLen(k)
+	if k == f.tailK && len(f.tail) == size {
+		return f.tail, nil
+	}
+	var page [blockcrypt.PageSize]byte
+	n, err := f.v.pread(f.fd, page[:], f.v.geo.PageOff(k))
+	if err != nil {
+		return nil, err
+	}
+	err = f.openBlock(dst[:0], k, pageOf(page[:n], 0, f.v.geo.Lead(k)), size)
+	return dst[:size], err
+}
+
+// Write writes b at offset off. On an error the file keeps what it had, but for
+// whole pages of an overwrite.
+func (h *Handle) Write(ctx context.Context, b []byte, off int64) (int, error) {
+	if !h.write {
+		return 0, unix.EBADF
+	}
+	if len(b) == 0 {
+		return 0, nil
+	}
+	f := h.f
+	unlock, err := f.lockForContent(ctx)
+	if err != nil {
+		return 0, err
+	}
+	defer unlock()
+	if err := f.write(b, off, int64(len(b))); err != nil {
+		return 0, f.failed("write", err)
+	}
+	return len(b), nil
+}
+
+// lockForContent takes mu with a data key at hand, if the file is empty.
+func (f *file) lockForContent(ctx context.Context) (unlock func(), err error) {
+	for {
+		f.mu.Lock()
+		if f.size > 0 || f.next != nil {
+			return f.mu.Unlock, nil
+		}
+		f.mu.Unlock()
+		if err := f.takeKey(ctx); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// write puts n bytes at off: b, or zeros where b is nil. mu is held.
+func (f *file) write(b []byte, off, n int64) error {
+	end := off + n
+	if off < 0 || end < 0 || end > blockcrypt.MaxPlain {
+		return unix.EFBIG
+	}
+	old := f.size
+	sparse := uint32(0)
+	if off-old > maxGap {
+		sparse = blockcrypt.Sparse
+	}
+	f.growOld()
+	undo := func() {}
+	switch {
+	case old == 0:
+		if err := f.begin(sparse); err != nil {
+			return err
+		}
+		undo = f.abandon
+	case end > old:
+		if err := f.beforeGrowth(blockcrypt.Dirty | sparse); err != nil {
+			return err
+		}
+		var err error
+		if undo, err = f.tailKeeper(); err != nil {
+			return err
+		}
+	}
+	err := f.writeRuns(b, off, end, sparse != 0)
+	if err != nil {
+		f.tailK = -1
+		undo()
+		return err
+	}
+	f.touch()
+	return nil
+}
+
+// growOld ends the time in which nothing of the file counts as confirmed. mu is held.
+func (f *file) growOld() {
+	if f.conf == 0 && f.size > 0 && time.Since(f.born) > freshFor {
+		f.conf = f.size
+	}
+}
+
+// writeRuns seals the blocks that [off, end) touches, with the old last block
+// where the file grows over a gap.
+func (f *file) writeRuns(b []byte, off, end int64, sparse bool) error {
+	g, old := f.v.geo, f.size
+	first, last := g.Block(off), g.Block(end-1)
+	if off > old {
+		tail := int64(0)
+		if old > 0 {
+			tail = g.Block(old - 1)
+		}
+		switch {
+		case !sparse:
+			first = min(first, tail)
+		case tail < first:
+			// The old last block is sealed full; what lies between are holes.
+			if err := f.put(tail, tail, g.Start(tail+1), nil, old, old); err != nil {
+				return err
+			}
+		}
+	}
+	size := max(old, end)
+	if err := f.put(first, last, size, b, off, end); err != nil {
+		return err
+	}
+	f.size = size
+	f.remember(last, b, off, end)
+	return nil
+}
+
+// tailKeeper returns what puts the old end of the file back after a growth
+// that failed. mu is held.
+func (f *file) tailKeeper() (undo func(), err error) {
+	size, k := f.size, f.v.geo.Block(f.size-1)
+	var tail []byte
+	if f.blockLen(k) < f.v.geo.Capacity(k) {
+		t, err := f.readBlock(k, make([]byte, blockcrypt.BlockSize))
+		if err != nil {
+			return nil, err
+		}
+		tail = append(tail, t...)
+	}
+	return func() {
+		var err error
+		if tail != nil {
+			err = f.put(k, k, size, tail, f.v.geo.Start(k), size)
+		}
+		if err == nil {
+			err = f.v.truncate(f.fd, f.length(size))
+		}
+		f.failed("putting the end of the file back", err)
+	}, nil
+}
+
+// length returns how long the ciphertext file is at this size.
+func (f *file) length(size int64) int64 {
+	if f.whole {
+		return f.v.geo.Whole(size)
+	}
+	return f.v.geo.Exact(size)
+}
+
+// remember keeps the plaintext of the last block of a write: the next write
+// mostly goes on there.
+func (f *file) remember(k int64, b []byte, off, end int64) {
+	start, size := f.v.geo.Start(k), int64(f.blockLen(k))
+	if b == nil || off > start || end < start+size {
+		f.tailK = -1
+		return
+	}
+	f.tailK = k
+	f.tail = append(f.tail[:0], b[start-off:start-off+size]...)
+}
+
+// put seals blocks first to last of a file of size bytes and writes them: the
+// bytes [off, end) are b, or zeros where b is nil, the others those that the
+// file has now, or zeros. One S and one pwrite for each run; header and block 0
+// go together. mu is held.
+func (f *file) put(first, last, size int64, b []byte, off, end int64) error {
+	if f.sealed > blockcrypt.EpochBlocks || !f.inked {
+		f.epoch, f.sealed, f.inked = blockcrypt.NewEpoch(), 0, true
+	}
+	buf := runs.Get().(*[]byte)
+	defer runs.Put(buf)
+	for first <= last {
+		final := min(last, first+runPages-1-f.v.geo.PageOff(0)/blockcrypt.PageSize) // with the header's own pages
+		if err := f.putRun(*buf, first, final, size, b, off, end); err != nil {
+			return err
+		}
+		first = final + 1
+	}
+	return nil
+}
+
+func (f *file) putRun(buf []byte, first, last, size int64, b []byte, off, end int64) error {
+	g := f.v.geo
+	at, used := g.PageOff(first), 0
+	if first == 0 {
+		at = 0
+		used = copy(buf, f.head)
+	}
+	var scratch [blockcrypt.BlockSize]byte
+	for k := first; k <= last; k++ {
+		text, err := f.content(scratch[:], k, size, b, off, end)
+		if err != nil {
+			return err
+		}
+		f.keys.Seal(buf[used:], k, f.epoch, text)
+		used += blockcrypt.SealedSize(len(text))
+		next := int(g.PageOff(k+1) - at)
+		clear(buf[used:next])
+		used = next
+	}
+	f.sealed += last - first + 1
+	if last == g.Block(size-1) && !f.whole {
+		used = int(g.Exact(size) - at)
+	}
+	if err := f.guard(at, first, last); err != nil {
+		return err
+	}
+	f.v.wrote.Store(true)
+	return f.v.pwrite(f.fd, buf[:used], at)
+}
+
+// content returns the plaintext of block k of the file after the change.
+func (f *file) content(scratch []byte, k, size int64, b []byte, off, end int64) ([]byte, error) {
+	start := f.v.geo.Start(k)
+	stop := min(f.v.geo.Start(k+1), size)
+	if off <= start && stop <= end {
+		if b == nil {
+			return zeroBlock[:stop-start], nil
+		}
+		return b[start-off : stop-off], nil
+	}
+	text := scratch[:stop-start]
+	n := 0
+	if start < f.size {
+		old, err := f.readBlock(k, scratch)
+		if err != nil {
+			return nil, err
+		}
+		n = copy(text, old)
+	}
+	clear(text[n:])
+	if from, to := max(start, off), min(stop, end); from < to {
+		if b == nil {
+			clear(text[from-start : to-start])
+		} else {
+			copy(text[from-start:to-start], b[from-off:to-off])
+		}
+	}
+	return text, nil
+}
+
+// guard is S over those of the blocks that may hold confirmed bytes, whose run
+// begins at byte at.
+func (f *file) guard(at, first, last int64) error {
+	if f.conf == 0 || f.v.calm {
+		return nil
+	}
+	last = min(last, f.v.geo.Block(f.conf-1))
+	if first > last {
+		return nil
+	}
+	return f.v.settlePages(f.fd, at, f.v.geo.PageOff(last+1)-at)
+}

@@ -1,0 +1,268 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+	"kmsfs/keystore"
+)
+
+// load opens the node's ciphertext file: header, keys, state, and the repair of
+// what a session that ended badly has left. openMu is held.
+func (n *Node) load(ctx context.Context) (*file, error) {
+	f, st, err := n.openFile()
+	if err != nil {
+		return nil, err
+	}
+	if st.Size > 0 {
+		err = f.readHeader(ctx, st.Size)
+	}
+	n.v.mu.Lock()
+	pending := n.pending
+	n.v.mu.Unlock()
+	if err == nil && pending {
+		err = unix.ESTALE // it is right now, but not what was told: look it up again
+	}
+	if err != nil {
+		n.v.disk.close(f.fd)
+		if blockcrypt.ClassOf(err) != "" || keystore.KindOf(err) != 0 {
+			n.v.report(n.where(), "a file cannot be opened", err)
+		}
+		return nil, err
+	}
+	return f, nil
+}
+
+// openFile opens the descriptor, one that can write if that is possible.
+func (n *Node) openFile() (*file, unix.Stat_t, error) {
+	fd, rw := -1, !n.v.o.ReadOnly
+	err := error(nil)
+	if rw {
+		fd, err = n.open(unix.O_RDWR)
+		rw = err == nil
+	}
+	if !rw && (err == nil || errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM) || errors.Is(err, unix.EROFS)) {
+		fd, err = n.open(unix.O_RDONLY)
+	}
+	var st unix.Stat_t
+	if err == nil {
+		if err = n.v.fstat(fd, &st); err != nil {
+			n.v.disk.close(fd)
+		}
+	}
+	if err != nil {
+		return nil, st, err
+	}
+	return n.newFile(fd, rw, &st), st, nil
+}
+
+// readHeader reads and checks the header of a file of this length, and unwraps its key.
+func (f *file) readHeader(ctx context.Context, length int64) error {
+	v := f.v
+	head := make([]byte, v.geo.Header())
+	m, err := v.pread(f.fd, head, 0)
+	if err != nil {
+		return err
+	}
+	if blockcrypt.IsHole(head[:m]) && v.repairs() && f.rw {
+		// The power failed before the first page was written: nothing was confirmed.
+		v.log.Warn("a file was never written before the power failed; it is empty now", "at", f.n.where())
+		if err := v.truncate(f.fd, 0); err != nil {
+			return err
+		}
+		return v.datasync(f.fd)
+	}
+	hdr, err := blockcrypt.ParseHeader(head[:m])
+	if err != nil {
+		return err
+	}
+	if hdr.Geometry != v.geo {
+		return &blockcrypt.DamageError{Class: blockcrypt.BadHeader, Pos: 8, Detail: "the header has another size than the volume's"}
+	}
+	if err := v.vk.CheckOrigin(hdr); err != nil {
+		return err
+	}
+	key, err := v.ring.Unwrap(ctx, hdr.File, wrapped(hdr.Recipients))
+	if err != nil {
+		return err
+	}
+	keys, err := hdr.Unlock(key)
+	clear(key)
+	if err != nil {
+		return err
+	}
+	f.hdr, f.keys, f.head = hdr, keys, head
+	return f.takeState(length)
+}
+
+func wrapped(rs []blockcrypt.Recipient) []keystore.Wrapped {
+	out := make([]keystore.Wrapped, len(rs))
+	for i, r := range rs {
+		out[i] = keystore.Wrapped{URI: r.URI, Branch: r.Branch, Blob: r.Wrapped}
+	}
+	return out
+}
+
+// takeState believes the state, or repairs the file.
+func (f *file) takeState(length int64) error {
+	v, s := f.v, f.hdr.State
+	dirty := s.Flags&(blockcrypt.Dirty|blockcrypt.Cut) != 0
+	if v.o.ReadOnly {
+		if dirty {
+			return f.lookThrough(length)
+		}
+	} else if v.wasBad(s.Session) && f.unconfirmed() || dirty && v.isBad(s.Session) {
+		return f.repair(length)
+	} else if dirty {
+		return &blockcrypt.DamageError{Class: blockcrypt.BadState, Pos: blockcrypt.StateOffset,
+			Detail: "the file was being written when it was copied here; kmsfs cat gives what opens"}
+	}
+	switch length {
+	case v.geo.Exact(s.Size):
+	case v.geo.Whole(s.Size):
+		f.whole = true
+	default:
+		if s.Size == 0 && length == int64(v.geo.Header()) { // an empty file
+			f.hdr, f.keys, f.head = nil, nil, nil
+			return nil
+		}
+		return &blockcrypt.DamageError{Class: blockcrypt.BadSize, Pos: -1, Detail: fmt.Sprintf("the file is %d bytes long, not the %d of %d bytes of plaintext", length, v.geo.Exact(s.Size), s.Size)}
+	}
+	f.size, f.conf, f.durable = s.Size, s.Size, s.Size
+	last := f.n.fresh
+	if last.file == f.hdr.File && last.inked {
+		f.epoch, f.inked = last.epoch, true
+	}
+	if v.isBad(s.Session) { // closed by this mount, not known to be on the disk
+		f.durable = s.Floor
+		if last.file == f.hdr.File && !last.born.IsZero() && time.Since(last.born) < freshFor && s.Floor == 0 {
+			f.conf, f.born = 0, last.born
+		}
+	}
+	return nil
+}
+
+// wasBad reports whether a session before this mount is not known to have ended well.
+func (v *Volume) wasBad(session uint64) bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.bad[session]
+}
+
+// checkSession repairs the file if a session that ended badly wrote it. ok is
+// false where it cannot be done yet, since its key is not to be had.
+func (n *Node) checkSession(ctx context.Context) (ok bool, err error) {
+	n.openMu.Lock()
+	defer n.openMu.Unlock()
+	if n.file.Load() != nil {
+		return true, nil
+	}
+	needs, err := n.needsRepair()
+	if err != nil || !needs {
+		return err == nil, err
+	}
+	f, err := n.load(ctx)
+	if keystore.KindOf(err) != 0 {
+		if keystore.KindOf(err) == keystore.Damaged {
+			return true, nil
+		}
+		return false, nil
+	}
+	if err != nil {
+		return true, nil // damage shows when it is opened; it can be removed
+	}
+	n.attach(f)
+	f.dropIfIdle()
+	return true, nil
+}
+
+// needsRepair looks at the state, unauthenticated: repairing checks it.
+func (n *Node) needsRepair() (bool, error) {
+	fd, err := n.open(unix.O_RDONLY)
+	if errors.Is(err, unix.EACCES) {
+		return false, nil // cannot be opened at all
+	}
+	if err != nil {
+		return false, err
+	}
+	defer n.v.disk.close(fd)
+	b := make([]byte, n.v.geo.Header())
+	m, err := n.v.pread(fd, b, 0)
+	if err != nil {
+		return false, err
+	}
+	if m == 0 {
+		return false, nil
+	}
+	if blockcrypt.IsHole(b[:m]) {
+		return true, nil
+	}
+	h, err := blockcrypt.ParseHeader(b[:m])
+	if err != nil {
+		return false, nil // damage shows when it is opened
+	}
+	s := h.State
+	return n.v.wasBad(s.Session) && (s.Flags&(blockcrypt.Dirty|blockcrypt.Cut) != 0 || s.Floor < s.Size), nil
+}
+
+// walk looks everything up once after a session that ended badly, so that its
+// files are repaired and it can leave the marker.
+func (v *Volume) walk() {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	go func() {
+		select {
+		case <-v.quit:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	whole, err := v.walkDir(ctx, v.root)
+	if err == nil && whole {
+		err = v.cleaned()
+	}
+	switch {
+	case ctx.Err() != nil:
+	case err != nil:
+		v.report(".", "the walk after a mount that did not end well failed; it is made again at the next mount", err)
+	case !whole:
+		v.log.Warn("some files could not be repaired yet; it is tried again when they are looked up, and at the next mount")
+	default:
+		v.log.Info("all files of the mount that did not end well were checked")
+	}
+}
+
+func (v *Volume) walkDir(ctx context.Context, n *Node) (whole bool, err error) {
+	d, err := n.OpenDir()
+	if err != nil {
+		return false, err
+	}
+	defer d.Close()
+	whole = true
+	err = d.Next(func(e Entry) bool {
+		if e.Name == "." || e.Name == ".." {
+			return ctx.Err() == nil
+		}
+		c, _, final, lerr := d.Lookup(ctx, e)
+		if lerr != nil {
+			whole = whole && errors.Is(lerr, unix.ENOENT)
+			return ctx.Err() == nil
+		}
+		whole = whole && final
+		if c.IsDir() {
+			ok, derr := v.walkDir(ctx, c)
+			whole = whole && (ok && derr == nil)
+		}
+		v.Forget(c.id, 1)
+		return ctx.Err() == nil
+	})
+	if ctx.Err() != nil {
+		return false, ctx.Err()
+	}
+	return whole, err
+}

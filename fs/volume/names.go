@@ -1,0 +1,316 @@
+package volume
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"strings"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+)
+
+// A directory's ID stands in two of its entries, both metadata: the target of
+// the symlink dirLink, and in the name of an empty file, dirLink.ID.
+const dirLink = "kmsfs.dir"
+
+func isDirID(cname string) bool {
+	return cname == dirLink || strings.HasPrefix(cname, dirLink+".")
+}
+
+var errNoID = errors.New("the directory has entries but no ID; restore kmsfs.dir from a backup")
+
+// dirIdent returns the directory's ID. One without entries has none yet: ok is false,
+// unless create is set, which makes one.
+func (n *Node) dirIdent(create bool) (id blockcrypt.ID, ok bool, err error) {
+	if n.v.plain {
+		return id, true, nil
+	}
+	n.dirMu.Lock()
+	defer n.dirMu.Unlock()
+	if n.hasID {
+		return n.dirID, true, nil
+	}
+	fd, err := n.enter()
+	if err != nil {
+		return id, false, err
+	}
+	defer n.leave()
+	id, ok, err = n.v.readDirID(fd)
+	if err != nil {
+		n.v.report(n.where(), "a directory cannot be read", err)
+		return id, false, unix.EIO
+	}
+	if !ok && create {
+		if id, err = n.v.makeDirID(fd); err != nil {
+			return id, false, err
+		}
+		ok = true
+	}
+	if ok {
+		n.dirID, n.hasID = id, true
+	}
+	return id, ok, nil
+}
+
+// forgetID is called when the directory's ID was removed from the disk.
+func (n *Node) forgetID() {
+	n.dirMu.Lock()
+	defer n.dirMu.Unlock()
+	if n != n.v.root {
+		n.hasID, n.idSynced = false, false
+	}
+}
+
+// readDirID reads the ID from either place, and refuses two that differ. The
+// place that is lost is made again where the volume is writable.
+func (v *Volume) readDirID(fd int) (id blockcrypt.ID, ok bool, err error) {
+	target, err := v.readlink(fd, dirLink)
+	switch {
+	case err == nil:
+		if id, ok = blockcrypt.ParseID(target); !ok {
+			return id, false, errors.New("kmsfs.dir is malformed")
+		}
+		var st unix.Stat_t
+		if v.stat(fd, dirLink+"."+target, &st) == nil {
+			return id, true, nil
+		}
+	case !errors.Is(err, unix.ENOENT):
+		return id, false, err
+	}
+	// One place, or both, are missing.
+	var inName []string
+	entries := false
+	err = v.scan(fd, func(e dirent) error {
+		if s, found := strings.CutPrefix(e.name, dirLink+"."); found {
+			inName = append(inName, s)
+		} else if !isOwn(e.name) {
+			entries = true
+		} else if strings.HasPrefix(e.name, blockcrypt.LongPrefix) {
+			entries = true
+		}
+		return nil
+	})
+	switch {
+	case err != nil:
+		return id, false, err
+	case len(inName) == 0 && !ok:
+		if entries {
+			return id, false, errNoID
+		}
+		return id, false, nil
+	case len(inName) == 0: // the file's name is lost
+		if !v.o.ReadOnly {
+			err = v.nameDirID(fd, id)
+		}
+		return id, true, ignore(err, unix.EROFS)
+	case ok || len(inName) > 1:
+		return id, false, fmt.Errorf("the directory has %d IDs that differ", len(inName)+1)
+	}
+	if id, ok = blockcrypt.ParseID(inName[0]); !ok {
+		return id, false, errors.New("kmsfs.dir.ID is malformed")
+	}
+	if !v.o.ReadOnly { // the symlink is lost
+		err = v.symlink(id.String(), fd, dirLink)
+	}
+	return id, true, err
+}
+
+func (v *Volume) makeDirID(fd int) (blockcrypt.ID, error) {
+	id := blockcrypt.NewID()
+	if err := v.symlink(id.String(), fd, dirLink); err != nil {
+		return id, err
+	}
+	err := v.nameDirID(fd, id)
+	if err == nil && v.super {
+		// Who owns the directory can go on without the one who runs this mount.
+		var st unix.Stat_t
+		if err = v.fstat(fd, &st); err == nil && st.Uid != 0 {
+			err = errors.Join(
+				unix.Fchownat(fd, dirLink, int(st.Uid), int(st.Gid), unix.AT_SYMLINK_NOFOLLOW),
+				unix.Fchownat(fd, dirLink+"."+id.String(), int(st.Uid), int(st.Gid), unix.AT_SYMLINK_NOFOLLOW))
+		}
+	}
+	return id, err
+}
+
+func (v *Volume) nameDirID(fd int, id blockcrypt.ID) error {
+	return v.mknod(fd, dirLink+"."+id.String(), unix.S_IFREG|0o444, 0)
+}
+
+// encode returns the ciphertext name of an entry, and the encoded name in full
+// where that is a long one. With create, the directory gets its ID, and a long
+// name its symlink; made says that it was made now. Without, an entry of a
+// directory that has no ID is ENOENT.
+func (n *Node) encode(name string, create bool) (e entryName, err error) {
+	if len(name) > 255 {
+		return e, unix.ENAMETOOLONG
+	}
+	v := n.v
+	if v.plain {
+		if n == v.root && isOwn(name) {
+			if create {
+				return e, unix.EPERM
+			}
+			return e, unix.ENOENT
+		}
+		return entryName{cname: name}, nil
+	}
+	id, ok, err := n.dirIdent(create)
+	if err != nil {
+		return e, err
+	}
+	if !ok {
+		return e, unix.ENOENT
+	}
+	encoded, err := v.vk.EncodeName(id, name)
+	if err != nil {
+		return e, unix.EINVAL
+	}
+	hash, long := blockcrypt.LongHash(encoded)
+	if !long {
+		return entryName{cname: encoded}, nil
+	}
+	e = entryName{cname: blockcrypt.LongPrefix + hash, name: blockcrypt.LongName + hash}
+	if create {
+		fd, err := n.enter()
+		if err != nil {
+			return e, err
+		}
+		defer n.leave()
+		err = v.symlink(encoded, fd, e.name)
+		e.made = err == nil
+		return e, ignore(err, unix.EEXIST)
+	}
+	return e, nil
+}
+
+// entryName is where an entry stands: its ciphertext name and, for a long one,
+// the symlink that holds the encoded name.
+type entryName struct {
+	cname string
+	name  string // "" unless long
+	made  bool   // name was made by this operation
+}
+
+// undo removes the symlink of a long name that this operation made, after it failed.
+func (e entryName) undo(d *disk, fd int) {
+	if e.made {
+		var st unix.Stat_t
+		if d.stat(fd, e.cname, &st) == unix.ENOENT {
+			d.unlink(fd, e.name, 0) // what is left is harmless: rmdir takes it along
+		}
+	}
+}
+
+// dropName removes the symlink of a long name whose entry is gone. What a
+// failure leaves is harmless.
+func (e entryName) dropName(d *disk, fd int) {
+	if e.name != "" {
+		d.unlink(fd, e.name, 0)
+	}
+}
+
+// decode returns the plaintext name of a ciphertext entry; ok is false for what
+// is kmsfs' own. Names that do not decode are an error.
+func (n *Node) decode(fd int, id blockcrypt.ID, cname string) (name string, ok bool, err error) {
+	v := n.v
+	if v.plain {
+		return cname, n != v.root || !isOwn(cname), nil
+	}
+	encoded := cname
+	if isOwn(cname) {
+		hash, long := strings.CutPrefix(cname, blockcrypt.LongPrefix)
+		if !long {
+			return "", false, nil
+		}
+		if encoded, err = v.readlink(fd, blockcrypt.LongName+hash); err != nil {
+			return "", false, fmt.Errorf("the name of a long entry is lost: %w", err)
+		}
+		if h, isLong := blockcrypt.LongHash(encoded); !isLong || h != hash {
+			return "", false, errors.New("the name of a long entry was altered")
+		}
+	}
+	name, err = v.vk.DecodeName(id, encoded)
+	return name, err == nil, err
+}
+
+// emptied reports whether only kmsfs' own entries are in a directory, and
+// which: those go with it. Anything foreign is ENOTEMPTY.
+func (n *Node) emptied(fd int) (own []string, err error) {
+	err = n.v.scan(fd, func(e dirent) error {
+		switch {
+		case n.v.plain:
+			return unix.ENOTEMPTY
+		case isDirID(e.name):
+		case strings.HasPrefix(e.name, blockcrypt.LongName) && e.typ&^unix.S_IFLNK == 0:
+			// left behind by a crash; its entry would be seen too
+		default:
+			return unix.ENOTEMPTY
+		}
+		own = append(own, e.name)
+		return nil
+	})
+	return own, err
+}
+
+// parseDirent reads one struct linux_dirent64; size is its length.
+func parseDirent(b []byte) (e dirent, size int) {
+	const nameOff = int(unsafe.Offsetof(unix.Dirent{}.Name))
+	size = int(binary.NativeEndian.Uint16(b[unsafe.Offsetof(unix.Dirent{}.Reclen):]))
+	name := b[nameOff:size]
+	if i := bytes.IndexByte(name, 0); i >= 0 {
+		name = name[:i]
+	}
+	return dirent{
+		name: string(name),
+		ino:  binary.NativeEndian.Uint64(b),
+		off:  int64(binary.NativeEndian.Uint64(b[8:])),
+		typ:  uint32(b[unsafe.Offsetof(unix.Dirent{}.Type)]) << 12,
+	}, size
+}
+
+// syncIDs makes the IDs of a directory and of all its ancestors durable: an
+// fsync of each that is not known to be.
+func (n *Node) syncIDs() error {
+	for n != nil && n != n.v.root {
+		n.dirMu.Lock()
+		done := n.idSynced
+		n.dirMu.Unlock()
+		if done {
+			return nil
+		}
+		if err := n.syncDir(); err != nil {
+			return err
+		}
+		n.dirMu.Lock()
+		n.idSynced = n.hasID
+		n.dirMu.Unlock()
+		n.v.mu.Lock()
+		var up *Node
+		if len(n.links) > 0 {
+			up = n.links[0].dir
+		}
+		n.v.mu.Unlock()
+		n = up
+	}
+	return nil
+}
+
+// syncDir makes the entries of a directory durable.
+func (n *Node) syncDir() error {
+	fd, err := n.enter()
+	if err != nil {
+		return err
+	}
+	defer n.leave()
+	real, err := n.v.disk.open(fd, ".", unix.O_RDONLY|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return err
+	}
+	defer n.v.disk.close(real)
+	return n.v.fsync(real)
+}

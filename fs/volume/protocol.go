@@ -1,0 +1,428 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+)
+
+// begin gives an empty file its header in memory: the first run carries it to
+// the disk. mu is held.
+func (f *file) begin(flags uint32) error {
+	k := f.next
+	rs := make([]blockcrypt.Recipient, len(k.Wrapped))
+	for i, w := range k.Wrapped {
+		rs[i] = blockcrypt.Recipient{URI: w.URI, Branch: w.Branch, Wrapped: w.Blob}
+	}
+	hdr, keys, err := blockcrypt.NewFile(f.v.geo, f.v.vk, k.ID, f.n.parentID(), k.Key[:], rs)
+	if err != nil {
+		return err
+	}
+	keys.SetState(hdr, blockcrypt.State{Session: f.v.session.Load(), Generation: 1, Flags: blockcrypt.Dirty | flags})
+	head, err := hdr.Encode()
+	if err != nil {
+		return err
+	}
+	f.hdr, f.keys, f.head = hdr, keys, head
+	f.conf, f.durable, f.whole = 0, 0, false
+	f.born = time.Now()
+	f.inked, f.holes = false, flags&blockcrypt.Sparse != 0
+	f.tailK = -1
+	clear(k.Key[:])
+	f.next = nil
+	return nil
+}
+
+// abandon undoes begin after the first run could not be written. Some of it may
+// be on the disk, so the next attempt takes another key.
+func (f *file) abandon() {
+	f.becomeEmpty()
+	f.failed("emptying the file again", f.v.truncate(f.fd, 0))
+}
+
+// becomeEmpty forgets the content's keys. mu is held.
+func (f *file) becomeEmpty() {
+	f.hdr, f.keys, f.head = nil, nil, nil
+	f.size, f.conf, f.durable, f.whole = 0, 0, 0, false
+	f.tailK, f.holes = -1, false
+	f.cuts++
+}
+
+// writeState writes a new state: the bytes [128,192) of the header, under the
+// page rule. On an error the file has the old one. mu is held.
+func (f *file) writeState(flags uint32) error {
+	old := f.hdr.State
+	f.keys.SetState(f.hdr, blockcrypt.State{
+		Size:       f.size,
+		Floor:      min(f.durable, f.size),
+		Session:    f.v.session.Load(),
+		Generation: old.Generation + 1,
+		Flags:      flags,
+	})
+	b := f.head[blockcrypt.StateOffset:][:blockcrypt.StateSize]
+	f.hdr.EncodeState(b)
+	err := f.settleHead()
+	if err == nil {
+		err = f.v.pwrite(f.fd, b, blockcrypt.StateOffset)
+	}
+	if err != nil {
+		f.keys.SetState(f.hdr, old)
+		f.hdr.EncodeState(b)
+		return err
+	}
+	f.touched = true
+	return nil
+}
+
+// settleHead is S over the header's first page. A fresh file's need only not be
+// under way.
+func (f *file) settleHead() error {
+	switch {
+	case f.v.calm:
+		return nil
+	case f.conf > 0:
+		return f.v.settlePages(f.fd, 0, blockcrypt.PageSize)
+	default:
+		return f.v.waitPages(f.fd, 0, blockcrypt.PageSize)
+	}
+}
+
+// beforeGrowth is the tail rule and the flags that must be durable before the
+// length changes: once until the file settles. mu is held.
+func (f *file) beforeGrowth(flags uint32) error {
+	now := f.flags()
+	if flags&blockcrypt.Sparse&^now != 0 {
+		f.holes = f.hdr.State.Flags&blockcrypt.Sparse == 0
+	}
+	if f.conf == 0 {
+		if flags&^now != 0 {
+			return f.writeState(now | flags)
+		}
+		return nil
+	}
+	if flags&^now == 0 && f.whole {
+		return nil
+	}
+	k := f.v.geo.Block(f.size - 1)
+	partial := f.blockLen(k) < f.v.geo.Capacity(k) && !f.whole
+	if err := f.writeState(now | flags); err != nil {
+		return err
+	}
+	if err := f.makeWhole(); err != nil {
+		return err
+	}
+	if partial || now&blockcrypt.Dirty == 0 || flags&blockcrypt.Sparse&^now != 0 {
+		return f.v.datasync(f.fd)
+	}
+	return f.settleHead()
+}
+
+// makeWhole brings the length to whole pages.
+func (f *file) makeWhole() error {
+	if f.whole {
+		return nil
+	}
+	if err := f.v.truncate(f.fd, f.v.geo.Whole(f.size)); err != nil {
+		return err
+	}
+	f.whole = true
+	return nil
+}
+
+// truncate changes the size of a file that may be closed.
+func (n *Node) truncate(ctx context.Context, size int64) error {
+	if size < 0 || size > blockcrypt.MaxPlain {
+		return unix.EFBIG
+	}
+	f, err := n.acquire(ctx, size > 0)
+	if err != nil && size == 0 && blockcrypt.ClassOf(err) != "" {
+		return n.emptyDamaged(err)
+	}
+	if err != nil {
+		return err
+	}
+	write := size > 0
+	err = f.resize(ctx, size)
+	f.mu.Lock()
+	err = errors.Join(err, f.rest())
+	f.mu.Unlock()
+	f.release(write)
+	return f.failed("truncate", err)
+}
+
+// emptyDamaged empties a file that does not open: no key is needed to throw its
+// content away.
+func (n *Node) emptyDamaged(damage error) error {
+	if n.v.o.ReadOnly {
+		return unix.EROFS
+	}
+	n.openMu.Lock()
+	defer n.openMu.Unlock()
+	if n.file.Load() != nil {
+		return damage
+	}
+	fd, err := n.open(unix.O_RDWR)
+	if err != nil {
+		return err
+	}
+	defer n.v.disk.close(fd)
+	return n.v.truncate(fd, 0)
+}
+
+// resize is truncate for an open file.
+func (f *file) resize(ctx context.Context, size int64) error {
+	if err := f.needWrite(); err != nil {
+		return err
+	}
+	if size == 0 {
+		return f.empty(ctx)
+	}
+	unlock, err := f.lockForContent(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	switch {
+	case size > f.size:
+		return f.write(nil, size-1, 1)
+	case size < f.size:
+		f.growOld()
+		err = f.shrink(size)
+		if err == nil {
+			f.touch()
+		}
+	}
+	return err
+}
+
+// empty truncates to nothing. Where somebody has the file open for writing, the
+// new content's data key is taken before the old content goes.
+func (f *file) empty(ctx context.Context) error {
+	for {
+		f.mu.Lock()
+		if f.writers == 0 || f.next != nil {
+			break
+		}
+		f.mu.Unlock()
+		if err := f.takeKey(ctx); err != nil {
+			return err
+		}
+	}
+	defer f.mu.Unlock()
+	if f.hdr == nil && f.isZeroLength() {
+		return nil
+	}
+	if err := f.v.truncate(f.fd, 0); err != nil {
+		return err
+	}
+	f.becomeEmpty()
+	f.touch()
+	return nil
+}
+
+func (f *file) isZeroLength() bool {
+	var st unix.Stat_t
+	return f.v.fstat(f.fd, &st) == nil && st.Size == 0
+}
+
+// shrink truncates to a size between 1 and the present one. mu is held.
+func (f *file) shrink(size int64) error {
+	g := f.v.geo
+	k := g.Block(size - 1)
+	reseal, text, err := f.reseals(k, size)
+	if err != nil {
+		return err
+	}
+	if size < f.conf {
+		if err := f.announceCut(size, reseal); err != nil {
+			return err
+		}
+	}
+	if f.flags()&blockcrypt.Dirty == 0 { // fresh, and closed before
+		if err := f.writeState(f.flags() | blockcrypt.Dirty); err != nil {
+			return err
+		}
+	}
+	if reseal {
+		// Only page k changes, and only beyond size: a failure leaves a block that
+		// is shorter than the size says, so it is put back as it was.
+		if err := f.put(k, k, size, text, g.Start(k), size); err != nil {
+			return err
+		}
+	}
+	f.cuts++
+	f.tailK = -1
+	f.size, f.conf, f.durable = size, min(f.conf, size), min(f.durable, size)
+	length := g.Exact(size)
+	if f.whole {
+		length = g.PageOff(k + 1)
+	}
+	return f.v.truncate(f.fd, length)
+}
+
+// reseals reports whether a truncation to size changes a page: within a block,
+// or where a hole would come last. text is what block k then holds.
+func (f *file) reseals(k, size int64) (bool, []byte, error) {
+	buf := make([]byte, blockcrypt.BlockSize)
+	if f.v.geo.Block(size) != k {
+		if f.flags()&blockcrypt.Sparse == 0 || k == f.v.geo.Block(f.size-1) {
+			return false, nil, nil
+		}
+		var page [blockcrypt.PageSize]byte
+		n, err := f.v.pread(f.fd, page[:], f.v.geo.PageOff(k))
+		if err != nil || !f.isHole(k, pageOf(page[:n], 0, f.v.geo.Lead(k))) {
+			return false, nil, err
+		}
+		return true, buf[:size-f.v.geo.Start(k)], nil
+	}
+	old, err := f.readBlock(k, buf)
+	if err != nil {
+		return false, nil, err
+	}
+	return true, append([]byte(nil), old[:size-f.v.geo.Start(k)]...), nil
+}
+
+// announceCut makes durable that confirmed bytes are to go: dirty, a lower
+// floor, and cut where a page is sealed again. mu is held.
+func (f *file) announceCut(size int64, reseal bool) error {
+	flags := f.flags() | blockcrypt.Dirty
+	if reseal {
+		flags |= blockcrypt.Cut
+	}
+	lower := f.hdr.State.Floor > size
+	if !reseal && !lower && flags == f.flags() && f.whole {
+		return nil
+	}
+	old := f.durable
+	f.durable = min(f.durable, size)
+	if err := f.writeState(flags); err != nil {
+		f.durable = old
+		return err
+	}
+	f.cuts++ // an fsync under way must not raise durable again
+	if err := f.makeWhole(); err != nil {
+		return err
+	}
+	return f.v.datasync(f.fd)
+}
+
+// sync is fsync. mu is not held while the disk works.
+func (f *file) sync() error {
+	f.mu.Lock()
+	if f.hdr != nil && f.conf == 0 && f.size > 0 {
+		// A fresh file's state goes with the same sync: clean, at its exact length.
+		if err := f.writeState(f.flags() &^ blockcrypt.Dirty); err != nil {
+			f.mu.Unlock()
+			return err
+		}
+	}
+	size, cuts := f.size, f.cuts
+	f.conf = max(f.conf, size) // confirmed counts from here
+	err := f.putMtime()
+	fd := f.fd
+	f.mu.Unlock()
+	if err == nil {
+		err = f.v.fsync(fd)
+	}
+	if err != nil {
+		return err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.cuts == cuts {
+		f.durable = max(f.durable, size)
+	}
+	if f.flags()&blockcrypt.Cut != 0 {
+		if err := f.writeState(f.flags() &^ blockcrypt.Cut); err != nil {
+			return err
+		}
+		return f.v.datasync(f.fd)
+	}
+	return nil
+}
+
+// settle brings a file whose data a sync has made durable, up to the change
+// with the number changes, into its final form: clean, at its exact length,
+// with its own time. It does nothing where the file has changed since. mu is held.
+func (f *file) settle(changes uint64) error {
+	if !f.unsettled() || f.closed || f.changes != changes {
+		return nil
+	}
+	f.conf, f.durable = f.size, f.size
+	flags := f.flags() & blockcrypt.Sparse
+	if flags != 0 && f.holes {
+		has, err := f.v.hasHole(f.fd, int64(f.v.geo.Header()), f.v.geo.PageOff(f.v.geo.Block(f.size-1)))
+		if err != nil {
+			return err
+		}
+		if !has {
+			flags, f.holes = 0, false
+		}
+	}
+	if err := f.writeState(flags); err != nil {
+		return err
+	}
+	if err := f.v.truncate(f.fd, f.v.geo.Exact(f.size)); err != nil {
+		return err
+	}
+	f.whole = false
+	return f.putMtime()
+}
+
+// settleNow settles one file at once.
+func (f *file) settleNow() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.closed || !f.rw {
+		return nil
+	}
+	if f.hdr != nil && f.conf == 0 {
+		return f.rest()
+	}
+	if !f.unsettled() {
+		return nil
+	}
+	if err := f.v.datasync(f.fd); err != nil {
+		return err
+	}
+	return f.settle(f.changes)
+}
+
+// finish brings a file into its final form at the end of a session; all was
+// synced before.
+func (f *file) finish() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.closed || !f.rw || f.n.isGone() {
+		return nil
+	}
+	return f.failed("settling", errors.Join(f.rest(), f.settle(f.changes)))
+}
+
+// unconfirmed reports whether the state says that more was written than is
+// known to be on the disk: only in a session that the marker names is that no
+// damage. mu is held.
+func (f *file) unconfirmed() bool {
+	s := f.hdr.State
+	return s.Flags&(blockcrypt.Dirty|blockcrypt.Cut) != 0 || s.Floor < s.Size
+}
+
+// restamp writes the states of open files anew that another session than now wrote.
+func (v *Volume) restamp(now uint64) error {
+	for _, f := range v.files() {
+		f.mu.Lock()
+		var err error
+		if f.rw && !f.closed && f.hdr != nil && f.hdr.State.Session != now && f.unconfirmed() {
+			err = f.writeState(f.flags())
+		}
+		f.mu.Unlock()
+		if err != nil {
+			return f.failed("beginning a session", err)
+		}
+	}
+	return nil
+}

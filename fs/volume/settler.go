@@ -1,0 +1,116 @@
+package volume
+
+import (
+	"sync"
+	"time"
+)
+
+const (
+	settleAfter  = 3 * time.Second // the last close
+	settleTick   = time.Second
+	settleMost   = 512 // files that wait, at most
+	sessionEvery = 5 * time.Minute
+)
+
+// settler settles closed files in the background, many with one syncfs, and
+// begins a new session every few minutes while there are changes.
+type settler struct {
+	v *Volume
+
+	mu    sync.Mutex
+	files map[*file]time.Time // when each was closed last
+	full  chan struct{}
+
+	wg    sync.WaitGroup
+	since time.Time // of the session
+}
+
+func (s *settler) start(v *Volume) {
+	s.v, s.files, s.full, s.since = v, map[*file]time.Time{}, make(chan struct{}, 1), time.Now()
+	s.wg.Go(s.loop)
+}
+
+func (s *settler) stop() { s.wg.Wait() } // Volume.quit ends the loop
+
+// add hands a closed file over.
+func (s *settler) add(f *file) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.files[f] = time.Now()
+	if len(s.files) > settleMost {
+		select {
+		case s.full <- struct{}{}:
+		default:
+		}
+	}
+}
+
+func (s *settler) loop() {
+	t := time.NewTicker(settleTick)
+	defer t.Stop()
+	for {
+		age := settleAfter
+		select {
+		case <-s.v.quit:
+			return
+		case <-s.full:
+			age = 0
+		case <-t.C:
+		}
+		s.settle(s.due(age))
+		if time.Since(s.since) > sessionEvery && s.v.wrote.Swap(false) {
+			s.since = time.Now()
+			if err := s.v.nextSession(); err != nil {
+				s.v.report("session", "a new session could not begin", err)
+			}
+		}
+	}
+}
+
+// due takes the files out that were closed for age.
+func (s *settler) due(age time.Duration) (out []*file) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for f, t := range s.files {
+		if time.Since(t) >= age {
+			out = append(out, f)
+			delete(s.files, f)
+		}
+	}
+	return out
+}
+
+// settle settles these files after one sync, and lets them go.
+func (s *settler) settle(files []*file) {
+	if len(files) == 0 {
+		return
+	}
+	changes := make([]uint64, len(files))
+	for i, f := range files {
+		f.mu.RLock()
+		changes[i] = f.changes
+		f.mu.RUnlock()
+	}
+	err := s.v.syncfs(s.v.rootD)
+	if err != nil {
+		s.v.report(".", "syncing failed", err)
+	}
+	for i, f := range files {
+		if err == nil {
+			f.mu.Lock()
+			f.failed("settling", f.settleClosed(changes[i]))
+			f.mu.Unlock()
+		}
+		f.n.openMu.Lock()
+		f.dropIfIdle() // or it comes back here
+		f.n.openMu.Unlock()
+	}
+}
+
+// settleClosed settles unless somebody writes again. mu is held.
+func (f *file) settleClosed(changes uint64) error {
+	if f.writers > 0 {
+		return nil
+	}
+	return f.settle(changes)
+}

@@ -1,0 +1,342 @@
+package volume
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+	"kmsfs/keystore"
+)
+
+// What can be wrong with a volume, besides its keys and damage.
+var (
+	ErrNotVolume = errors.New("not a kmsfs volume: it has no kmsfs.json")
+	ErrLocked    = errors.New("another mount is writing to this volume")
+	ErrOlder     = errors.New("kmsfs.json is older than the last one seen")
+	ErrOtherKey  = errors.New("the volume's key is not the one in the trust record")
+	ErrNotEmpty  = errors.New("the directory is not empty")
+)
+
+// Options of [Open]; the zero value is a read-write tree that keeps times by itself.
+type Options struct {
+	ReadOnly    bool
+	KernelTimes bool             // the kernel's writeback cache is on: it owns the times of open files
+	Logger      *slog.Logger     // none: nothing is logged
+	Pool        int              // data keys made ahead at first, see [keystore.RingOptions]
+	Hook        func(Call) error // for tests: sees each syscall on the tree, and can fail it
+}
+
+// Volume is an open encrypted tree.
+type Volume struct {
+	disk
+	o     Options
+	log   *slog.Logger
+	cfg   *blockcrypt.Config
+	geo   blockcrypt.Geometry
+	vk    *blockcrypt.VolumeKeys
+	ring  *keystore.Ring
+	root  *Node
+	rootD int  // the root's descriptor, and the volume's lock
+	plain bool // names mode
+	calm  bool // pages cannot tear on this filesystem: no S
+	super bool // running as root: new files are given to their users
+
+	session atomic.Uint64
+	wrote   atomic.Bool // something was written in this session
+	nextID  atomic.Uint64
+
+	moving atomic.Int64  // changes of places under way
+	moves  atomic.Uint64 // changes of places so far
+
+	// tree is held for reading while an entry is looked up or changed, for
+	// writing by rename: it keeps links true.
+	tree sync.RWMutex
+
+	// mu guards the fields below and Node.lookups, holds, links and gone.
+	mu       sync.Mutex
+	nodes    map[uint64]*Node
+	inodes   map[inodeKey]*Node
+	bad      map[uint64]bool // sessions not known to have ended well
+	mine     []uint64        // sessions of this mount that the marker names
+	reported map[string]bool // faults that the log has, each once
+
+	// fdMu guards dirLRU and Node.dirFD, dirRefs, dirElem.
+	fdMu   sync.Mutex
+	dirLRU dirLRU
+
+	settler settler
+	bg      sync.WaitGroup
+	quit    chan struct{}
+}
+
+type inodeKey struct{ dev, ino uint64 }
+
+// Open gives the tree of a volume that [Unlock] opened. It takes the volume's
+// lock and the ring, which Close closes.
+func (u *Unlocked) Open(o Options) (*Volume, error) {
+	v := &Volume{disk: disk{o.Hook}, o: o, log: o.Logger, cfg: u.Config, vk: u.keys, rootD: u.root, plain: u.Config.Names == blockcrypt.NamesPlain,
+		super: unix.Geteuid() == 0, nodes: map[uint64]*Node{}, inodes: map[inodeKey]*Node{}, bad: map[uint64]bool{}, reported: map[string]bool{}, quit: make(chan struct{})}
+	if v.log == nil {
+		v.log = slog.New(slog.DiscardHandler)
+	}
+	var err error
+	if v.geo, err = blockcrypt.NewGeometry(u.Config.Header); err != nil {
+		return nil, err
+	}
+	if !o.ReadOnly {
+		if err := unix.Flock(v.rootD, unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, ErrLocked
+		} else if err != nil {
+			return nil, fmt.Errorf("lock the volume: %w", err)
+		}
+	}
+	var st unix.Stat_t
+	var sfs unix.Statfs_t
+	if err := errors.Join(v.fstat(v.rootD, &st), unix.Fstatfs(v.rootD, &sfs)); err != nil {
+		return nil, err
+	}
+	v.calm = sfs.Type == unix.TMPFS_MAGIC || sfs.Type == unix.RAMFS_MAGIC
+	v.root = &Node{v: v, id: 1, dev: st.Dev, ino: st.Ino, typ: unix.S_IFDIR, dirFD: v.rootD, lookups: 1, dirID: u.Config.Volume, hasID: true, idSynced: true}
+	v.nodes[1], v.inodes[inodeKey{st.Dev, st.Ino}] = v.root, v.root
+	v.nextID.Store(1)
+	v.dirLRU.init()
+	if !o.ReadOnly {
+		if err := v.beginSession(); err != nil {
+			unix.Flock(v.rootD, unix.LOCK_UN)
+			return nil, err
+		}
+	}
+	pool := o.Pool
+	if o.ReadOnly {
+		pool = 0
+	}
+	v.ring = keystore.NewRing(u.Config.Volume, u.stores, keystore.RingOptions{Pool: pool, Report: func(err error) { v.report("pool", "no data keys are made ahead", err) }})
+	u.root = -1
+	if !o.ReadOnly {
+		v.settler.start(v)
+		if len(v.bad) > 0 {
+			v.bg.Go(v.walk)
+		}
+	}
+	return v, nil
+}
+
+// Root returns the root's node, whose number is 1.
+func (v *Volume) Root() *Node { return v.root }
+
+// ReadOnly reports whether the tree can be changed.
+func (v *Volume) ReadOnly() bool { return v.o.ReadOnly }
+
+// Statfs passes the backing filesystem's figures on; names have up to 255 bytes.
+func (v *Volume) Statfs() (unix.Statfs_t, error) {
+	var s unix.Statfs_t
+	err := unix.Fstatfs(v.rootD, &s)
+	s.Namelen = 255
+	return s, err
+}
+
+// Close settles every file, makes all durable and ends the session. Handles
+// must have been released.
+func (v *Volume) Close() error {
+	close(v.quit)
+	v.bg.Wait()
+	var err error
+	if !v.o.ReadOnly {
+		v.settler.stop()
+		err = v.endSession()
+	}
+	v.ring.Close()
+	v.dirLRU.closeAll()
+	v.disk.close(v.rootD)
+	return err
+}
+
+// report logs a fault once for each what and error.
+func (v *Volume) report(what, msg string, err error) {
+	key := what + "\x00" + err.Error()
+	v.mu.Lock()
+	seen := v.reported[key]
+	if len(v.reported) >= 10000 {
+		clear(v.reported)
+	}
+	v.reported[key] = true
+	v.mu.Unlock()
+	if seen || keystore.KindOf(err) == keystore.Canceled {
+		return
+	}
+	attrs := []any{"at", what, "error", err}
+	if e, ok := errors.AsType[*keystore.Error](err); ok {
+		attrs = append(attrs, "kind", e.Kind.String())
+		if e.Hint != "" {
+			attrs = append(attrs, "hint", e.Hint)
+		}
+	}
+	v.log.Error(msg, attrs...)
+}
+
+// Sessions. The marker names all sessions that are not known to have ended well.
+
+const markerName = "kmsfs.mounted"
+
+func newSession() uint64 {
+	for {
+		id := blockcrypt.NewID()
+		if s := binary.BigEndian.Uint64(id[:]); s != 0 {
+			return s
+		}
+	}
+}
+
+func (v *Volume) beginSession() error {
+	target, err := v.readlink(v.rootD, markerName)
+	if err != nil && !errors.Is(err, unix.ENOENT) {
+		return err
+	}
+	if err == nil {
+		old, err := v.vk.OpenMarker(target)
+		if err != nil {
+			return err
+		}
+		for _, s := range old {
+			v.bad[s] = true
+		}
+		v.log.Warn("the last mount did not end well; files that it was writing are repaired when they are looked up", "sessions", len(old))
+	}
+	v.session.Store(newSession())
+	return v.writeMarker(v.session.Load())
+}
+
+// writeMarker makes durable that these are this mount's sessions; without any,
+// and without bad ones, there is no marker.
+func (v *Volume) writeMarker(mine ...uint64) error {
+	v.mu.Lock()
+	sessions := append([]uint64(nil), mine...)
+	for s := range v.bad {
+		sessions = append(sessions, s)
+	}
+	v.mu.Unlock()
+	if err := v.replaceMarker(sessions); err != nil {
+		return err
+	}
+	v.mu.Lock()
+	v.mine = mine
+	v.mu.Unlock()
+	return nil
+}
+
+func (v *Volume) replaceMarker(sessions []uint64) error {
+	if len(sessions) == 0 {
+		if err := v.unlink(v.rootD, markerName, 0); err != nil && !errors.Is(err, unix.ENOENT) {
+			return err
+		}
+		return v.fsync(v.rootD)
+	}
+	const tmp = markerName + ".new"
+	if err := v.unlink(v.rootD, tmp, 0); err != nil && !errors.Is(err, unix.ENOENT) {
+		return err
+	}
+	if err := v.symlink(v.vk.SealMarker(sessions), v.rootD, tmp); err != nil {
+		return err
+	}
+	if err := v.rename(v.rootD, tmp, v.rootD, markerName, 0); err != nil {
+		return err
+	}
+	return v.fsync(v.rootD)
+}
+
+// nextSession begins a new session while the volume stays mounted, so that what
+// was written before counts as confirmed: the states of open files are written
+// anew, all is synced, and the old numbers leave the marker.
+func (v *Volume) nextSession() error {
+	v.mu.Lock()
+	old := v.mine
+	v.mu.Unlock()
+	now := newSession()
+	if err := v.writeMarker(append([]uint64{now}, old...)...); err != nil {
+		return err
+	}
+	v.session.Store(now)
+	if err := v.restamp(now); err != nil {
+		return err // the old ones stay in the marker until the next attempt or the end
+	}
+	if err := v.syncfs(v.rootD); err != nil {
+		return err
+	}
+	return v.writeMarker(now)
+}
+
+func (v *Volume) endSession() error {
+	err := v.syncfs(v.rootD)
+	for _, f := range v.files() {
+		err = errors.Join(err, f.finish())
+	}
+	if err == nil {
+		err = v.syncfs(v.rootD)
+	}
+	if err != nil {
+		v.log.Error("the session could not be ended well; the next mount repairs what is left", "error", err)
+		return err
+	}
+	return v.writeMarker()
+}
+
+// files returns the open file of every node that has one.
+func (v *Volume) files() []*file {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	var out []*file
+	for _, n := range v.nodes {
+		if f := n.file.Load(); f != nil {
+			out = append(out, f)
+		}
+	}
+	return out
+}
+
+// isBad reports whether a session is not known to have ended well: an earlier
+// one, or one of this mount.
+func (v *Volume) isBad(session uint64) bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.bad[session] || slices.Contains(v.mine, session)
+}
+
+// repairs reports whether files of earlier sessions may need repair.
+func (v *Volume) repairs() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return len(v.bad) > 0 && !v.o.ReadOnly
+}
+
+// cleaned forgets the bad sessions: the walk has been everywhere.
+func (v *Volume) cleaned() error {
+	if err := v.syncfs(v.rootD); err != nil {
+		return err
+	}
+	v.mu.Lock()
+	clear(v.bad)
+	mine := v.mine
+	v.mu.Unlock()
+	return v.writeMarker(mine...)
+}
+
+// Wait returns when the background walk after a bad end is over, for tests and tools.
+func (v *Volume) Wait(ctx context.Context) error {
+	for v.repairs() {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+	return nil
+}

@@ -1,0 +1,349 @@
+// Package awskms wraps data keys under AWS KMS keys: GenerateDataKey, Encrypt,
+// Decrypt (always with KeyId) and DescribeKey.
+//
+// Every wrapping carries the encryption context {kmsfs:volume, kmsfs:use} and,
+// for files and branches, kmsfs:file or kmsfs:branch: see FORMAT.md. Region,
+// credentials, profile and endpoint come from the SDK's default chain, unless
+// [Options] say otherwise.
+package awskms
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net/http"
+	"regexp"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	awshttp "github.com/aws/aws-sdk-go-v2/aws/transport/http"
+	"github.com/aws/aws-sdk-go-v2/config"
+	"github.com/aws/aws-sdk-go-v2/service/kms"
+	"github.com/aws/aws-sdk-go-v2/service/kms/types"
+
+	"kmsfs/keystore"
+)
+
+// Scheme of the URIs: the scheme is followed by the key's ARN, never by an alias.
+const Scheme = "aws-kms:"
+
+// Options of [New]; the zero value takes everything from the SDK's default chain.
+type Options struct {
+	Endpoint string // of KMS, instead of the Region's own
+	Profile  string // of the shared configuration
+	Region   string // for keys named by alias or ID
+
+	Attempt time.Duration // the most that one attempt takes, 3 s if zero
+	Total   time.Duration // the most that a call takes with its retries, 15 s if zero
+}
+
+// Clients makes stores. It keeps one client a Region.
+type Clients struct {
+	o Options
+
+	mu      sync.Mutex
+	clients map[string]*kms.Client // by Region
+	region  string
+}
+
+// New returns a maker of stores. It does not call anything.
+func New(o Options) *Clients {
+	if o.Attempt == 0 {
+		o.Attempt = 3 * time.Second
+	}
+	if o.Total == 0 {
+		o.Total = 15 * time.Second
+	}
+	return &Clients{o: o, clients: map[string]*kms.Client{}}
+}
+
+// client returns the client of a Region, "" for the configured one.
+func (c *Clients) client(ctx context.Context, region string) (*kms.Client, string, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if region == "" {
+		region = c.region
+	}
+	if k := c.clients[region]; k != nil {
+		return k, region, nil
+	}
+	hc := awshttp.NewBuildableClient().WithTransportOptions(func(t *http.Transport) {
+		t.MaxIdleConnsPerHost = 64 // the default of 10 makes most parallel calls open a connection
+		t.MaxIdleConns = 64
+	})
+	opts := []func(*config.LoadOptions) error{
+		config.WithRetryer(func() aws.Retryer { return aws.NopRetryer{} }), // retry is below
+		config.WithHTTPClient(hc),
+		config.WithAppID("kmsfs"),
+	}
+	if c.o.Profile != "" {
+		opts = append(opts, config.WithSharedConfigProfile(c.o.Profile))
+	}
+	if region != "" {
+		opts = append(opts, config.WithRegion(region))
+	} else if c.o.Region != "" {
+		opts = append(opts, config.WithRegion(c.o.Region))
+	}
+	cfg, err := config.LoadDefaultConfig(ctx, opts...)
+	if err != nil {
+		return nil, "", &keystore.Error{Kind: keystore.Credentials, URI: Scheme, Op: "open", Err: err, Hint: "check the AWS configuration files and --aws-profile"}
+	}
+	if cfg.Region == "" {
+		return nil, "", &keystore.Error{Kind: keystore.Invalid, URI: Scheme, Op: "open", Err: errors.New("no AWS Region is configured"), Hint: "set AWS_REGION, give --aws-region, or name the key by its ARN"}
+	}
+	k := kms.NewFromConfig(cfg, func(o *kms.Options) {
+		if c.o.Endpoint != "" {
+			o.BaseEndpoint = &c.o.Endpoint
+		}
+	})
+	if region == "" {
+		region = cfg.Region
+		c.region = region
+	}
+	c.clients[region] = k
+	return k, region, nil
+}
+
+// Store wraps under one KMS key.
+type Store struct {
+	c      *Clients
+	client *kms.Client
+	arn    string
+
+	mu       sync.Mutex
+	branches map[string][]byte // unwrapped branch keys by branch field, bounded
+}
+
+var (
+	_ keystore.Store     = (*Store)(nil)
+	_ keystore.Generator = (*Store)(nil)
+	_ keystore.Matcher   = (*Store)(nil)
+)
+
+// Partition, Region, account and key are checked before they choose an endpoint.
+var (
+	arnPattern   = regexp.MustCompile(`^arn:(aws[a-z-]*):kms:([a-z]{2,4}(?:-[a-z]+)+-[0-9]{1,2}):([0-9]{12}):(key|alias)/([A-Za-z0-9:/_-]{1,256})$`)
+	keyIDPattern = regexp.MustCompile(`^(mrk-[0-9a-f]{32}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})$`)
+)
+
+// Named reports whether name is one that [Clients.Open] takes without the
+// scheme: alias/… or an ARN of KMS.
+func Named(name string) bool {
+	return strings.HasPrefix(name, "alias/") || strings.HasPrefix(name, "arn:aws") && strings.Contains(name, ":kms:")
+}
+
+// Open returns the store of a key named by alias, key ID, ARN or alias ARN. A
+// key ARN is taken as it is; for the others KMS is asked, and a key that cannot
+// serve is refused with the reason.
+func (c *Clients) Open(ctx context.Context, name string) (*Store, error) {
+	region, isKey := "", false
+	if m := arnPattern.FindStringSubmatch(name); m != nil {
+		region, isKey = m[2], m[4] == "key"
+		if isKey && !keyIDPattern.MatchString(m[5]) {
+			return nil, badName(name)
+		}
+	} else if !strings.HasPrefix(name, "alias/") && !keyIDPattern.MatchString(name) {
+		return nil, badName(name)
+	}
+	if i := strings.Index(name, "alias/aws/"); i == 0 || i > 0 && name[i-1] == ':' {
+		return nil, refused(name, "an AWS-managed key cannot be used: only AWS services may use it", "create a customer managed key: aws kms create-key")
+	}
+	client, region, err := c.client(ctx, region)
+	if err != nil {
+		return nil, err
+	}
+	s := &Store{c: c, client: client, arn: name, branches: map[string][]byte{}}
+	if isKey {
+		return s, nil
+	}
+	s.arn, err = s.resolve(ctx, name, region)
+	return s, err
+}
+
+// Check asks KMS about the key and refuses one that cannot serve: asymmetric,
+// HMAC, AWS-managed, or not enabled. Without the right to DescribeKey it
+// passes, since what follows shows it.
+func (s *Store) Check(ctx context.Context) error {
+	_, err := s.describe(ctx, s.arn)
+	if keystore.KindOf(err) == keystore.Denied {
+		return nil
+	}
+	return err
+}
+
+func (s *Store) resolve(ctx context.Context, name, region string) (string, error) {
+	md, err := s.describe(ctx, name)
+	if e, ok := errors.AsType[*keystore.Error](err); ok {
+		if errors.As(err, new(*types.NotFoundException)) {
+			e.Hint = "there is no such key in Region " + region + "; give --aws-region, or name it by its ARN"
+		} else if e.Kind == keystore.Denied && e.Hint == "" {
+			e.Hint = "without kms:DescribeKey name the key by its ARN"
+		}
+		return "", err
+	}
+	if err != nil {
+		return "", err
+	}
+	if m := arnPattern.FindStringSubmatch(aws.ToString(md.Arn)); m == nil || m[4] != "key" {
+		return "", &keystore.Error{Kind: keystore.Outage, URI: Scheme + name, Op: "describe", Err: fmt.Errorf("KMS answered with the ARN %q", aws.ToString(md.Arn))}
+	}
+	return *md.Arn, nil
+}
+
+func (s *Store) describe(ctx context.Context, name string) (*types.KeyMetadata, error) {
+	out, err := call(ctx, s, "describe", func(ctx context.Context) (*kms.DescribeKeyOutput, error) {
+		return s.client.DescribeKey(ctx, &kms.DescribeKeyInput{KeyId: &name})
+	})
+	if err != nil {
+		return nil, err
+	}
+	md := out.KeyMetadata
+	if md == nil {
+		return nil, &keystore.Error{Kind: keystore.Outage, URI: s.URI(), Op: "describe", Err: errors.New("KMS answered without metadata")}
+	}
+	switch {
+	case md.KeyManager == types.KeyManagerTypeAws:
+		return nil, refused(name, "an AWS-managed key cannot be used: only AWS services may use it", "create a customer managed key: aws kms create-key")
+	case md.KeySpec != types.KeySpecSymmetricDefault && md.KeySpec != "":
+		return nil, refused(name, fmt.Sprintf("a key of type %s cannot be used: it must be symmetric (SYMMETRIC_DEFAULT)", md.KeySpec), "create one: aws kms create-key")
+	case md.KeyUsage != types.KeyUsageTypeEncryptDecrypt && md.KeyUsage != "":
+		return nil, refused(name, fmt.Sprintf("a key for %s cannot be used: it must be for ENCRYPT_DECRYPT", md.KeyUsage), "create one: aws kms create-key")
+	}
+	if kind := stateKind(md.KeyState); kind != 0 {
+		return nil, &keystore.Error{Kind: kind, URI: Scheme + name, Op: "describe", Err: fmt.Errorf("the key's state is %s", md.KeyState), Hint: "enable it: aws kms enable-key, after aws kms cancel-key-deletion where it is pending deletion"}
+	}
+	return md, nil
+}
+
+// ARN returns the key's ARN.
+func (s *Store) ARN() string { return s.arn }
+
+// URI implements [keystore.Store].
+func (s *Store) URI() string { return Scheme + s.arn }
+
+// Matches implements [keystore.Matcher]: the replicas of a multi-Region key are
+// one recipient, by partition, account and ID.
+func (s *Store) Matches(uri string) bool {
+	a, ok := strings.CutPrefix(uri, Scheme)
+	x, y := arnPattern.FindStringSubmatch(a), arnPattern.FindStringSubmatch(s.arn)
+	return ok && x != nil && y != nil && x[1] == y[1] && x[3] == y[3] && x[4] == "key" && x[5] == y[5] && (x[2] == y[2] || strings.HasPrefix(x[5], "mrk-"))
+}
+
+// Context returns the encryption context of a binding, as CloudTrail shows it.
+func Context(b keystore.Binding) map[string]string {
+	m := map[string]string{"kmsfs:volume": hex.EncodeToString(b.Volume[:]), "kmsfs:use": string(b.Use)}
+	if b.Use != keystore.ForVolume {
+		m["kmsfs:"+string(b.Use)] = hex.EncodeToString(b.ID[:])
+	}
+	return m
+}
+
+// Generate implements [keystore.Generator] by GenerateDataKey.
+func (s *Store) Generate(ctx context.Context, b keystore.Binding) ([]byte, keystore.Wrapped, error) {
+	out, err := call(ctx, s, "generate", func(ctx context.Context) (*kms.GenerateDataKeyOutput, error) {
+		return s.client.GenerateDataKey(ctx, &kms.GenerateDataKeyInput{KeyId: &s.arn, KeySpec: types.DataKeySpecAes256, EncryptionContext: Context(b)})
+	})
+	if err != nil {
+		return nil, keystore.Wrapped{}, err
+	}
+	if err := s.checkAnswer("generate", out.KeyId, len(out.Plaintext) == keystore.KeySize && len(out.CiphertextBlob) > 0); err != nil {
+		return nil, keystore.Wrapped{}, err
+	}
+	return out.Plaintext, keystore.Wrapped{URI: s.URI(), Blob: out.CiphertextBlob}, nil
+}
+
+// Wrap implements [keystore.Store] by Encrypt.
+func (s *Store) Wrap(ctx context.Context, b keystore.Binding, key []byte) (keystore.Wrapped, error) {
+	out, err := call(ctx, s, "wrap", func(ctx context.Context) (*kms.EncryptOutput, error) {
+		return s.client.Encrypt(ctx, &kms.EncryptInput{KeyId: &s.arn, Plaintext: key, EncryptionContext: Context(b)})
+	})
+	if err != nil {
+		return keystore.Wrapped{}, err
+	}
+	if err := s.checkAnswer("wrap", out.KeyId, len(out.CiphertextBlob) > 0); err != nil {
+		return keystore.Wrapped{}, err
+	}
+	return keystore.Wrapped{URI: s.URI(), Blob: out.CiphertextBlob}, nil
+}
+
+// Unwrap implements [keystore.Store] by Decrypt; a key under a branch costs a
+// call for the branch only.
+func (s *Store) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
+	if len(w.Branch) == 0 {
+		return s.decrypt(ctx, b, w.Blob)
+	}
+	if len(w.Branch) <= 16 {
+		return nil, &keystore.Error{Kind: keystore.Damaged, URI: s.URI(), Op: "unwrap", Err: errors.New("the branch is cut short")}
+	}
+	id := [16]byte(w.Branch)
+	kek, err := s.branchKey(ctx, keystore.Binding{Use: keystore.ForBranch, Volume: b.Volume, ID: id}, w.Branch)
+	if err != nil {
+		return nil, err
+	}
+	key, err := keystore.UnwrapLocal(kek, b, id, w.Blob)
+	if err != nil {
+		return nil, &keystore.Error{Kind: keystore.Damaged, URI: s.URI(), Op: "unwrap", Err: err}
+	}
+	return key, nil
+}
+
+const maxBranches = 256
+
+func (s *Store) branchKey(ctx context.Context, b keystore.Binding, branch []byte) ([]byte, error) {
+	id := string(b.Volume[:]) + string(branch)
+	s.mu.Lock()
+	k := s.branches[id]
+	s.mu.Unlock()
+	if k != nil {
+		return k, nil
+	}
+	k, err := s.decrypt(ctx, b, branch[16:])
+	if err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.branches) >= maxBranches {
+		clear(s.branches)
+	}
+	s.branches[id] = k
+	return k, nil
+}
+
+func (s *Store) decrypt(ctx context.Context, b keystore.Binding, blob []byte) ([]byte, error) {
+	if len(blob) == 0 || len(blob) > 6144 { // the bounds of the API
+		return nil, &keystore.Error{Kind: keystore.Damaged, URI: s.URI(), Op: "unwrap", Err: errors.New("the wrapped key has an impossible length")}
+	}
+	out, err := call(ctx, s, "unwrap", func(ctx context.Context) (*kms.DecryptOutput, error) {
+		return s.client.Decrypt(ctx, &kms.DecryptInput{KeyId: &s.arn, CiphertextBlob: blob, EncryptionContext: Context(b)})
+	})
+	if err != nil {
+		return nil, err
+	}
+	if len(out.Plaintext) != keystore.KeySize && len(out.Plaintext) > 0 {
+		return nil, &keystore.Error{Kind: keystore.Damaged, URI: s.URI(), Op: "unwrap", Err: fmt.Errorf("the wrapped key has %d bytes, not %d", len(out.Plaintext), keystore.KeySize)}
+	}
+	return out.Plaintext, s.checkAnswer("unwrap", out.KeyId, len(out.Plaintext) > 0)
+}
+
+// checkAnswer refuses an answer that names another key or lacks what was asked for.
+func (s *Store) checkAnswer(op string, keyID *string, complete bool) error {
+	if !complete {
+		return &keystore.Error{Kind: keystore.Outage, URI: s.URI(), Op: op, Err: errors.New("KMS answered without a key")}
+	}
+	if !s.Matches(Scheme + aws.ToString(keyID)) {
+		return &keystore.Error{Kind: keystore.Damaged, URI: s.URI(), Op: op, Err: fmt.Errorf("KMS answered for another key, %q", aws.ToString(keyID))}
+	}
+	return nil
+}
+
+func badName(name string) error {
+	return refused(name, fmt.Sprintf("%q is no KMS key: alias/NAME, a key ID or an ARN is", name), "")
+}
+
+func refused(name, why, hint string) error {
+	return &keystore.Error{Kind: keystore.Invalid, URI: Scheme + name, Op: "open", Err: errors.New(why), Hint: hint}
+}

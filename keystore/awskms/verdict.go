@@ -1,0 +1,182 @@
+package awskms
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"net/http"
+	"time"
+
+	"github.com/aws/aws-sdk-go-v2/service/kms"
+	"github.com/aws/aws-sdk-go-v2/service/kms/types"
+
+	"kmsfs/keystore"
+)
+
+// coded is what the SDK's errors of a service have in common.
+type coded interface {
+	error
+	ErrorCode() string
+}
+
+// httpCoded is what errors with an HTTP answer have in common.
+type httpCoded interface {
+	error
+	HTTPStatusCode() int
+}
+
+const (
+	firstPause = 25 * time.Millisecond
+	longPause  = 2 * time.Second
+)
+
+// call makes one call with its retries: those that a repetition can help, with
+// jittered growing pauses, until Options.Total is over. Each attempt ends after
+// Options.Attempt. The error is a verdict.
+func call[T any](ctx context.Context, s *Store, op string, f func(context.Context) (T, error)) (T, error) {
+	total, cancel := context.WithTimeout(ctx, s.c.o.Total)
+	defer cancel()
+	for pause := firstPause; ; pause = min(2*pause, longPause) {
+		attempt, done := context.WithTimeout(total, s.c.o.Attempt)
+		out, err := f(attempt)
+		done()
+		if err == nil {
+			return out, nil
+		}
+		v, again := s.verdict(ctx, op, err)
+		if !again || total.Err() != nil {
+			return out, v
+		}
+		select {
+		case <-time.After(pause/2 + rand.N(pause)):
+		case <-total.Done():
+			return out, v
+		}
+	}
+}
+
+// verdicts by error code; those that the SDK has no type for are told by code too.
+var verdicts = map[string]struct {
+	kind  keystore.Kind
+	again bool
+	hint  string
+}{
+	"DisabledException":               {keystore.Revoked, false, "the key is disabled; its administrator enables it with aws kms enable-key"},
+	"NotFoundException":               {keystore.Revoked, false, "the key does not exist (any more) in this Region"},
+	"AccessDeniedException":           {keystore.Denied, false, "the key policy or IAM policy does not allow this; see README.md, \"Key policy\""},
+	"UnrecognizedClientException":     {keystore.Denied, false, "these credentials are not known to AWS"},
+	"InvalidClientTokenId":            {keystore.Denied, false, "these credentials are not known to AWS"},
+	"InvalidSignatureException":       {keystore.Denied, false, "check the secret key and this machine's clock"},
+	"SignatureDoesNotMatch":           {keystore.Denied, false, "check the secret key and this machine's clock"},
+	"IncompleteSignature":             {keystore.Denied, false, ""},
+	"MissingAuthenticationToken":      {keystore.Credentials, false, credentialsHint},
+	"ExpiredTokenException":           {keystore.Credentials, false, "the credentials have expired; renew them (aws sso login, or new keys)"},
+	"ExpiredToken":                    {keystore.Credentials, false, "the credentials have expired; renew them (aws sso login, or new keys)"},
+	"InvalidCiphertextException":      {keystore.Damaged, false, ""},
+	"IncorrectKeyException":           {keystore.Damaged, false, ""},
+	"InvalidKeyUsageException":        {keystore.Invalid, false, "the key must be symmetric and for ENCRYPT_DECRYPT"},
+	"InvalidArnException":             {keystore.Invalid, false, ""},
+	"ValidationException":             {keystore.Invalid, false, ""},
+	"InvalidGrantTokenException":      {keystore.Denied, false, ""},
+	"KeyUnavailableException":         {keystore.Outage, true, ""},
+	"KMSInternalException":            {keystore.Outage, true, ""},
+	"DependencyTimeoutException":      {keystore.Outage, true, ""},
+	"ThrottlingException":             {keystore.Outage, true, "KMS throttles this account; see its request quota"},
+	"Throttling":                      {keystore.Outage, true, "KMS throttles this account; see its request quota"},
+	"TooManyRequestsException":        {keystore.Outage, true, "KMS throttles this account; see its request quota"},
+	"RequestLimitExceeded":            {keystore.Outage, true, "KMS throttles this account; see its request quota"},
+	"LimitExceededException":          {keystore.Outage, true, ""},
+	"ServiceUnavailable":              {keystore.Outage, true, ""},
+	"InternalFailure":                 {keystore.Outage, true, ""},
+	"RequestExpired":                  {keystore.Denied, false, "check this machine's clock"},
+	"KMSInvalidStateException":        {0, false, ""}, // the key's state decides
+	"KMSInvalidMacException":          {keystore.Damaged, false, ""},
+	"UnsupportedOperationException":   {keystore.Invalid, false, ""},
+	"DryRunOperationException":        {keystore.Outage, false, ""},
+	"NotAuthorized":                   {keystore.Denied, false, ""},
+	"OptInRequired":                   {keystore.Denied, false, ""},
+	"CloudHsmClusterInvalidException": {keystore.Outage, true, ""},
+}
+
+const credentialsHint = "give AWS credentials: aws configure, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or --aws-profile"
+
+// verdict sorts an error; again says whether a repetition can help.
+func (s *Store) verdict(ctx context.Context, op string, err error) (e *keystore.Error, again bool) {
+	e = &keystore.Error{Kind: keystore.Outage, URI: s.URI(), Op: op, Err: err, RequestID: requestID(err)}
+	if ctx.Err() != nil {
+		e.Kind = keystore.Canceled
+		return e, false
+	}
+	if c, ok := errors.AsType[coded](err); ok {
+		if v, known := verdicts[c.ErrorCode()]; known {
+			e.Kind, e.Hint = v.kind, v.hint
+			if c.ErrorCode() == "KMSInvalidStateException" {
+				e.Kind = s.invalidState(ctx)
+			}
+			return e, v.again
+		}
+	}
+	if h, ok := errors.AsType[httpCoded](err); ok && h.HTTPStatusCode() != 0 {
+		switch c := h.HTTPStatusCode(); {
+		case c == http.StatusForbidden || c == http.StatusUnauthorized:
+			e.Kind = keystore.Denied
+			return e, false
+		case c == http.StatusTooManyRequests || c >= 500 || c < 300: // 200 without an answer that parses
+			return e, true
+		}
+		return e, false
+	}
+	if s.credentialsMissing(ctx) {
+		e.Kind, e.Hint = keystore.Credentials, credentialsHint
+		return e, false
+	}
+	e.Hint = "check the network, AWS_ENDPOINT_URL_KMS and --aws-region"
+	return e, true // the network
+}
+
+// invalidState asks what KMSInvalidStateException is about: revoked where the
+// key is disabled or waiting for deletion or import, else an outage.
+func (s *Store) invalidState(ctx context.Context) keystore.Kind {
+	ctx, cancel := context.WithTimeout(ctx, s.c.o.Attempt)
+	defer cancel()
+	out, err := s.client.DescribeKey(ctx, &kms.DescribeKeyInput{KeyId: &s.arn})
+	if err != nil || out.KeyMetadata == nil {
+		return keystore.Outage
+	}
+	if k := stateKind(out.KeyMetadata.KeyState); k != 0 {
+		return k
+	}
+	return keystore.Outage
+}
+
+func stateKind(st types.KeyState) keystore.Kind {
+	switch st {
+	case types.KeyStateDisabled, types.KeyStatePendingDeletion, types.KeyStatePendingImport, types.KeyStatePendingReplicaDeletion:
+		return keystore.Revoked
+	case types.KeyStateUnavailable, types.KeyStateCreating, types.KeyStateUpdating:
+		return keystore.Outage
+	}
+	return 0
+}
+
+// credentialsMissing reports whether the SDK had no credentials to sign with.
+func (s *Store) credentialsMissing(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, s.c.o.Attempt)
+	defer cancel()
+	creds := s.client.Options().Credentials
+	if creds == nil {
+		return true
+	}
+	_, err := creds.Retrieve(ctx)
+	return err != nil && ctx.Err() == nil
+}
+
+func requestID(err error) string {
+	if r, ok := errors.AsType[interface {
+		error
+		ServiceRequestID() string
+	}](err); ok {
+		return r.ServiceRequestID()
+	}
+	return ""
+}

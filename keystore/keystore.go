@@ -1,0 +1,114 @@
+// Package keystore makes, wraps and unwraps data keys. It knows no files.
+//
+// A [Store] holds one recipient's end: a local key, a KMS key. Backends live
+// one level below: keystore/local, keystore/awskms. [Ring] puts the stores that
+// a volume trusts together, with a pool of keys made ahead and a cache of
+// unwrapped ones. No key is used because somebody's bytes name it: a Ring
+// unwraps only through the stores that it was given.
+//
+// Everything that goes wrong is an [*Error] with a [Kind]. The package reports
+// to no log; see [Ring.Report].
+package keystore
+
+import (
+	"context"
+	"errors"
+	"fmt"
+)
+
+// KeySize is the size of a data key in bytes.
+const KeySize = 32
+
+// Use says what a data key is for. It is part of what a wrapping is bound to.
+type Use string
+
+// The uses.
+const (
+	ForFile   Use = "file"
+	ForBranch Use = "branch"
+	ForVolume Use = "volume"
+)
+
+// A Binding is what a wrapped key is bound to: unwrapping under another fails.
+// ID is the file's or the branch's, zero for a volume key.
+type Binding struct {
+	Use    Use
+	Volume [16]byte
+	ID     [16]byte
+}
+
+// Wrapped is a data key as one recipient can unwrap it. Branch is what its
+// scheme needs besides the blob, often nothing.
+type Wrapped struct {
+	URI    string
+	Branch []byte
+	Blob   []byte
+}
+
+// A Store wraps and unwraps for one recipient. Its methods may be called by
+// several goroutines and end when ctx does; their errors are of type [*Error].
+type Store interface {
+	// URI names the recipient: scheme:rest, see FORMAT.md.
+	URI() string
+	// Wrap wraps a key of KeySize bytes.
+	Wrap(ctx context.Context, b Binding, key []byte) (Wrapped, error)
+	// Unwrap returns the KeySize bytes that were wrapped under b.
+	Unwrap(ctx context.Context, b Binding, w Wrapped) ([]byte, error)
+}
+
+// A Generator is a Store whose service makes data keys itself.
+type Generator interface {
+	Generate(ctx context.Context, b Binding) (key []byte, w Wrapped, err error)
+}
+
+// A Matcher is a Store that also answers for other URIs: a multi-Region key.
+type Matcher interface {
+	Matches(uri string) bool
+}
+
+// Kind sorts failures by what can be done about them. Zero is no kind.
+type Kind int
+
+// The kinds, and the errno in which a mounted volume shows each.
+const (
+	Revoked     Kind = iota + 1 // the key is disabled, deleted or waiting for it: EKEYREVOKED
+	Denied                      // the service does not let these credentials: EKEYREJECTED
+	Credentials                 // expired, or none found: EKEYEXPIRED
+	Outage                      // no answer in time, or none that makes sense: ETIMEDOUT
+	Untrusted                   // the recipient is one that nobody named: ENOKEY
+	Damaged                     // the wrapped key does not unwrap: EIO
+	Canceled                    // the caller went away: EINTR
+	Invalid                     // what was asked for cannot be: a key of another type, a malformed name
+)
+
+func (k Kind) String() string {
+	return [...]string{"none", "revoked", "denied", "credentials", "outage", "untrusted", "damaged", "canceled", "invalid"}[k]
+}
+
+// An Error is the verdict of a store.
+type Error struct {
+	Kind      Kind
+	URI       string // the recipient
+	Op        string // "generate", "wrap", "unwrap", "describe"
+	RequestID string // the service's, if it gave one
+	Hint      string // what to do about it, if that is known
+	Err       error
+}
+
+func (e *Error) Error() string {
+	s := fmt.Sprintf("%s: %s: %v", e.URI, e.Op, e.Err)
+	if e.RequestID != "" {
+		s += " (request " + e.RequestID + ")"
+	}
+	return s
+}
+
+func (e *Error) Unwrap() error { return e.Err }
+
+// KindOf returns the kind of the [*Error] in err's chain, 0 if there is none.
+func KindOf(err error) Kind {
+	if e, ok := errors.AsType[*Error](err); ok {
+		return e.Kind
+	}
+	return 0
+}
