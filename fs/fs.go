@@ -119,6 +119,9 @@ func (f *fileSystem) SetAttr(cancel <-chan struct{}, in *fuse.SetAttrIn, out *fu
 	if !s.Ok() {
 		return s
 	}
+	if n.Gone() && in.Valid&^(fuse.FATTR_MTIME|fuse.FATTR_CTIME|fuse.FATTR_LOCKOWNER) == 0 {
+		return fuse.Status(syscall.ESTALE) // the kernel writes the times of what it has just removed
+	}
 	set := volume.SetAttr{KillPriv: in.Valid&fuse.FATTR_KILL_SUIDGID != 0}
 	if v, ok := in.GetSize(); ok {
 		size := int64(v)
@@ -154,8 +157,6 @@ func timespec(sec uint64, nsec uint32, now bool) *unix.Timespec {
 	}
 	return &unix.Timespec{Sec: int64(sec), Nsec: int64(nsec)}
 }
-
-// Access is never asked: the kernel checks permissions by itself (default_permissions).
 
 func (f *fileSystem) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOut) fuse.Status {
 	s, err := f.v.Statfs()
@@ -357,9 +358,9 @@ func (f *fileSystem) Write(cancel <-chan struct{}, in *fuse.WriteIn, data []byte
 	return uint32(n), status(err)
 }
 
-func (f *fileSystem) Flush(_ <-chan struct{}, in *fuse.FlushIn) fuse.Status {
-	return status(f.files.get(in.Fh).Flush())
-}
+// Flush is not answered (ENOSYS), so that the kernel asks once and never again:
+// before it asks it has written everything back, and that is all that close
+// promises. Release does the rest.
 
 func (f *fileSystem) Fsync(_ <-chan struct{}, in *fuse.FsyncIn) fuse.Status {
 	return status(f.files.get(in.Fh).Fsync())

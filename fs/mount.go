@@ -40,11 +40,11 @@ func Mount(v *volume.Volume, dir string, o MountOptions) (*Server, error) {
 		Name:           "kmsfs",
 		FsName:         o.Source,
 		AllowOther:     o.AllowOther,
-		Options:        append([]string{"default_permissions"}, o.Options...),
+		Options:        o.Options,
 		MaxWrite:       maxWrite,
 		MaxReadAhead:   maxWrite,
 		MaxBackground:  64,
-		EnableAcl:      true,
+		EnableAcl:      o.AllowOther,
 		DirectMount:    root,
 		Logger:         slog.NewLogLogger(o.Logger.Handler(), slog.LevelWarn),
 		DisableSplice:  true, // nothing is passed on as it is
@@ -54,6 +54,12 @@ func Mount(v *volume.Volume, dir string, o MountOptions) (*Server, error) {
 			return fuse.EIO
 		},
 		ExtraCapabilities: fuse.CAP_DONT_MASK | fuse.CAP_HANDLE_KILLPRIV_V2,
+	}
+	if o.AllowOther {
+		// Several users: the kernel checks permissions, by mode and ACL. For one
+		// user the backing filesystem does, and the kernel need not ask for a
+		// directory's attributes again after each change.
+		mo.Options = append(mo.Options, "default_permissions")
 	}
 	if v.ReadOnly() {
 		mo.Options = append(mo.Options, "ro")

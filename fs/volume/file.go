@@ -189,7 +189,7 @@ func (f *file) dropIfIdle() {
 	if f.handles > 0 || f.closed {
 		return
 	}
-	if f.rw && !f.n.isGone() && f.unsettled() {
+	if f.rw && !f.n.Gone() && f.unsettled() {
 		f.v.settler.add(f)
 		return
 	}
@@ -207,12 +207,6 @@ func (f *file) dropIfIdle() {
 	}
 	f.n.file.Store(nil)
 	f.n.release()
-}
-
-func (n *Node) isGone() bool {
-	n.v.mu.Lock()
-	defer n.v.mu.Unlock()
-	return n.gone
 }
 
 // unsettled reports whether the file on the disk is not yet in its final form. mu is held.
@@ -378,18 +372,6 @@ func (n *Node) newFile(fd int, rw bool, st *Attr) *file {
 // Node returns the node of the file.
 func (h *Handle) Node() *Node { return h.f.n }
 
-// Flush is called at each close of a descriptor: what was written so far is
-// there after a SIGKILL when it returns.
-func (h *Handle) Flush() error {
-	if !h.write {
-		return nil
-	}
-	f := h.f
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.rest()
-}
-
 // rest brings a fresh file into the form that a closed one has, and puts the
 // time back. mu is held.
 func (f *file) rest() error {
@@ -402,8 +384,12 @@ func (f *file) rest() error {
 }
 
 // Release closes the handle.
-func (h *Handle) Release() error {
-	err := h.Flush()
+func (h *Handle) Release() (err error) {
+	if h.write {
+		h.f.mu.Lock()
+		err = h.f.rest()
+		h.f.mu.Unlock()
+	}
 	h.f.release(h.write)
 	return err
 }

@@ -15,6 +15,10 @@ const runPages = 264
 
 var runs = sync.Pool{New: func() any { b := make([]byte, runPages*blockcrypt.PageSize); return &b }}
 
+// Scratch pages, for parts of blocks: what is passed to a cipher would else be
+// allocated each time.
+var scratches = sync.Pool{New: func() any { return new([blockcrypt.PageSize]byte) }}
+
 // maxGap is the largest gap that is sealed as zeros; a larger one is a hole.
 const maxGap = 1 << 20
 
@@ -67,11 +71,14 @@ func (f *file) readRun(buf, b []byte, off int64) (done int, err error) {
 			done += size
 			continue
 		}
-		var tmp [blockcrypt.BlockSize]byte
-		if err = f.openBlock(tmp[:0], k, page, size); err != nil {
+		tmp := scratches.Get().(*[blockcrypt.PageSize]byte)
+		if err = f.openBlock(tmp[:0], k, page, size); err == nil {
+			done += copy(b[done:], tmp[at:size])
+		}
+		scratches.Put(tmp)
+		if err != nil {
 			return 0, err
 		}
-		done += copy(b[done:], tmp[at:size])
 	}
 	return done, nil
 }
@@ -97,11 +104,8 @@ func (f *file) openBlock(dst []byte, k int64, page []byte, size int) error {
 	}
 	if n := blockcrypt.BlockLen(page); n != size && f.view && n > size {
 		// A view of a file that is being written can end within a block.
-		var tmp [blockcrypt.BlockSize]byte
-		out, err := f.keys.Open(tmp[:0], k, page, f.v.geo.Capacity(k))
-		if err == nil {
-			copy(dst[:size], out)
-		}
+		out, err := f.keys.Open(nil, k, page, f.v.geo.Capacity(k))
+		copy(dst[:size], out)
 		return err
 	}
 	out, err := f.keys.Open(dst, k, page, f.v.geo.Capacity(k))
@@ -124,7 +128,8 @@ func (f *file) readBlock(k int64, dst []byte) ([]byte, error) {
 	if k == f.tailK && len(f.tail) == size {
 		return f.tail, nil
 	}
-	var page [blockcrypt.PageSize]byte
+	page := scratches.Get().(*[blockcrypt.PageSize]byte)
+	defer scratches.Put(page)
 	n, err := f.v.pread(f.fd, page[:], f.v.geo.PageOff(k))
 	if err != nil {
 		return nil, err
@@ -313,9 +318,10 @@ func (f *file) putRun(buf []byte, first, last, size int64, b []byte, off, end in
 		at = 0
 		used = copy(buf, f.head)
 	}
-	var scratch [blockcrypt.BlockSize]byte
+	scratch := scratches.Get().(*[blockcrypt.PageSize]byte)
+	defer scratches.Put(scratch)
 	for k := first; k <= last; k++ {
-		text, err := f.content(scratch[:], k, size, b, off, end)
+		text, err := f.content(scratch[:blockcrypt.BlockSize], k, size, b, off, end)
 		if err != nil {
 			return err
 		}

@@ -61,6 +61,13 @@ func (n *Node) ID() uint64 { return n.id }
 // IsDir reports whether the node is a directory.
 func (n *Node) IsDir() bool { return n.typ == unix.S_IFDIR }
 
+// Gone reports whether the node has no name any more.
+func (n *Node) Gone() bool {
+	n.v.mu.Lock()
+	defer n.v.mu.Unlock()
+	return n.gone
+}
+
 // Node returns the node with a number that Lookup or Create gave out, nil if
 // the kernel has forgotten it.
 func (v *Volume) Node(id uint64) *Node {

@@ -397,7 +397,7 @@ func (f *file) settleNow() error {
 func (f *file) finish() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.closed || !f.rw || f.n.isGone() {
+	if f.closed || !f.rw || f.n.Gone() {
 		return nil
 	}
 	return f.failed("settling", errors.Join(f.rest(), f.settle(f.changes)))
