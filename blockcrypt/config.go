@@ -5,8 +5,6 @@ import (
 	"crypto/hmac"
 	"encoding/hex"
 	"encoding/json"
-	"errors"
-	"io"
 )
 
 // ConfigName is the file at a volume's root that holds its [Config].
@@ -45,8 +43,9 @@ const maxConfig = 4 << 20
 // [Config.Verify]. Fields that are not known are refused.
 func ParseConfig(b []byte) (*Config, error) {
 	line, rest, ok := bytes.Cut(b, []byte("\n"))
-	mac, tail, _ := bytes.Cut(rest, []byte("\n"))
+	mac, tail, ok2 := bytes.Cut(rest, []byte("\n"))
 	tag, err := hex.DecodeString(string(mac))
+	ok = ok && ok2
 	if !ok || len(b) > maxConfig {
 		return nil, damaged(BadConfig, "not two lines")
 	}
@@ -65,7 +64,8 @@ func ParseConfig(b []byte) (*Config, error) {
 	if e := d.Decode(c); e != nil {
 		return nil, damaged(BadConfig, "%v", e)
 	}
-	if _, e := d.Token(); !errors.Is(e, io.EOF) || err != nil || len(tag) != 32 || len(tail) != 0 {
+	// One form only: what Encode writes.
+	if again, e := json.Marshal(c); e != nil || !bytes.Equal(again, line) || err != nil || len(tag) != 32 || hex.EncodeToString(tag) != string(mac) || len(tail) != 0 {
 		return nil, damaged(BadConfig, "malformed")
 	}
 	return c, c.check()
@@ -99,6 +99,11 @@ func (c *Config) Verify(vk *VolumeKeys) error {
 func (c *Config) Encode(vk *VolumeKeys) ([]byte, error) {
 	if c.Directories == nil {
 		c.Directories = map[string]json.RawMessage{}
+	}
+	for i := range c.Recipients {
+		if c.Recipients[i].Branch == nil {
+			c.Recipients[i].Branch = []byte{}
+		}
 	}
 	if err := c.check(); err != nil {
 		return nil, err

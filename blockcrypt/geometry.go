@@ -13,7 +13,7 @@ const (
 	DefaultHeader = 1024
 
 	// MaxPlain is the largest plaintext: its ciphertext's length still fits in an int64.
-	MaxPlain = 1<<63 - 1 - 1<<56
+	MaxPlain = 1<<63 - 1<<57
 )
 
 // Geometry is the arithmetic of a file whose header has H bytes: integers only.

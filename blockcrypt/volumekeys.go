@@ -105,7 +105,7 @@ func (v *VolumeKeys) EncodeName(dir ID, name string) (string, error) {
 
 // DecodeName is strict: what [VolumeKeys.EncodeName] would not give back is [BadName].
 func (v *VolumeKeys) DecodeName(dir ID, encoded string) (string, error) {
-	ct, err := base64.RawURLEncoding.Strict().DecodeString(encoded)
+	ct, err := decode64(encoded)
 	if err != nil || len(ct) < 32 {
 		return "", damaged(BadName, "not an encoded name")
 	}
@@ -114,10 +114,18 @@ func (v *VolumeKeys) DecodeName(dir ID, encoded string) (string, error) {
 		return "", damaged(BadName, "a name of another directory, or altered")
 	}
 	name := strings.TrimRight(string(padded), "\x00")
-	if !validName(name) || len(padded) != (len(name)+15)/16*16 || strings.ContainsAny(encoded, "\r\n") {
+	if !validName(name) || len(padded) != (len(name)+15)/16*16 {
 		return "", damaged(BadName, "a name that cannot be")
 	}
 	return name, nil
+}
+
+// decode64 decodes what the encoder gives, and nothing else.
+func decode64(s string) ([]byte, error) {
+	if strings.ContainsAny(s, "\r\n") { // the decoder passes over these
+		return nil, base64.CorruptInputError(0)
+	}
+	return base64.RawURLEncoding.Strict().DecodeString(s)
 }
 
 func validName(s string) bool {
@@ -162,7 +170,7 @@ func (v *VolumeKeys) SealTarget(target string) (string, error) {
 
 // OpenTarget is the inverse of [VolumeKeys.SealTarget]; else [BadValue].
 func (v *VolumeKeys) OpenTarget(sealed string) (string, error) {
-	b, err := base64.RawURLEncoding.Strict().DecodeString(sealed)
+	b, err := decode64(sealed)
 	if err != nil {
 		return "", damaged(BadValue, "not a symlink target")
 	}
@@ -213,8 +221,8 @@ func (v *VolumeKeys) DecodeAttr(encoded string) (string, error) {
 	if !ok || space != "user" && space != "trusted" {
 		return "", damaged(BadName, "not an encoded attribute")
 	}
-	ct, err := base64.RawURLEncoding.Strict().DecodeString(b64)
-	if err != nil || strings.ContainsAny(b64, "\r\n") {
+	ct, err := decode64(b64)
+	if err != nil {
 		return "", damaged(BadName, "not an encoded attribute")
 	}
 	pt, err := v.xattrSIV.DecryptDeterministically(ct, []byte("xattr"))
@@ -237,7 +245,7 @@ func (v *VolumeKeys) SealMarker(sessions []uint64) string {
 
 // OpenMarker is the inverse of [VolumeKeys.SealMarker]; else [BadMarker].
 func (v *VolumeKeys) OpenMarker(target string) ([]uint64, error) {
-	b, err := base64.RawURLEncoding.Strict().DecodeString(target)
+	b, err := decode64(target)
 	if err != nil || len(b) < 40 || len(b)%8 != 0 {
 		return nil, damaged(BadMarker, "kmsfs.mounted is malformed")
 	}

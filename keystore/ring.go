@@ -33,6 +33,7 @@ type Ring struct {
 	pool    []*DataKey
 	target  int // how many the pool should hold; 0: none are made ahead
 	filling int
+	failing bool // what makes keys ahead failed; it stops until a NewKey succeeds
 	stop    context.CancelFunc
 	ctx     context.Context
 	wg      sync.WaitGroup
@@ -80,7 +81,9 @@ func NewRing(volume [16]byte, stores []Store, o RingOptions) *Ring {
 
 // Close ends what runs in the background and wipes the pool and the cache.
 func (r *Ring) Close() {
-	r.stop()
+	r.mu.Lock()
+	r.stop() // under mu: refill starts nothing after it
+	r.mu.Unlock()
 	r.wg.Wait()
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -123,12 +126,20 @@ func (r *Ring) NewKey(ctx context.Context) (*DataKey, error) {
 		r.mu.Unlock()
 		return k, nil
 	}
-	r.target = min(2*r.target, MaxPool)
-	r.refill()
+	if !r.failing {
+		r.target = min(2*r.target, MaxPool)
+		r.refill()
+	}
 	r.mu.Unlock()
 	var id [16]byte
 	rand.Read(id[:])
-	return New(ctx, r.stores, Binding{ForFile, r.volume, id})
+	k, err := New(ctx, r.stores, Binding{ForFile, r.volume, id})
+	if err == nil {
+		r.mu.Lock()
+		r.failing = false
+		r.mu.Unlock()
+	}
+	return k, err
 }
 
 // PutBack returns a key under which nothing was written.
@@ -144,7 +155,7 @@ func (r *Ring) PutBack(k *DataKey) {
 
 // refill starts what brings the pool to its target. r.mu is held.
 func (r *Ring) refill() {
-	for r.filling < poolCalls && len(r.pool)+r.filling < r.target && r.ctx.Err() == nil {
+	for !r.failing && r.filling < poolCalls && len(r.pool)+r.filling < r.target && r.ctx.Err() == nil {
 		r.filling++
 		r.wg.Go(func() {
 			var id [16]byte
@@ -158,9 +169,10 @@ func (r *Ring) refill() {
 				r.pool = append(r.pool, k)
 				r.refill()
 			case r.ctx.Err() == nil:
-				// The next NewKey meets the same failure and returns it; until
-				// one succeeds nothing is asked for in the background.
-				r.report(err)
+				if !r.failing {
+					r.report(err)
+				}
+				r.failing = true
 			}
 		})
 	}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"os/exec"
 	"strconv"
@@ -22,6 +23,11 @@ func background() error {
 	}
 	r, w, err := os.Pipe()
 	if err != nil {
+		return err
+	}
+	// What this command was given stays with it: a lock or a pipe of the caller
+	// must not live as long as the mount.
+	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil && !errors.Is(err, unix.ENOSYS) {
 		return err
 	}
 	c := exec.Command(self)

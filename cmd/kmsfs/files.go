@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"strings"
 
@@ -16,6 +17,7 @@ import (
 	"kmsfs/fs/volume"
 	"kmsfs/keystore"
 	"kmsfs/keystore/awskms"
+	"kmsfs/keystore/local"
 )
 
 const lonelyKeyUsage = "open the file with this `KEY` (repeatable); default: what the trust record of its volume names, or else the KMS key that the file names"
@@ -62,20 +64,24 @@ stdout. OUT appears whole or not at all.`,
 func encryptCommand() *cobra.Command {
 	var k keyFlags
 	c := &cobra.Command{
-		Use:   "encrypt --key KEY... IN OUT",
+		Use:   "encrypt [--key KEY]... IN OUT",
 		Short: "Encrypt one file, with no volume; - is stdin or stdout",
 		Long: `Encrypt one file in the format of a volume's files, with no volume. - is stdin
 or stdout. OUT appears whole or not at all.`,
 		Args: cobra.ExactArgs(2),
 		RunE: func(c *cobra.Command, args []string) error { return k.encrypt(context.Background(), args[0], args[1]) },
 	}
-	k.add(c, "wrap the file's data key under this `KEY` (repeatable)")
+	k.add(c, "wrap the file's data key under this `KEY` (repeatable); default: a local key of yours, made if missing")
 	return c
 }
 
 func (k *keyFlags) encrypt(ctx context.Context, in, out string) error {
 	if len(k.keys) == 0 {
-		return usageError{errors.New("no --key is given"), "kmsfs encrypt"}
+		path, err := defaultKey()
+		if err != nil {
+			return err
+		}
+		k.keys = []string{local.Scheme + path}
 	}
 	r := os.Stdin
 	if in != "-" {
@@ -98,6 +104,20 @@ func (k *keyFlags) encrypt(ctx context.Context, in, out string) error {
 			say("the key file %s was made; back it up: without it the file cannot be opened", m.path)
 		}
 	}
+	err = k.encryptTo(ctx, ms, r, in, out)
+	if err != nil {
+		unmake(ms)
+	}
+	return err
+}
+
+// defaultKey is the key file of encrypt and decrypt where no key is named.
+func defaultKey() (string, error) {
+	dir, err := keyDir()
+	return filepath.Join(dir, "default.key"), err
+}
+
+func (k *keyFlags) encryptTo(ctx context.Context, ms []made, r io.Reader, in, out string) error {
 	if out != "-" {
 		return writeWhole(out, modeOf(in), func(f *os.File) error { return volume.Encrypt(ctx, f, r, stores(ms)) })
 	}
@@ -153,14 +173,20 @@ func modeOf(in string) os.FileMode {
 
 // writeWhole makes a file that appears whole or not at all.
 func writeWhole(path string, mode os.FileMode, f func(*os.File) error) error {
+	if real, err := filepath.EvalSymlinks(path); err == nil {
+		path = real // a symlink stays one
+	}
 	if st, err := os.Stat(path); err == nil && !st.Mode().IsRegular() {
 		return fmt.Errorf("%s is not a regular file", path)
 	}
-	tmp, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*")
+	tmp, err := os.CreateTemp(filepath.Dir(path), ".kmsfs-*")
 	if err != nil {
 		return err
 	}
-	err = tmp.Chmod(mode)
+	defer removeOnSignal(tmp.Name())()
+	umask := unix.Umask(0)
+	unix.Umask(umask)
+	err = tmp.Chmod(mode &^ os.FileMode(umask))
 	var partial error
 	if err == nil {
 		if err = f(tmp); exitCode(err) == exitIncomplete {
@@ -171,6 +197,23 @@ func writeWhole(path string, mode os.FileMode, f func(*os.File) error) error {
 		return err
 	}
 	return partial
+}
+
+// removeOnSignal removes an unfinished file when the command is interrupted; the
+// function that it returns ends that.
+func removeOnSignal(path string) (stop func()) {
+	c := make(chan os.Signal, 1)
+	signal.Notify(c, unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
+	go func() {
+		if s, ok := <-c; ok {
+			os.Remove(path)
+			os.Exit(128 + int(s.(unix.Signal)))
+		}
+	}()
+	return func() {
+		signal.Stop(c)
+		close(c)
+	}
 }
 
 // decrypt writes the plaintext of a ciphertext file to w.
@@ -224,16 +267,18 @@ func (k *keyFlags) dataKey(ctx context.Context, l *volume.Lone) ([]byte, error) 
 	if err != nil {
 		return nil, err
 	}
+	if len(trusted) == 0 && rec != nil {
+		return nil, hint(&keystore.Error{Kind: keystore.Untrusted, URI: rs[0].URI, Op: "open", Err: errors.New("the trust record of the file's volume does not name this key")}, "if it is yours, name it with --key")
+	}
 	if len(trusted) == 0 {
-		trusted, err = k.unverified(ctx, rs)
-		if err != nil {
+		if trusted, err = k.unverified(ctx, rs); err != nil {
 			return nil, err
 		}
 	}
-	var errs []error
+	errs := []error{errors.New("none of its keys is at hand")}
 	for _, r := range rs {
 		for _, s := range trusted {
-			if m, ok := s.(keystore.Matcher); r.URI != s.URI() && (!ok || !m.Matches(r.URI)) {
+			if !matches(s, r.URI) {
 				continue
 			}
 			key, err := s.Unwrap(ctx, l.Binding(), keystore.Wrapped{URI: r.URI, Branch: r.Branch, Blob: r.Wrapped})
@@ -243,27 +288,33 @@ func (k *keyFlags) dataKey(ctx context.Context, l *volume.Lone) ([]byte, error) 
 			errs = append(errs, err)
 		}
 	}
-	return nil, errs[0]
+	return nil, errs[min(1, len(errs)-1)]
 }
 
-// unverified opens the KMS key that the header names: nobody vouches for it, so
-// people are told which it is.
+// unverified opens a key that nobody vouches for: the KMS key that the header
+// names, and people are told which, a passphrase, or the default key file.
 func (k *keyFlags) unverified(ctx context.Context, rs []blockcrypt.Recipient) ([]keystore.Store, error) {
 	for _, r := range rs {
 		switch {
 		case strings.HasPrefix(r.URI, awskms.Scheme):
-			s, err := k.kms().Open(ctx, strings.TrimPrefix(r.URI, awskms.Scheme))
+			s, err := k.kms().OpenURI(ctx, r.URI)
 			if err != nil {
 				return nil, err
 			}
 			say("using the key that the file names, unverified: %s", r.URI)
 			return []keystore.Store{s}, nil
-		case r.URI != "" && strings.HasPrefix(r.URI, "passphrase:"):
-			s, err := k.passphrase(r)
+		case strings.HasPrefix(r.URI, local.PassphraseScheme):
+			s, err := k.anyPassphrase(rs)
 			if err != nil {
 				return nil, err
 			}
 			return []keystore.Store{s}, nil
+		case strings.HasPrefix(r.URI, local.Scheme):
+			if path, err := defaultKey(); err == nil {
+				if s, err := local.OpenFile(path); err == nil && s.URI() == r.URI {
+					return []keystore.Store{s}, nil
+				}
+			}
 		}
 	}
 	err := &keystore.Error{Kind: keystore.Untrusted, URI: rs[0].URI, Op: "open", Err: errors.New("its key is not at hand")}

@@ -127,15 +127,18 @@ func infoFile(path string, asJSON bool) error {
 		return nil
 	}
 	h := l.Header
-	plain, err := l.PlainSize()
-	if err != nil {
-		return named(path, err)
+	plain, damage := l.PlainSize()
+	if s := h.State; damage == nil && plain != s.Size && s.Flags&(blockcrypt.Dirty|blockcrypt.Cut) == 0 {
+		damage = &blockcrypt.DamageError{Class: blockcrypt.BadSize, Pos: -1, Detail: fmt.Sprintf("the length is that of %d bytes of plaintext, the state says %d", plain, s.Size)}
 	}
 	f := fileInfo{Type: "file", Format: blockcrypt.Version, Volume: h.Volume, File: h.File, Directory: h.Dir, Header: h.Geometry.Header(),
 		Context: awskms.Context(l.Binding()), Recipients: recipientsInfo(h.Recipients), Ciphertext: l.Length, Plaintext: plain,
 		State: stateInfo{h.State.Size, h.State.Floor, fmt.Sprintf("%016x", h.State.Session), h.State.Generation, flagNames(h.State.Flags)}}
 	if asJSON {
-		return printJSON(f)
+		if err := printJSON(f); err != nil {
+			return err
+		}
+		return namedOrNil(path, damage)
 	}
 	fmt.Printf("file        %s\nvolume      %s\nciphertext  %d bytes\nplaintext   %d bytes\nstate       size %d, floor %d, session %s, generation %d, %s\n",
 		f.File, f.Volume, f.Ciphertext, f.Plaintext, f.State.Size, f.State.Floor, f.State.Session, f.State.Generation, strings.Join(f.State.Flags, " "))
@@ -147,7 +150,14 @@ func infoFile(path string, asJSON bool) error {
 		fmt.Println("Made outside a volume: it has no origin.")
 	}
 	fmt.Println("Nothing of this is authenticated: that needs a key, and for the origin its volume.")
-	return nil
+	return namedOrNil(path, damage)
+}
+
+func namedOrNil(path string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return named(path, err)
 }
 
 func flagNames(flags uint32) []string {

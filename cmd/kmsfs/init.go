@@ -59,13 +59,11 @@ func (f *initFlags) run(ctx context.Context, dir string) error {
 	}
 	rec, err := volume.Init(ctx, dir, stores(ms), id, volume.InitOptions{PlainNames: f.plainNames})
 	if err != nil {
+		unmake(ms)
 		return err
 	}
 	for _, m := range ms {
-		if m.path != "" {
-			if rec.Local != "" {
-				continue
-			}
+		if m.path != "" && rec.Local == "" {
 			rec.Local = m.path
 		}
 	}

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -65,20 +67,49 @@ type made struct {
 // create opens the keys of a new volume or file: a key file that is missing is
 // made, a passphrase is asked for twice, KMS is asked whether the key can serve.
 func (k *keyFlags) create(ctx context.Context) ([]made, error) {
-	var out []made
-	for _, key := range k.keys {
-		m, err := k.createOne(ctx, key)
-		if err != nil {
-			return nil, err
-		}
-		for _, o := range out {
-			if o.store.URI() == m.store.URI() {
-				return nil, usageError{fmt.Errorf("the key %s is named twice", key), "kmsfs"}
+	out := make([]made, len(k.keys))
+	// Key files last: what fails before leaves none behind.
+	for _, files := range []bool{false, true} {
+		for i, key := range k.keys {
+			if strings.HasPrefix(key, local.Scheme) != files {
+				continue
+			}
+			m, err := k.createOne(ctx, key)
+			out[i] = m
+			if err == nil && (twice(out, i) || slices.Index(k.keys, key) != i) {
+				err = usageError{fmt.Errorf("the key %s is named twice", key), "kmsfs"}
+			}
+			if err != nil {
+				unmake(out)
+				return nil, err
 			}
 		}
-		out = append(out, m)
 	}
 	return out, nil
+}
+
+// twice reports whether key i is the same recipient as another.
+func twice(ms []made, i int) bool {
+	for j, m := range ms {
+		if j != i && m.store != nil && (m.store.URI() == ms[i].store.URI() || matches(ms[i].store, m.store.URI())) {
+			return true
+		}
+	}
+	return false
+}
+
+func matches(s keystore.Store, uri string) bool {
+	m, ok := s.(keystore.Matcher)
+	return s.URI() == uri || ok && m.Matches(uri)
+}
+
+// unmake removes the key files that were made for what then failed.
+func unmake(ms []made) {
+	for _, m := range ms {
+		if m.created {
+			os.Remove(m.path)
+		}
+	}
 }
 
 func (k *keyFlags) createOne(ctx context.Context, key string) (made, error) {
@@ -88,14 +119,20 @@ func (k *keyFlags) createOne(ctx context.Context, key string) (made, error) {
 			return made{}, err
 		}
 		s, created, err := local.CreateFile(abs)
-		return made{s, abs, created}, err
+		if err != nil {
+			return made{}, err
+		}
+		return made{s, abs, created}, nil
 	}
 	if name, ok := kmsName(key); ok {
 		s, err := k.kms().Open(ctx, name)
 		if err == nil {
 			err = s.Check(ctx)
 		}
-		return made{store: s}, err
+		if err != nil {
+			return made{}, err
+		}
+		return made{store: s}, nil
 	}
 	if key != passphraseKey {
 		return made{}, badKey(key)
@@ -106,7 +143,10 @@ func (k *keyFlags) createOne(ctx context.Context, key string) (made, error) {
 	}
 	defer clear(p)
 	s, err := local.NewPassphrase(p)
-	return made{store: s}, err
+	if err != nil {
+		return made{}, err
+	}
+	return made{store: s}, nil
 }
 
 func stores(ms []made) []keystore.Store {
@@ -158,12 +198,7 @@ func (k *keyFlags) named(ctx context.Context, key string, recipients []blockcryp
 	} else if name, ok := kmsName(key); ok {
 		s, err = k.kms().Open(ctx, name)
 	} else if key == passphraseKey {
-		for _, r := range recipients {
-			if strings.HasPrefix(r.URI, local.PassphraseScheme) {
-				return k.passphrase(r)
-			}
-		}
-		return nil, coded{errors.New("no passphrase opens this"), exitKey}
+		return k.anyPassphrase(recipients)
 	} else {
 		return nil, badKey(key)
 	}
@@ -171,7 +206,7 @@ func (k *keyFlags) named(ctx context.Context, key string, recipients []blockcryp
 		return nil, err
 	}
 	for _, r := range recipients {
-		if m, ok := s.(keystore.Matcher); r.URI == s.URI() || ok && m.Matches(r.URI) {
+		if matches(s, r.URI) {
 			return s, nil
 		}
 	}
@@ -199,18 +234,31 @@ func (k *keyFlags) open(ctx context.Context, r blockcrypt.Recipient, rec *volume
 		}
 		return s, err
 	case strings.HasPrefix(r.URI, local.PassphraseScheme):
-		return k.passphrase(r)
+		return k.anyPassphrase([]blockcrypt.Recipient{r})
 	case strings.HasPrefix(r.URI, awskms.Scheme):
-		return k.kms().Open(ctx, strings.TrimPrefix(r.URI, awskms.Scheme))
+		return k.kms().OpenURI(ctx, r.URI)
 	}
 	return nil, fmt.Errorf("this version of kmsfs does not know recipients like %s", r.URI)
 }
 
-func (k *keyFlags) passphrase(r blockcrypt.Recipient) (keystore.Store, error) {
-	p, err := askPassphrase(k.passphraseFile, false)
-	if err != nil {
-		return nil, err
+// anyPassphrase asks for a passphrase and opens the first recipient that has it.
+func (k *keyFlags) anyPassphrase(rs []blockcrypt.Recipient) (keystore.Store, error) {
+	var err error = coded{errors.New("no passphrase opens this"), exitKey}
+	var p []byte
+	for _, r := range rs {
+		if !strings.HasPrefix(r.URI, local.PassphraseScheme) {
+			continue
+		}
+		if p == nil {
+			if p, err = askPassphrase(k.passphraseFile, false); err != nil {
+				return nil, err
+			}
+			defer clear(p)
+		}
+		var s *local.Store
+		if s, err = local.OpenPassphrase(r.URI, r.Branch, p); err == nil {
+			return s, nil
+		}
 	}
-	defer clear(p)
-	return local.OpenPassphrase(r.URI, r.Branch, p)
+	return nil, err
 }

@@ -20,6 +20,7 @@ import (
 	"kmsfs/fs"
 	"kmsfs/fs/volume"
 	"kmsfs/keystore"
+	"kmsfs/keystore/local"
 )
 
 type mountFlags struct {
@@ -56,6 +57,13 @@ init writes one, and so does a mount with --key.`,
 	fl.BoolVar(&f.readOnly, "read-only", false, "change nothing, repair nothing")
 	fl.BoolVar(&f.allowOther, "allow-other", false, "let other users in; the kernel checks permissions")
 	fl.BoolVar(&f.acceptOlder, "accept-older", false, "accept a kmsfs.json that is older than the last one seen: a restored backup")
+	// As mount(8) calls its helper.
+	for _, h := range []string{"n", "v", "s"} {
+		fl.BoolP("mount-"+h, h, false, "accepted for mount(8)")
+		fl.MarkHidden("mount-" + h)
+	}
+	fl.StringP("types", "t", "", "accepted for mount(8)")
+	fl.MarkHidden("types")
 	fl.StringArrayVarP(&f.options, "options", "o", nil, "mount `OPTIONS`, comma-separated: ro, allow_other, key=KEY, passphrase_file=FILE, exec, noexec, suid, dev, …")
 	return c
 }
@@ -91,7 +99,7 @@ func (f *mountFlags) start(ctx context.Context, cipherDir, mountPoint string) er
 }
 
 // Options of fstab that are about something else, or the default.
-var ignoredOptions = []string{"defaults", "rw", "auto", "noauto", "user", "users", "nouser", "nofail", "_netdev", "nosuid", "nodev", "async"}
+var ignoredOptions = []string{"defaults", "rw", "auto", "noauto", "user", "users", "nouser", "nofail", "_netdev", "nosuid", "nodev", "async", "relatime", "nodiratime"}
 
 func (f *mountFlags) parseOptions() error {
 	for _, o := range strings.Split(strings.Join(f.options, ","), ",") {
@@ -112,7 +120,7 @@ func (f *mountFlags) parseOptions() error {
 			f.aws.Region = value
 		case name == "aws_endpoint":
 			f.aws.Endpoint = value
-		case slices.Contains([]string{"exec", "noexec", "suid", "dev", "noatime", "nodiratime", "relatime", "sync", "dirsync"}, o):
+		case slices.Contains([]string{"exec", "noexec", "suid", "dev", "noatime", "sync", "dirsync"}, o):
 			f.pass = append(f.pass, o)
 		default:
 			return usageError{fmt.Errorf("the mount option %q is not known", o), "kmsfs mount"}
@@ -129,7 +137,7 @@ func (f *mountFlags) places(cipherDir, mountPoint string) (c, m string, err erro
 	if c, err = realDir(cipherDir); err != nil {
 		return "", "", err
 	}
-	if _, err := os.Stat(mountPoint); errors.Is(err, unix.ENOTCONN) {
+	if isDead(mountPoint) {
 		if err := detach(mountPoint); err != nil {
 			return "", "", fmt.Errorf("%s has a dead mount that cannot be cleaned up: %w", mountPoint, err)
 		}
@@ -193,11 +201,19 @@ func (f *mountFlags) serve(ctx context.Context, cipherDir, mountPoint string) er
 	if err != nil {
 		return err
 	}
+	// Now that the volume is ours: a mount that is refused changes no trust.
+	if err := f.remember(u.Record, cipherDir); err != nil {
+		return errors.Join(err, v.Close())
+	}
 	server, err := fs.Mount(v, mountPoint, fs.MountOptions{Source: cipherDir, AllowOther: f.allowOther, Options: f.pass, Logger: logger})
 	if err != nil {
 		return errors.Join(mountFailed(err), v.Close())
 	}
-	go unmountOnSignal(server, mountPoint, logger)
+	mark, err := markMounted(mountPoint)
+	if err != nil {
+		logger.Warn("umount cannot wait for this mount", "error", err)
+	}
+	go f.unmountOnSignal(server, mountPoint, logger)
 	if err := ready(log, logPath, mountPoint); err != nil {
 		logger.Error("going to the background failed", "error", err)
 	}
@@ -206,6 +222,7 @@ func (f *mountFlags) serve(ctx context.Context, cipherDir, mountPoint string) er
 	if err != nil {
 		logger.Error("closing the volume failed", "error", err)
 	}
+	mark.ended(err)
 	return err
 }
 
@@ -225,6 +242,9 @@ func (f *mountFlags) unlock(ctx context.Context, cipherDir string) (*volume.Unlo
 	}
 	defer l.Close()
 	rec, err := readRecord(l.Config.Volume)
+	if err == nil {
+		_, err = stateDir()
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -233,7 +253,7 @@ func (f *mountFlags) unlock(ctx context.Context, cipherDir string) (*volume.Unlo
 		return nil, err
 	}
 	if len(trusted) == 0 {
-		return nil, untrusted(l.Config.List(), cipherDir)
+		return nil, untrusted(l.Config.List(), cipherDir, rec)
 	}
 	u, err := l.Unlock(ctx, trusted, volume.UnlockOptions{Record: rec, AcceptOlder: f.acceptOlder, ReadOnly: f.readOnly,
 		More: func(ctx context.Context, r blockcrypt.Recipient) (keystore.Store, error) { return f.open(ctx, r, rec) }})
@@ -241,20 +261,22 @@ func (f *mountFlags) unlock(ctx context.Context, cipherDir string) (*volume.Unlo
 		return nil, err
 	}
 	for _, key := range f.keys {
-		if path, ok := strings.CutPrefix(key, "local:"); ok {
-			if u.Record.Local, err = filepath.Abs(path); err != nil {
+		if path, ok := strings.CutPrefix(key, local.Scheme); ok {
+			if u.Record.Local, err = filepath.Abs(path); err != nil { // where it is now
 				u.Close()
 				return nil, err
 			}
 		}
 	}
-	if rec == nil || !sameRecord(rec, u.Record) {
-		if err := writeRecord(u.Record, cipherDir); err != nil {
-			u.Close()
-			return nil, err
-		}
-	}
 	return u, nil
+}
+
+// remember writes the trust record, if it says something new.
+func (f *mountFlags) remember(rec *volume.Record, cipherDir string) error {
+	if old, err := readRecord(rec.Volume); err == nil && old != nil && sameRecord(old, rec) {
+		return nil
+	}
+	return writeRecord(rec, cipherDir)
 }
 
 func sameRecord(a, b *volume.Record) bool {
@@ -263,23 +285,42 @@ func sameRecord(a, b *volume.Record) bool {
 
 // untrusted refuses a volume whose keys nobody named, with the line that would
 // accept it.
-func untrusted(rs []blockcrypt.Recipient, cipherDir string) error {
+func untrusted(rs []blockcrypt.Recipient, cipherDir string, rec *volume.Record) error {
 	key := rs[0].URI
 	switch {
-	case strings.HasPrefix(key, "local:"):
+	case strings.HasPrefix(key, local.Scheme):
 		key = "local:PATH"
-	case strings.HasPrefix(key, "passphrase:"):
+	case strings.HasPrefix(key, local.PassphraseScheme):
 		key = passphraseKey
 	}
-	err := &keystore.Error{Kind: keystore.Untrusted, URI: rs[0].URI, Op: "mount", Err: errors.New("nobody named this key for the volume, and there is no trust record here")}
-	return hint(err, "if it is yours: kmsfs mount --key %s %s MOUNTPOINT", key, cipherDir)
+	why := "nobody named this key for the volume, and there is no trust record here"
+	if rec != nil {
+		why = "the volume's trust record does not name this key"
+	}
+	err := &keystore.Error{Kind: keystore.Untrusted, URI: rs[0].URI, Op: "mount", Err: errors.New(why)}
+	// The line is made to be pasted, and whoever wrote kmsfs.json chose the key.
+	return hint(err, "if it is yours: kmsfs mount --key %s %s MOUNTPOINT", shellWord(key), shellWord(cipherDir))
 }
 
-// unmountOnSignal unmounts at SIGINT and SIGTERM, as soon as nothing is in use.
-func unmountOnSignal(server *fs.Server, mountPoint string, logger *slog.Logger) {
+// shellWord quotes s for a shell where that is needed.
+func shellWord(s string) string {
+	for _, r := range s {
+		if !strings.ContainsRune("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./:@%+,", r) {
+			return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
+		}
+	}
+	return s
+}
+
+// unmountOnSignal unmounts at SIGINT, SIGTERM, and in the foreground SIGHUP, as soon as nothing is in use.
+func (f *mountFlags) unmountOnSignal(server *fs.Server, mountPoint string, logger *slog.Logger) {
 	c := make(chan os.Signal, 1)
 	signal.Notify(c, unix.SIGINT, unix.SIGTERM)
-	signal.Ignore(unix.SIGHUP)
+	if f.foreground {
+		signal.Notify(c, unix.SIGHUP)
+	} else {
+		signal.Ignore(unix.SIGHUP)
+	}
 	<-c
 	for told := false; server.Unmount() != nil; told = true {
 		if !told {

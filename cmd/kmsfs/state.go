@@ -8,13 +8,15 @@ import (
 	"os"
 	"path/filepath"
 
+	"golang.org/x/sys/unix"
+
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
 )
 
-// stateDir is where trust records and logs are kept: outside any volume.
-func stateDir() (string, error) {
-	dir := ""
+// statePath is where trust records, logs and what is mounted are kept: outside
+// any volume.
+func statePath() (dir string, err error) {
 	switch x := os.Getenv("XDG_STATE_HOME"); {
 	case x != "":
 		dir = filepath.Join(x, "kmsfs")
@@ -27,8 +29,20 @@ func stateDir() (string, error) {
 		}
 		dir = filepath.Join(home, ".local", "state", "kmsfs")
 	}
+	return dir, nil
+}
+
+// stateDir is [statePath], made, and one that can be written.
+func stateDir() (string, error) {
+	dir, err := statePath()
+	if err != nil {
+		return "", err
+	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return "", noState(err)
+	}
+	if err := unix.Access(dir, unix.W_OK|unix.X_OK); err != nil {
+		return "", noState(fmt.Errorf("%s: %w", dir, err))
 	}
 	return dir, nil
 }
@@ -49,13 +63,13 @@ func keyDir() (string, error) {
 
 // readRecord returns the trust record of a volume, nil if there is none.
 func readRecord(id blockcrypt.ID) (*volume.Record, error) {
-	dir, err := stateDir()
+	dir, err := statePath()
 	if err != nil {
-		return nil, err
+		return nil, nil
 	}
 	path := filepath.Join(dir, id.String()+".json")
 	b, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
 		return nil, nil
 	}
 	if err != nil {
@@ -92,7 +106,7 @@ func writeRecord(rec *volume.Record, cipherDir string) error {
 
 // replaceFile writes a file anew, durably: it is the old one or the new one.
 func replaceFile(path string, b []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*")
+	f, err := os.CreateTemp(filepath.Dir(path), ".kmsfs-*")
 	if err != nil {
 		return err
 	}

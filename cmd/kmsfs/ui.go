@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/signal"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -149,11 +150,12 @@ func askPassphrase(file string, isNew bool) ([]byte, error) {
 		}
 		return b, nil
 	}
-	fd := int(os.Stdin.Fd())
-	if !term.IsTerminal(fd) {
+	tty, err := os.OpenFile("/dev/tty", os.O_RDWR, 0) // stdin may be what is encrypted
+	if err != nil {
 		return nil, hint(errors.New("there is no terminal to ask for the passphrase"), "give --passphrase-file")
 	}
-	p, err := readHidden(fd, "Passphrase: ")
+	defer tty.Close()
+	p, err := readHidden(tty, "Passphrase: ")
 	if err != nil {
 		return nil, err
 	}
@@ -161,7 +163,7 @@ func askPassphrase(file string, isNew bool) ([]byte, error) {
 		return nil, errors.New("the passphrase is empty")
 	}
 	if isNew {
-		again, err := readHidden(fd, "Passphrase, again: ")
+		again, err := readHidden(tty, "Passphrase, again: ")
 		if err != nil {
 			return nil, err
 		}
@@ -172,9 +174,25 @@ func askPassphrase(file string, isNew bool) ([]byte, error) {
 	return p, nil
 }
 
-func readHidden(fd int, prompt string) ([]byte, error) {
-	fmt.Fprint(os.Stderr, prompt)
+func readHidden(tty *os.File, prompt string) ([]byte, error) {
+	fd := int(tty.Fd())
+	was, err := term.GetState(fd)
+	if err != nil {
+		return nil, err
+	}
+	// Ctrl-C must not leave the terminal silent.
+	c := make(chan os.Signal, 1)
+	signal.Notify(c, unix.SIGINT, unix.SIGTERM)
+	defer signal.Stop(c)
+	go func() {
+		if s, ok := <-c; ok {
+			term.Restore(fd, was)
+			fmt.Fprintln(tty)
+			os.Exit(128 + int(s.(unix.Signal)))
+		}
+	}()
+	fmt.Fprint(tty, prompt)
 	p, err := term.ReadPassword(fd)
-	fmt.Fprintln(os.Stderr)
+	fmt.Fprintln(tty)
 	return p, err
 }

@@ -3,6 +3,8 @@ package main
 import (
 	"bufio"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
@@ -33,40 +35,60 @@ func umountCommand() *cobra.Command {
 }
 
 func umount(dir string) error {
-	if _, err := os.Stat(dir); errors.Is(err, unix.ENOTCONN) {
+	if isDead(dir) {
 		if err := detach(dir); err != nil {
 			return fmt.Errorf("the dead mount at %s cannot be cleaned up: %w", dir, err)
 		}
 		fmt.Printf("Cleaned up a dead mount at %s.\n", dir)
 		return nil
-	} else if errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("the directory %s does not exist", dir)
 	}
-	real, err := filepath.EvalSymlinks(dir)
-	if err == nil {
-		real, err = filepath.Abs(real)
-	}
+	real, m, err := mountAt(dir)
 	if err != nil {
 		return err
 	}
-	m, err := findMount(real)
-	if err != nil {
-		return err
-	}
-	if m == nil || m.fstype != "fuse.kmsfs" {
-		return fmt.Errorf("no kmsfs volume is mounted at %s", real)
-	}
-	daemon := writerOf(m.source)
+	d := daemonOf(real, m.source)
 	if err := unmountOnce(real); errors.Is(err, unix.EBUSY) {
 		who := strings.Join(busy(real), ", ")
 		if who == "" {
-			who = "a process of another user"
+			who = "a process that we may not see"
 		}
 		return coded{hint(fmt.Errorf("%s is busy: in use by %s", real, who), "end what uses it, or leave the directory, and try again"), exitBusy}
 	} else if err != nil {
 		return fmt.Errorf("unmount %s: %w", real, err)
 	}
-	return awaitEnd(daemon, m.source)
+	return d.awaitEnd()
+}
+
+// isDead reports whether dir is a mount whose daemon has gone. It asks the
+// daemon: what the kernel remembers of the directory may still look fine.
+func isDead(dir string) bool {
+	var s unix.Statfs_t
+	return errors.Is(unix.Statfs(dir, &s), unix.ENOTCONN)
+}
+
+// mountAt returns the volume that is mounted at dir. Not even root may look into
+// another user's mount, so the name is tried as it stands first.
+func mountAt(dir string) (real string, m *mountInfo, err error) {
+	if real, err = filepath.Abs(dir); err != nil {
+		return "", nil, err
+	}
+	if m, err = findMount(real); err != nil {
+		return "", nil, err
+	}
+	if m == nil {
+		if real, err = filepath.EvalSymlinks(real); errors.Is(err, os.ErrNotExist) {
+			return "", nil, fmt.Errorf("the directory %s does not exist", dir)
+		} else if err != nil {
+			return "", nil, err
+		}
+		if m, err = findMount(real); err != nil {
+			return "", nil, err
+		}
+	}
+	if m == nil || m.fstype != "fuse.kmsfs" {
+		return "", nil, fmt.Errorf("no kmsfs volume is mounted at %s", real)
+	}
+	return real, m, nil
 }
 
 func unmountOnce(dir string) error {
@@ -133,43 +155,101 @@ func unescape(s string) string {
 	return b.String()
 }
 
-// writerOf returns the process that holds the lock of a volume, 0 if none does.
-func writerOf(cipherDir string) int {
-	var st unix.Stat_t
-	b, err := os.ReadFile("/proc/locks")
-	if err != nil || unix.Stat(cipherDir, &st) != nil {
-		return 0
+// mountMark is a file under the state directory by which umount finds the
+// daemon of a mount: it holds the process ID, and after a failure its error.
+// A daemon that ends well removes it. A nil mark does nothing.
+type mountMark struct{ path string }
+
+func markPath(mountPoint string) (string, error) {
+	dir, err := statePath()
+	if err != nil {
+		return "", err
 	}
-	want := fmt.Sprintf("%02x:%02x:%d", unix.Major(st.Dev), unix.Minor(st.Dev), st.Ino)
-	for line := range strings.Lines(string(b)) {
-		f := strings.Fields(line)
-		if len(f) >= 6 && f[1] == "FLOCK" && f[5] == want {
-			pid, _ := strconv.Atoi(f[4])
-			return pid
-		}
-	}
-	return 0
+	sum := sha256.Sum256([]byte(mountPoint))
+	return filepath.Join(dir, "mounts", hex.EncodeToString(sum[:16])), nil
 }
 
-// awaitEnd returns when the daemon has ended: then everything is on the disk.
-func awaitEnd(pid int, cipherDir string) error {
-	if pid > 0 {
-		fd, err := unix.PidfdOpen(pid, 0)
-		if errors.Is(err, unix.ESRCH) {
-			return nil
-		}
-		if err == nil {
-			defer unix.Close(fd)
-			for {
-				_, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, -1)
-				if !errors.Is(err, unix.EINTR) {
-					return err
-				}
-			}
+func markMounted(mountPoint string) (*mountMark, error) {
+	path, err := markPath(mountPoint)
+	if err == nil {
+		err = os.MkdirAll(filepath.Dir(path), 0o700)
+	}
+	if err == nil {
+		err = os.WriteFile(path, fmt.Appendf(nil, "%d\n", os.Getpid()), 0o600)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &mountMark{path}, nil
+}
+
+func (m *mountMark) ended(err error) {
+	switch {
+	case m == nil:
+	case err == nil:
+		os.Remove(m.path)
+	default:
+		os.WriteFile(m.path, fmt.Appendf(nil, "%d\n%v\n", os.Getpid(), err), 0o600)
+	}
+}
+
+// daemon is the process behind a mount, as far as it is known.
+type daemon struct {
+	fd        int    // a pidfd, -1 if it is not known
+	mark      string // its mark
+	cipherDir string
+}
+
+func daemonOf(mountPoint, cipherDir string) *daemon {
+	d := &daemon{fd: -1, cipherDir: cipherDir}
+	path, err := markPath(mountPoint)
+	if err != nil {
+		return d
+	}
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return d // of another user, perhaps
+	}
+	first, _, _ := strings.Cut(string(b), "\n")
+	if pid, err := strconv.Atoi(first); err == nil {
+		if fd, err := unix.PidfdOpen(pid, 0); err == nil {
+			d.fd, d.mark = fd, path
 		}
 	}
-	// Without its number: until its lock is gone. A reader has none.
-	fd, err := unix.Open(cipherDir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	return d
+}
+
+// awaitEnd returns when the daemon has ended, and whether everything is on the disk.
+func (d *daemon) awaitEnd() error {
+	if d.fd < 0 {
+		return d.awaitLock()
+	}
+	defer unix.Close(d.fd)
+	for {
+		_, err := unix.Poll([]unix.PollFd{{Fd: int32(d.fd), Events: unix.POLLIN}}, -1)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
+	b, err := os.ReadFile(d.mark)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	os.Remove(d.mark)
+	_, why, _ := strings.Cut(strings.TrimSpace(string(b)), "\n")
+	if why == "" {
+		why = "the daemon ended early"
+	}
+	return hint(fmt.Errorf("unmounted, but not everything is known to be on the disk: %s", why), "see the log; the next mount repairs what was being written")
+}
+
+// awaitLock waits for the daemon of another user: until the volume's lock is
+// free. A read-only mount has none, and leaves nothing to wait for.
+func (d *daemon) awaitLock() error {
+	fd, err := unix.Open(d.cipherDir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -76,7 +77,7 @@ func Init(ctx context.Context, dir string, stores []keystore.Store, id blockcryp
 		return nil, err
 	}
 	if err := d.replace(root, blockcrypt.ConfigName, b); err != nil {
-		return nil, err
+		return nil, fmt.Errorf("write %s in %s: %w", blockcrypt.ConfigName, dir, err)
 	}
 	return record(cfg, vk), nil
 }
@@ -135,7 +136,8 @@ func (d *disk) replace(dir int, name string, b []byte) (err error) {
 		err = d.rename(dir, tmp, dir, name, 0)
 	}
 	if err != nil {
-		return errors.Join(err, d.unlink(dir, tmp, 0))
+		d.unlink(dir, tmp, 0)
+		return err
 	}
 	return d.fsync(dir)
 }
@@ -274,6 +276,7 @@ func (l *Locked) allStores(ctx context.Context, trusted []keystore.Store, o Unlo
 			s, err = o.More(ctx, r)
 		}
 		switch {
+		case s != nil && slices.ContainsFunc(out, func(o keystore.Store) bool { return o.URI() == s.URI() }):
 		case s != nil:
 			out = append(out, s)
 		case !o.ReadOnly:
@@ -288,7 +291,12 @@ func (l *Locked) allStores(ctx context.Context, trusted []keystore.Store, o Unlo
 
 func matching(stores []keystore.Store, uri string) keystore.Store {
 	for _, s := range stores {
-		if m, ok := s.(keystore.Matcher); s.URI() == uri || ok && m.Matches(uri) {
+		if s.URI() == uri {
+			return s
+		}
+	}
+	for _, s := range stores {
+		if m, ok := s.(keystore.Matcher); ok && m.Matches(uri) {
 			return s
 		}
 	}

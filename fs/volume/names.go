@@ -103,20 +103,26 @@ func (v *Volume) readDirID(fd int) (id blockcrypt.ID, ok bool, err error) {
 		}
 		return id, false, nil
 	case len(inName) == 0: // the file's name is lost
-		if !v.o.ReadOnly {
-			err = v.nameDirID(fd, id)
-		}
-		return id, true, ignore(err, unix.EROFS)
+		v.makeAgain(fd, func() error { return v.nameDirID(fd, id) })
+		return id, true, nil
 	case ok || len(inName) > 1:
 		return id, false, fmt.Errorf("the directory has %d IDs that differ", len(inName)+1)
 	}
 	if id, ok = blockcrypt.ParseID(inName[0]); !ok {
 		return id, false, errors.New("kmsfs.dir.ID is malformed")
 	}
-	if !v.o.ReadOnly { // the symlink is lost
-		err = v.symlink(id.String(), fd, dirLink)
+	v.makeAgain(fd, func() error { return v.symlink(id.String(), fd, dirLink) })
+	return id, true, nil
+}
+
+// makeAgain brings a lost place of an ID back; the other one suffices to go on.
+func (v *Volume) makeAgain(fd int, f func() error) {
+	if v.o.ReadOnly {
+		return
 	}
-	return id, true, err
+	if err := f(); err != nil {
+		v.log.Warn("one of the two places of a directory's ID is lost and cannot be made again", "error", err)
+	}
 }
 
 func (v *Volume) makeDirID(fd int) (blockcrypt.ID, error) {

@@ -183,10 +183,6 @@ func (f *file) lookThrough(length int64) error {
 		return err
 	}
 	f.v.log.Warn("a file was being written when it was copied, or is now; what opens is shown", "at", f.n.where(), "bytes", r.size)
-	if r.pages == 0 {
-		f.hdr, f.keys, f.head = nil, nil, nil
-		return nil
-	}
 	f.size, f.view = r.size, true
 	return nil
 }

@@ -163,6 +163,16 @@ func (c *Clients) Open(ctx context.Context, name string) (*Store, error) {
 	return s, err
 }
 
+// OpenURI returns the store of a recipient's URI: a key ARN, nothing else, since
+// what a file names must not be looked up.
+func (c *Clients) OpenURI(ctx context.Context, uri string) (*Store, error) {
+	name, ok := strings.CutPrefix(uri, Scheme)
+	if m := arnPattern.FindStringSubmatch(name); !ok || m == nil || m[4] != "key" {
+		return nil, refused(name, "the recipient is no ARN of a KMS key", "")
+	}
+	return c.Open(ctx, name)
+}
+
 // Check asks KMS about the key and refuses one that cannot serve: asymmetric,
 // HMAC, AWS-managed, or not enabled. Without the right to DescribeKey it
 // passes, since what follows shows it.

@@ -61,41 +61,43 @@ var verdicts = map[string]struct {
 	again bool
 	hint  string
 }{
-	"DisabledException":               {keystore.Revoked, false, "the key is disabled; its administrator enables it with aws kms enable-key"},
-	"NotFoundException":               {keystore.Revoked, false, "the key does not exist (any more) in this Region"},
-	"AccessDeniedException":           {keystore.Denied, false, "the key policy or IAM policy does not allow this; see README.md, \"Key policy\""},
-	"UnrecognizedClientException":     {keystore.Denied, false, "these credentials are not known to AWS"},
-	"InvalidClientTokenId":            {keystore.Denied, false, "these credentials are not known to AWS"},
-	"InvalidSignatureException":       {keystore.Denied, false, "check the secret key and this machine's clock"},
-	"SignatureDoesNotMatch":           {keystore.Denied, false, "check the secret key and this machine's clock"},
-	"IncompleteSignature":             {keystore.Denied, false, ""},
-	"MissingAuthenticationToken":      {keystore.Credentials, false, credentialsHint},
-	"ExpiredTokenException":           {keystore.Credentials, false, "the credentials have expired; renew them (aws sso login, or new keys)"},
-	"ExpiredToken":                    {keystore.Credentials, false, "the credentials have expired; renew them (aws sso login, or new keys)"},
-	"InvalidCiphertextException":      {keystore.Damaged, false, ""},
-	"IncorrectKeyException":           {keystore.Damaged, false, ""},
-	"InvalidKeyUsageException":        {keystore.Invalid, false, "the key must be symmetric and for ENCRYPT_DECRYPT"},
-	"InvalidArnException":             {keystore.Invalid, false, ""},
-	"ValidationException":             {keystore.Invalid, false, ""},
-	"InvalidGrantTokenException":      {keystore.Denied, false, ""},
-	"KeyUnavailableException":         {keystore.Outage, true, ""},
-	"KMSInternalException":            {keystore.Outage, true, ""},
-	"DependencyTimeoutException":      {keystore.Outage, true, ""},
-	"ThrottlingException":             {keystore.Outage, true, "KMS throttles this account; see its request quota"},
-	"Throttling":                      {keystore.Outage, true, "KMS throttles this account; see its request quota"},
-	"TooManyRequestsException":        {keystore.Outage, true, "KMS throttles this account; see its request quota"},
-	"RequestLimitExceeded":            {keystore.Outage, true, "KMS throttles this account; see its request quota"},
-	"LimitExceededException":          {keystore.Outage, true, ""},
-	"ServiceUnavailable":              {keystore.Outage, true, ""},
-	"InternalFailure":                 {keystore.Outage, true, ""},
-	"RequestExpired":                  {keystore.Denied, false, "check this machine's clock"},
-	"KMSInvalidStateException":        {0, false, ""}, // the key's state decides
-	"KMSInvalidMacException":          {keystore.Damaged, false, ""},
-	"UnsupportedOperationException":   {keystore.Invalid, false, ""},
-	"DryRunOperationException":        {keystore.Outage, false, ""},
-	"NotAuthorized":                   {keystore.Denied, false, ""},
-	"OptInRequired":                   {keystore.Denied, false, ""},
-	"CloudHsmClusterInvalidException": {keystore.Outage, true, ""},
+	"DisabledException":                   {keystore.Revoked, false, "the key is disabled; its administrator enables it with aws kms enable-key"},
+	"NotFoundException":                   {keystore.Revoked, false, "the key does not exist (any more) in this Region"},
+	"AccessDeniedException":               {keystore.Denied, false, "the key policy or IAM policy does not allow this; see README.md, \"Key policy\""},
+	"UnrecognizedClientException":         {keystore.Denied, false, "these credentials are not known to AWS"},
+	"InvalidClientTokenId":                {keystore.Denied, false, "these credentials are not known to AWS"},
+	"InvalidSignatureException":           {keystore.Denied, false, "check the secret key and this machine's clock"},
+	"SignatureDoesNotMatch":               {keystore.Denied, false, "check the secret key and this machine's clock"},
+	"IncompleteSignature":                 {keystore.Denied, false, ""},
+	"MissingAuthenticationTokenException": {keystore.Credentials, false, credentialsHint},
+	"IncompleteSignatureException":        {keystore.Denied, false, ""},
+	"MissingAuthenticationToken":          {keystore.Credentials, false, credentialsHint},
+	"ExpiredTokenException":               {keystore.Credentials, false, "the credentials have expired; renew them (aws sso login, or new keys)"},
+	"ExpiredToken":                        {keystore.Credentials, false, "the credentials have expired; renew them (aws sso login, or new keys)"},
+	"InvalidCiphertextException":          {keystore.Damaged, false, ""},
+	"IncorrectKeyException":               {keystore.Damaged, false, ""},
+	"InvalidKeyUsageException":            {keystore.Invalid, false, "the key must be symmetric and for ENCRYPT_DECRYPT"},
+	"InvalidArnException":                 {keystore.Invalid, false, ""},
+	"ValidationException":                 {keystore.Invalid, false, ""},
+	"InvalidGrantTokenException":          {keystore.Denied, false, ""},
+	"KeyUnavailableException":             {keystore.Outage, true, ""},
+	"KMSInternalException":                {keystore.Outage, true, ""},
+	"DependencyTimeoutException":          {keystore.Outage, true, ""},
+	"ThrottlingException":                 {keystore.Outage, true, "KMS throttles this account; see its request quota"},
+	"Throttling":                          {keystore.Outage, true, "KMS throttles this account; see its request quota"},
+	"TooManyRequestsException":            {keystore.Outage, true, "KMS throttles this account; see its request quota"},
+	"RequestLimitExceeded":                {keystore.Outage, true, "KMS throttles this account; see its request quota"},
+	"LimitExceededException":              {keystore.Outage, true, ""},
+	"ServiceUnavailable":                  {keystore.Outage, true, ""},
+	"InternalFailure":                     {keystore.Outage, true, ""},
+	"RequestExpired":                      {keystore.Denied, false, "check this machine's clock"},
+	"KMSInvalidStateException":            {0, false, ""}, // the key's state decides
+	"KMSInvalidMacException":              {keystore.Damaged, false, ""},
+	"UnsupportedOperationException":       {keystore.Invalid, false, ""},
+	"DryRunOperationException":            {keystore.Outage, false, ""},
+	"NotAuthorized":                       {keystore.Denied, false, ""},
+	"OptInRequired":                       {keystore.Denied, false, ""},
+	"CloudHsmClusterInvalidException":     {keystore.Outage, true, ""},
 }
 
 const credentialsHint = "give AWS credentials: aws configure, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or --aws-profile"
@@ -105,6 +107,11 @@ func (s *Store) verdict(ctx context.Context, op string, err error) (e *keystore.
 	e = &keystore.Error{Kind: keystore.Outage, URI: s.URI(), Op: op, Err: err, RequestID: requestID(err)}
 	if ctx.Err() != nil {
 		e.Kind = keystore.Canceled
+		return e, false
+	}
+	// First: what the services behind credentials answer looks like KMS's answers.
+	if s.credentialsMissing(ctx) {
+		e.Kind, e.Hint = keystore.Credentials, credentialsHint
 		return e, false
 	}
 	if c, ok := errors.AsType[coded](err); ok {
@@ -124,10 +131,6 @@ func (s *Store) verdict(ctx context.Context, op string, err error) (e *keystore.
 		case c == http.StatusTooManyRequests || c >= 500 || c < 300: // 200 without an answer that parses
 			return e, true
 		}
-		return e, false
-	}
-	if s.credentialsMissing(ctx) {
-		e.Kind, e.Hint = keystore.Credentials, credentialsHint
 		return e, false
 	}
 	e.Hint = "check the network, AWS_ENDPOINT_URL_KMS and --aws-region"
@@ -168,7 +171,7 @@ func (s *Store) credentialsMissing(ctx context.Context) bool {
 		return true
 	}
 	_, err := creds.Retrieve(ctx)
-	return err != nil && ctx.Err() == nil
+	return err != nil
 }
 
 func requestID(err error) string {

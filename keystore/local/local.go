@@ -18,6 +18,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
 
 	"golang.org/x/crypto/argon2" // Argon2id (RFC 9106), which the standard library lacks
 	"golang.org/x/sys/unix"
@@ -110,25 +111,41 @@ func OpenFile(path string) (*Store, error) {
 // CreateFile makes a key file with a new key, mode 0600, durable when it
 // returns. A file that is there already is opened instead; made says which.
 func CreateFile(path string) (s *Store, made bool, err error) {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if errors.Is(err, fs.ErrExist) {
+	if _, err := os.Lstat(path); err == nil {
 		s, err = OpenFile(path)
 		return s, false, err
-	}
-	if err != nil {
-		return nil, false, invalid(Scheme, err)
 	}
 	key := make([]byte, keystore.KeySize)
 	rand.Read(key)
 	defer clear(key)
-	_, err = f.Write(key)
-	err = errors.Join(err, f.Sync(), f.Close())
-	if err != nil {
-		os.Remove(path)
+	if err := writeNew(path, key); err != nil {
 		return nil, false, invalid(Scheme, err)
 	}
 	s, err = New(key)
 	return s, true, err
+}
+
+// writeNew makes a file of mode 0600 that is there whole, durably, or not at all.
+func writeNew(path string, b []byte) error {
+	dir := filepath.Dir(path)
+	f, err := os.CreateTemp(dir, ".kmsfs-*")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name())
+	_, err = f.Write(b)
+	err = errors.Join(err, f.Sync(), f.Close())
+	if err == nil {
+		err = os.Link(f.Name(), path) // never over another
+	}
+	if err != nil {
+		return err
+	}
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
 }
 
 // Passphrases.

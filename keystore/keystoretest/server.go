@@ -1,0 +1,377 @@
+// Package keystoretest has what tests of keystores share: a KMS server on
+// loopback that obeys, and fails, on command, and the suite that every backend
+// must pass.
+package keystoretest
+
+import (
+	"crypto/aes"
+	"crypto/cipher"
+	"crypto/rand"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// Region and Account of the server's keys.
+const (
+	Region  = "eu-central-1"
+	Account = "111122223333"
+)
+
+// Server speaks the AWS JSON 1.1 protocol of KMS on loopback. Its knobs may be
+// turned while it serves.
+type Server struct {
+	URL string
+
+	mu      sync.Mutex
+	keys    map[string]*key   // by ID
+	aliases map[string]string // alias/… to ID
+	calls   map[string]int    // by operation
+	active  int
+	most    int
+	denied  map[string]bool // operations
+	fail    func(op string) *Failure
+	latency time.Duration
+	blobs   []map[string]string // contexts of all calls that had one
+	agents  []string
+}
+
+// Failure is an answer that a test asks for: an error code of KMS, or any body.
+type Failure struct {
+	Status int
+	Code   string // __type of the body
+	Body   string // instead of a body made from Code
+	Hang   bool   // no answer until the client goes away
+}
+
+type key struct {
+	id, state, spec, usage, manager string
+	material                        [32]byte
+}
+
+// NewServer starts a server that ends with the test, and points the SDK's
+// environment at it.
+func NewServer(t testing.TB) *Server {
+	s := &Server{keys: map[string]*key{}, aliases: map[string]string{}, calls: map[string]int{}, denied: map[string]bool{}}
+	h := httptest.NewServer(http.HandlerFunc(s.serve))
+	t.Cleanup(h.Close)
+	s.URL = h.URL
+	for k, v := range Env(h.URL) {
+		t.Setenv(k, v)
+	}
+	return s
+}
+
+// Env is the environment in which the SDK, or the aws command line, talks to a
+// server at this URL and to nothing else.
+func Env(url string) map[string]string {
+	return map[string]string{
+		"AWS_ENDPOINT_URL_KMS": url, "AWS_REGION": Region, "AWS_DEFAULT_REGION": Region,
+		"AWS_ACCESS_KEY_ID": "AKIDTEST", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_SESSION_TOKEN": "",
+		"AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "/dev/null", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+	}
+}
+
+// AddKey makes a symmetric key and returns its ARN. alias may be "".
+func (s *Server) AddKey(alias string) string {
+	return s.AddKeyLike(alias, "SYMMETRIC_DEFAULT", "ENCRYPT_DECRYPT", "CUSTOMER")
+}
+
+// AddKeyLike makes a key of another type.
+func (s *Server) AddKeyLike(alias, spec, usage, manager string) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return arn(s.newKey(alias, spec, usage, manager).id)
+}
+
+func (s *Server) newKey(alias, spec, usage, manager string) *key {
+	var b [16]byte
+	rand.Read(b[:])
+	h := hex.EncodeToString(b[:])
+	k := &key{id: strings.Join([]string{h[:8], h[8:12], h[12:16], h[16:20], h[20:]}, "-"), state: "Enabled", spec: spec, usage: usage, manager: manager}
+	rand.Read(k.material[:])
+	s.keys[k.id] = k
+	if alias != "" {
+		s.aliases[alias] = k.id
+	}
+	return k
+}
+
+func arn(id string) string { return "arn:aws:kms:" + Region + ":" + Account + ":key/" + id }
+
+// SetState changes a key's state: Enabled, Disabled, PendingDeletion, PendingImport, Unavailable.
+func (s *Server) SetState(arn, state string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.keys[arn[strings.LastIndex(arn, "/")+1:]].state = state
+}
+
+// Deny makes operations answer AccessDeniedException; none allows all again.
+func (s *Server) Deny(ops ...string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	clear(s.denied)
+	for _, op := range ops {
+		s.denied[op] = true
+	}
+}
+
+// Fail asks f before each call; nil lets it go on.
+func (s *Server) Fail(f func(op string) *Failure) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.fail = f
+}
+
+// SetLatency delays every answer.
+func (s *Server) SetLatency(d time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.latency = d
+}
+
+// Calls returns how often an operation was called; "" for all.
+func (s *Server) Calls(op string) (n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for o, c := range s.calls {
+		if op == "" || op == o {
+			n += c
+		}
+	}
+	return n
+}
+
+// MostAtOnce returns how many calls were under way at once at most.
+func (s *Server) MostAtOnce() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.most
+}
+
+// Contexts returns the encryption contexts of the calls so far.
+func (s *Server) Contexts() []map[string]string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.blobs)
+}
+
+// request has the fields of all operations that are served.
+type request struct {
+	KeyId               string
+	Plaintext           []byte
+	CiphertextBlob      []byte
+	EncryptionContext   map[string]string
+	KeySpec             string
+	AliasName           string
+	TargetKeyId         string
+	PendingWindowInDays int
+}
+
+type kmsError struct{ code, message string }
+
+func (e *kmsError) Error() string { return e.code }
+
+func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
+	op := strings.TrimPrefix(r.Header.Get("X-Amz-Target"), "TrentService.")
+	body, _ := io.ReadAll(r.Body)
+	s.mu.Lock()
+	s.calls[op]++
+	s.active++
+	s.most = max(s.most, s.active)
+	s.agents = append(s.agents, r.UserAgent())
+	latency, fail := s.latency, s.fail
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		s.active--
+		s.mu.Unlock()
+	}()
+	if latency > 0 {
+		select {
+		case <-time.After(latency):
+		case <-r.Context().Done():
+			return
+		}
+	}
+	w.Header().Set("Content-Type", "application/x-amz-json-1.1")
+	w.Header().Set("X-Amzn-RequestId", "0123-test")
+	if fail != nil {
+		if f := fail(op); f != nil {
+			s.answerFailure(w, r, f)
+			return
+		}
+	}
+	var q request
+	if err := json.Unmarshal(body, &q); err != nil {
+		s.answerFailure(w, r, &Failure{Status: 400, Code: "SerializationException"})
+		return
+	}
+	out, err := s.operate(op, credential(r), &q)
+	if e, ok := err.(*kmsError); ok {
+		s.answerFailure(w, r, &Failure{Status: 400, Code: e.code, Body: fmt.Sprintf(`{"__type":%q,"message":%q}`, e.code, e.message)})
+		return
+	}
+	json.NewEncoder(w).Encode(out)
+}
+
+func (s *Server) answerFailure(w http.ResponseWriter, r *http.Request, f *Failure) {
+	if f.Hang {
+		<-r.Context().Done()
+		return
+	}
+	if f.Status != 0 {
+		w.WriteHeader(f.Status)
+	}
+	if f.Body != "" {
+		io.WriteString(w, f.Body)
+	} else if f.Code != "" {
+		fmt.Fprintf(w, `{"__type":%q,"message":"as the test asked"}`, f.Code)
+	}
+}
+
+func credential(r *http.Request) string {
+	_, c, _ := strings.Cut(r.Header.Get("Authorization"), "Credential=")
+	c, _, _ = strings.Cut(c, "/")
+	return c
+}
+
+func (s *Server) operate(op, credential string, q *request) (any, error) {
+	switch credential {
+	case "":
+		return nil, &kmsError{"MissingAuthenticationToken", "Request is missing Authentication Token"}
+	case "EXPIRED":
+		return nil, &kmsError{"ExpiredTokenException", "The security token included in the request is expired"}
+	case "UNKNOWN":
+		return nil, &kmsError{"UnrecognizedClientException", "The security token included in the request is invalid."}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if q.EncryptionContext != nil {
+		s.blobs = append(s.blobs, q.EncryptionContext)
+	}
+	switch op {
+	case "CreateKey":
+		k := s.newKey("", "SYMMETRIC_DEFAULT", "ENCRYPT_DECRYPT", "CUSTOMER")
+		return map[string]any{"KeyMetadata": s.metadata(k)}, nil
+	case "CreateAlias":
+		s.aliases[q.AliasName] = q.TargetKeyId[strings.LastIndex(q.TargetKeyId, "/")+1:]
+		return map[string]any{}, nil
+	}
+	var k *key
+	if op == "Decrypt" && q.KeyId == "" && len(q.CiphertextBlob) > 36 {
+		k = s.keys[string(q.CiphertextBlob[:36])]
+	} else {
+		k = s.find(q.KeyId)
+	}
+	if s.denied[op] {
+		return nil, &kmsError{"AccessDeniedException", "User: arn:aws:iam::" + Account + ":user/test is not authorized to perform: kms:" + op}
+	}
+	if k == nil {
+		return nil, &kmsError{"NotFoundException", "Key '" + arn(q.KeyId) + "' does not exist"}
+	}
+	switch op {
+	case "DescribeKey":
+		return map[string]any{"KeyMetadata": s.metadata(k)}, nil
+	case "DisableKey":
+		k.state = "Disabled"
+		return map[string]any{}, nil
+	case "EnableKey":
+		k.state = "Enabled"
+		return map[string]any{}, nil
+	case "ScheduleKeyDeletion":
+		k.state = "PendingDeletion"
+		return map[string]any{"KeyId": arn(k.id), "DeletionDate": time.Now().Add(7 * 24 * time.Hour).Unix()}, nil
+	case "CancelKeyDeletion":
+		k.state = "Disabled"
+		return map[string]any{"KeyId": arn(k.id)}, nil
+	}
+	switch k.state {
+	case "Enabled":
+	case "Disabled":
+		return nil, &kmsError{"DisabledException", arn(k.id) + " is disabled."}
+	default:
+		return nil, &kmsError{"KMSInvalidStateException", arn(k.id) + " is " + k.state + "."}
+	}
+	if k.spec != "SYMMETRIC_DEFAULT" {
+		return nil, &kmsError{"InvalidKeyUsageException", "the key is of type " + k.spec}
+	}
+	return s.crypt(op, k, q)
+}
+
+func (s *Server) crypt(op string, k *key, q *request) (any, error) {
+	switch op {
+	case "GenerateDataKey":
+		plain := make([]byte, 32)
+		rand.Read(plain)
+		return map[string]any{"KeyId": arn(k.id), "Plaintext": plain, "CiphertextBlob": k.wrap(plain, q.EncryptionContext)}, nil
+	case "Encrypt":
+		return map[string]any{"KeyId": arn(k.id), "CiphertextBlob": k.wrap(q.Plaintext, q.EncryptionContext)}, nil
+	case "Decrypt":
+		if len(q.CiphertextBlob) < 36+12+16 {
+			return nil, &kmsError{"InvalidCiphertextException", ""}
+		}
+		if id := string(q.CiphertextBlob[:36]); id != k.id {
+			if s.keys[id] == nil {
+				return nil, &kmsError{"InvalidCiphertextException", ""}
+			}
+			return nil, &kmsError{"IncorrectKeyException", "The key ID in the request does not identify a CMK that can perform this operation."}
+		}
+		plain, err := k.aead().Open(nil, q.CiphertextBlob[36:48], q.CiphertextBlob[48:], canonical(q.EncryptionContext))
+		if err != nil {
+			return nil, &kmsError{"InvalidCiphertextException", ""}
+		}
+		return map[string]any{"KeyId": arn(k.id), "Plaintext": plain}, nil
+	}
+	return nil, &kmsError{"UnknownOperationException", op}
+}
+
+func (s *Server) find(name string) *key {
+	name = strings.TrimPrefix(name, "arn:aws:kms:"+Region+":"+Account+":")
+	if id, ok := s.aliases[name]; ok {
+		return s.keys[id]
+	}
+	return s.keys[strings.TrimPrefix(name, "key/")]
+}
+
+func (s *Server) metadata(k *key) map[string]any {
+	return map[string]any{"KeyId": k.id, "Arn": arn(k.id), "AWSAccountId": Account, "Enabled": k.state == "Enabled", "KeyState": k.state,
+		"KeyUsage": k.usage, "KeySpec": k.spec, "CustomerMasterKeySpec": k.spec, "KeyManager": k.manager, "CreationDate": 1.7e9, "Description": "", "Origin": "AWS_KMS"}
+}
+
+func (k *key) aead() cipher.AEAD {
+	b, err := aes.NewCipher(k.material[:])
+	if err != nil {
+		panic(err)
+	}
+	a, err := cipher.NewGCM(b)
+	if err != nil {
+		panic(err)
+	}
+	return a
+}
+
+// wrap makes a blob: key ID, nonce, ciphertext.
+func (k *key) wrap(plain []byte, context map[string]string) []byte {
+	nonce := make([]byte, 12)
+	rand.Read(nonce)
+	return append(append([]byte(k.id), nonce...), k.aead().Seal(nil, nonce, plain, canonical(context))...)
+}
+
+func canonical(context map[string]string) []byte {
+	var pairs []string
+	for k, v := range context {
+		pairs = append(pairs, base64.StdEncoding.EncodeToString([]byte(k))+"="+base64.StdEncoding.EncodeToString([]byte(v)))
+	}
+	slices.Sort(pairs)
+	return []byte(strings.Join(pairs, ","))
+}

@@ -1,0 +1,206 @@
+package keystore_test
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"kmsfs/keystore"
+)
+
+// slow is a store that counts and delays.
+type slow struct {
+	uri    string
+	kek    [32]byte
+	delay  time.Duration
+	wraps  atomic.Int32
+	opens  atomic.Int32
+	active atomic.Int32
+	err    atomic.Pointer[keystore.Error]
+}
+
+func (s *slow) URI() string { return s.uri }
+
+func (s *slow) wait(ctx context.Context) error {
+	s.active.Add(1)
+	defer s.active.Add(-1)
+	if e := s.err.Load(); e != nil {
+		return e
+	}
+	select {
+	case <-time.After(s.delay):
+		return nil
+	case <-ctx.Done():
+		return &keystore.Error{Kind: keystore.Canceled, URI: s.uri, Err: ctx.Err()}
+	}
+}
+
+func (s *slow) Wrap(ctx context.Context, b keystore.Binding, key []byte) (keystore.Wrapped, error) {
+	s.wraps.Add(1)
+	if err := s.wait(ctx); err != nil {
+		return keystore.Wrapped{}, err
+	}
+	blob, err := keystore.WrapLocal(s.kek[:], b, [16]byte{}, key)
+	return keystore.Wrapped{URI: s.uri, Blob: blob}, err
+}
+
+func (s *slow) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
+	s.opens.Add(1)
+	if err := s.wait(ctx); err != nil {
+		return nil, err
+	}
+	return keystore.UnwrapLocal(s.kek[:], b, [16]byte{}, w.Blob)
+}
+
+func TestPoolRefills(t *testing.T) {
+	s := &slow{uri: "slow:1", delay: 5 * time.Millisecond}
+	r := keystore.NewRing([16]byte{1}, []keystore.Store{s}, keystore.RingOptions{Pool: 8})
+	defer r.Close()
+	seen := map[[16]byte]bool{}
+	for range 100 {
+		k, err := r.NewKey(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if seen[k.ID] {
+			t.Fatal("the same key twice")
+		}
+		seen[k.ID] = true
+	}
+	r.Close()
+	if n := s.wraps.Load(); n < 100 || n > 100+keystore.MaxPool {
+		t.Errorf("%d keys made for 100 taken", n)
+	}
+}
+
+func TestPoolOff(t *testing.T) {
+	s := &slow{uri: "slow:1"}
+	r := keystore.NewRing([16]byte{1}, []keystore.Store{s}, keystore.RingOptions{})
+	defer r.Close()
+	if s.wraps.Load() != 0 {
+		t.Error("keys were made ahead")
+	}
+	k, err := r.NewKey(t.Context())
+	if err != nil || s.wraps.Load() != 1 {
+		t.Error(err)
+	}
+	r.PutBack(k)
+	if k.Key != [32]byte{} {
+		t.Error("a key that nobody needs was not wiped")
+	}
+}
+
+func TestPoolReportsAndRecovers(t *testing.T) {
+	s := &slow{uri: "slow:1"}
+	s.err.Store(&keystore.Error{Kind: keystore.Denied, URI: s.uri, Err: errors.New("no")})
+	var reports atomic.Int32
+	r := keystore.NewRing([16]byte{1}, []keystore.Store{s}, keystore.RingOptions{Pool: 4, Report: func(error) { reports.Add(1) }})
+	defer r.Close()
+	if _, err := r.NewKey(t.Context()); keystore.KindOf(err) != keystore.Denied {
+		t.Errorf("%v", err)
+	}
+	time.Sleep(20 * time.Millisecond)
+	if n := s.wraps.Load(); n > 40 {
+		t.Errorf("a denied pool went on asking: %d calls", n)
+	}
+	s.err.Store(nil)
+	if _, err := r.NewKey(t.Context()); err != nil || reports.Load() == 0 {
+		t.Errorf("%v, %d reports", err, reports.Load())
+	}
+}
+
+func TestUnwrapOnce(t *testing.T) {
+	s := &slow{uri: "slow:1", delay: 20 * time.Millisecond}
+	r := keystore.NewRing([16]byte{1}, []keystore.Store{s}, keystore.RingOptions{})
+	defer r.Close()
+	k, err := r.NewKey(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	for range 50 {
+		wg.Go(func() {
+			got, err := r.Unwrap(t.Context(), k.ID, k.Wrapped)
+			if err != nil || [32]byte(got) != k.Key {
+				t.Error(err)
+			}
+			clear(got) // each has its own
+		})
+	}
+	wg.Wait()
+	if n := s.opens.Load(); n != 1 {
+		t.Errorf("%d calls for one key", n)
+	}
+}
+
+// One who waits for another's call does not fail when that one goes away.
+func TestUnwrapSurvivesTheFirst(t *testing.T) {
+	s := &slow{uri: "slow:1", delay: 50 * time.Millisecond}
+	r := keystore.NewRing([16]byte{1}, []keystore.Store{s}, keystore.RingOptions{})
+	defer r.Close()
+	k, err := r.NewKey(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	first, cancel := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() { _, err := r.Unwrap(first, k.ID, k.Wrapped); done <- err }()
+	for s.opens.Load() == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	go func() { time.Sleep(10 * time.Millisecond); cancel() }()
+	if _, err := r.Unwrap(t.Context(), k.ID, k.Wrapped); err != nil {
+		t.Error(err)
+	}
+	if err := <-done; keystore.KindOf(err) != keystore.Canceled {
+		t.Errorf("the first: %v", err)
+	}
+}
+
+// A cached key is bound to all that it was unwrapped from.
+func TestCacheIsBound(t *testing.T) {
+	s := &slow{uri: "slow:1"}
+	r := keystore.NewRing([16]byte{1}, []keystore.Store{s}, keystore.RingOptions{})
+	defer r.Close()
+	k, err := r.NewKey(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.Unwrap(t.Context(), k.ID, k.Wrapped); err != nil {
+		t.Fatal(err)
+	}
+	other := k.ID
+	other[0] ^= 1
+	if _, err := r.Unwrap(t.Context(), other, k.Wrapped); err == nil {
+		t.Error("the key of one file opens for another")
+	}
+	w := k.Wrapped[0]
+	w.Branch = []byte{1}
+	n := s.opens.Load()
+	r.Unwrap(t.Context(), k.ID, []keystore.Wrapped{w})
+	if s.opens.Load() == n {
+		t.Error("another branch is the same to the cache")
+	}
+}
+
+func TestWrongRecipientFallsThrough(t *testing.T) {
+	a, b := &slow{uri: "slow:a", kek: [32]byte{1}}, &slow{uri: "slow:b", kek: [32]byte{2}}
+	r := keystore.NewRing([16]byte{1}, []keystore.Store{a, b}, keystore.RingOptions{})
+	defer r.Close()
+	k, err := r.NewKey(t.Context())
+	if err != nil || len(k.Wrapped) != 2 {
+		t.Fatal(err)
+	}
+	a.err.Store(&keystore.Error{Kind: keystore.Revoked, URI: a.uri, Err: errors.New("off")})
+	if _, err := r.Unwrap(t.Context(), k.ID, k.Wrapped); err != nil {
+		t.Errorf("one recipient is off, the other is not: %v", err)
+	}
+	b.err.Store(&keystore.Error{Kind: keystore.Outage, URI: b.uri, Err: errors.New("away")})
+	k2, _ := keystore.New(t.Context(), []keystore.Store{&slow{uri: "slow:a", kek: [32]byte{1}}, &slow{uri: "slow:b", kek: [32]byte{2}}}, keystore.Binding{Use: keystore.ForFile, Volume: [16]byte{1}})
+	if _, err := r.Unwrap(t.Context(), k2.ID, k2.Wrapped); keystore.KindOf(err) != keystore.Revoked {
+		t.Errorf("both are off: %v", err)
+	}
+}
