@@ -19,10 +19,11 @@ type fileSystem struct {
 	files              table[*volume.Handle]
 	dirs               table[*volume.Dir]
 	timeout            time.Duration
+	kernelChecks       bool // permissions
 }
 
-func newFS(v *volume.Volume) *fileSystem {
-	f := &fileSystem{RawFileSystem: fuse.NewDefaultRawFileSystem(), v: v, timeout: remember}
+func newFS(v *volume.Volume, kernelChecks bool) *fileSystem {
+	f := &fileSystem{RawFileSystem: fuse.NewDefaultRawFileSystem(), v: v, timeout: remember, kernelChecks: kernelChecks}
 	if v.ReadOnly() {
 		f.timeout = rememberRead
 	}
@@ -158,6 +159,15 @@ func timespec(sec uint64, nsec uint32, now bool) *unix.Timespec {
 	return &unix.Timespec{Sec: int64(sec), Nsec: int64(nsec)}
 }
 
+// Access is asked where the kernel does not check permissions by itself.
+func (f *fileSystem) Access(_ <-chan struct{}, in *fuse.AccessIn) fuse.Status {
+	n, s := f.node(in.NodeId)
+	if !s.Ok() {
+		return s
+	}
+	return status(n.Access(in.Mask))
+}
+
 func (f *fileSystem) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOut) fuse.Status {
 	s, err := f.v.Statfs()
 	if err != nil {
@@ -198,8 +208,7 @@ func (f *fileSystem) Link(cancel <-chan struct{}, in *fuse.LinkIn, name string, 
 		if !s.Ok() {
 			return nil, volume.Attr{}, syscall.Errno(s)
 		}
-		st, err := f.v.Link(with(cancel), n, dir, name)
-		return n, st, err
+		return f.v.Link(with(cancel), n, dir, name)
 	})
 }
 
@@ -305,6 +314,17 @@ func (f *fileSystem) RemoveXAttr(_ <-chan struct{}, h *fuse.InHeader, attr strin
 
 func writes(flags uint32) bool { return flags&syscall.O_ACCMODE != syscall.O_RDONLY }
 
+// accessOf returns what opening with these flags asks for.
+func accessOf(flags uint32) uint32 {
+	switch flags & syscall.O_ACCMODE {
+	case syscall.O_RDONLY:
+		return unix.R_OK
+	case syscall.O_WRONLY:
+		return unix.W_OK
+	}
+	return unix.R_OK | unix.W_OK
+}
+
 func (f *fileSystem) opened(out *fuse.OpenOut, h *volume.Handle) {
 	out.Fh = f.files.put(h)
 	if !f.v.ReadOnly() {
@@ -330,6 +350,11 @@ func (f *fileSystem) Open(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.Ope
 	n, s := f.node(in.NodeId)
 	if !s.Ok() {
 		return s
+	}
+	if !f.kernelChecks {
+		if err := n.Access(accessOf(in.Flags)); err != nil {
+			return status(err)
+		}
 	}
 	h, err := n.Open(with(cancel), writes(in.Flags))
 	if err != nil {

@@ -66,7 +66,7 @@ func Mount(v *volume.Volume, dir string, o MountOptions) (*Server, error) {
 	} else {
 		mo.ExtraCapabilities |= fuse.CAP_WRITEBACK_CACHE
 	}
-	server, err := fuse.NewServer(newFS(v), dir, mo)
+	server, err := fuse.NewServer(newFS(v, o.AllowOther), dir, mo)
 	if err != nil {
 		return nil, err
 	}

@@ -15,9 +15,8 @@ import (
 func (n *Node) Attr() (st Attr, err error) {
 	v := n.v
 	if f := n.file.Load(); f != nil {
-		if done, err := f.borrow(func(fd int) error { return v.fstat(fd, &st) }); done && err == nil {
-			n.fill(&st, -1, "")
-			return st, nil
+		if done, err := f.attr(&st); done {
+			return st, err
 		}
 	}
 	if n.IsDir() {
@@ -89,6 +88,22 @@ func (v *Volume) lastLen(fd int, k int64) (int, error) {
 func (v *Volume) foldIno(dev, ino uint64) uint64 {
 	x := dev ^ v.root.dev
 	return ino ^ (x<<40 | x>>24)
+}
+
+// Access checks the permissions of the user who runs the mount, as access(2)
+// does; mask is of unix.R_OK, W_OK, X_OK. Where several users are let in, the
+// kernel checks instead.
+func (n *Node) Access(mask uint32) error {
+	if mask&unix.W_OK != 0 && n.v.o.ReadOnly {
+		return unix.EROFS
+	}
+	if n.v.super {
+		mask &= unix.X_OK // root may read and write everything
+	}
+	if mask == 0 {
+		return nil
+	}
+	return n.withFD(func(fd int) error { return unix.Access(procFD(fd), mask) })
 }
 
 // SetAttr is what [Node.SetAttr] changes; nil leaves a thing as it is.

@@ -19,42 +19,43 @@ type Caller struct {
 // final is false for a file that could not be repaired yet: its size may change,
 // so nobody may remember what was told.
 func (v *Volume) Lookup(ctx context.Context, dir *Node, name string) (n *Node, st Attr, final bool, err error) {
-	n, st, known, err := v.find(dir, func() (string, error) {
+	n, st, err = v.find(dir, func() (string, error) {
 		e, err := dir.encode(name, false)
 		return e.cname, err
 	})
-	return v.checked(ctx, n, st, known, err)
+	return v.checked(ctx, n, st, err)
 }
 
-func (v *Volume) find(dir *Node, cname func() (string, error)) (n *Node, st Attr, known bool, err error) {
+func (v *Volume) find(dir *Node, cname func() (string, error)) (n *Node, st Attr, err error) {
 	v.tree.RLock()
 	defer v.tree.RUnlock()
 	c, err := cname()
 	if err != nil {
-		return nil, st, false, err
+		return nil, st, err
 	}
 	return v.lookup(dir, c)
 }
 
 // lookup finds an entry by its ciphertext name; tree is held.
-func (v *Volume) lookup(dir *Node, cname string) (n *Node, st Attr, known bool, err error) {
+func (v *Volume) lookup(dir *Node, cname string) (n *Node, st Attr, err error) {
 	fd, err := dir.enter()
 	if err != nil {
-		return nil, st, false, err
+		return nil, st, err
 	}
 	defer dir.leave()
 	if err := v.stat(fd, cname, &st); err != nil {
-		return nil, st, false, err
+		return nil, st, err
 	}
-	n, known = v.intern(&st, dir, cname)
+	n = v.intern(&st, dir, cname)
 	n.fill(&st, fd, cname)
-	return n, st, known, nil
+	return n, st, nil
 }
 
 // checked repairs a file of a session that ended badly at its first lookup,
-// before anybody is told its size. No lock is held: it may need a key.
-func (v *Volume) checked(ctx context.Context, n *Node, st Attr, known bool, err error) (*Node, Attr, bool, error) {
-	if err != nil || known || n.typ != unix.S_IFREG || !v.repairs() {
+// before anybody is told its size; who comes second waits. No lock is held: it
+// may need a key.
+func (v *Volume) checked(ctx context.Context, n *Node, st Attr, err error) (*Node, Attr, bool, error) {
+	if err != nil || n.typ != unix.S_IFREG || !v.repairs() {
 		return n, st, err == nil, err
 	}
 	ok, err := n.checkSession(ctx)
@@ -106,8 +107,7 @@ func (v *Volume) make(ctx context.Context, dir *Node, name string, c Caller, mod
 	if err := v.give(fd, e.cname, c, mode); err != nil {
 		return nil, Attr{}, err
 	}
-	n, st, _, err := v.lookup(dir, e.cname)
-	return n, st, err
+	return v.lookup(dir, e.cname)
 }
 
 // Mkdir makes a directory.
@@ -131,13 +131,13 @@ func (v *Volume) Symlink(ctx context.Context, dir *Node, name, target string, c 
 
 // Link makes a further name of a file. One that is still to settle settles
 // first.
-func (v *Volume) Link(ctx context.Context, n, dir *Node, name string) (Attr, error) {
+func (v *Volume) Link(ctx context.Context, n, dir *Node, name string) (*Node, Attr, error) {
 	if f := n.file.Load(); f != nil {
 		if err := f.settleNow(); err != nil {
-			return Attr{}, err
+			return nil, Attr{}, err
 		}
 	}
-	_, st, err := v.make(ctx, dir, name, Caller{}, 0, func(fd int, cname string, _ uint32) error {
+	return v.make(ctx, dir, name, Caller{}, 0, func(fd int, cname string, _ uint32) error {
 		return n.at(func(od int, oname string) error {
 			var st unix.Stat_t
 			if err := v.stat(od, oname, &st); err != nil {
@@ -149,7 +149,6 @@ func (v *Volume) Link(ctx context.Context, n, dir *Node, name string) (Attr, err
 			return v.link(od, oname, fd, cname)
 		})
 	})
-	return st, err
 }
 
 // Readlink returns the target of a symlink.
@@ -271,7 +270,7 @@ func (v *Volume) remove(dir *Node, name string, f func(fd int, cname string, st 
 // clearDir removes what kmsfs keeps in the directory dir/cname, if nothing else
 // is there: ENOTEMPTY before touching anything.
 func (v *Volume) clearDir(dir *Node, fd int, cname string, st *unix.Stat_t) error {
-	n, _ := v.intern(st, dir, cname)
+	n := v.intern(st, dir, cname)
 	defer v.Forget(n.id, 1)
 	d, err := n.enter()
 	if err != nil {
@@ -339,6 +338,9 @@ func (v *Volume) Rename(from *Node, oldName string, to *Node, newName string, fl
 
 // renamed keeps the nodes true after a rename that succeeded.
 func (v *Volume) renamed(from *Node, old entryName, ofd int, ost *unix.Stat_t, to *Node, now entryName, nst *unix.Stat_t, replaces bool, flags uint32) {
+	if ost.Mode&unix.S_IFMT == unix.S_IFDIR || v.repairs() {
+		v.dirMoves.Add(1)
+	}
 	same := replaces && ost.Ino == nst.Ino && ost.Dev == nst.Dev
 	switch {
 	case from == to && old.cname == now.cname, same && flags&unix.RENAME_EXCHANGE == 0:
@@ -463,6 +465,6 @@ func (d *Dir) Next(f func(Entry) bool) error {
 
 // Lookup is [Volume.Lookup] of an entry that Next gave.
 func (d *Dir) Lookup(ctx context.Context, e Entry) (*Node, Attr, bool, error) {
-	n, st, known, err := d.n.v.find(d.n, func() (string, error) { return e.cname, nil })
-	return d.n.v.checked(ctx, n, st, known, err)
+	n, st, err := d.n.v.find(d.n, func() (string, error) { return e.cname, nil })
+	return d.n.v.checked(ctx, n, st, err)
 }

@@ -142,12 +142,6 @@ func (d *disk) waitPages(fd int, off, n int64) error {
 	return again(func() error { return unix.SyncFileRange(fd, off, n, unix.SYNC_FILE_RANGE_WAIT_BEFORE) })
 }
 
-// hasHole reports whether the backing filesystem knows a hole in [off, end).
-func (d *disk) hasHole(fd int, off, end int64) (bool, error) {
-	p, err := unix.Seek(fd, off, unix.SEEK_HOLE)
-	return p < end, err
-}
-
 func (d *disk) mkdir(dir int, name string, mode uint32) error {
 	if err := d.before("mkdirat", name, 0, 0); err != nil {
 		return err

@@ -45,10 +45,17 @@ type file struct {
 	sealed  int64 // blocks, under the current content key
 	epoch   uint16
 	inked   bool   // epoch was drawn
-	holes   bool   // the sparse flag was set here, so that the backing's holes are all there are
-	changes uint64 // of the content
-	cuts    uint64 // of them, truncations
-	view    bool   // of a read-only mount: size is what opens, not what the state says
+	holes   ranges // the blocks that are holes, where known is true
+	known   bool   // the sparse flag was set here
+	// announced: dirty, the length at whole pages and what was set with them are durable.
+	announced bool
+	// broken: an error left disk and memory different; it is not settled, and
+	// repaired when it is loaded again.
+	broken   bool
+	overlong bool   // the ciphertext still has pages behind its end
+	changes  uint64 // of the content
+	cuts     uint64 // of them, truncations
+	view     bool   // of a read-only mount: size is what opens, not what the state says
 
 	mtime   unix.Timespec // what the kernel believes
 	touched bool          // the backing's mtime is another by now
@@ -128,6 +135,9 @@ func (f *file) needWrite() error {
 		return nil
 	}
 	fd, err := f.n.open(unix.O_RDWR)
+	if errors.Is(err, unix.EACCES) {
+		fd, err = f.n.openForced(unix.O_RDWR)
+	}
 	if err != nil {
 		return err
 	}
@@ -211,7 +221,18 @@ func (f *file) dropIfIdle() {
 
 // unsettled reports whether the file on the disk is not yet in its final form. mu is held.
 func (f *file) unsettled() bool {
-	return f.hdr != nil && f.conf > 0 && (f.whole || f.flags()&(blockcrypt.Dirty|blockcrypt.Cut) != 0)
+	if f.hdr == nil || f.broken {
+		return false
+	}
+	dirty := f.flags()&(blockcrypt.Dirty|blockcrypt.Cut) != 0
+	return dirty || f.overlong || f.conf > 0 && f.whole
+}
+
+// breaks notes that the file on the disk is not what memory says: after an
+// error, and another when the first was to be undone.
+func (f *file) breaks() {
+	f.broken = true
+	f.v.stuck.Store(true)
 }
 
 func (f *file) flags() uint32 {
@@ -231,6 +252,19 @@ func (f *file) borrow(g func(fd int) error) (done bool, err error) {
 	return true, g(f.fd)
 }
 
+// attr is stat of the open file; done is false where it was closed.
+func (f *file) attr(st *Attr) (done bool, err error) {
+	return f.borrow(func(fd int) error {
+		if err := f.v.fstat(fd, st); err != nil {
+			return err
+		}
+		st.Ino = f.v.foldIno(st.Dev, st.Ino)
+		st.Blksize = blockcrypt.PageSize
+		f.fillLocked(st)
+		return nil
+	})
+}
+
 // fill puts size and time into st; false where the file was closed.
 func (f *file) fill(st *Attr) bool {
 	f.mu.RLock()
@@ -238,11 +272,15 @@ func (f *file) fill(st *Attr) bool {
 	if f.closed {
 		return false
 	}
+	f.fillLocked(st)
+	return true
+}
+
+func (f *file) fillLocked(st *Attr) {
 	st.Size = f.size
 	if f.touched {
 		st.Mtim = f.mtime
 	}
-	return true
 }
 
 func (f *file) setMtime(t unix.Timespec) {
@@ -319,12 +357,15 @@ func (v *Volume) Create(ctx context.Context, dir *Node, name string, mode uint32
 		}
 		h, err := n.Open(ctx, write)
 		if err == nil {
-			st, err = n.Attr()
+			if st, err = n.Attr(); err != nil {
+				h.Release()
+			}
 		}
 		if err != nil {
 			v.Forget(n.id, 1)
+			return nil, st, nil, err
 		}
-		return n, st, h, err
+		return n, st, h, nil
 	}
 	if err != nil {
 		if created >= 0 {
@@ -340,6 +381,7 @@ func (v *Volume) Create(ctx context.Context, dir *Node, name string, mode uint32
 func (n *Node) adopt(fd int, st *Attr, key *keystore.DataKey, write bool) *Handle {
 	n.openMu.Lock()
 	defer n.openMu.Unlock()
+	n.sound = true
 	f := n.file.Load()
 	if f == nil {
 		f = n.newFile(fd, true, st)
@@ -375,8 +417,11 @@ func (h *Handle) Node() *Node { return h.f.n }
 // rest brings a fresh file into the form that a closed one has, and puts the
 // time back. mu is held.
 func (f *file) rest() error {
-	if f.hdr != nil && f.conf == 0 && f.flags()&blockcrypt.Dirty != 0 {
-		if err := f.writeState(f.flags() &^ blockcrypt.Dirty); err != nil {
+	if err := f.trim(); err != nil {
+		return f.failed("close", err)
+	}
+	if f.hdr != nil && f.conf == 0 && f.flags()&blockcrypt.Dirty != 0 && !f.broken {
+		if err := f.writeState(f.cleanFlags()); err != nil {
 			return f.failed("close", err)
 		}
 	}

@@ -102,10 +102,11 @@ func (f *file) openBlock(dst []byte, k int64, page []byte, size int) error {
 		clear(dst[:size])
 		return nil
 	}
-	if n := blockcrypt.BlockLen(page); n != size && f.view && n > size {
-		// A view of a file that is being written can end within a block.
+	if n := blockcrypt.BlockLen(page); n != size && f.view {
+		// A file that is being written can end within a block, and have short
+		// ones in the middle, which are zeros behind.
 		out, err := f.keys.Open(nil, k, page, f.v.geo.Capacity(k))
-		copy(dst[:size], out)
+		clear(dst[copy(dst[:size], out):size])
 		return err
 	}
 	out, err := f.keys.Open(dst, k, page, f.v.geo.Capacity(k))
@@ -119,7 +120,7 @@ func (f *file) openBlock(dst []byte, k int64, page []byte, size int) error {
 }
 
 func (f *file) isHole(k int64, page []byte) bool {
-	return f.flags()&blockcrypt.Sparse != 0 && k < f.v.geo.Block(f.size-1) && len(page) > 0 && page[0] == 0 && page[1] == 0 && blockcrypt.IsHole(page)
+	return f.flags()&blockcrypt.Sparse != 0 && k > 0 && (k < f.v.geo.Block(f.size-1) || f.view) && len(page) > 0 && page[0] == 0 && page[1] == 0 && blockcrypt.IsHole(page)
 }
 
 // readBlock returns the plaintext of block k, in dst unless it is remembered.
@@ -163,6 +164,10 @@ func (h *Handle) Write(ctx context.Context, b []byte, off int64) (int, error) {
 func (f *file) lockForContent(ctx context.Context) (unlock func(), err error) {
 	for {
 		f.mu.Lock()
+		if f.broken {
+			f.mu.Unlock()
+			return nil, unix.EIO
+		}
 		if f.size > 0 || f.next != nil {
 			return f.mu.Unlock, nil
 		}
@@ -184,6 +189,9 @@ func (f *file) write(b []byte, off, n int64) error {
 	if off-old > maxGap {
 		sparse = blockcrypt.Sparse
 	}
+	if err := f.trim(); err != nil {
+		return err
+	}
 	f.growOld()
 	undo := func() {}
 	switch {
@@ -201,13 +209,12 @@ func (f *file) write(b []byte, off, n int64) error {
 			return err
 		}
 	}
-	err := f.writeRuns(b, off, end, sparse != 0)
-	if err != nil {
+	f.touch()
+	if err := f.writeRuns(b, off, end, sparse != 0); err != nil {
 		f.tailK = -1
 		undo()
 		return err
 	}
-	f.touch()
 	return nil
 }
 
@@ -236,6 +243,10 @@ func (f *file) writeRuns(b []byte, off, end int64, sparse bool) error {
 			if err := f.put(tail, tail, g.Start(tail+1), nil, old, old); err != nil {
 				return err
 			}
+			f.holes = f.holes.with(tail+1, first-1)
+			if len(f.holes) > maxRanges { // too many to remember: the flag stays
+				f.holes, f.known = nil, false
+			}
 		}
 	}
 	size := max(old, end)
@@ -243,6 +254,7 @@ func (f *file) writeRuns(b []byte, off, end int64, sparse bool) error {
 		return err
 	}
 	f.size = size
+	f.holes = f.holes.without(first, last)
 	f.remember(last, b, off, end)
 	return nil
 }
@@ -267,7 +279,11 @@ func (f *file) tailKeeper() (undo func(), err error) {
 		if err == nil {
 			err = f.v.truncate(f.fd, f.length(size))
 		}
-		f.failed("putting the end of the file back", err)
+		f.holes = f.holes.without(k+1, 1<<62)
+		if err != nil {
+			f.failed("putting the end of the file back", err)
+			f.breaks()
+		}
 	}, nil
 }
 

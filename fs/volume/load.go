@@ -44,6 +44,9 @@ func (n *Node) openFile() (*file, unix.Stat_t, error) {
 	err := error(nil)
 	if rw {
 		fd, err = n.open(unix.O_RDWR)
+		if errors.Is(err, unix.EACCES) {
+			fd, err = n.openForced(unix.O_RDWR)
+		}
 		rw = err == nil
 	}
 	if !rw && (err == nil || errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM) || errors.Is(err, unix.EROFS)) {
@@ -61,6 +64,33 @@ func (n *Node) openFile() (*file, unix.Stat_t, error) {
 	return n.newFile(fd, rw, &st), st, nil
 }
 
+// openForced opens a file whose mode does not let its own owner: what a
+// program may do was decided before, this is for writing parts of blocks and
+// for repair. The mode is another for that moment.
+func (n *Node) openForced(flags int) (fd int, err error) {
+	p, err := n.open(unix.O_PATH)
+	if err != nil {
+		return -1, err
+	}
+	defer n.v.disk.close(p)
+	var st unix.Stat_t
+	if err := n.v.fstat(p, &st); err != nil {
+		return -1, err
+	}
+	if int(st.Uid) != unix.Geteuid() {
+		return -1, unix.EACCES
+	}
+	if err := n.v.chmod(p, st.Mode&0o7777|0o600); err != nil {
+		return -1, err
+	}
+	fd, err = n.open(flags)
+	if cerr := n.v.chmod(p, st.Mode&0o7777); cerr != nil && err == nil {
+		n.v.disk.close(fd)
+		return -1, cerr
+	}
+	return fd, err
+}
+
 // readHeader reads and checks the header of a file of this length, and unwraps its key.
 func (f *file) readHeader(ctx context.Context, length int64) error {
 	v := f.v
@@ -69,7 +99,7 @@ func (f *file) readHeader(ctx context.Context, length int64) error {
 	if err != nil {
 		return err
 	}
-	if blockcrypt.IsHole(head[:m]) && v.repairs() && f.rw {
+	if blockcrypt.IsHole(head[:min(m, blockcrypt.PageSize)]) && v.repairs() && f.rw {
 		// The power failed before the first page was written: nothing was confirmed.
 		v.log.Warn("a file was never written before the power failed; it is empty now", "at", f.n.where())
 		if err := v.truncate(f.fd, 0); err != nil {
@@ -159,25 +189,27 @@ func (v *Volume) wasBad(session uint64) bool {
 func (n *Node) checkSession(ctx context.Context) (ok bool, err error) {
 	n.openMu.Lock()
 	defer n.openMu.Unlock()
-	if n.file.Load() != nil {
+	if n.sound || n.file.Load() != nil {
 		return true, nil
 	}
 	needs, err := n.needsRepair()
-	if err != nil || !needs {
-		return err == nil, err
-	}
-	f, err := n.load(ctx)
-	if keystore.KindOf(err) != 0 {
-		if keystore.KindOf(err) == keystore.Damaged {
-			return true, nil
-		}
-		return false, nil
-	}
 	if err != nil {
-		return true, nil // damage shows when it is opened; it can be removed
+		return false, err
 	}
-	n.attach(f)
-	f.dropIfIdle()
+	if needs {
+		f, err := n.load(ctx)
+		switch {
+		case err == nil:
+			n.attach(f)
+			f.dropIfIdle()
+		case blockcrypt.ClassOf(err) != "", keystore.KindOf(err) == keystore.Damaged:
+			// Damage shows when the file is opened; it can be removed.
+		default:
+			n.v.report(n.where(), "a file cannot be repaired yet", err)
+			return false, nil
+		}
+	}
+	n.sound = true
 	return true, nil
 }
 
@@ -185,7 +217,7 @@ func (n *Node) checkSession(ctx context.Context) (ok bool, err error) {
 func (n *Node) needsRepair() (bool, error) {
 	fd, err := n.open(unix.O_RDONLY)
 	if errors.Is(err, unix.EACCES) {
-		return false, nil // cannot be opened at all
+		fd, err = n.openForced(unix.O_RDONLY)
 	}
 	if err != nil {
 		return false, err
@@ -199,7 +231,7 @@ func (n *Node) needsRepair() (bool, error) {
 	if m == 0 {
 		return false, nil
 	}
-	if blockcrypt.IsHole(b[:m]) {
+	if blockcrypt.IsHole(b[:min(m, blockcrypt.PageSize)]) {
 		return true, nil
 	}
 	h, err := blockcrypt.ParseHeader(b[:m])
@@ -222,7 +254,14 @@ func (v *Volume) walk() {
 		case <-ctx.Done():
 		}
 	}()
-	whole, err := v.walkDir(ctx, v.root)
+	whole, err := false, error(nil)
+	for range maxWalks {
+		moves := v.dirMoves.Load()
+		if whole, err = v.walkDir(ctx, v.root); err != nil || v.dirMoves.Load() == moves {
+			break
+		}
+		whole = false // something may have moved from where it was not yet to where it was already
+	}
 	if err == nil && whole {
 		err = v.cleaned()
 	}
@@ -236,6 +275,9 @@ func (v *Volume) walk() {
 		v.log.Info("all files of the mount that did not end well were checked")
 	}
 }
+
+// maxWalks is how often the walk begins again while directories are moved.
+const maxWalks = 20
 
 func (v *Volume) walkDir(ctx context.Context, n *Node) (whole bool, err error) {
 	d, err := n.OpenDir()

@@ -284,17 +284,16 @@ func parseDirent(b []byte) (e dirent, size int) {
 func (n *Node) syncIDs() error {
 	for n != nil && n != n.v.root {
 		n.dirMu.Lock()
-		done := n.idSynced
+		has, done := n.hasID, n.idSynced
 		n.dirMu.Unlock()
-		if done {
-			return nil
+		if !done {
+			if err := n.syncDir(); err != nil {
+				return err
+			}
+			n.dirMu.Lock()
+			n.idSynced = has && n.hasID
+			n.dirMu.Unlock()
 		}
-		if err := n.syncDir(); err != nil {
-			return err
-		}
-		n.dirMu.Lock()
-		n.idSynced = n.hasID
-		n.dirMu.Unlock()
 		n.v.mu.Lock()
 		var up *Node
 		if len(n.links) > 0 {

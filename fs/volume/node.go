@@ -37,13 +37,14 @@ type Node struct {
 	dirID    blockcrypt.ID
 	hasID    bool
 	acl      aclKnown // whether it has a default ACL
-	idSynced bool     // the ID, and those of all ancestors, are durable
+	idSynced bool     // the ID is durable
 
 	// openMu is held while the file is loaded, repaired or let go; a call to a
 	// key service is made under it.
 	openMu sync.Mutex
 	file   atomic.Pointer[file]
 	fresh  fresh // guarded by openMu
+	sound  bool  // guarded by openMu: no earlier session has left it to be repaired
 }
 
 // link is one name of a node.
@@ -77,23 +78,22 @@ func (v *Volume) Node(id uint64) *Node {
 }
 
 // intern returns the node of what st describes, found at dir/cname, counting a
-// lookup. known says that it was there before.
-func (v *Volume) intern(st *unix.Stat_t, dir *Node, cname string) (n *Node, known bool) {
+// lookup.
+func (v *Volume) intern(st *unix.Stat_t, dir *Node, cname string) *Node {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	key := inodeKey{st.Dev, st.Ino}
-	n = v.inodes[key]
+	n := v.inodes[key]
 	if n != nil && n.typ != st.Mode&unix.S_IFMT { // changed behind our back
 		n.gone, n = true, nil
 	}
-	known = n != nil
 	if n == nil {
 		n = v.newNode(st)
 		v.inodes[key] = n
 	}
 	n.lookups++
 	n.addLink(dir, cname)
-	return n, known
+	return n
 }
 
 // newNode makes a node that no inode number leads to. v.mu is held.

@@ -30,7 +30,8 @@ func (f *file) begin(flags uint32) error {
 	f.hdr, f.keys, f.head = hdr, keys, head
 	f.conf, f.durable, f.whole = 0, 0, false
 	f.born = time.Now()
-	f.inked, f.holes = false, flags&blockcrypt.Sparse != 0
+	f.inked, f.announced, f.broken = false, false, false
+	f.holes, f.known = nil, true
 	f.tailK = -1
 	clear(k.Key[:])
 	f.next = nil
@@ -41,14 +42,18 @@ func (f *file) begin(flags uint32) error {
 // be on the disk, so the next attempt takes another key.
 func (f *file) abandon() {
 	f.becomeEmpty()
-	f.failed("emptying the file again", f.v.truncate(f.fd, 0))
+	if err := f.v.truncate(f.fd, 0); err != nil {
+		f.failed("emptying the file again", err)
+		f.breaks()
+	}
 }
 
 // becomeEmpty forgets the content's keys. mu is held.
 func (f *file) becomeEmpty() {
 	f.hdr, f.keys, f.head = nil, nil, nil
 	f.size, f.conf, f.durable, f.whole = 0, 0, 0, false
-	f.tailK, f.holes = -1, false
+	f.tailK, f.holes, f.known = -1, nil, false
+	f.announced, f.broken, f.overlong = false, false, false
 	f.cuts++
 }
 
@@ -96,7 +101,7 @@ func (f *file) settleHead() error {
 func (f *file) beforeGrowth(flags uint32) error {
 	now := f.flags()
 	if flags&blockcrypt.Sparse&^now != 0 {
-		f.holes = f.hdr.State.Flags&blockcrypt.Sparse == 0
+		f.holes, f.known = nil, true // there was none before
 	}
 	if f.conf == 0 {
 		if flags&^now != 0 {
@@ -104,21 +109,39 @@ func (f *file) beforeGrowth(flags uint32) error {
 		}
 		return nil
 	}
-	if flags&^now == 0 && f.whole {
+	if now&blockcrypt.Cut != 0 {
+		// A file that is cut ends at its floor: what grows now would be lost.
+		if err := f.v.datasync(f.fd); err != nil {
+			return err
+		}
+		now &^= blockcrypt.Cut
+		if err := f.writeState(now | flags); err != nil {
+			return err
+		}
+	}
+	if flags&^now == 0 && f.whole && f.announced {
 		return nil
 	}
-	k := f.v.geo.Block(f.size - 1)
-	partial := f.blockLen(k) < f.v.geo.Capacity(k) && !f.whole
+	f.announced = false
 	if err := f.writeState(now | flags); err != nil {
 		return err
 	}
 	if err := f.makeWhole(); err != nil {
 		return err
 	}
-	if partial || now&blockcrypt.Dirty == 0 || flags&blockcrypt.Sparse&^now != 0 {
-		return f.v.datasync(f.fd)
+	if err := f.v.datasync(f.fd); err != nil {
+		return err
 	}
-	return f.settleHead()
+	f.announced = true
+	return nil
+}
+
+// cleanFlags are the flags of a clean state: sparse goes when no hole is left.
+func (f *file) cleanFlags() uint32 {
+	if f.known && len(f.holes) == 0 {
+		return 0
+	}
+	return f.flags() & blockcrypt.Sparse
 }
 
 // makeWhole brings the length to whole pages.
@@ -191,10 +214,8 @@ func (f *file) resize(ctx context.Context, size int64) error {
 		return f.write(nil, size-1, 1)
 	case size < f.size:
 		f.growOld()
+		f.touch()
 		err = f.shrink(size)
-		if err == nil {
-			f.touch()
-		}
 	}
 	return err
 }
@@ -237,6 +258,7 @@ func (f *file) shrink(size int64) error {
 	if err != nil {
 		return err
 	}
+	before, durable := f.flags(), f.durable
 	if size < f.conf {
 		if err := f.announceCut(size, reseal); err != nil {
 			return err
@@ -248,20 +270,51 @@ func (f *file) shrink(size int64) error {
 		}
 	}
 	if reseal {
-		// Only page k changes, and only beyond size: a failure leaves a block that
-		// is shorter than the size says, so it is put back as it was.
-		if err := f.put(k, k, size, text, g.Start(k), size); err != nil {
+		// To the end of its page: nothing of the old block may stay behind it.
+		whole := f.whole
+		f.whole = true
+		err := f.put(k, k, size, text, g.Start(k), size)
+		f.whole = whole
+		if err != nil {
+			f.takeBackCut(before|blockcrypt.Dirty, durable)
 			return err
 		}
 	}
 	f.cuts++
 	f.tailK = -1
+	f.holes = f.holes.without(k, 1<<62)
 	f.size, f.conf, f.durable = size, min(f.conf, size), min(f.durable, size)
-	length := g.Exact(size)
-	if f.whole {
-		length = g.PageOff(k + 1)
+	f.overlong = true
+	// The content is cut. What cannot be cut off the ciphertext now is cut off
+	// before anything else is written; who syncs is told.
+	f.failed("cutting the ciphertext's length", f.trim())
+	return nil
+}
+
+// trim cuts off pages behind the end that an earlier truncation has left: they
+// would come back when the file grows. mu is held.
+func (f *file) trim() error {
+	if !f.overlong {
+		return nil
 	}
-	return f.v.truncate(f.fd, length)
+	if err := f.v.truncate(f.fd, f.length(f.size)); err != nil {
+		return err
+	}
+	f.overlong = false
+	return nil
+}
+
+// takeBackCut undoes announceCut after the truncation failed.
+func (f *file) takeBackCut(flags uint32, durable int64) {
+	f.durable = durable
+	err := f.v.datasync(f.fd)
+	if err == nil {
+		err = f.writeState(flags)
+	}
+	if err != nil {
+		f.failed("taking a truncation back", err)
+		f.breaks()
+	}
 }
 
 // reseals reports whether a truncation to size changes a page: within a block,
@@ -297,6 +350,13 @@ func (f *file) announceCut(size int64, reseal bool) error {
 	if !reseal && !lower && flags == f.flags() && f.whole {
 		return nil
 	}
+	if f.durable < size {
+		// A floor below size would cut off more than is to go.
+		if err := f.v.datasync(f.fd); err != nil {
+			return err
+		}
+		f.durable = f.size
+	}
 	old := f.durable
 	f.durable = min(f.durable, size)
 	if err := f.writeState(flags); err != nil {
@@ -304,18 +364,32 @@ func (f *file) announceCut(size int64, reseal bool) error {
 		return err
 	}
 	f.cuts++ // an fsync under way must not raise durable again
-	if err := f.makeWhole(); err != nil {
+	err := f.makeWhole()
+	if err == nil {
+		err = f.v.datasync(f.fd)
+	}
+	if err != nil {
+		f.takeBackCut(f.flags()&^blockcrypt.Cut, old)
 		return err
 	}
-	return f.v.datasync(f.fd)
+	f.announced = true
+	return nil
 }
 
 // sync is fsync. mu is not held while the disk works.
 func (f *file) sync() error {
 	f.mu.Lock()
-	if f.hdr != nil && f.conf == 0 && f.size > 0 {
+	if f.broken {
+		f.mu.Unlock()
+		return unix.EIO
+	}
+	if err := f.trim(); err != nil {
+		f.mu.Unlock()
+		return err
+	}
+	if f.hdr != nil && f.conf == 0 && (f.flags()&blockcrypt.Dirty != 0 || f.hdr.State.Size != f.size) {
 		// A fresh file's state goes with the same sync: clean, at its exact length.
-		if err := f.writeState(f.flags() &^ blockcrypt.Dirty); err != nil {
+		if err := f.writeState(f.cleanFlags()); err != nil {
 			f.mu.Unlock()
 			return err
 		}
@@ -336,13 +410,18 @@ func (f *file) sync() error {
 	if f.cuts == cuts {
 		f.durable = max(f.durable, size)
 	}
-	if f.flags()&blockcrypt.Cut != 0 {
-		if err := f.writeState(f.flags() &^ blockcrypt.Cut); err != nil {
+	if f.flags()&blockcrypt.Cut == 0 {
+		return nil
+	}
+	if f.cuts != cuts { // of a truncation that this sync did not cover
+		if err := f.v.datasync(f.fd); err != nil {
 			return err
 		}
-		return f.v.datasync(f.fd)
 	}
-	return nil
+	if err := f.writeState(f.flags() &^ blockcrypt.Cut); err != nil {
+		return err
+	}
+	return f.v.datasync(f.fd)
 }
 
 // settle brings a file whose data a sync has made durable, up to the change
@@ -353,23 +432,14 @@ func (f *file) settle(changes uint64) error {
 		return nil
 	}
 	f.conf, f.durable = f.size, f.size
-	flags := f.flags() & blockcrypt.Sparse
-	if flags != 0 && f.holes {
-		has, err := f.v.hasHole(f.fd, int64(f.v.geo.Header()), f.v.geo.PageOff(f.v.geo.Block(f.size-1)))
-		if err != nil {
-			return err
-		}
-		if !has {
-			flags, f.holes = 0, false
-		}
-	}
-	if err := f.writeState(flags); err != nil {
+	if err := f.writeState(f.cleanFlags()); err != nil {
 		return err
 	}
+	f.announced = false
 	if err := f.v.truncate(f.fd, f.v.geo.Exact(f.size)); err != nil {
 		return err
 	}
-	f.whole = false
+	f.whole, f.overlong = false, false
 	return f.putMtime()
 }
 
@@ -397,7 +467,7 @@ func (f *file) settleNow() error {
 func (f *file) finish() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.closed || !f.rw || f.n.Gone() {
+	if f.closed || !f.rw || f.broken || f.n.Gone() {
 		return nil
 	}
 	return f.failed("settling", errors.Join(f.rest(), f.settle(f.changes)))
@@ -416,7 +486,7 @@ func (v *Volume) restamp(now uint64) error {
 	for _, f := range v.files() {
 		f.mu.Lock()
 		var err error
-		if f.rw && !f.closed && f.hdr != nil && f.hdr.State.Session != now && f.unconfirmed() {
+		if f.rw && !f.closed && !f.broken && f.hdr != nil && f.hdr.State.Session != now && f.unconfirmed() {
 			err = f.writeState(f.flags())
 		}
 		f.mu.Unlock()

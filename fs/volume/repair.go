@@ -107,6 +107,7 @@ func (f *file) repair(length int64) error {
 		return v.datasync(f.fd)
 	}
 	f.size, f.conf, f.durable, f.whole = r.size, r.size, was.Floor, true
+	f.holes, f.known = nil, false
 	changed := len(r.short) > 0 || r.last || length != g.Exact(r.size) && length != g.Whole(r.size)
 	if err := f.reseal(r); err != nil {
 		return err

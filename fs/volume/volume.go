@@ -51,6 +51,7 @@ type Volume struct {
 	super bool // running as root: new files are given to their users
 
 	session atomic.Uint64
+	stuck   atomic.Bool // a file could not be brought into order: the marker stays, so that the next mount repairs it
 	wrote   atomic.Bool // something was written in this session
 	nextID  atomic.Uint64
 
@@ -72,6 +73,11 @@ type Volume struct {
 	// fdMu guards dirLRU and Node.dirFD, dirRefs, dirElem.
 	fdMu   sync.Mutex
 	dirLRU dirLRU
+
+	// markerMu is held while the marker and mine change. It comes before mu.
+	markerMu sync.Mutex
+
+	dirMoves atomic.Uint64 // of directories, and of files still to be repaired: the walk may have missed them
 
 	settler settler
 	bg      sync.WaitGroup
@@ -210,13 +216,20 @@ func (v *Volume) beginSession() error {
 			v.bad[s] = true
 		}
 		v.log.Warn("the last mount did not end well; files that it was writing are repaired when they are looked up", "sessions", len(old))
+		// What only the page cache has must be on the disk before a repair
+		// believes it.
+		if err := v.syncfs(v.rootD); err != nil {
+			return err
+		}
 	}
 	v.session.Store(newSession())
+	v.markerMu.Lock()
+	defer v.markerMu.Unlock()
 	return v.writeMarker(v.session.Load())
 }
 
 // writeMarker makes durable that these are this mount's sessions; without any,
-// and without bad ones, there is no marker.
+// and without bad ones, there is no marker. markerMu is held.
 func (v *Volume) writeMarker(mine ...uint64) error {
 	v.mu.Lock()
 	sessions := append([]uint64(nil), mine...)
@@ -257,6 +270,11 @@ func (v *Volume) replaceMarker(sessions []uint64) error {
 // was written before counts as confirmed: the states of open files are written
 // anew, all is synced, and the old numbers leave the marker.
 func (v *Volume) nextSession() error {
+	if v.stuck.Load() {
+		return nil
+	}
+	v.markerMu.Lock()
+	defer v.markerMu.Unlock()
 	v.mu.Lock()
 	old := v.mine
 	v.mu.Unlock()
@@ -271,6 +289,9 @@ func (v *Volume) nextSession() error {
 	if err := v.syncfs(v.rootD); err != nil {
 		return err
 	}
+	if v.stuck.Load() {
+		return nil
+	}
 	return v.writeMarker(now)
 }
 
@@ -282,12 +303,19 @@ func (v *Volume) endSession() error {
 	if err == nil {
 		err = v.syncfs(v.rootD)
 	}
+	if err == nil && v.stuck.Load() {
+		err = errStuck
+	}
 	if err != nil {
 		v.log.Error("the session could not be ended well; the next mount repairs what is left", "error", err)
 		return err
 	}
+	v.markerMu.Lock()
+	defer v.markerMu.Unlock()
 	return v.writeMarker()
 }
+
+var errStuck = errors.New("a file could not be brought into order after an error")
 
 // files returns the open file of every node that has one.
 func (v *Volume) files() []*file {
@@ -322,6 +350,8 @@ func (v *Volume) cleaned() error {
 	if err := v.syncfs(v.rootD); err != nil {
 		return err
 	}
+	v.markerMu.Lock()
+	defer v.markerMu.Unlock()
 	v.mu.Lock()
 	clear(v.bad)
 	mine := v.mine

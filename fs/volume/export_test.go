@@ -1,0 +1,59 @@
+package volume
+
+import (
+	"errors"
+
+	"golang.org/x/sys/unix"
+)
+
+var errCrashed = errors.New("the daemon is dead")
+
+// Crash ends the volume as SIGKILL does: nothing more is written.
+func (v *Volume) Crash() {
+	v.disk.hook = func(Call) error { return errCrashed }
+	close(v.quit)
+	v.bg.Wait()
+	v.settler.stop()
+	v.ring.Close()
+	for _, f := range v.files() {
+		f.mu.Lock()
+		unix.Close(f.fd)
+		f.closed = true
+		f.mu.Unlock()
+	}
+	v.dirLRU.closeAll()
+	unix.Close(v.rootD)
+}
+
+// Settle settles all closed files now.
+func (v *Volume) Settle() { v.settler.settle(v.settler.due(0)) }
+
+// NextSession begins a new session now.
+func (v *Volume) NextSession() error { return v.nextSession() }
+
+// Age makes every open file older than the time in which it counts as fresh.
+func (v *Volume) Age() {
+	for _, f := range v.files() {
+		f.mu.Lock()
+		f.born = f.born.Add(-2 * freshFor)
+		f.mu.Unlock()
+	}
+}
+
+// State returns flags, floor and size of an open file's state.
+func (h *Handle) State() (flags uint32, floor, size int64) {
+	h.f.mu.RLock()
+	defer h.f.mu.RUnlock()
+	if h.f.hdr == nil {
+		return 0, 0, 0
+	}
+	s := h.f.hdr.State
+	return s.Flags, s.Floor, s.Size
+}
+
+// KnownNodes returns how many nodes the volume holds.
+func (v *Volume) KnownNodes() int {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return len(v.nodes)
+}
