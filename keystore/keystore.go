@@ -14,6 +14,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 )
 
 // KeySize is the size of a data key in bytes.
@@ -97,6 +98,9 @@ type Error struct {
 
 func (e *Error) Error() string {
 	s := fmt.Sprintf("%s: %s: %v", e.URI, e.Op, e.Err)
+	if strings.HasSuffix(e.URI, ":") { // no recipient yet, only what kind it was to be
+		s = e.Err.Error()
+	}
 	if e.RequestID != "" {
 		s += " (request " + e.RequestID + ")"
 	}

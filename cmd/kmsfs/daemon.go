@@ -72,6 +72,7 @@ func ready(log io.Writer, logPath, mountPoint string) error {
 	}
 	if l, ok := log.(*logFile); ok { // a crash of the runtime goes to the log too
 		err = errors.Join(err, unix.Dup3(int(l.f.Fd()), 2, 0))
+		l.stderr = true
 	}
 	w := os.NewFile(uintptr(fd), "ready")
 	_, werr := fmt.Fprintf(w, "Mounted at %s. The log is %s.\n", mountPoint, logPath)
@@ -85,9 +86,10 @@ const maxLog = 1 << 20
 type logFile struct {
 	path string
 
-	mu   sync.Mutex
-	f    *os.File
-	size int64
+	mu     sync.Mutex
+	f      *os.File
+	size   int64
+	stderr bool // it stands for stderr too
 }
 
 func openLog(path string) (*logFile, error) {
@@ -117,7 +119,9 @@ func (l *logFile) Write(b []byte) (int, error) {
 		old := l.f
 		if err := os.Rename(l.path, l.path+".1"); err == nil {
 			if err := l.open(); err == nil {
-				unix.Dup3(int(l.f.Fd()), 2, 0)
+				if l.stderr {
+					unix.Dup3(int(l.f.Fd()), 2, 0)
+				}
 				old.Close()
 			}
 		}

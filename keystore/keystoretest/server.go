@@ -58,16 +58,21 @@ type key struct {
 	material                        [32]byte
 }
 
-// NewServer starts a server that ends with the test, and points the SDK's
-// environment at it.
+// NewServer is [Start], and points the SDK's environment at the server.
 func NewServer(t testing.TB) *Server {
+	s := Start(t)
+	for k, v := range Env(s.URL) {
+		t.Setenv(k, v)
+	}
+	return s
+}
+
+// Start starts a server that ends with the test.
+func Start(t testing.TB) *Server {
 	s := &Server{keys: map[string]*key{}, aliases: map[string]string{}, calls: map[string]int{}, denied: map[string]bool{}}
 	h := httptest.NewServer(http.HandlerFunc(s.serve))
 	t.Cleanup(h.Close)
 	s.URL = h.URL
-	for k, v := range Env(h.URL) {
-		t.Setenv(k, v)
-	}
 	return s
 }
 
