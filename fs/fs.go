@@ -71,8 +71,17 @@ func (f *fileSystem) entry(out *fuse.EntryOut, n *volume.Node, st *volume.Attr, 
 	setAttr(&out.Attr, st)
 	if final {
 		out.SetEntryTimeout(f.timeout)
-		out.SetAttrTimeout(f.timeout)
+		out.SetAttrTimeout(f.attrTimeout(st))
 	}
+}
+
+// attrTimeout is how long the kernel may believe attributes. A write takes
+// setuid and setgid away without a word to the kernel.
+func (f *fileSystem) attrTimeout(st *volume.Attr) time.Duration {
+	if st.Mode&unix.S_IFMT == unix.S_IFREG && st.Mode&(unix.S_ISUID|unix.S_ISGID) != 0 {
+		return 0
+	}
+	return f.timeout
 }
 
 func (f *fileSystem) node(id uint64) (*volume.Node, fuse.Status) {
@@ -111,7 +120,7 @@ func (f *fileSystem) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.At
 		return status(err)
 	}
 	setAttr(&out.Attr, &st)
-	out.SetTimeout(f.timeout)
+	out.SetTimeout(f.attrTimeout(&st))
 	return fuse.OK
 }
 
@@ -148,7 +157,7 @@ func (f *fileSystem) SetAttr(cancel <-chan struct{}, in *fuse.SetAttrIn, out *fu
 		return status(err)
 	}
 	setAttr(&out.Attr, &st)
-	out.SetTimeout(f.timeout)
+	out.SetTimeout(f.attrTimeout(&st))
 	return fuse.OK
 }
 
@@ -383,9 +392,12 @@ func (f *fileSystem) Write(cancel <-chan struct{}, in *fuse.WriteIn, data []byte
 	return uint32(n), status(err)
 }
 
-// Flush is not answered (ENOSYS), so that the kernel asks once and never again:
-// before it asks it has written everything back, and that is all that close
-// promises. Release does the rest.
+// Flush is asked at each close. It must be answered: without it (ENOSYS) close
+// would say yes even where the daemon is dead and the kernel has thrown the
+// written pages away.
+func (f *fileSystem) Flush(_ <-chan struct{}, in *fuse.FlushIn) fuse.Status {
+	return status(f.files.get(in.Fh).Flush())
+}
 
 func (f *fileSystem) Fsync(_ <-chan struct{}, in *fuse.FsyncIn) fuse.Status {
 	return status(f.files.get(in.Fh).Fsync())

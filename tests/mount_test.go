@@ -134,7 +134,7 @@ func TestRsyncTwice(t *testing.T) {
 		}
 	}
 	m.run(`head -c 100000 /dev/urandom >"$B/x"; rsync -a "$B/x" "$M/x"; printf changed | dd of="$B/x" bs=1 seek=50000 conv=notrunc status=none
-		rsync -a --inplace --no-whole-file "$B/x" "$M/x"; cmp "$B/x" "$M/x"`)
+		rsync -aI --inplace --no-whole-file "$B/x" "$M/x"; cmp "$B/x" "$M/x"`)
 }
 
 // Random operations on a mount against files on the backing filesystem, from
@@ -384,6 +384,7 @@ line"
 		t.Fatal(err)
 	}
 	g.Close()
+	f.Close()
 	copy(mem[5000:], "through the map")
 	if err := errors.Join(unix.Msync(mem, unix.MS_SYNC), unix.Munmap(mem)); err != nil {
 		t.Fatal(err)

@@ -428,13 +428,20 @@ func (f *file) rest() error {
 	return f.putMtime()
 }
 
-// Release closes the handle.
-func (h *Handle) Release() (err error) {
-	if h.write {
-		h.f.mu.Lock()
-		err = h.f.rest()
-		h.f.mu.Unlock()
+// Flush is called at each close of a descriptor: what was written so far is
+// there after a SIGKILL when it returns.
+func (h *Handle) Flush() error {
+	if !h.write {
+		return nil
 	}
+	h.f.mu.Lock()
+	defer h.f.mu.Unlock()
+	return h.f.rest()
+}
+
+// Release closes the handle.
+func (h *Handle) Release() error {
+	err := h.Flush()
 	h.f.release(h.write)
 	return err
 }
