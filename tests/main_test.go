@@ -76,7 +76,9 @@ func needTool(t testing.TB, names ...string) {
 
 // newVolume makes a volume and mounts it; the test's end unmounts it and looks
 // into the log.
-func newVolume(t testing.TB, options ...string) *mounted { return newVolumeIn(t, t.TempDir(), options...) }
+func newVolume(t testing.TB, options ...string) *mounted {
+	return newVolumeIn(t, t.TempDir(), options...)
+}
 
 func newVolumeIn(t testing.TB, base string, options ...string) *mounted {
 	t.Helper()

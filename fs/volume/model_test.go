@@ -49,7 +49,6 @@ type model struct {
 	r     *rand.Rand
 	files map[string][]byte
 	open  map[string]*volume.Handle
-	log   []string
 }
 
 func (m *model) offset(n int) int64 {

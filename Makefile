@@ -1,0 +1,50 @@
+# make demo and make test do all the set-up that they need.
+
+PREFIX  ?= /usr/local
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+GO      ?= go
+BIN     := bin/kmsfs
+FUZZ    ?= 20s
+
+.PHONY: build install demo test soak lint bench deps deps-test fuzz
+
+build:
+	$(GO) build -ldflags '-X main.version=$(VERSION)' -o $(BIN) ./cmd/kmsfs
+
+# The helpers are what mount(8) and umount(8) call for fuse.kmsfs in fstab.
+install: build
+	install -D -m 755 $(BIN) $(DESTDIR)$(PREFIX)/bin/kmsfs
+	install -d $(DESTDIR)/sbin
+	ln -sf $(PREFIX)/bin/kmsfs $(DESTDIR)/sbin/mount.fuse.kmsfs
+	ln -sf $(PREFIX)/bin/kmsfs $(DESTDIR)/sbin/umount.fuse.kmsfs
+
+deps:
+	@sh tests/deps.sh fuse3
+
+deps-test:
+	@sh tests/deps.sh test
+
+demo: deps build
+	@bash tests/demo.sh $(BIN)
+
+lint:
+	$(GO) vet ./...
+	$(GO) tool staticcheck ./...
+	@test -z "$$(gofmt -l .)" || { echo "not gofmt-ed:"; gofmt -l .; exit 1; }
+
+# -race for what has goroutines; the mounts once more with a daemon built so.
+test: deps-test lint
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(GO) test -race -timeout 20m ./blockcrypt/... ./keystore/... ./fs/... ./cmd/...
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(GO) test -timeout 20m ./tests/...
+
+# What takes longer: run before a change is called finished.
+soak: deps-test fuzz
+	PATH="$(CURDIR)/.venv/bin:$$PATH" KMSFS_MODEL_OPS=2000000 $(GO) test -timeout 60m -run Model ./fs/volume
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(GO) test -race -timeout 60m ./tests/...
+
+fuzz:
+	for f in FuzzParseHeader FuzzParseConfig FuzzDecodeName FuzzOpenBlock FuzzOpenMarker FuzzOpenValue; do \
+		$(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZ) ./blockcrypt || exit 1; done
+
+bench:
+	$(GO) test -run '^$$' -bench . -benchmem ./blockcrypt ./fs/volume

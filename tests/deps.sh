@@ -1,0 +1,43 @@
+#!/bin/sh
+# Installs what the demo (fuse3) or the tests need, if it is missing: Debian
+# packages as root or by sudo, moto_server into .venv. Says what to do where it cannot.
+set -eu
+cd "$(dirname "$0")/.."
+
+need=""
+want() { # want PACKAGE COMMAND: the package that brings a command
+	command -v "$2" >/dev/null 2>&1 || need="$need $1"
+}
+want fuse3 fusermount3
+if [ "${1:-}" = test ]; then
+	want gcc gcc
+	want libc6-dev gcc
+	want rsync rsync
+	want git git
+	want sqlite3 sqlite3
+	want util-linux setpriv
+	want python3 python3
+	export PATH="$PWD/.venv/bin:$PATH"
+	command -v aws >/dev/null 2>&1 || need="$need awscli"
+	command -v moto_server >/dev/null 2>&1 || python3 -c 'import venv, ensurepip' 2>/dev/null || need="$need python3-venv"
+fi
+if [ -n "$need" ]; then
+	if [ "$(id -u)" = 0 ]; then sudo=""; elif command -v sudo >/dev/null 2>&1; then sudo=sudo; else
+		echo "please install these packages as root, and try again: apt-get install$need" >&2
+		exit 1
+	fi
+	if ! command -v apt-get >/dev/null 2>&1; then
+		echo "please install what these Debian packages bring, and try again:$need" >&2
+		exit 1
+	fi
+	echo "installing:$need"
+	$sudo apt-get update -qq
+	# shellcheck disable=SC2086
+	DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq --no-install-recommends $need >/dev/null
+fi
+if [ "${1:-}" = test ] && ! command -v moto_server >/dev/null 2>&1; then
+	echo "installing: moto_server into .venv"
+	python3 -m venv .venv
+	.venv/bin/pip install -q 'moto[kms,server]'
+fi
+[ -e /dev/fuse ] || { echo "there is no /dev/fuse: load the kernel module (modprobe fuse), or pass the device to the container" >&2; exit 1; }
