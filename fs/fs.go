@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/fs/volume"
+	"kmsfs/keystore"
 )
 
 // fileSystem answers the kernel's requests.
@@ -20,10 +21,11 @@ type fileSystem struct {
 	dirs               table[*volume.Dir]
 	timeout            time.Duration
 	kernelChecks       bool // permissions
+	waits              func(unique uint64)
 }
 
 func newFS(v *volume.Volume, kernelChecks bool) *fileSystem {
-	f := &fileSystem{RawFileSystem: fuse.NewDefaultRawFileSystem(), v: v, timeout: remember, kernelChecks: kernelChecks}
+	f := &fileSystem{RawFileSystem: fuse.NewDefaultRawFileSystem(), v: v, timeout: remember, kernelChecks: kernelChecks, waits: func(uint64) {}}
 	if v.ReadOnly() {
 		f.timeout = rememberRead
 	}
@@ -34,23 +36,35 @@ func (f *fileSystem) String() string { return "kmsfs" }
 
 func stack() string { return string(debug.Stack()) }
 
-// request is the context of a request that the kernel can interrupt.
+// request is the context of a request that the kernel can interrupt, and whose
+// worker gives its place away before it waits for a key service.
 type request struct {
 	context.Context
 	cancel <-chan struct{}
+	f      *fileSystem
+	unique uint64
 }
 
-func with(cancel <-chan struct{}) context.Context { return request{context.Background(), cancel} }
+func (f *fileSystem) with(cancel <-chan struct{}, h *fuse.InHeader) context.Context {
+	return &request{context.Background(), cancel, f, h.Unique}
+}
 
-func (r request) Done() <-chan struct{} { return r.cancel }
+func (r *request) Done() <-chan struct{} { return r.cancel }
 
-func (r request) Err() error {
+func (r *request) Err() error {
 	select {
 	case <-r.cancel:
 		return context.Canceled
 	default:
 		return nil
 	}
+}
+
+func (r *request) Value(key any) any {
+	if _, ok := key.(keystore.WaitsKey); ok {
+		return func() { r.f.waits(r.unique) }
+	}
+	return nil
 }
 
 // Attributes and entries.
@@ -97,7 +111,7 @@ func (f *fileSystem) Lookup(cancel <-chan struct{}, h *fuse.InHeader, name strin
 	if !s.Ok() {
 		return s
 	}
-	n, st, final, err := f.v.Lookup(with(cancel), dir, name)
+	n, st, final, err := f.v.Lookup(f.with(cancel, h), dir, name)
 	if s := status(err); s == fuse.ENOENT { // the kernel may remember that too
 		out.SetEntryTimeout(f.timeout)
 		return fuse.OK
@@ -152,7 +166,7 @@ func (f *fileSystem) SetAttr(cancel <-chan struct{}, in *fuse.SetAttrIn, out *fu
 	if in.Valid&fuse.FATTR_MTIME != 0 {
 		set.Mtime = timespec(in.Mtime, in.Mtimensec, in.Valid&fuse.FATTR_MTIME_NOW != 0)
 	}
-	st, err := n.SetAttr(with(cancel), set)
+	st, err := n.SetAttr(f.with(cancel, &in.InHeader), set)
 	if err != nil {
 		return status(err)
 	}
@@ -195,19 +209,19 @@ func caller(h *fuse.InHeader, umask uint32) volume.Caller {
 
 func (f *fileSystem) Mknod(cancel <-chan struct{}, in *fuse.MknodIn, name string, out *fuse.EntryOut) fuse.Status {
 	return f.made(in.NodeId, out, func(dir *volume.Node) (*volume.Node, volume.Attr, error) {
-		return f.v.Mknod(with(cancel), dir, name, in.Mode, in.Rdev, caller(&in.InHeader, in.Umask))
+		return f.v.Mknod(f.with(cancel, &in.InHeader), dir, name, in.Mode, in.Rdev, caller(&in.InHeader, in.Umask))
 	})
 }
 
 func (f *fileSystem) Mkdir(cancel <-chan struct{}, in *fuse.MkdirIn, name string, out *fuse.EntryOut) fuse.Status {
 	return f.made(in.NodeId, out, func(dir *volume.Node) (*volume.Node, volume.Attr, error) {
-		return f.v.Mkdir(with(cancel), dir, name, in.Mode, caller(&in.InHeader, in.Umask))
+		return f.v.Mkdir(f.with(cancel, &in.InHeader), dir, name, in.Mode, caller(&in.InHeader, in.Umask))
 	})
 }
 
 func (f *fileSystem) Symlink(cancel <-chan struct{}, h *fuse.InHeader, target, name string, out *fuse.EntryOut) fuse.Status {
 	return f.made(h.NodeId, out, func(dir *volume.Node) (*volume.Node, volume.Attr, error) {
-		return f.v.Symlink(with(cancel), dir, name, target, caller(h, 0))
+		return f.v.Symlink(f.with(cancel, h), dir, name, target, caller(h, 0))
 	})
 }
 
@@ -217,7 +231,7 @@ func (f *fileSystem) Link(cancel <-chan struct{}, in *fuse.LinkIn, name string, 
 		if !s.Ok() {
 			return nil, volume.Attr{}, syscall.Errno(s)
 		}
-		return f.v.Link(with(cancel), n, dir, name)
+		return f.v.Link(f.with(cancel, &in.InHeader), n, dir, name)
 	})
 }
 
@@ -346,7 +360,7 @@ func (f *fileSystem) Create(cancel <-chan struct{}, in *fuse.CreateIn, name stri
 	if !s.Ok() {
 		return s
 	}
-	n, st, h, err := f.v.Create(with(cancel), dir, name, in.Mode, caller(&in.InHeader, in.Umask), in.Flags&syscall.O_EXCL != 0, writes(in.Flags))
+	n, st, h, err := f.v.Create(f.with(cancel, &in.InHeader), dir, name, in.Mode, caller(&in.InHeader, in.Umask), in.Flags&syscall.O_EXCL != 0, writes(in.Flags))
 	if err != nil {
 		return status(err)
 	}
@@ -365,7 +379,7 @@ func (f *fileSystem) Open(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.Ope
 			return status(err)
 		}
 	}
-	h, err := n.Open(with(cancel), writes(in.Flags))
+	h, err := n.Open(f.with(cancel, &in.InHeader), writes(in.Flags))
 	if err != nil {
 		return status(err)
 	}
@@ -384,11 +398,11 @@ func (f *fileSystem) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.
 func (f *fileSystem) Write(cancel <-chan struct{}, in *fuse.WriteIn, data []byte) (uint32, fuse.Status) {
 	h := f.files.get(in.Fh)
 	if in.WriteFlags&fuse.WRITE_KILL_SUIDGID != 0 {
-		if _, err := h.Node().SetAttr(with(cancel), volume.SetAttr{KillPriv: true}); err != nil {
+		if _, err := h.Node().SetAttr(f.with(cancel, &in.InHeader), volume.SetAttr{KillPriv: true}); err != nil {
 			return 0, status(err)
 		}
 	}
-	n, err := h.Write(with(cancel), data, int64(in.Offset))
+	n, err := h.Write(f.with(cancel, &in.InHeader), data, int64(in.Offset))
 	return uint32(n), status(err)
 }
 
@@ -439,7 +453,7 @@ func (f *fileSystem) ReadDirPlus(cancel <-chan struct{}, in *fuse.ReadIn, out *f
 	if err := d.SeekTo(int64(in.Offset)); err != nil {
 		return status(err)
 	}
-	ctx := with(cancel)
+	ctx := f.with(cancel, &in.InHeader)
 	return status(d.Next(func(e volume.Entry) bool {
 		slot := out.AddDirLookupEntry(dirEntry(e))
 		if slot == nil {

@@ -25,7 +25,8 @@ const maxWrite = 1 << 20
 
 // Server is a mounted volume.
 type Server struct {
-	server *fuse.Server
+	dir  string
+	loop *loop
 }
 
 // Mount mounts v at dir and returns when it can be used. The volume must have
@@ -35,57 +36,53 @@ func Mount(v *volume.Volume, dir string, o MountOptions) (*Server, error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	root := os.Geteuid() == 0
-	mo := &fuse.MountOptions{
-		Name:           "kmsfs",
-		FsName:         o.Source,
-		AllowOther:     o.AllowOther,
-		Options:        o.Options,
-		MaxWrite:       maxWrite,
-		MaxReadAhead:   maxWrite,
-		MaxBackground:  64,
-		EnableAcl:      o.AllowOther,
-		DirectMount:    root,
-		Logger:         slog.NewLogLogger(o.Logger.Handler(), slog.LevelWarn),
-		DisableSplice:  true, // nothing is passed on as it is
-		RememberInodes: false,
+	po := &fuse.MountOptions{
+		MaxWrite:      maxWrite,
+		MaxReadAhead:  maxWrite,
+		MaxBackground: 64,
+		EnableAcl:     o.AllowOther,
+		Logger:        slog.NewLogLogger(o.Logger.Handler(), slog.LevelWarn),
 		PanicHandler: func(p any) fuse.Status {
 			o.Logger.Error("a request failed by a fault in kmsfs; please report it", "panic", fmt.Sprint(p), "stack", stack())
 			return fuse.EIO
 		},
 		ExtraCapabilities: fuse.CAP_DONT_MASK | fuse.CAP_HANDLE_KILLPRIV_V2,
 	}
+	options := o.Options
 	if o.AllowOther {
 		// Several users: the kernel checks permissions, by mode and ACL. For one
 		// user the backing filesystem does, and the kernel need not ask for a
 		// directory's attributes again after each change.
-		mo.Options = append(mo.Options, "default_permissions")
+		options = append(options, "allow_other", "default_permissions")
 	}
 	if v.ReadOnly() {
-		mo.Options = append(mo.Options, "ro")
+		options = append(options, "ro")
 	} else {
-		mo.ExtraCapabilities |= fuse.CAP_WRITEBACK_CACHE
+		po.ExtraCapabilities |= fuse.CAP_WRITEBACK_CACHE
 	}
-	server, err := fuse.NewServer(newFS(v, o.AllowOther), dir, mo)
+	fd, err := mountDevice(dir, o.Source, options)
 	if err != nil {
 		return nil, err
 	}
-	go server.Serve()
-	if err := server.WaitMount(); err != nil {
-		server.Unmount()
+	f := newFS(v, o.AllowOther)
+	s := &Server{dir, newLoop(fd, fuse.NewProtocolServer(f, po), o.Logger)}
+	f.waits = s.loop.yield
+	if err := s.loop.start(); err != nil {
+		unmountDevice(dir)
+		unix.Close(fd)
 		return nil, err
 	}
-	if root {
+	if os.Geteuid() == 0 {
 		raiseReadAhead(dir)
 	}
-	return &Server{server}, nil
+	return s, nil
 }
 
 // Wait returns when the volume was unmounted and every request answered.
-func (s *Server) Wait() { s.server.Wait() }
+func (s *Server) Wait() { s.loop.wait() }
 
 // Unmount unmounts; EBUSY while something is open.
-func (s *Server) Unmount() error { return s.server.Unmount() }
+func (s *Server) Unmount() error { return unmountDevice(s.dir) }
 
 // raiseReadAhead lets the kernel read ahead as far as a request reaches; its
 // default of 128 KiB costs a third of the sequential speed. A failure costs no

@@ -20,6 +20,18 @@ import (
 // KeySize is the size of a data key in bytes.
 const KeySize = 32
 
+// WaitsKey is the key of a context value of type func(): it is called when a
+// call is about to wait for a service, so that who handles requests can let
+// somebody else go on with the next one.
+type WaitsKey struct{}
+
+// Waits says that what runs under ctx is about to wait.
+func Waits(ctx context.Context) {
+	if f, ok := ctx.Value(WaitsKey{}).(func()); ok {
+		f()
+	}
+}
+
 // Use says what a data key is for. It is part of what a wrapping is bound to.
 type Use string
 

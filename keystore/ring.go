@@ -264,6 +264,7 @@ func (r *Ring) unwrap(ctx context.Context, s Store, b Binding, w Wrapped) ([]byt
 			r.finish(id, c, key, err)
 			return key, err
 		}
+		Waits(ctx)
 		select {
 		case <-c.done:
 			if KindOf(c.err) == Canceled { // the one who asked went away, not we

@@ -34,6 +34,7 @@ const (
 // jittered growing pauses, until Options.Total is over. Each attempt ends after
 // Options.Attempt. The error is a verdict.
 func call[T any](ctx context.Context, s *Store, op string, f func(context.Context) (T, error)) (T, error) {
+	keystore.Waits(ctx)
 	total, cancel := context.WithTimeout(ctx, s.c.o.Total)
 	defer cancel()
 	for pause := firstPause; ; pause = min(2*pause, longPause) {
