@@ -144,7 +144,10 @@ func (f *fileSystem) SetAttr(cancel <-chan struct{}, in *fuse.SetAttrIn, out *fu
 		return s
 	}
 	if n.Gone() && in.Valid&^(fuse.FATTR_MTIME|fuse.FATTR_CTIME|fuse.FATTR_LOCKOWNER) == 0 {
-		return fuse.Status(syscall.ESTALE) // the kernel writes the times of what it has just removed
+		// The kernel writes the times of what it has just removed, as it lets go
+		// of it, and does not look at the answer's attributes.
+		out.SetTimeout(0)
+		return fuse.OK
 	}
 	set := volume.SetAttr{KillPriv: in.Valid&fuse.FATTR_KILL_SUIDGID != 0}
 	if v, ok := in.GetSize(); ok {

@@ -521,3 +521,101 @@ func TestManyEntries(t *testing.T) {
 		t.Errorf("%d entries of %d", len(got), len(want))
 	}
 }
+
+// A user without privileges: fusermount3 mounts, and files of the user's own
+// that their mode does not let him read or write are repaired all the same.
+func TestUnprivileged(t *testing.T) {
+	needRoot(t)
+	needTool(t, "setpriv", "unshare", "fusermount3")
+	base, err := os.MkdirTemp("", "kmsfs-user-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(base) })
+	script := `set -euo pipefail; cd "$B"; chmod 755 .; cp "$K" kmsfs; chmod 755 kmsfs
+		# a device that everybody may open, as distributions have it, for this test alone
+		mknod fuse c 10 229; chmod 666 fuse; mount --bind fuse /dev/fuse
+		mkdir home; chown 1:1 home
+		cat >home/script <<'S'
+			set -euo pipefail; cd "$HOME"; mkdir cipher mnt; K=../kmsfs
+			trap '$K umount mnt 2>/dev/null || fusermount3 -uz mnt 2>/dev/null || true' EXIT
+			$K init cipher; $K mount cipher mnt
+			echo x >mnt/f; cat mnt/f; mkdir mnt/d; mv mnt/f mnt/d/g; test "$(stat -c %u mnt/d/g)" = 1
+			echo secret >mnt/ro; chmod 444 mnt/ro; ! (echo y >>mnt/ro) 2>/dev/null; test "$(cat mnt/ro)" = secret
+			echo secret >mnt/wo; chmod 200 mnt/wo; ! cat mnt/wo 2>/dev/null; printf more >>mnt/wo
+			echo secret >mnt/no; chmod 000 mnt/no; ! cat mnt/no 2>/dev/null; ! (echo y >>mnt/no) 2>/dev/null
+			mkdir mnt/shut; chmod 500 mnt/shut; ! touch mnt/shut/x 2>/dev/null; chmod 755 mnt/shut; rmdir mnt/shut
+			# what is being written when the daemon dies
+			exec 7>mnt/open; printf 'fsynced' >&7; sync mnt/open; printf ' and more' >&7; chmod 444 mnt/open
+			kill -9 "$(cat .local/state/kmsfs/mounts/*)"; exec 7>&- || true; sleep 0.3
+			$K mount cipher mnt
+			test "$(head -c 7 mnt/open)" = fsynced; test "$(stat -c %a mnt/open mnt/ro mnt/wo mnt/no | tr '\n' ' ')" = '444 444 200 0 '
+			chmod 600 mnt/wo; test "$(cat mnt/wo)" = 'secret
+more'
+			$K umount mnt
+			! ls -A cipher | grep kmsfs.mounted
+			echo all well
+S
+		HOME=$B/home setpriv --reuid 1 --regid 1 --clear-groups bash home/script # fusermount3 wants a user with a name`
+	c := exec.Command("unshare", "-m", "bash", "-c", script)
+	c.Env = append(slices.DeleteFunc(os.Environ(), func(s string) bool { return strings.HasPrefix(s, "XDG_") }), "B="+base, "K="+binary)
+	if out, err := c.CombinedOutput(); err != nil || !strings.Contains(string(out), "all well") {
+		logs, _ := filepath.Glob(filepath.Join(base, "home/.local/state/kmsfs/*.log"))
+		for _, l := range logs {
+			b, _ := os.ReadFile(l)
+			t.Logf("%s", b)
+		}
+		t.Fatalf("%v\n%s", err, out)
+	}
+}
+
+// A name that is replaced by rename is always there, and who has the old file
+// open goes on with it.
+func TestReplace(t *testing.T) {
+	m := newVolume(t)
+	name := m.path("f")
+	write(t, name, []byte("0"))
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	for g := range 3 {
+		wg.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				var err error
+				switch g {
+				case 0:
+					var b []byte
+					if b, err = os.ReadFile(name); err == nil && len(b) == 0 {
+						err = errors.New("it is empty")
+					}
+				case 1:
+					_, err = os.Stat(name)
+				case 2:
+					var f *os.File
+					if f, err = os.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o644); err == nil {
+						err = f.Close()
+					}
+				}
+				if err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	for i := range 1500 {
+		write(t, m.path("new"), []byte(strconv.Itoa(i)))
+		if err := os.Rename(m.path("new"), name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	close(stop)
+	wg.Wait()
+	m.run(`cd "$M"; echo hi >q; rm q <q; echo hi >q; (echo n >q.n; mv q.n q) <q; (rm q; sync /dev/stdin) <q
+		mkfifo p; exec 5<>p; rm p; chmod 600 /proc/self/fd/5; touch -d @5 /proc/self/fd/5; stat -L /proc/self/fd/5 >/dev/null
+		mkdir d; (cd d; rmdir ../d; ls; stat . >/dev/null; ! touch x 2>/dev/null)`)
+}

@@ -34,6 +34,11 @@ func (n *Node) Attr() (st Attr, err error) {
 		}
 		return err
 	})
+	if last, ok := n.kept(); ok && errors.Is(err, unix.ENOENT) {
+		if err = v.fstat(last, &st); err == nil {
+			n.fill(&st, -1, "")
+		}
+	}
 	return st, err
 }
 
@@ -50,6 +55,9 @@ func (n *Node) fill(st *Attr, dir int, name string) {
 			return
 		}
 		st.Size = n.plainSize(st.Size, func() (int, error) {
+			if dir < 0 {
+				return n.open(unix.O_RDONLY)
+			}
 			return n.v.disk.open(dir, name, unix.O_RDONLY|fileFlags, 0)
 		})
 	}

@@ -153,13 +153,17 @@ func (v *Volume) Link(ctx context.Context, n, dir *Node, name string) (*Node, At
 
 // Readlink returns the target of a symlink.
 func (v *Volume) Readlink(n *Node) (target string, err error) {
-	err = n.at(func(dir int, name string) error {
+	read := func(dir int, name string) error {
 		sealed, err := v.readlink(dir, name)
 		if err == nil {
 			target, err = v.vk.OpenTarget(sealed)
 		}
 		return err
-	})
+	}
+	err = n.at(read)
+	if last, ok := n.kept(); ok && errors.Is(err, unix.ENOENT) {
+		err = read(last, "")
+	}
 	if blockcrypt.ClassOf(err) != "" {
 		v.report(n.where(), "a symlink cannot be read", err)
 	}
@@ -259,7 +263,9 @@ func (v *Volume) remove(dir *Node, name string, f func(fd int, cname string, st 
 	}
 	v.moveBegins()
 	defer v.moveEnds()
+	take := v.keep(&st, fd, e.cname)
 	if err := f(fd, e.cname, &st); err != nil {
+		take()
 		return err
 	}
 	e.dropName(&v.disk, fd)
@@ -325,10 +331,15 @@ func (v *Volume) Rename(from *Node, oldName string, to *Node, newName string, fl
 	} else {
 		err = ignore(err, unix.ENOENT)
 	}
+	take := func() {}
+	if err == nil && replaces && flags&unix.RENAME_EXCHANGE == 0 {
+		take = v.keep(&nst, nfd, now.cname)
+	}
 	if err == nil {
 		err = v.rename(ofd, old.cname, nfd, now.cname, flags)
 	}
 	if err != nil {
+		take()
 		now.undo(&v.disk, nfd)
 		return err
 	}

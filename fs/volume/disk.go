@@ -53,6 +53,18 @@ func (d *disk) open(dir int, name string, flags int, mode uint32) (fd int, err e
 	return fd, err
 }
 
+// reopen opens the very object of a descriptor anew.
+func (d *disk) reopen(old, flags int) (fd int, err error) {
+	err = again(func() error {
+		fd, err = unix.Open(procFD(old), flags&^unix.O_NOFOLLOW, 0)
+		return err
+	})
+	if err == unix.ELOOP { // a symlink itself cannot be opened anew
+		fd, err = unix.FcntlInt(uintptr(old), unix.F_DUPFD_CLOEXEC, 0)
+	}
+	return fd, err
+}
+
 func (d *disk) close(fd int) { unix.Close(fd) } // only of what was synced, or never written
 
 func (d *disk) stat(dir int, name string, st *unix.Stat_t) error {

@@ -344,6 +344,31 @@ func (v *Volume) Create(ctx context.Context, dir *Node, name string, mode uint32
 		v.report("new file", "no data key", err)
 		return nil, Attr{}, nil, err
 	}
+	for range maxRaces {
+		var n *Node
+		var st Attr
+		var h *Handle
+		if n, st, h, err = v.create(ctx, dir, name, mode, c, excl, write, &key); !errors.Is(err, unix.ENOENT) || excl {
+			return n, st, h, err
+		}
+		// Somebody had made it, and it went before it was opened.
+		if key == nil {
+			if key, err = v.ring.NewKey(ctx); err != nil {
+				return nil, Attr{}, nil, err
+			}
+		}
+	}
+	return nil, Attr{}, nil, unix.ENOENT
+}
+
+// maxRaces is how often making a file begins again while others remove it.
+const maxRaces = 100
+
+// create is one attempt of Create. It uses the data key, or gives it back and
+// leaves nil.
+func (v *Volume) create(ctx context.Context, dir *Node, name string, mode uint32, c Caller, excl, write bool, k **keystore.DataKey) (*Node, Attr, *Handle, error) {
+	key := *k
+	*k = nil
 	created := -1
 	n, st, err := v.make(ctx, dir, name, c, mode|unix.S_IFREG, func(fd int, cname string, mode uint32) (err error) {
 		created, err = v.open(fd, cname, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|fileFlags, mode&^unix.S_IFMT)
@@ -476,9 +501,10 @@ func (f *file) syncPath() error {
 	return nil
 }
 
-// failed logs that an operation on the file failed.
+// failed logs that an operation on the file failed, unless what was asked for
+// cannot be.
 func (f *file) failed(op string, err error) error {
-	if err != nil {
+	if err != nil && !errors.Is(err, unix.EFBIG) {
 		f.v.report(f.n.where(), op+" failed", err)
 	}
 	return err

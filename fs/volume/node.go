@@ -25,6 +25,7 @@ type Node struct {
 	holds   int    // of children's links, open files and directories
 	links   []link // where it is: none for the root, or when it is gone
 	gone    bool   // the last name went
+	last    int    // O_PATH, of what lost its last name or is about to; -1 otherwise
 	pending bool   // a file that is still to be repaired: nobody may remember it
 
 	// Guarded by Volume.fdMu, of directories.
@@ -98,7 +99,7 @@ func (v *Volume) intern(st *unix.Stat_t, dir *Node, cname string) *Node {
 
 // newNode makes a node that no inode number leads to. v.mu is held.
 func (v *Volume) newNode(st *unix.Stat_t) *Node {
-	n := &Node{v: v, id: v.nextID.Add(1), dev: st.Dev, ino: st.Ino, typ: st.Mode & unix.S_IFMT, dirFD: -1}
+	n := &Node{v: v, id: v.nextID.Add(1), dev: st.Dev, ino: st.Ino, typ: st.Mode & unix.S_IFMT, dirFD: -1, last: -1}
 	v.nodes[n.id] = n
 	return n
 }
@@ -171,6 +172,49 @@ func (v *Volume) dropIfUnknown(n *Node) {
 	if n.IsDir() {
 		v.closeDir(n)
 	}
+	if n.last >= 0 {
+		v.disk.close(n.last)
+		n.last = -1
+	}
+}
+
+// keep opens what st describes, at fd/cname, before its last name goes, if the
+// kernel knows it: it goes on asking by number, for a moment after a rename over
+// it, and as long as something refers to it. take closes it where the name stays
+// after all.
+func (v *Volume) keep(st *unix.Stat_t, fd int, cname string) (take func()) {
+	v.mu.Lock()
+	n := v.inodes[inodeKey{st.Dev, st.Ino}]
+	needed := n != nil && n.last < 0 && (n.IsDir() || st.Nlink == 1)
+	if needed {
+		n.holds++
+	}
+	v.mu.Unlock()
+	if !needed {
+		return func() {}
+	}
+	last, err := v.disk.open(fd, cname, unix.O_PATH, 0)
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if err == nil {
+		n.last = last
+	}
+	v.unhold(n)
+	return func() {
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		if n.last >= 0 && !n.gone {
+			v.disk.close(n.last)
+			n.last = -1
+		}
+	}
+}
+
+// kept returns the descriptor that keep made, of what has no name any more.
+func (n *Node) kept() (fd int, ok bool) {
+	n.v.mu.Lock()
+	defer n.v.mu.Unlock()
+	return n.last, n.last >= 0 && len(n.links) == 0
 }
 
 // unlinked notes that dir/cname, which st described, is gone.
@@ -326,8 +370,19 @@ var errMoved = errors.New("another object is there now")
 
 func (n *Node) is(st *unix.Stat_t) bool { return st.Dev == n.dev && st.Ino == n.ino }
 
-// open opens the object itself, whatever it is called now.
+// open opens the object itself, whatever it is called now, and where it has no
+// name any more.
 func (n *Node) open(flags int) (fd int, err error) {
+	fd, err = n.openNamed(flags)
+	if errors.Is(err, unix.ENOENT) {
+		if last, ok := n.kept(); ok {
+			return n.v.disk.reopen(last, flags|fileFlags)
+		}
+	}
+	return fd, err
+}
+
+func (n *Node) openNamed(flags int) (fd int, err error) {
 	err = n.at(func(dir int, name string) error {
 		fd, err = n.v.disk.open(dir, name, flags|fileFlags, 0)
 		if err != nil {

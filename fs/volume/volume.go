@@ -111,7 +111,7 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 		return nil, err
 	}
 	v.calm = sfs.Type == unix.TMPFS_MAGIC || sfs.Type == unix.RAMFS_MAGIC
-	v.root = &Node{v: v, id: 1, dev: st.Dev, ino: st.Ino, typ: unix.S_IFDIR, dirFD: v.rootD, lookups: 1, dirID: u.Config.Volume, hasID: true, idSynced: true}
+	v.root = &Node{v: v, id: 1, dev: st.Dev, ino: st.Ino, typ: unix.S_IFDIR, dirFD: v.rootD, last: -1, lookups: 1, dirID: u.Config.Volume, hasID: true, idSynced: true}
 	v.nodes[1], v.inodes[inodeKey{st.Dev, st.Ino}] = v.root, v.root
 	v.nextID.Store(1)
 	v.dirLRU.init()

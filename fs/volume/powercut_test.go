@@ -1,0 +1,303 @@
+package volume_test
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/fs/volume"
+)
+
+// Power cuts on a real ext4: random operations and writeback, then a shutdown of
+// the filesystem that flushes nothing, at any moment. What fsync has answered
+// for is there, and everything opens. Part of make soak; it needs root and a
+// loop device.
+func TestPowerCut(t *testing.T) {
+	rounds := 0
+	if _, err := fmt.Sscan(os.Getenv("KMSFS_POWER_CUTS"), &rounds); err != nil || rounds == 0 {
+		t.Skip("KMSFS_POWER_CUTS says how many power cuts; make soak sets it")
+	}
+	if os.Geteuid() != 0 {
+		t.Fatal("power cuts need root")
+	}
+	d := newCutDisk(t)
+	d.mount()
+	p := &powerTest{t: t, disk: d, world: newWorldIn(t, d.mkdir("v"), volume.Options{}, true), truth: map[string]*truth{}}
+	p.quiet = true
+	p.close()
+	d.umount()
+	for round := range rounds {
+		p.r = rand.New(rand.NewPCG(uint64(round), 11))
+		d.mount()
+		p.round = round
+		p.session()
+		d.umount()
+		if t.Failed() {
+			t.Fatalf("in round %d; the log: %s", round, p.log)
+		}
+	}
+	d.mount()
+	p.world.open(volume.Options{})
+	p.verify()
+	p.close()
+	d.umount()
+	t.Logf("%d cuts, %d files looked up after them, %d never confirmed that are gone", rounds, p.looked, p.missing)
+}
+
+// cutDisk is an ext4 on a loop device.
+type cutDisk struct {
+	t         testing.TB
+	dir, loop string
+	dead      atomic.Bool
+}
+
+func newCutDisk(t testing.TB) *cutDisk {
+	d := &cutDisk{t: t, dir: filepath.Join(t.TempDir(), "mnt")}
+	img := filepath.Join(t.TempDir(), "disk")
+	d.run("truncate", "-s", "512M", img)
+	d.run("mkfs.ext4", "-q", "-F", "-b", "4096", img)
+	d.loop = d.run("losetup", "-f", "--show", img)
+	t.Cleanup(func() { d.run("losetup", "-d", d.loop) })
+	// Or the loop device itself would keep pages from tearing.
+	os.WriteFile(filepath.Join("/sys/block", filepath.Base(d.loop), "queue/stable_writes"), []byte("0"), 0)
+	if err := os.Mkdir(d.dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+func (d *cutDisk) run(args ...string) string {
+	d.t.Helper()
+	out, err := exec.Command(args[0], args[1:]...).CombinedOutput()
+	if err != nil {
+		d.t.Fatalf("%v: %v\n%s", args, err, out)
+	}
+	return strings.TrimSpace(string(out))
+}
+
+func (d *cutDisk) mkdir(name string) string {
+	p := filepath.Join(d.dir, name)
+	if err := os.MkdirAll(p, 0o755); err != nil {
+		d.t.Fatal(err)
+	}
+	return p
+}
+
+func (d *cutDisk) mount() {
+	d.run("mount", d.loop, d.dir)
+	d.dead.Store(false)
+}
+func (d *cutDisk) umount() { d.run("umount", d.dir) }
+
+// cut shuts the filesystem down without flushing its journal.
+func (d *cutDisk) cut() {
+	f, err := os.Open(d.dir)
+	if err != nil {
+		return
+	}
+	defer f.Close()
+	d.dead.Store(true)
+	const ext4IocShutdown, noLogFlush = 0x8004587d, 2
+	how := uint32(noLogFlush)
+	unix.Syscall(unix.SYS_IOCTL, f.Fd(), ext4IocShutdown, uintptr(unsafe.Pointer(&how)))
+}
+
+// truth is all that a file may be after a cut: its versions since the last
+// confirmed one, which is the first.
+type truth struct {
+	confirmed bool
+	versions  [][]byte
+	history   []string
+}
+
+func (x *truth) did(format string, args ...any) {
+	x.history = append(x.history, fmt.Sprintf(format, args...))
+	x.history = x.history[max(0, len(x.history)-25):]
+}
+
+func (x *truth) now() []byte { return x.versions[len(x.versions)-1] }
+
+type powerTest struct {
+	*world
+	t               *testing.T
+	disk            *cutDisk
+	r               *rand.Rand
+	truth           map[string]*truth
+	round           int
+	looked, missing int
+}
+
+func (p *powerTest) session() {
+	p.world.open(volume.Options{})
+	p.verify()
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	seed := p.r.Uint64()
+	wg.Go(func() { p.flush(rand.New(rand.NewPCG(seed, 1)), stop) })
+	wg.Go(func() {
+		select {
+		case <-stop:
+		case <-time.After(time.Duration(20+p.r.IntN(400)) * time.Millisecond):
+		}
+		p.disk.cut()
+	})
+	open := map[string]*volume.Handle{}
+	for p.step(open) {
+	}
+	close(stop)
+	wg.Wait()
+	p.crash()
+}
+
+// flush is what the kernel does at any time: it writes some pages of a file, and
+// commits its journal.
+func (p *powerTest) flush(r *rand.Rand, stop chan struct{}) {
+	other, err := os.Create(filepath.Join(p.disk.dir, "other"))
+	if err != nil {
+		return
+	}
+	defer other.Close()
+	for {
+		select {
+		case <-stop:
+			return
+		case <-time.After(time.Duration(r.IntN(4)) * time.Millisecond):
+		}
+		files, _ := filepath.Glob(filepath.Join(p.dir, "f*"))
+		if len(files) == 0 {
+			continue
+		}
+		if f, err := os.OpenFile(files[r.IntN(len(files))], os.O_RDWR, 0); err == nil {
+			st, _ := f.Stat()
+			pages := st.Size()/4096 + 1
+			at := []int64{0, pages - 1, r.Int64N(pages)}[r.IntN(3)]
+			unix.SyncFileRange(int(f.Fd()), at*4096, 4096*(1+r.Int64N(3)), unix.SYNC_FILE_RANGE_WRITE)
+			f.Close()
+		}
+		if r.IntN(3) == 0 {
+			other.WriteAt(noise(100), 0)
+			other.Sync()
+		}
+	}
+}
+
+// step does something to some file; false after the cut.
+func (p *powerTest) step(open map[string]*volume.Handle) bool {
+	name := fmt.Sprintf("f%d", p.r.IntN(12))
+	h := open[name]
+	if h == nil {
+		var err error
+		if h, err = p.create(name); err != nil {
+			return false
+		}
+		open[name] = h
+		if p.truth[name] == nil {
+			p.truth[name] = &truth{versions: [][]byte{nil}}
+		}
+	}
+	x := p.truth[name]
+	old := x.now()
+	change := func(now []byte, f func() error) bool {
+		x.versions = append(x.versions, now)
+		err := f()
+		x.did("%d to %d: %v", len(old), len(now), err)
+		return err == nil
+	}
+	switch k := p.r.IntN(100); {
+	case k < 45: // append, or over a gap
+		at := len(old)
+		if k < 4 {
+			at += p.r.IntN(20000)
+		}
+		data := noise(1 + p.r.IntN([]int{300, 6000, 60000}[p.r.IntN(3)]))
+		now := append(append(old[:len(old):len(old)], make([]byte, at-len(old))...), data...)
+		if len(now) > 400000 {
+			return change(nil, func() error { _, err := h.Node().SetAttr(ctx, size(0)); return err })
+		}
+		return change(now, func() error { _, err := h.Write(ctx, data, int64(at)); return err })
+	case k < 60 && len(old) > 0:
+		at := p.r.IntN(len(old))
+		data := noise(1 + p.r.IntN(min(5000, len(old)-at)))
+		now := append([]byte(nil), old...)
+		copy(now[at:], data)
+		return change(now, func() error { _, err := h.Write(ctx, data, int64(at)); return err })
+	case k < 72 && len(old) > 0:
+		n := p.r.IntN(len(old))
+		return change(old[:n:n], func() error { _, err := h.Node().SetAttr(ctx, size(int64(n))); return err })
+	case k < 90:
+		err := h.Fsync()
+		x.did("fsync: %v", err)
+		// An fsync during which the power fails gives no answer. This one gives one,
+		// and a wrong one: ext4 does not say that it could not convert extents.
+		if err != nil || p.disk.dead.Load() {
+			return false
+		}
+		x.confirmed, x.versions = true, [][]byte{old}
+	case k < 97:
+		delete(open, name)
+		x.did("close")
+		return h.Release() == nil
+	default:
+		p.v.Settle()
+	}
+	return true
+}
+
+// verify compares every file with all that it may be.
+func (p *powerTest) verify() {
+	for name, x := range p.truth {
+		got, err := p.read(name)
+		p.looked++
+		if errors.Is(err, unix.ENOENT) && !x.confirmed {
+			p.missing++
+			delete(p.truth, name)
+			continue
+		}
+		if err == nil {
+			err = x.allows(got)
+		}
+		if err != nil {
+			p.t.Errorf("round %d: %s, confirmed %v, of %d versions: %v; history: %s", p.round, name, x.confirmed, len(x.versions), err, strings.Join(x.history, "; "))
+			continue
+		}
+		x.did("round %d: %d bytes", p.round, len(got))
+		x.versions = [][]byte{got}
+		x.confirmed = x.confirmed && len(got) > 0
+	}
+}
+
+func (x *truth) allows(got []byte) error {
+	least, most := len(x.versions[0]), 0
+	for _, v := range x.versions {
+		least, most = min(least, len(v)), max(most, len(v))
+	}
+	if !x.confirmed {
+		least = 0
+	}
+	if len(got) < least || len(got) > most {
+		return fmt.Errorf("%d bytes, but it had %d to %d", len(got), least, most)
+	}
+	for i, c := range got {
+		ok := false
+		grown := false
+		for _, v := range x.versions {
+			ok = ok || i < len(v) && v[i] == c
+			grown = grown || i >= len(v)
+		}
+		if !ok && !(c == 0 && grown) {
+			return fmt.Errorf("byte %d of %d is in no version", i, len(got))
+		}
+	}
+	return nil
+}
