@@ -23,7 +23,9 @@ show cat "$demo/plain/letter.txt"
 sync "$demo/plain/letter.txt"
 file=$(find "$demo/cipher" -maxdepth 1 -type f ! -name 'kmsfs.*' | head -n 1)
 printf '\nand as ciphertext, %s:\n' "${file#"$PWD"/}"
-od -A d -t x1z "$file" | sed -n '1,4p;63,68p'
+od -A d -t x1z -N 64 "$file"
+echo '   ... the rest of the header, and the sealed block:'
+od -A d -t x1z -j 1024 "$file"
 if grep -rqF 'nothing to see here' "$demo/cipher"; then echo "the plaintext stands in the ciphertext"; exit 1; fi
 
 show "$kmsfs" umount "$demo/plain"

@@ -10,10 +10,10 @@ var errCrashed = errors.New("the daemon is dead")
 
 // Crash ends the volume as SIGKILL does: nothing more is written.
 func (v *Volume) Crash() {
-	v.disk.hook = func(Call) error { return errCrashed }
 	close(v.quit)
 	v.bg.Wait()
 	v.settler.stop()
+	v.disk.hook = func(Call) error { return errCrashed }
 	v.ring.Close()
 	for _, f := range v.files() {
 		f.mu.Lock()

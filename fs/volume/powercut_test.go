@@ -68,7 +68,10 @@ func newCutDisk(t testing.TB) *cutDisk {
 	d.run("truncate", "-s", "512M", img)
 	d.run("mkfs.ext4", "-q", "-F", "-b", "4096", img)
 	d.loop = d.run("losetup", "-f", "--show", img)
-	t.Cleanup(func() { d.run("losetup", "-d", d.loop) })
+	t.Cleanup(func() {
+		unix.Unmount(d.dir, unix.MNT_DETACH) // where a failure left it
+		d.run("losetup", "-d", d.loop)
+	})
 	// Or the loop device itself would keep pages from tearing.
 	os.WriteFile(filepath.Join("/sys/block", filepath.Base(d.loop), "queue/stable_writes"), []byte("0"), 0)
 	if err := os.Mkdir(d.dir, 0o755); err != nil {
