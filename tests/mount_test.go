@@ -416,29 +416,6 @@ func TestXattrsMounted(t *testing.T) {
 	}
 }
 
-// Several users: owners, umask, setgid directories, and setuid that goes with a
-// foreign write.
-func TestSeveralUsers(t *testing.T) {
-	needRoot(t)
-	needTool(t, "setpriv")
-	base, err := os.MkdirTemp("", "kmsfs-users-") // where others may look in
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(base) })
-	if err := os.Chmod(base, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	m := newVolumeIn(t, base, "--allow-other")
-	m.run(`cd "$M"; chmod 755 .; mkdir -m 1777 tmp; mkdir -m 2777 shared; chgrp 4321 shared; chmod 2777 shared
-		as() { setpriv --reuid "$1" --regid "$1" --clear-groups bash -c "$2"; }
-		as 1234 "umask 027; echo x >tmp/mine; mkdir tmp/dir; echo y >shared/f"
-		test "$(stat -c %u:%g:%a tmp/mine)" = 1234:1234:640; test "$(stat -c %a tmp/dir)" = 750; test "$(stat -c %g shared/f)" = 4321
-		! as 1235 "cat tmp/mine" 2>/dev/null; ! as 1235 "rm tmp/mine" 2>/dev/null; ! as 1235 "echo z >>tmp/mine" 2>/dev/null
-		echo s >tmp/suid; chown 1234 tmp/suid; chmod 4777 tmp/suid; as 1235 "echo more >>tmp/suid"; test "$(stat -c %a tmp/suid)" = 777
-		chmod 4777 tmp/suid; as 1235 "truncate -s 1 tmp/suid"; test "$(stat -c %a tmp/suid)" = 777`)
-}
-
 func TestSignalsAndLocks(t *testing.T) {
 	m := newVolume(t)
 	write(t, m.path("f"), []byte("x"))
@@ -519,53 +496,6 @@ func TestManyEntries(t *testing.T) {
 	slices.Sort(want)
 	if !slices.Equal(got, want) {
 		t.Errorf("%d entries of %d", len(got), len(want))
-	}
-}
-
-// A user without privileges: fusermount3 mounts, and files of the user's own
-// that their mode does not let him read or write are repaired all the same.
-func TestUnprivileged(t *testing.T) {
-	needRoot(t)
-	needTool(t, "setpriv", "unshare", "fusermount3")
-	base, err := os.MkdirTemp("", "kmsfs-user-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(base) })
-	script := `set -euo pipefail; cd "$B"; chmod 755 .; cp "$K" kmsfs; chmod 755 kmsfs
-		# a device that everybody may open, as distributions have it, for this test alone
-		mknod fuse c 10 229; chmod 666 fuse; mount --bind fuse /dev/fuse
-		mkdir home; chown 1:1 home
-		cat >home/script <<'S'
-			set -euo pipefail; cd "$HOME"; mkdir cipher mnt; K=../kmsfs
-			trap '$K umount mnt 2>/dev/null || fusermount3 -uz mnt 2>/dev/null || true' EXIT
-			$K init cipher; $K mount cipher mnt
-			echo x >mnt/f; cat mnt/f; mkdir mnt/d; mv mnt/f mnt/d/g; test "$(stat -c %u mnt/d/g)" = 1
-			echo secret >mnt/ro; chmod 444 mnt/ro; ! (echo y >>mnt/ro) 2>/dev/null; test "$(cat mnt/ro)" = secret
-			echo secret >mnt/wo; chmod 200 mnt/wo; ! cat mnt/wo 2>/dev/null; printf more >>mnt/wo
-			echo secret >mnt/no; chmod 000 mnt/no; ! cat mnt/no 2>/dev/null; ! (echo y >>mnt/no) 2>/dev/null
-			mkdir mnt/shut; chmod 500 mnt/shut; ! touch mnt/shut/x 2>/dev/null; chmod 755 mnt/shut; rmdir mnt/shut
-			# what is being written when the daemon dies
-			exec 7>mnt/open; printf 'fsynced' >&7; sync mnt/open; printf ' and more' >&7; chmod 444 mnt/open
-			kill -9 "$(cat .local/state/kmsfs/mounts/*)"; exec 7>&- || true; sleep 0.3
-			$K mount cipher mnt
-			test "$(head -c 7 mnt/open)" = fsynced; test "$(stat -c %a mnt/open mnt/ro mnt/wo mnt/no | tr '\n' ' ')" = '444 444 200 0 '
-			chmod 600 mnt/wo; test "$(cat mnt/wo)" = 'secret
-more'
-			$K umount mnt
-			! ls -A cipher | grep kmsfs.mounted
-			echo all well
-S
-		HOME=$B/home setpriv --reuid 1 --regid 1 --clear-groups bash home/script # fusermount3 wants a user with a name`
-	c := exec.Command("unshare", "-m", "bash", "-c", script)
-	c.Env = append(slices.DeleteFunc(os.Environ(), func(s string) bool { return strings.HasPrefix(s, "XDG_") }), "B="+base, "K="+binary)
-	if out, err := c.CombinedOutput(); err != nil || !strings.Contains(string(out), "all well") {
-		logs, _ := filepath.Glob(filepath.Join(base, "home/.local/state/kmsfs/*.log"))
-		for _, l := range logs {
-			b, _ := os.ReadFile(l)
-			t.Logf("%s", b)
-		}
-		t.Fatalf("%v\n%s", err, out)
 	}
 }
 

@@ -68,6 +68,8 @@ type fresh struct {
 	born  time.Time // zero: something may be confirmed
 	epoch uint16
 	inked bool
+	// sealed counts the blocks under that key.
+	sealed int64
 }
 
 // freshFor is how long nothing of a new file counts as confirmed without fsync.
@@ -203,7 +205,7 @@ func (f *file) dropIfIdle() {
 		f.v.settler.add(f)
 		return
 	}
-	f.n.fresh = fresh{epoch: f.epoch, inked: f.inked}
+	f.n.fresh = fresh{epoch: f.epoch, inked: f.inked, sealed: f.sealed}
 	if f.hdr != nil {
 		f.n.fresh.file = f.hdr.File
 		if f.conf == 0 {

@@ -166,7 +166,7 @@ func (f *file) takeState(length int64) error {
 	f.size, f.conf, f.durable = s.Size, s.Size, s.Size
 	last := f.n.fresh
 	if last.file == f.hdr.File && last.inked {
-		f.epoch, f.inked = last.epoch, true
+		f.epoch, f.inked, f.sealed = last.epoch, true, last.sealed
 	}
 	if v.isBad(s.Session) { // closed by this mount, not known to be on the disk
 		f.durable = s.Floor
