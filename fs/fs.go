@@ -409,6 +409,14 @@ func (f *fileSystem) Write(cancel <-chan struct{}, in *fuse.WriteIn, data []byte
 	return uint32(n), status(err)
 }
 
+// maxCopy is the most that one answer can say.
+const maxCopy = 1<<32 - 4096
+
+func (f *fileSystem) CopyFileRange(cancel <-chan struct{}, in *fuse.CopyFileRangeIn) (uint32, fuse.Status) {
+	n, err := f.files.get(in.FhOut).CopyFrom(f.with(cancel, &in.InHeader), f.files.get(in.FhIn), int64(in.OffIn), int64(in.OffOut), int64(min(in.Len, maxCopy)))
+	return uint32(n), status(err)
+}
+
 // Flush is asked at each close. It must be answered: without it (ENOSYS) close
 // would say yes even where the daemon is dead and the kernel has thrown the
 // written pages away.

@@ -349,6 +349,7 @@ line"; rm "new
 line"
 		echo 1 >a; echo 2 >b; mv a b; test "$(cat b)" = 1; ! test -e a
 		for i in 1 2 3 4 5; do (for j in $(seq 50); do echo "$i $j" >>log; done) & done; wait; test "$(wc -l <log)" = 250
+		head -c 3000000 /dev/urandom >src; cp src copy; cmp src copy; cp --reflink=never --sparse=never copy copy2; cmp src copy2; rm src copy copy2
 		rm -r d e; df . >/dev/null; test "$(ls | sort | tr '\n' ' ')" = "b log p short "`)
 	// Unlinked while open.
 	f, err := os.Create(m.path("gone"))
@@ -548,4 +549,43 @@ func TestReplace(t *testing.T) {
 	m.run(`cd "$M"; echo hi >q; rm q <q; echo hi >q; (echo n >q.n; mv q.n q) <q; (rm q; sync /dev/stdin) <q
 		mkfifo p; exec 5<>p; rm p; chmod 600 /proc/self/fd/5; touch -d @5 /proc/self/fd/5; stat -L /proc/self/fd/5 >/dev/null
 		mkdir d; (cd d; rmdir ../d; ls; stat . >/dev/null; ! touch x 2>/dev/null)`)
+}
+
+// copy_file_range is done in the daemon, at any offsets, of what is not written
+// back yet too.
+func TestCopyFileRange(t *testing.T) {
+	m := newVolume(t)
+	b := noise(3 << 20)
+	in, err := os.OpenFile(m.path("in"), os.O_RDWR|os.O_CREATE, 0o644)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	out, err := os.OpenFile(m.path("out"), os.O_RDWR|os.O_CREATE, 0o644)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer out.Close()
+	if _, err := in.Write(b); err != nil {
+		t.Fatal(err)
+	}
+	want := make([]byte, 100)
+	if _, err := out.Write(want); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct{ from, to, n int64 }{{0, 100, 5000}, {1 << 20, 5100, 2 << 20}, {3<<20 - 10, 5100 + 2<<20, 1000}, {4 << 20, 0, 10}, {7, 3, 50}} {
+		from, to := c.from, c.to
+		n, err := unix.CopyFileRange(int(in.Fd()), &from, int(out.Fd()), &to, int(c.n), 0)
+		if exp := max(0, min(c.n, int64(len(b))-c.from)); err != nil || int64(n) != exp {
+			t.Fatalf("copied %d of %d: %v", n, exp, err)
+		}
+		if end := c.to + int64(n); end > int64(len(want)) {
+			want = append(want, make([]byte, end-int64(len(want)))...)
+		}
+		copy(want[c.to:], b[min(c.from, int64(len(b))):][:n])
+	}
+	got, err := os.ReadFile(m.path("out"))
+	if err != nil || !bytes.Equal(got, want) {
+		t.Fatalf("%d bytes, want %d: %v", len(got), len(want), err)
+	}
 }

@@ -160,6 +160,32 @@ func (h *Handle) Write(ctx context.Context, b []byte, off int64) (int, error) {
 	return len(b), nil
 }
 
+// CopyFrom copies n bytes of another handle's file, or of the same, as one copy
+// in the daemon: less only at the end of in, after an error, or when ctx ends.
+func (h *Handle) CopyFrom(ctx context.Context, in *Handle, inOff, outOff, n int64) (done int64, err error) {
+	buf := runs.Get().(*[]byte)
+	defer runs.Put(buf)
+	for done < n && ctx.Err() == nil {
+		b := (*buf)[:min(n-done, copyChunk)]
+		m, err := in.Read(b, inOff+done)
+		if err == nil && m > 0 {
+			m, err = h.Write(ctx, b[:m], outOff+done)
+		}
+		if done += int64(m); err != nil || m == 0 {
+			if done > 0 {
+				err = nil // the next call meets it again
+			}
+			return done, err
+		}
+	}
+	if done == 0 && n > 0 {
+		err = unix.EINTR
+	}
+	return done, err
+}
+
+const copyChunk = 1 << 20
+
 // lockForContent takes mu with a data key at hand, if the file is empty.
 func (f *file) lockForContent(ctx context.Context) (unlock func(), err error) {
 	for {
