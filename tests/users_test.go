@@ -78,3 +78,16 @@ S
 		t.Fatalf("%v\n%s", err, out)
 	}
 }
+
+// Without /dev/fuse mount says so, in one line.
+func TestNoDevice(t *testing.T) {
+	needRoot(t)
+	needTool(t, "unshare")
+	base := t.TempDir()
+	c := exec.Command("unshare", "-m", "bash", "-c", `cd "$B"; mkdir cipher mnt; "$K" init cipher >/dev/null && mount -t tmpfs none /dev && "$K" mount cipher mnt`)
+	c.Env = append(os.Environ(), "B="+base, "K="+binary, "XDG_STATE_HOME="+base+"/state", "XDG_CONFIG_HOME="+base+"/config")
+	out, err := c.CombinedOutput()
+	if err == nil || !strings.HasPrefix(string(out), "kmsfs: error: /dev/fuse is missing") || strings.Count(string(out), "\n") != 2 {
+		t.Errorf("%v: %s", err, out)
+	}
+}
