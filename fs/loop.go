@@ -23,9 +23,10 @@ import (
 // else waiting. There are more places, up to one a processor, while requests
 // queue up.
 type loop struct {
-	fd  int
-	ps  *fuse.ProtocolServer
-	log *slog.Logger
+	fd       int
+	ps       *fuse.ProtocolServer
+	log      *slog.Logger
+	slowSync bool // a sync waits for a disk
 
 	free    chan *place   // places handed on, to who is parked
 	done    chan struct{} // closed when the connection ends
@@ -132,7 +133,7 @@ func (l *loop) work(p *place) {
 		st := p.state.Add(1)
 		mine := true
 		switch {
-		case takesLong(in[:n]):
+		case l.takesLong(in[:n]):
 			mine = !l.take(p, st)
 		case score > manyMore && l.short():
 			score = 0
@@ -254,15 +255,17 @@ func (l *loop) look(last map[*place]uint64) (busy bool) {
 
 // Opcodes of the kernel's fuse.h that may wait for the disk.
 const (
-	opRead, opWrite, opFsync, opFsyncDir, opCopyFileRange, opFallocate = 15, 16, 20, 30, 47, 43
+	opRead, opWrite, opFsync, opFsyncDir, opCopyFileRange = 15, 16, 20, 30, 47
 )
 
 // takesLong reports whether a request is expected to take longer than handing
 // the place on.
-func takesLong(in []byte) bool {
+func (l *loop) takesLong(in []byte) bool {
 	h := (*fuse.InHeader)(unsafe.Pointer(&in[0]))
 	switch h.Opcode {
-	case opFsync, opFsyncDir, opCopyFileRange, opFallocate:
+	case opFsync, opFsyncDir:
+		return l.slowSync
+	case opCopyFileRange:
 		return true
 	case opWrite:
 		return len(in) > bigRequest

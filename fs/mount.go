@@ -67,6 +67,7 @@ func Mount(v *volume.Volume, dir string, o MountOptions) (*Server, error) {
 	f := newFS(v, o.AllowOther)
 	s := &Server{dir, newLoop(fd, fuse.NewProtocolServer(f, po), o.Logger)}
 	f.waits = s.loop.yield
+	s.loop.slowSync = v.SyncWaits()
 	if err := s.loop.start(); err != nil {
 		unmountDevice(dir)
 		unix.Close(fd)

@@ -47,7 +47,7 @@ type Volume struct {
 	root  *Node
 	rootD int  // the root's descriptor, and the volume's lock
 	plain bool // names mode
-	calm  bool // pages cannot tear on this filesystem: no S
+	calm  bool // a filesystem in memory: pages cannot tear, no S
 	super bool // running as root: new files are given to their users
 
 	session atomic.Uint64
@@ -141,6 +141,9 @@ func (v *Volume) Root() *Node { return v.root }
 
 // ReadOnly reports whether the tree can be changed.
 func (v *Volume) ReadOnly() bool { return v.o.ReadOnly }
+
+// SyncWaits reports whether fsync waits for a disk: not on a tmpfs.
+func (v *Volume) SyncWaits() bool { return !v.calm }
 
 // Statfs passes the backing filesystem's figures on; names have up to 255 bytes.
 func (v *Volume) Statfs() (unix.Statfs_t, error) {
