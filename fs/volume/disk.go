@@ -4,7 +4,7 @@ import (
 	"os"
 	"strconv"
 
-	"golang.org/x/sys/unix"
+	"golang.org/x/sys/unix" // the syscalls that package os hides: *at, xattrs, sync_file_range
 )
 
 // A Call is a syscall on the ciphertext tree that changes something or moves
