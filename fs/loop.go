@@ -4,6 +4,7 @@ import (
 	"errors"
 	"log/slog"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -226,11 +227,22 @@ func (l *loop) watch() {
 			if l.look(last) {
 				continue
 			}
-			t.Reset(time.Hour)
 			clear(last)
 			l.awake.Store(false)
+			// A request that came just now may have counted on being watched.
+			if l.busy() && l.awake.CompareAndSwap(false, true) {
+				continue
+			}
+			t.Reset(time.Hour)
 		}
 	}
+}
+
+// busy reports whether a request is being handled by who has a place.
+func (l *loop) busy() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.ContainsFunc(l.places, func(p *place) bool { return p.state.Load()%2 == 1 })
 }
 
 // look compares with the last tick; false where nothing has happened since.

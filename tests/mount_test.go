@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"kmsfs/keystore/keystoretest"
 )
 
 func noise(n int) []byte {
@@ -588,4 +590,52 @@ func TestCopyFileRange(t *testing.T) {
 	if err != nil || !bytes.Equal(got, want) {
 		t.Fatalf("%d bytes, want %d: %v", len(got), len(want), err)
 	}
+}
+
+// A program that waits for its key keeps nobody else waiting, and can be ended.
+func TestSlowKMS(t *testing.T) {
+	srv := keystoretest.Start(t)
+	w := newWalk(t, srv.URL)
+	srv.AddKey("alias/k")
+	w.kmsfs("init", "--key", "alias/k", w.cipher)
+	w.mount()
+	for i := range 20 {
+		write(t, w.path(fmt.Sprint(i)), []byte(text))
+	}
+	w.remount()
+	want(t, w.path("0"), []byte(text))
+	srv.Fail(func(op string) *keystoretest.Failure {
+		if op == "Decrypt" {
+			return &keystoretest.Failure{Hang: true}
+		}
+		return nil
+	})
+	var waiting []*exec.Cmd
+	for i := 1; i < 9; i++ {
+		c := exec.Command("cat", w.path(fmt.Sprint(i)))
+		if err := c.Start(); err != nil {
+			t.Fatal(err)
+		}
+		waiting = append(waiting, c)
+	}
+	time.Sleep(200 * time.Millisecond)
+	begun := time.Now()
+	want(t, w.path("0"), []byte(text)) // its key is known
+	write(t, w.path("new"), []byte(text))
+	if d := time.Since(begun); d > 2*time.Second {
+		t.Errorf("others waited %v", d)
+	}
+	begun = time.Now()
+	for _, c := range waiting {
+		c.Process.Signal(os.Interrupt)
+	}
+	for _, c := range waiting {
+		c.Wait()
+	}
+	if d := time.Since(begun); d > 2*time.Second {
+		t.Errorf("ending those who wait took %v", d)
+	}
+	srv.Fail(nil)
+	want(t, w.path("1"), []byte(text))
+	w.faults = true
 }
