@@ -145,8 +145,10 @@ func (f *fileSystem) SetAttr(cancel <-chan struct{}, in *fuse.SetAttrIn, out *fu
 	}
 	if n.Gone() && in.Valid&^(fuse.FATTR_MTIME|fuse.FATTR_CTIME|fuse.FATTR_LOCKOWNER) == 0 {
 		// The kernel writes the times of what it has just removed, as it lets go
-		// of it, and does not look at the answer's attributes.
-		out.SetTimeout(0)
+		// of it: nobody will see them.
+		if st, err := n.Attr(); err == nil {
+			setAttr(&out.Attr, &st)
+		}
 		return fuse.OK
 	}
 	set := volume.SetAttr{KillPriv: in.Valid&fuse.FATTR_KILL_SUIDGID != 0}

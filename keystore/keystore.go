@@ -79,6 +79,11 @@ type Matcher interface {
 	Matches(uri string) bool
 }
 
+// An Immediate is a Store that waits for nobody: a local key.
+type Immediate interface {
+	Immediate()
+}
+
 // Kind sorts failures by what can be done about them. Zero is no kind.
 type Kind int
 

@@ -241,17 +241,68 @@ func (r *Ring) Unwrap(ctx context.Context, file [16]byte, ws []Wrapped) ([]byte,
 	return nil, errs[0]
 }
 
+// UnwrapNow is Unwrap where no service has to be waited for; ok is false where
+// one has to be.
+func (r *Ring) UnwrapNow(file [16]byte, ws []Wrapped) (key []byte, ok bool, err error) {
+	for _, w := range ws {
+		s := r.store(w.URI)
+		if s == nil {
+			continue
+		}
+		if key := r.cachedKey(cacheID(Binding{ForFile, r.volume, file}, w)); key != nil {
+			return key, true, nil
+		}
+		if _, ok := s.(Immediate); !ok {
+			return nil, false, nil
+		}
+		break
+	}
+	key, err = r.Unwrap(context.Background(), file, ws)
+	return key, true, err
+}
+
+// Learn keeps the key of a new file, so that opening it again asks nobody.
+func (r *Ring) Learn(k *DataKey) {
+	for _, w := range k.Wrapped {
+		r.mu.Lock()
+		r.insert(cacheID(Binding{ForFile, r.volume, k.ID}, w), k.Key[:])
+		r.mu.Unlock()
+	}
+}
+
+func (r *Ring) cachedKey(id [32]byte) []byte {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	e := r.cache[id]
+	if e == nil {
+		return nil
+	}
+	r.lru.MoveToFront(e)
+	return append([]byte(nil), e.Value.(*cached).key[:]...)
+}
+
+// insert puts a key into the cache; mu is held.
+func (r *Ring) insert(id [32]byte, key []byte) {
+	if r.cache[id] != nil || r.ctx.Err() != nil {
+		return
+	}
+	e := &cached{id: id}
+	copy(e.key[:], key)
+	r.cache[id] = r.lru.PushFront(e)
+	for len(r.cache) > maxCached {
+		old := r.lru.Remove(r.lru.Back()).(*cached)
+		delete(r.cache, old.id)
+		clear(old.key[:])
+	}
+}
+
 func (r *Ring) unwrap(ctx context.Context, s Store, b Binding, w Wrapped) ([]byte, error) {
 	id := cacheID(b, w)
 	for {
-		r.mu.Lock()
-		if e := r.cache[id]; e != nil {
-			r.lru.MoveToFront(e)
-			c := e.Value.(*cached)
-			key := append([]byte(nil), c.key[:]...)
-			r.mu.Unlock()
+		if key := r.cachedKey(id); key != nil {
 			return key, nil
 		}
+		r.mu.Lock()
 		c := r.calls[id]
 		mine := c == nil
 		if mine {
@@ -284,14 +335,7 @@ func (r *Ring) finish(id [32]byte, c *call, key []byte, err error) {
 	c.err = err
 	if err == nil {
 		c.key = append([]byte(nil), key...)
-		e := &cached{id: id}
-		copy(e.key[:], key)
-		r.cache[id] = r.lru.PushFront(e)
-		for len(r.cache) > maxCached {
-			old := r.lru.Remove(r.lru.Back()).(*cached)
-			delete(r.cache, old.id)
-			clear(old.key[:])
-		}
+		r.insert(id, key)
 	}
 	close(c.done)
 }

@@ -141,7 +141,8 @@ func (m *mounted) pid() int {
 	if err != nil {
 		m.t.Fatal(err)
 	}
-	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	id, _, _ := strings.Cut(string(b), " ")
+	pid, err := strconv.Atoi(id)
 	if err != nil {
 		m.t.Fatal(err)
 	}

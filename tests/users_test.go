@@ -57,7 +57,7 @@ func TestUnprivileged(t *testing.T) {
 			mkdir mnt/shut; chmod 500 mnt/shut; ! touch mnt/shut/x 2>/dev/null; chmod 755 mnt/shut; rmdir mnt/shut
 			# what is being written when the daemon dies
 			exec 7>mnt/open; printf 'fsynced' >&7; sync mnt/open; printf ' and more' >&7; chmod 444 mnt/open
-			kill -9 "$(cat .local/state/kmsfs/mounts/*)"; exec 7>&- || true; sleep 0.3
+			kill -9 "$(cut -d' ' -f1 .local/state/kmsfs/mounts/*)"; exec 7>&- || true; sleep 0.3
 			$K mount cipher mnt
 			test "$(head -c 7 mnt/open)" = fsynced; test "$(stat -c %a mnt/open mnt/ro mnt/wo mnt/no | tr '\n' ' ')" = '444 444 200 0 '
 			chmod 600 mnt/wo; test "$(cat mnt/wo)" = 'secret

@@ -139,7 +139,7 @@ func (f *mountFlags) places(cipherDir, mountPoint string) (c, m string, err erro
 		return "", "", err
 	}
 	if isDead(mountPoint) {
-		if err := detach(mountPoint); err != nil {
+		if err := cleanDead(mountPoint); err != nil {
 			return "", "", fmt.Errorf("%s has a dead mount that cannot be cleaned up: %w", mountPoint, err)
 		}
 		say("cleaned up a dead mount at %s", mountPoint)
@@ -328,7 +328,14 @@ func (f *mountFlags) unmountOnSignal(server *fs.Server, mountPoint string, logge
 		signal.Ignore(unix.SIGHUP)
 	}
 	<-c
-	for told := false; server.Unmount() != nil; told = true {
+	for told := false; ; told = true {
+		err := server.Unmount()
+		if err != nil && !errors.Is(err, unix.EBUSY) {
+			logger.Error("unmounting failed", "error", err)
+		}
+		if !errors.Is(err, unix.EBUSY) {
+			return
+		}
 		if !told {
 			logger.Warn("the mount is busy; it is unmounted when it is not", "mountpoint", mountPoint, "busy", strings.Join(busy(mountPoint), ", "))
 		}

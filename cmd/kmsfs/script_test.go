@@ -98,7 +98,8 @@ func TestScripts(t *testing.T) {
 			"killdaemon": func(ts *testscript.TestScript, _ bool, args []string) {
 				marks, _ := filepath.Glob(ts.MkAbs("state/kmsfs/mounts/*"))
 				for _, m := range marks {
-					pid, err := strconv.Atoi(strings.TrimSpace(ts.ReadFile(m)))
+					id, _, _ := strings.Cut(ts.ReadFile(m), " ")
+					pid, err := strconv.Atoi(id)
 					ts.Check(err)
 					ts.Check(unix.Kill(pid, unix.SIGKILL))
 				}

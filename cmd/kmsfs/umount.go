@@ -36,7 +36,7 @@ func umountCommand() *cobra.Command {
 
 func umount(dir string) error {
 	if isDead(dir) {
-		if err := detach(dir); err != nil {
+		if err := cleanDead(dir); err != nil {
 			return fmt.Errorf("the dead mount at %s cannot be cleaned up: %w", dir, err)
 		}
 		fmt.Printf("Cleaned up a dead mount at %s.\n", dir)
@@ -50,7 +50,7 @@ func umount(dir string) error {
 	if err := unmountOnce(real); errors.Is(err, unix.EBUSY) {
 		who := strings.Join(busy(real), ", ")
 		if who == "" {
-			who = "a process that we may not see"
+			who = "a process that we may not see, or a request that waits, perhaps for a key service"
 		}
 		return coded{hint(fmt.Errorf("%s is busy: in use by %s", real, who), "end what uses it, or leave the directory, and try again"), exitBusy}
 	} else if err != nil {
@@ -96,6 +96,19 @@ func unmountOnce(dir string) error {
 		return unix.Unmount(dir, unix.UMOUNT_NOFOLLOW)
 	}
 	return fusermount("-u", dir)
+}
+
+// cleanDead takes a dead mount away, and its mark.
+func cleanDead(dir string) error {
+	if err := detach(dir); err != nil {
+		return err
+	}
+	if abs, err := filepath.Abs(dir); err == nil {
+		if path, err := markPath(abs); err == nil {
+			os.Remove(path)
+		}
+	}
+	return nil
 }
 
 // detach takes a dead mount away, whatever still holds it.
@@ -156,7 +169,8 @@ func unescape(s string) string {
 }
 
 // mountMark is a file under the state directory by which umount finds the
-// daemon of a mount: it holds the process ID, and after a failure its error.
+// daemon of a mount: it holds the process ID with the time that it was started,
+// and after a failure its error.
 // A daemon that ends well removes it. A nil mark does nothing.
 type mountMark struct{ path string }
 
@@ -175,7 +189,7 @@ func markMounted(mountPoint string) (*mountMark, error) {
 		err = os.MkdirAll(filepath.Dir(path), 0o700)
 	}
 	if err == nil {
-		err = os.WriteFile(path, fmt.Appendf(nil, "%d\n", os.Getpid()), 0o600)
+		err = os.WriteFile(path, fmt.Appendf(nil, "%d %s\n", os.Getpid(), startOf(os.Getpid())), 0o600)
 	}
 	if err != nil {
 		return nil, err
@@ -189,7 +203,7 @@ func (m *mountMark) ended(err error) {
 	case err == nil:
 		os.Remove(m.path)
 	default:
-		os.WriteFile(m.path, fmt.Appendf(nil, "%d\n%v\n", os.Getpid(), err), 0o600)
+		os.WriteFile(m.path, fmt.Appendf(nil, "%d %s\n%v\n", os.Getpid(), startOf(os.Getpid()), err), 0o600)
 	}
 }
 
@@ -211,12 +225,35 @@ func daemonOf(mountPoint, cipherDir string) *daemon {
 		return d // of another user, perhaps
 	}
 	first, _, _ := strings.Cut(string(b), "\n")
-	if pid, err := strconv.Atoi(first); err == nil {
-		if fd, err := unix.PidfdOpen(pid, 0); err == nil {
-			d.fd, d.mark = fd, path
-		}
+	id, start, _ := strings.Cut(first, " ")
+	pid, err := strconv.Atoi(id)
+	if err != nil {
+		return d
 	}
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return d
+	}
+	if startOf(pid) != start { // the number is another process's by now
+		unix.Close(fd)
+		return d
+	}
+	d.fd, d.mark = fd, path
 	return d
+}
+
+// startOf returns when a process was started, in the kernel's ticks.
+func startOf(pid int) string {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return ""
+	}
+	// The name, in parentheses, may hold anything.
+	f := strings.Fields(string(b[strings.LastIndexByte(string(b), ')')+1:]))
+	if len(f) < 20 {
+		return ""
+	}
+	return f[19]
 }
 
 // awaitEnd returns when the daemon has ended, and whether everything is on the disk.
@@ -266,6 +303,9 @@ func busy(dir string) []string {
 	for _, p := range pids {
 		if ctx.Err() != nil {
 			break
+		}
+		if filepath.Base(p) == strconv.Itoa(os.Getpid()) {
+			continue
 		}
 		links, _ := filepath.Glob(p + "/fd/*")
 		links = append(links, p+"/cwd", p+"/root", p+"/exe")

@@ -22,6 +22,6 @@
 // directories, and never follow a symlink.
 //
 // Locks, in this order: Volume.tree, Node.openMu, file.mu, Node.dirMu,
-// settler.mu, Volume.mu, Volume.fdMu. No call to a key service is made under any
-// but Node.openMu.
+// settler.mu, Volume.mu, Volume.fdMu. No call to a key service is made under
+// any of them.
 package volume

@@ -76,7 +76,8 @@ type fresh struct {
 const freshFor = 30 * time.Second
 
 // acquire returns the node's open file, loading it if need be; write opens it
-// for writing and takes the data key that an empty file's first byte needs.
+// for writing and takes the data key that an empty file's first byte needs. No
+// lock is held while a key service is asked.
 func (n *Node) acquire(ctx context.Context, write bool) (*file, error) {
 	if n.typ != unix.S_IFREG {
 		return nil, unix.EINVAL
@@ -84,18 +85,70 @@ func (n *Node) acquire(ctx context.Context, write bool) (*file, error) {
 	if write && n.v.o.ReadOnly {
 		return nil, unix.EROFS
 	}
+	var key *keystore.DataKey // for the first byte of an empty file
+	defer func() {
+		if key != nil {
+			n.v.ring.PutBack(key)
+		}
+	}()
+	for {
+		f, err := n.tryAcquire(write, &key)
+		if errors.Is(err, errNeedsNewKey) {
+			if key, err = n.v.ring.NewKey(ctx); err != nil {
+				n.v.report(n.where(), "no data key for new content", err)
+				return nil, err
+			}
+			continue
+		}
+		if again, err := n.unwrapFor(ctx, err); again {
+			continue
+		} else if err != nil {
+			return nil, err
+		}
+		return f, nil
+	}
+}
+
+// errNeedsNewKey says that a data key has to be made first.
+var errNeedsNewKey = errors.New("a data key is needed")
+
+// needsKey is the error of what cannot go on before a data key is unwrapped.
+type needsKey struct {
+	file blockcrypt.ID
+	ws   []keystore.Wrapped
+}
+
+func (*needsKey) Error() string { return "a data key has to be unwrapped" }
+
+// unwrapFor unwraps the key that err says is needed; again is true where that
+// was done, else err is given back.
+func (n *Node) unwrapFor(ctx context.Context, err error) (again bool, _ error) {
+	need, ok := errors.AsType[*needsKey](err)
+	if !ok {
+		return false, err
+	}
+	key, err := n.v.ring.Unwrap(ctx, need.file, need.ws)
+	clear(key)
+	if err != nil {
+		n.v.report(n.where(), "a file cannot be opened", err)
+	}
+	return err == nil, err
+}
+
+// tryAcquire is acquire as far as it goes without asking a key service. It takes
+// *key where it needs one.
+func (n *Node) tryAcquire(write bool, key **keystore.DataKey) (*file, error) {
 	n.openMu.Lock()
 	defer n.openMu.Unlock()
 	f := n.file.Load()
 	if f == nil {
 		var err error
-		if f, err = n.load(ctx); err != nil {
+		if f, err = n.load(); err != nil {
 			return nil, err
 		}
 		n.attach(f)
 	}
-	err := f.join(ctx, write)
-	if err != nil {
+	if err := f.join(write, key); err != nil {
 		f.dropIfIdle()
 		return nil, err
 	}
@@ -108,17 +161,20 @@ func (n *Node) attach(f *file) {
 }
 
 // join counts a handle. openMu is held.
-func (f *file) join(ctx context.Context, write bool) error {
+func (f *file) join(write bool, key **keystore.DataKey) error {
 	if write {
 		if err := f.needWrite(); err != nil {
-			return err
-		}
-		if err := f.needKey(ctx); err != nil {
 			return err
 		}
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if write && f.size == 0 && f.next == nil {
+		if *key == nil {
+			return errNeedsNewKey
+		}
+		f.next, *key = *key, nil
+	}
 	f.handles++
 	if write {
 		f.writers++
@@ -146,17 +202,6 @@ func (f *file) needWrite() error {
 	f.old = append(f.old, f.fd) // another thread may be reading from it
 	f.fd, f.rw = fd, true
 	return nil
-}
-
-// needKey takes a data key for the next content of an empty file.
-func (f *file) needKey(ctx context.Context) error {
-	f.mu.RLock()
-	have := f.size > 0 || f.next != nil
-	f.mu.RUnlock()
-	if have {
-		return nil
-	}
-	return f.takeKey(ctx)
 }
 
 // takeKey takes a data key for new content, if none is taken yet.

@@ -14,13 +14,13 @@ import (
 
 // load opens the node's ciphertext file: header, keys, state, and the repair of
 // what a session that ended badly has left. openMu is held.
-func (n *Node) load(ctx context.Context) (*file, error) {
+func (n *Node) load() (*file, error) {
 	f, st, err := n.openFile()
 	if err != nil {
 		return nil, err
 	}
 	if st.Size > 0 {
-		err = f.readHeader(ctx, st.Size)
+		err = f.readHeader(st.Size)
 	}
 	n.v.mu.Lock()
 	pending := n.pending
@@ -92,7 +92,8 @@ func (n *Node) openForced(flags int) (fd int, err error) {
 }
 
 // readHeader reads and checks the header of a file of this length, and unwraps its key.
-func (f *file) readHeader(ctx context.Context, length int64) error {
+// A key service is not asked: see needsKey.
+func (f *file) readHeader(length int64) error {
 	v := f.v
 	head := make([]byte, v.geo.Header())
 	m, err := v.pread(f.fd, head, 0)
@@ -117,9 +118,13 @@ func (f *file) readHeader(ctx context.Context, length int64) error {
 	if err := v.vk.CheckOrigin(hdr); err != nil {
 		return err
 	}
-	key, err := v.ring.Unwrap(ctx, hdr.File, wrapped(hdr.Recipients))
+	ws := wrapped(hdr.Recipients)
+	key, ok, err := v.ring.UnwrapNow(hdr.File, ws)
 	if err != nil {
 		return err
+	}
+	if !ok {
+		return &needsKey{hdr.File, ws}
 	}
 	keys, err := hdr.Unlock(key)
 	clear(key)
@@ -187,6 +192,19 @@ func (v *Volume) wasBad(session uint64) bool {
 // checkSession repairs the file if a session that ended badly wrote it. ok is
 // false where it cannot be done yet, since its key is not to be had.
 func (n *Node) checkSession(ctx context.Context) (ok bool, err error) {
+	for {
+		ok, err = n.tryCheck()
+		if again, uerr := n.unwrapFor(ctx, err); !again {
+			if k := keystore.KindOf(uerr); k != 0 && k != keystore.Damaged {
+				return false, nil
+			}
+			return ok, uerr
+		}
+	}
+}
+
+// tryCheck is checkSession as far as it goes without asking a key service.
+func (n *Node) tryCheck() (ok bool, err error) {
 	n.openMu.Lock()
 	defer n.openMu.Unlock()
 	if n.sound || n.file.Load() != nil {
@@ -197,8 +215,11 @@ func (n *Node) checkSession(ctx context.Context) (ok bool, err error) {
 		return false, err
 	}
 	if needs {
-		f, err := n.load(ctx)
+		f, err := n.load()
+		need, _ := errors.AsType[*needsKey](err)
 		switch {
+		case need != nil:
+			return false, need
 		case err == nil:
 			n.attach(f)
 			f.dropIfIdle()

@@ -40,8 +40,7 @@ type Node struct {
 	acl      aclKnown // whether it has a default ACL
 	idSynced bool     // the ID is durable
 
-	// openMu is held while the file is loaded, repaired or let go; a call to a
-	// key service is made under it.
+	// openMu is held while the file is loaded, repaired or let go.
 	openMu sync.Mutex
 	file   atomic.Pointer[file]
 	fresh  fresh // guarded by openMu

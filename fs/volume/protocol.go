@@ -33,6 +33,7 @@ func (f *file) begin(flags uint32) error {
 	f.inked, f.announced, f.broken = false, false, false
 	f.holes, f.known = nil, true
 	f.tailK = -1
+	f.v.ring.Learn(k)
 	clear(k.Key[:])
 	f.next = nil
 	return nil

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"time"
 
@@ -105,14 +106,14 @@ const credentialsHint = "give AWS credentials: aws configure, AWS_ACCESS_KEY_ID 
 
 // verdict sorts an error; again says whether a repetition can help.
 func (s *Store) verdict(ctx context.Context, op string, err error) (e *keystore.Error, again bool) {
-	e = &keystore.Error{Kind: keystore.Outage, URI: s.URI(), Op: op, Err: err, RequestID: requestID(err)}
+	e = &keystore.Error{Kind: keystore.Outage, URI: s.URI(), Op: op, Err: brief{err}, RequestID: requestID(err)}
 	if ctx.Err() != nil {
 		e.Kind = keystore.Canceled
 		return e, false
 	}
 	// First: what the services behind credentials answer looks like KMS's answers.
 	if s.credentialsMissing(ctx) {
-		e.Kind, e.Hint = keystore.Credentials, credentialsHint
+		e.Kind, e.Hint, e.Err = keystore.Credentials, credentialsHint, noCredentials{err}
 		return e, false
 	}
 	if c, ok := errors.AsType[coded](err); ok {
@@ -137,6 +138,30 @@ func (s *Store) verdict(ctx context.Context, op string, err error) (e *keystore.
 	e.Hint = "check the network, AWS_ENDPOINT_URL_KMS and --aws-region"
 	return e, true // the network
 }
+
+// brief says what the service has answered, or what the network, without the
+// SDK's own chain around it.
+type brief struct{ error }
+
+func (b brief) Unwrap() error { return b.error }
+
+func (b brief) Error() string {
+	if c, ok := errors.AsType[interface {
+		coded
+		ErrorMessage() string
+	}](b.error); ok {
+		return c.ErrorCode() + ": " + c.ErrorMessage()
+	}
+	if n, ok := errors.AsType[*net.OpError](b.error); ok {
+		return n.Error()
+	}
+	return b.error.Error()
+}
+
+type noCredentials struct{ error }
+
+func (n noCredentials) Unwrap() error { return n.error }
+func (noCredentials) Error() string   { return "there are no AWS credentials that can be used" }
 
 // invalidState asks what KMSInvalidStateException is about: revoked where the
 // key is disabled or waiting for deletion or import, else an outage.

@@ -39,7 +39,10 @@ type Store struct {
 	key    [keystore.KeySize]byte
 }
 
-var _ keystore.Store = (*Store)(nil)
+var (
+	_ keystore.Store     = (*Store)(nil)
+	_ keystore.Immediate = (*Store)(nil)
+)
 
 // New returns the store of a 32-byte local key; its URI is derived from the key.
 func New(key []byte) (*Store, error) {
@@ -52,6 +55,9 @@ func New(key []byte) (*Store, error) {
 	}
 	return &Store{uri: Scheme + hex.EncodeToString(id[:16]), key: [keystore.KeySize]byte(key)}, nil
 }
+
+// Immediate implements [keystore.Immediate].
+func (s *Store) Immediate() {}
 
 // URI implements [keystore.Store].
 func (s *Store) URI() string { return s.uri }
