@@ -40,6 +40,7 @@ func TestScripts(t *testing.T) {
 			e.Setenv("XDG_STATE_HOME", filepath.Join(e.WorkDir, "state"))
 			e.Setenv("XDG_CONFIG_HOME", filepath.Join(e.WorkDir, "config"))
 			e.Setenv("HOME", e.WorkDir)
+			e.Setenv("GORACE", "atexit_sleep_ms=0") // or each command takes a second more
 			e.Defer(func() { unmountBelow(t, e.WorkDir) })
 			return nil
 		},
@@ -101,7 +102,15 @@ func TestScripts(t *testing.T) {
 					id, _, _ := strings.Cut(ts.ReadFile(m), " ")
 					pid, err := strconv.Atoi(id)
 					ts.Check(err)
+					fd, err := unix.PidfdOpen(pid, 0)
+					ts.Check(err)
 					ts.Check(unix.Kill(pid, unix.SIGKILL))
+					for {
+						if _, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 10000); err != unix.EINTR {
+							break
+						}
+					}
+					unix.Close(fd)
 				}
 			},
 		},

@@ -63,7 +63,8 @@ func umount(dir string) error {
 // daemon: what the kernel remembers of the directory may still look fine.
 func isDead(dir string) bool {
 	var s unix.Statfs_t
-	return errors.Is(unix.Statfs(dir, &s), unix.ENOTCONN)
+	err := unix.Statfs(dir, &s)
+	return errors.Is(err, unix.ENOTCONN) || errors.Is(err, unix.ECONNABORTED) // it is dying just now
 }
 
 // mountAt returns the volume that is mounted at dir. Not even root may look into
