@@ -1,6 +1,8 @@
-// Package fs serves a volume by FUSE: it translates go-fuse's raw requests into
-// calls of package volume and their errors into errnos, and nothing else.
+// Package fs serves a volume by FUSE: it reads the kernel's requests from the
+// device, translates them into calls of package volume and their errors into
+// errnos, and does nothing else.
 //
-// It uses the raw interface, since go-fuse's node API hides the umask and the
-// flags by which the kernel asks to drop setuid bits.
+// go-fuse decodes and encodes (its raw interface, since the node API hides the
+// umask and the flags by which the kernel asks to drop setuid bits); the loop
+// that reads is our own, for its speed.
 package fs
