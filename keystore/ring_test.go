@@ -204,3 +204,22 @@ func TestWrongRecipientFallsThrough(t *testing.T) {
 		t.Errorf("both are off: %v", err)
 	}
 }
+
+// The key of a new file, once learnt, is opened again without asking.
+func TestLearn(t *testing.T) {
+	s := &slow{uri: "slow:1"}
+	r := keystore.NewRing([16]byte{1}, []keystore.Store{s}, keystore.RingOptions{})
+	defer r.Close()
+	k, err := r.NewKey(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, ok, err := r.UnwrapNow(k.ID, k.Wrapped); ok || err != nil || s.opens.Load() != 0 {
+		t.Errorf("a key that nobody has asked for is there, %v, or was asked for", err)
+	}
+	r.Learn(k)
+	got, ok, err := r.UnwrapNow(k.ID, k.Wrapped)
+	if err != nil || !ok || [32]byte(got) != k.Key || s.opens.Load() != 0 {
+		t.Errorf("%v, %v, %d calls", ok, err, s.opens.Load())
+	}
+}
