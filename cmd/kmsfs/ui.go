@@ -102,6 +102,8 @@ func hintOf(err error) string {
 		return "restore kmsfs.json from a backup; a copy is kept beside the trust record, see README.md"
 	case blockcrypt.BadMarker:
 		return "the ciphertext directory was tampered with or damaged; mount with --read-only, or restore it from a backup"
+	case blockcrypt.BadChecksum, blockcrypt.BadCommitment, blockcrypt.BadState, blockcrypt.BadBlock, blockcrypt.BadSize:
+		return "the file was damaged or altered; restore it from a backup"
 	case blockcrypt.Unsupported:
 		return "it needs a newer kmsfs"
 	}
