@@ -47,6 +47,9 @@ func (g Geometry) Capacity(k int64) int { return int(g.Start(k+1) - g.Start(k)) 
 // [Geometry.Lead] bytes into its page, every other at its start.
 func (g Geometry) PageOff(k int64) int64 { return (g.d + k) * PageSize }
 
+// BlockAt returns the number of the block in whose page the ciphertext offset c lies.
+func (g Geometry) BlockAt(c int64) int64 { return c/PageSize - g.d }
+
 // Lead returns how many bytes of the header stand before block k in its page.
 func (g Geometry) Lead(k int64) int {
 	if k == 0 {

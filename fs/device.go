@@ -35,20 +35,33 @@ func mountDirect(dir, source string, options []string) (int, error) {
 	if err != nil {
 		return -1, os.NewSyscallError("open /dev/fuse", err)
 	}
-	flags := uintptr(unix.MS_NOSUID | unix.MS_NODEV)
-	data := []string{fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0,max_read=%d", fd, maxWrite)}
-	for _, o := range options {
-		if f, ok := mountFlags[o]; ok {
-			flags = flags&^f.clear | f.set
-		} else {
-			data = append(data, o)
-		}
-	}
+	flags, rest := splitOptions(options)
+	data := append([]string{fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0,max_read=%d", fd, maxWrite)}, rest...)
 	if err := unix.Mount(source, dir, "fuse.kmsfs", flags, strings.Join(data, ",")); err != nil {
 		unix.Close(fd)
 		return -1, os.NewSyscallError("mount", err)
 	}
 	return fd, nil
+}
+
+// splitOptions turns what mount(2) takes as flags into them.
+func splitOptions(options []string) (flags uintptr, rest []string) {
+	flags = unix.MS_NOSUID | unix.MS_NODEV
+	for _, o := range options {
+		if f, ok := mountFlags[o]; ok {
+			flags = flags&^f.clear | f.set
+		} else {
+			rest = append(rest, o)
+		}
+	}
+	return flags, rest
+}
+
+// Remount changes what mount(8) can change of a mount: ro, exec, suid, dev and the
+// like, which are the defaults where options do not name them.
+func Remount(dir string, options []string) error {
+	flags, _ := splitOptions(options)
+	return os.NewSyscallError("mount", unix.Mount("", dir, "", unix.MS_REMOUNT|flags, ""))
 }
 
 // mountHelped lets fusermount3 mount, which sends the connection over a socket.

@@ -2,6 +2,7 @@ package fs
 
 import (
 	"context"
+	"encoding/binary"
 	"runtime/debug"
 	"syscall"
 	"time"
@@ -22,6 +23,7 @@ type fileSystem struct {
 	timeout            time.Duration
 	kernelChecks       bool // permissions
 	waits              func(unique uint64)
+	notify             notifier
 }
 
 func newFS(v *volume.Volume, kernelChecks bool) *fileSystem {
@@ -187,6 +189,38 @@ func timespec(sec uint64, nsec uint32, now bool) *unix.Timespec {
 	return &unix.Timespec{Sec: int64(sec), Nsec: int64(nsec)}
 }
 
+// Statx is asked for the birth time.
+func (f *fileSystem) Statx(_ <-chan struct{}, in *fuse.StatxIn, out *fuse.StatxOut) fuse.Status {
+	n, s := f.node(in.NodeId)
+	if !s.Ok() {
+		return s
+	}
+	st, err := n.Attr()
+	if err != nil {
+		return status(err)
+	}
+	born, ok, err := n.Birth()
+	if err != nil {
+		return status(err)
+	}
+	out.Statx = fuse.Statx{
+		Mask: unix.STATX_BASIC_STATS, Blksize: uint32(st.Blksize), Nlink: uint32(st.Nlink), Uid: st.Uid, Gid: st.Gid, Mode: uint16(st.Mode),
+		Ino: st.Ino, Size: uint64(st.Size), Blocks: uint64(st.Blocks),
+		Atime: sxTime(st.Atim), Ctime: sxTime(st.Ctim), Mtime: sxTime(st.Mtim),
+		RdevMajor: unix.Major(st.Rdev), RdevMinor: unix.Minor(st.Rdev),
+	}
+	if ok {
+		out.Mask |= unix.STATX_BTIME
+		out.Btime = fuse.SxTime{Sec: uint64(born.Sec), Nsec: born.Nsec}
+	}
+	out.SetTimeout(f.attrTimeout(&st))
+	return fuse.OK
+}
+
+func sxTime(t unix.Timespec) fuse.SxTime {
+	return fuse.SxTime{Sec: uint64(t.Sec), Nsec: uint32(t.Nsec)}
+}
+
 // Access is asked where the kernel does not check permissions by itself.
 func (f *fileSystem) Access(_ <-chan struct{}, in *fuse.AccessIn) fuse.Status {
 	n, s := f.node(in.NodeId)
@@ -327,7 +361,7 @@ func (f *fileSystem) SetXAttr(_ <-chan struct{}, in *fuse.SetXAttrIn, attr strin
 	if !s.Ok() {
 		return s
 	}
-	return status(n.Setxattr(attr, data, int(in.Flags)))
+	return status(n.Setxattr(attr, data, int(in.Flags), in.SetXAttrFlags&fuse.SETXATTR_ACL_KILL_SGID != 0))
 }
 
 func (f *fileSystem) RemoveXAttr(_ <-chan struct{}, h *fuse.InHeader, attr string) fuse.Status {
@@ -353,9 +387,13 @@ func accessOf(flags uint32) uint32 {
 	return unix.R_OK | unix.W_OK
 }
 
-func (f *fileSystem) opened(out *fuse.OpenOut, h *volume.Handle) {
+func (f *fileSystem) opened(out *fuse.OpenOut, h *volume.Handle, writes bool) {
 	out.Fh = f.files.put(h)
-	if !f.v.ReadOnly() {
+	switch {
+	case f.v.ReadOnly():
+	case writes && f.v.NearFull():
+		out.OpenFlags |= fuse.FOPEN_DIRECT_IO // so that write itself fails
+	default:
 		out.OpenFlags |= fuse.FOPEN_KEEP_CACHE
 	}
 }
@@ -370,7 +408,21 @@ func (f *fileSystem) Create(cancel <-chan struct{}, in *fuse.CreateIn, name stri
 		return status(err)
 	}
 	f.entry(&out.EntryOut, n, &st, true)
-	f.opened(&out.OpenOut, h)
+	f.opened(&out.OpenOut, h, writes(in.Flags))
+	return fuse.OK
+}
+
+func (f *fileSystem) Tmpfile(cancel <-chan struct{}, in *fuse.CreateIn, out *fuse.CreateOut) fuse.Status {
+	dir, s := f.node(in.NodeId)
+	if !s.Ok() {
+		return s
+	}
+	n, st, h, err := f.v.Tmpfile(f.with(cancel, &in.InHeader), dir, in.Mode, caller(&in.InHeader, in.Umask), writes(in.Flags))
+	if err != nil {
+		return status(err)
+	}
+	f.entry(&out.EntryOut, n, &st, true)
+	f.opened(&out.OpenOut, h, writes(in.Flags))
 	return fuse.OK
 }
 
@@ -388,7 +440,7 @@ func (f *fileSystem) Open(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.Ope
 	if err != nil {
 		return status(err)
 	}
-	f.opened(out, h)
+	f.opened(out, h, writes(in.Flags))
 	return fuse.OK
 }
 
@@ -407,8 +459,72 @@ func (f *fileSystem) Write(cancel <-chan struct{}, in *fuse.WriteIn, data []byte
 			return 0, status(err)
 		}
 	}
+	if in.WriteFlags&fuse.WRITE_CACHE != 0 {
+		err := h.WriteDelayed(f.with(cancel, &in.InHeader), data, int64(in.Offset))
+		if err != nil { // the kernel goes on showing what is lost
+			f.notify.dropPages(in.NodeId, int64(in.Offset), int64(len(data)))
+		}
+		return uint32(len(data)), status(err)
+	}
 	n, err := h.Write(f.with(cancel, &in.InHeader), data, int64(in.Offset))
 	return uint32(n), status(err)
+}
+
+func (f *fileSystem) Fallocate(cancel <-chan struct{}, in *fuse.FallocateIn) fuse.Status {
+	return status(f.files.get(in.Fh).Fallocate(f.with(cancel, &in.InHeader), in.Mode, int64(in.Offset), int64(in.Length)))
+}
+
+// Lseek is asked for data and holes. The kernel does not write first what it
+// holds back, so it is made to.
+func (f *fileSystem) Lseek(_ <-chan struct{}, in *fuse.LseekIn, out *fuse.LseekOut) fuse.Status {
+	h := f.files.get(in.Fh)
+	if h.Node().Writing() {
+		f.waits(in.Unique)
+		if err := f.notify.writeBack(in.NodeId); err != nil {
+			return status(err)
+		}
+	}
+	at, err := h.Seek(int64(in.Offset), int(in.Whence))
+	out.Offset = uint64(at)
+	return status(err)
+}
+
+// The inode flags of chattr(1); everything else is for devices.
+func (f *fileSystem) Ioctl(_ <-chan struct{}, in *fuse.IoctlIn, inbuf []byte, _ *fuse.IoctlOut, outbuf []byte) fuse.Status {
+	n, s := f.node(in.NodeId)
+	if !s.Ok() {
+		return s
+	}
+	switch in.Cmd {
+	case unix.FS_IOC_GETFLAGS:
+		flags, err := n.Flags()
+		return answerIoctl(outbuf, flags, err)
+	case unix.FS_IOC_SETFLAGS:
+		var flags uint32
+		if _, err := binary.Decode(inbuf, binary.NativeEndian, &flags); err != nil {
+			return fuse.EINVAL
+		}
+		return status(n.SetFlags(flags))
+	case volume.FSGetXAttr:
+		x, err := n.FSXAttr()
+		return answerIoctl(outbuf, x, err)
+	case volume.FSSetXAttr:
+		var x volume.FSXAttr
+		if _, err := binary.Decode(inbuf, binary.NativeEndian, &x); err != nil {
+			return fuse.EINVAL
+		}
+		return status(n.SetFSXAttr(x))
+	}
+	return fuse.Status(syscall.ENOTTY)
+}
+
+func answerIoctl(outbuf []byte, x any, err error) fuse.Status {
+	if err == nil {
+		if _, eerr := binary.Encode(outbuf, binary.NativeEndian, x); eerr != nil {
+			return fuse.EINVAL
+		}
+	}
+	return status(err)
 }
 
 // maxCopy is the most that one answer can say.

@@ -7,6 +7,7 @@ import (
 	"math"
 	"os"
 	"os/exec"
+	"runtime"
 	"strconv"
 	"sync"
 
@@ -35,6 +36,8 @@ func background() error {
 	c.Env = append(os.Environ(), readyEnv+"=3")
 	c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
 	c.ExtraFiles = []*os.File{w}
+	runtime.LockOSThread() // the new process has what this thread has
+	dropReserve()
 	err = c.Start()
 	w.Close()
 	if err != nil {
@@ -49,6 +52,29 @@ func background() error {
 		os.Exit(exit.ExitCode()) // it has said why
 	}
 	return errors.New("the background process ended before the mount could be used")
+}
+
+// dropReserve takes CAP_SYS_RESOURCE from whatever this thread executes: a mount that
+// root runs for others must not use what quotas and filesystems keep from them.
+// dropped is false where there was none, or it may not be taken away.
+func dropReserve() (dropped bool) {
+	has, err := unix.PrctlRetInt(unix.PR_CAPBSET_READ, unix.CAP_SYS_RESOURCE, 0, 0, 0)
+	return err == nil && has == 1 && os.Geteuid() == 0 && unix.Prctl(unix.PR_CAPBSET_DROP, unix.CAP_SYS_RESOURCE, 0, 0, 0) == nil
+}
+
+// foreground executes the same command again in this process, without what
+// dropReserve takes away; it returns where there is nothing to take.
+func foreground() error {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	if !dropReserve() {
+		return nil
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	return os.NewSyscallError("execve", unix.Exec(self, os.Args, os.Environ()))
 }
 
 // ready tells the waiting command that the mount can be used, and leaves its

@@ -79,7 +79,11 @@ func (f *mountFlags) start(ctx context.Context, cipherDir, mountPoint string) er
 	if err := f.parseOptions(); err != nil {
 		return err
 	}
-	if !f.foreground && os.Getenv(readyEnv) == "" {
+	if f.foreground {
+		if err := foreground(); err != nil {
+			return err
+		}
+	} else if os.Getenv(readyEnv) == "" {
 		return background()
 	}
 	cipherDir, mountPoint, err := f.places(cipherDir, mountPoint)

@@ -98,6 +98,16 @@ func (v *Volume) foldIno(dev, ino uint64) uint64 {
 	return ino ^ (x<<40 | x>>24)
 }
 
+// Birth returns when the node was made; ok is false where the backing filesystem
+// does not say.
+func (n *Node) Birth() (t unix.StatxTimestamp, ok bool, err error) {
+	err = n.withFD(func(fd int) error {
+		t, ok, err = n.v.birth(fd)
+		return err
+	})
+	return t, ok, err
+}
+
 // Access checks the permissions of the user who runs the mount, as access(2)
 // does; mask is of unix.R_OK, W_OK, X_OK. Where several users are let in, the
 // kernel checks instead.
@@ -255,8 +265,9 @@ func (n *Node) Getxattr(name string) (value []byte, err error) {
 	return value, err
 }
 
-// Setxattr sets an attribute; flags are those of setxattr(2).
-func (n *Node) Setxattr(name string, value []byte, flags int) error {
+// Setxattr sets an attribute; flags are those of setxattr(2). With killSGID the
+// file's setgid bit goes, as where somebody who is not in its group sets an ACL.
+func (n *Node) Setxattr(name string, value []byte, flags int, killSGID bool) error {
 	if n.v.o.ReadOnly {
 		return unix.EROFS
 	}
@@ -274,9 +285,23 @@ func (n *Node) Setxattr(name string, value []byte, flags int) error {
 			return err
 		}
 	}
-	err = n.withFD(func(fd int) error { return n.v.setxattr(fd, enc, value, flags) })
+	err = n.withFD(func(fd int) error {
+		err := n.v.setxattr(fd, enc, value, flags)
+		if err == nil && killSGID {
+			err = n.killSGID(fd)
+		}
+		return err
+	})
 	n.aclChanged(name)
 	return err
+}
+
+func (n *Node) killSGID(fd int) error {
+	var st unix.Stat_t
+	if err := n.v.fstat(fd, &st); err != nil || st.Mode&unix.S_ISGID == 0 {
+		return err
+	}
+	return n.v.chmod(fd, st.Mode&0o7777&^unix.S_ISGID)
 }
 
 // Removexattr removes an attribute.

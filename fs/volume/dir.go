@@ -138,6 +138,13 @@ func (v *Volume) Link(ctx context.Context, n, dir *Node, name string) (*Node, At
 		}
 	}
 	return v.make(ctx, dir, name, Caller{}, 0, func(fd int, cname string, _ uint32) error {
+		if last, ok := n.kept(); ok { // made without a name
+			err := v.linkFD(last, fd, cname)
+			if err == nil {
+				n.named()
+			}
+			return err
+		}
 		return n.at(func(od int, oname string) error {
 			var st unix.Stat_t
 			if err := v.stat(od, oname, &st); err != nil {
@@ -198,21 +205,27 @@ func (n *Node) hasDefaultACL(fd int) bool {
 	return n.acl == aclDefault
 }
 
+// owners returns to whom a new entry of the directory fd belongs; ok is false where it
+// belongs to whom it should already.
+func (v *Volume) owners(fd int, c Caller) (uid, gid int, ok bool) {
+	if !v.super || c.UID == 0 && c.GID == 0 {
+		return 0, 0, false
+	}
+	var parent unix.Stat_t
+	if err := v.fstat(fd, &parent); err == nil && parent.Mode&unix.S_ISGID != 0 {
+		return int(c.UID), -1, true
+	}
+	return int(c.UID), int(c.GID), true
+}
+
 // give makes the caller own a new entry, where root made it. The group is the
 // directory's where that is setgid. An entry that cannot be given away goes.
 func (v *Volume) give(fd int, cname string, c Caller, mode uint32) (err error) {
-	if !v.super || c.UID == 0 && c.GID == 0 {
+	uid, gid, ok := v.owners(fd, c)
+	if !ok {
 		return nil
 	}
-	var parent unix.Stat_t
-	err = v.fstat(fd, &parent)
-	gid := int(c.GID)
-	if parent.Mode&unix.S_ISGID != 0 {
-		gid = -1
-	}
-	if err == nil {
-		err = unix.Fchownat(fd, cname, int(c.UID), gid, unix.AT_SYMLINK_NOFOLLOW)
-	}
+	err = unix.Fchownat(fd, cname, uid, gid, unix.AT_SYMLINK_NOFOLLOW)
 	if err == nil && mode&(unix.S_ISUID|unix.S_ISGID) != 0 && mode&unix.S_IFMT != unix.S_IFLNK {
 		err = unix.Fchmodat(fd, cname, mode&^unix.S_IFMT, unix.AT_SYMLINK_NOFOLLOW) // chown took the bits
 	}

@@ -3,6 +3,7 @@ package volume
 import (
 	"os"
 	"strconv"
+	"unsafe"
 
 	"golang.org/x/sys/unix" // the syscalls that package os hides: *at, xattrs, sync_file_range
 )
@@ -118,6 +119,20 @@ func (d *disk) truncate(fd int, size int64) error {
 	return again(func() error { return unix.Ftruncate(fd, size) })
 }
 
+// allocate is fallocate: it reserves space, or makes a hole.
+func (d *disk) allocate(fd int, mode uint32, off, n int64) error {
+	if err := d.before("fallocate", "", off, n); err != nil {
+		return err
+	}
+	return again(func() error { return unix.Fallocate(fd, mode, off, n) })
+}
+
+// seek is lseek with SEEK_DATA or SEEK_HOLE. Nothing else uses the file's position.
+func (d *disk) seek(fd int, off int64, whence int) (at int64, err error) {
+	err = again(func() error { at, err = unix.Seek(fd, off, whence); return err })
+	return at, err
+}
+
 func (d *disk) datasync(fd int) error {
 	if err := d.before("fdatasync", "", 0, 0); err != nil {
 		return err
@@ -209,6 +224,14 @@ func (d *disk) link(od int, oname string, nd int, nname string) error {
 	return unix.Linkat(od, oname, nd, nname, 0)
 }
 
+// linkFD gives a name to what has none.
+func (d *disk) linkFD(fd, nd int, nname string) error {
+	if err := d.before("linkat", nname, 0, 0); err != nil {
+		return err
+	}
+	return unix.Linkat(unix.AT_FDCWD, procFD(fd), nd, nname, unix.AT_SYMLINK_FOLLOW)
+}
+
 func (d *disk) chmod(fd int, mode uint32) error {
 	if err := d.before("fchmod", "", 0, 0); err != nil {
 		return err
@@ -221,6 +244,26 @@ func (d *disk) chown(fd, uid, gid int) error {
 		return err
 	}
 	return unix.Fchownat(fd, "", uid, gid, unix.AT_EMPTY_PATH)
+}
+
+func (d *disk) ioctl(fd int, cmd uint, arg unsafe.Pointer) error {
+	if err := d.before("ioctl", "", 0, 0); err != nil {
+		return err
+	}
+	return again(func() error {
+		if _, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), uintptr(cmd), uintptr(arg)); e != 0 {
+			return e
+		}
+		return nil
+	})
+}
+
+// birth returns when the object was made, by statx: ok is false where the
+// filesystem does not say.
+func (d *disk) birth(fd int) (t unix.StatxTimestamp, ok bool, err error) {
+	var sx unix.Statx_t
+	err = again(func() error { return unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_BTIME, &sx) })
+	return sx.Btime, sx.Mask&unix.STATX_BTIME != 0, err
 }
 
 func (d *disk) utimens(fd int, atime, mtime unix.Timespec) error {

@@ -35,18 +35,19 @@ type file struct {
 	keys *blockcrypt.FileKeys
 	next *keystore.DataKey // under which the first byte of an empty file will be written
 
-	size    int64 // of the plaintext
-	conf    int64 // so many bytes may be confirmed; 0: the file is fresh
-	durable int64 // so many are
-	whole   bool  // the length is at whole pages
-	born    time.Time
-	tailK   int64 // the block that tail holds, -1 for none
-	tail    []byte
-	sealed  int64 // blocks, under the current content key
-	epoch   uint16
-	inked   bool   // epoch was drawn
-	holes   ranges // the blocks that are holes, where known is true
-	known   bool   // the sparse flag was set here
+	size     int64 // of the plaintext
+	conf     int64 // so many bytes may be confirmed; 0: the file is fresh
+	durable  int64 // so many are
+	whole    bool  // the length is at whole pages
+	born     time.Time
+	tailK    int64 // the block that tail holds, -1 for none
+	tail     []byte
+	sealed   int64 // blocks, under the current content key
+	epoch    uint16
+	inked    bool   // epoch was drawn
+	holes    ranges // the blocks that are holes, where known is true
+	known    bool   // the sparse flag was set here
+	reserved int64  // so many bytes of the ciphertext file have their space, as far as is known
 	// announced: dirty, the length at whole pages and what was set with them are durable.
 	announced bool
 	// broken: an error left disk and memory different; it is not settled, and
@@ -272,7 +273,7 @@ func (f *file) unsettled() bool {
 		return false
 	}
 	dirty := f.flags()&(blockcrypt.Dirty|blockcrypt.Cut) != 0
-	return dirty || f.overlong || f.conf > 0 && f.whole
+	return dirty || f.overlong || f.conf > 0 && f.whole && !f.reservedBeyond()
 }
 
 // breaks notes that the file on the disk is not what memory says: after an
@@ -449,6 +450,59 @@ func (v *Volume) create(ctx context.Context, dir *Node, name string, mode uint32
 	return n, st, n.adopt(created, &st, key, write), nil
 }
 
+// Tmpfile makes a regular file in dir that has no name, and opens it; see [Volume.Link].
+func (v *Volume) Tmpfile(ctx context.Context, dir *Node, mode uint32, c Caller, write bool) (*Node, Attr, *Handle, error) {
+	if v.o.ReadOnly {
+		return nil, Attr{}, nil, unix.EROFS
+	}
+	key, err := v.ring.NewKey(ctx)
+	if err != nil {
+		v.report("new file", "no data key", err)
+		return nil, Attr{}, nil, err
+	}
+	st, fd, last, err := v.tmpfile(dir, mode, c)
+	if err != nil {
+		v.ring.PutBack(key)
+		return nil, Attr{}, nil, err
+	}
+	v.mu.Lock()
+	n := v.newNode(&st)
+	n.lookups, n.gone, n.last = 1, true, last
+	v.mu.Unlock()
+	h := n.adopt(fd, &st, key, write)
+	n.fill(&st, -1, "")
+	return n, st, h, nil
+}
+
+// tmpfile makes the ciphertext file of Tmpfile, and a descriptor that stays as
+// long as the node is known.
+func (v *Volume) tmpfile(dir *Node, mode uint32, c Caller) (st Attr, fd, last int, err error) {
+	d, err := dir.enter()
+	if err != nil {
+		return st, -1, -1, err
+	}
+	defer dir.leave()
+	mode = dir.masked(d, mode, c) &^ unix.S_IFMT
+	if fd, err = v.disk.open(d, ".", unix.O_TMPFILE|unix.O_RDWR, mode); err != nil {
+		return st, -1, -1, err
+	}
+	if uid, gid, ok := v.owners(d, c); ok {
+		if err = v.chown(fd, uid, gid); err == nil && mode&(unix.S_ISUID|unix.S_ISGID) != 0 {
+			err = v.chmod(fd, mode) // chown took the bits
+		}
+	}
+	if err == nil {
+		err = v.fstat(fd, &st)
+	}
+	if err == nil {
+		last, err = v.reopen(fd, unix.O_PATH)
+	}
+	if err != nil {
+		v.disk.close(fd)
+	}
+	return st, fd, last, err
+}
+
 // adopt opens a file that was made just now, empty, by its descriptor.
 func (n *Node) adopt(fd int, st *Attr, key *keystore.DataKey, write bool) *Handle {
 	n.openMu.Lock()
@@ -508,7 +562,10 @@ func (h *Handle) Flush() error {
 	}
 	h.f.mu.Lock()
 	defer h.f.mu.Unlock()
-	return h.f.rest()
+	if err := h.f.rest(); err != nil {
+		return err
+	}
+	return h.f.n.anyLostErr()
 }
 
 // Release closes the handle.
@@ -526,7 +583,10 @@ func (h *Handle) Fsync() error {
 	if err := h.f.sync(); err != nil {
 		return h.f.failed("fsync", err)
 	}
-	return h.f.syncPath()
+	if err := h.f.syncPath(); err != nil {
+		return err
+	}
+	return h.f.n.anyLostErr()
 }
 
 // syncPath makes the IDs of the directories above durable, and the file's own

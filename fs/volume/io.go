@@ -34,6 +34,9 @@ func (h *Handle) Read(b []byte, off int64) (int, error) {
 }
 
 func (f *file) read(b []byte, off int64) (int, error) {
+	if f.n.lostIn(off, off+int64(len(b))) != nil {
+		return 0, unix.EIO
+	}
 	if off >= f.size || len(b) == 0 {
 		return 0, nil
 	}
@@ -241,6 +244,7 @@ func (f *file) write(b []byte, off, n int64) error {
 		undo()
 		return err
 	}
+	f.found(off, end)
 	return nil
 }
 
@@ -269,10 +273,7 @@ func (f *file) writeRuns(b []byte, off, end int64, sparse bool) error {
 			if err := f.put(tail, tail, g.Start(tail+1), nil, old, old); err != nil {
 				return err
 			}
-			f.holes = f.holes.with(tail+1, first-1)
-			if len(f.holes) > maxRanges { // too many to remember: the flag stays
-				f.holes, f.known = nil, false
-			}
+			f.setHoles(f.holes.with(tail+1, first-1))
 		}
 	}
 	size := max(old, end)
@@ -381,7 +382,7 @@ func (f *file) putRun(buf []byte, first, last, size int64, b []byte, off, end in
 		return err
 	}
 	f.v.wrote.Store(true)
-	return f.v.pwrite(f.fd, buf[:used], at)
+	return f.takeSpace(int64(used), func() error { return f.v.pwrite(f.fd, buf[:used], at) })
 }
 
 // content returns the plaintext of block k of the file after the change.

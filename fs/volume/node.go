@@ -40,6 +40,11 @@ type Node struct {
 	acl      aclKnown // whether it has a default ACL
 	idSynced bool     // the ID is durable
 
+	// lostMu guards lost.
+	lostMu  sync.Mutex
+	lost    lost
+	anyLost atomic.Bool
+
 	// openMu is held while the file is loaded, repaired or let go.
 	openMu sync.Mutex
 	file   atomic.Pointer[file]
@@ -67,6 +72,18 @@ func (n *Node) Gone() bool {
 	n.v.mu.Lock()
 	defer n.v.mu.Unlock()
 	return n.gone
+}
+
+// Writing reports whether somebody has the file open for writing: the kernel may
+// hold something back.
+func (n *Node) Writing() bool {
+	f := n.file.Load()
+	if f == nil {
+		return false
+	}
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	return f.writers > 0
 }
 
 // Node returns the node with a number that Lookup or Create gave out, nil if
@@ -207,6 +224,15 @@ func (v *Volume) keep(st *unix.Stat_t, fd int, cname string) (take func()) {
 			n.last = -1
 		}
 	}
+}
+
+// named notes that what was made without a name got its first one. The descriptor
+// stays: somebody may be using it.
+func (n *Node) named() {
+	n.v.mu.Lock()
+	defer n.v.mu.Unlock()
+	n.gone = false
+	n.v.inodes[inodeKey{n.dev, n.ino}] = n
 }
 
 // kept returns the descriptor that keep made, of what has no name any more.

@@ -55,6 +55,7 @@ func (f *file) becomeEmpty() {
 	f.size, f.conf, f.durable, f.whole = 0, 0, 0, false
 	f.tailK, f.holes, f.known = -1, nil, false
 	f.announced, f.broken, f.overlong = false, false, false
+	f.reserved = 0
 	f.cuts++
 }
 
@@ -242,6 +243,7 @@ func (f *file) empty(ctx context.Context) error {
 		return err
 	}
 	f.becomeEmpty()
+	f.found(0, 1<<62)
 	f.touch()
 	return nil
 }
@@ -286,6 +288,7 @@ func (f *file) shrink(size int64) error {
 	f.holes = f.holes.without(k, 1<<62)
 	f.size, f.conf, f.durable = size, min(f.conf, size), min(f.durable, size)
 	f.overlong = true
+	f.found(size, 1<<62)
 	// The content is cut. What cannot be cut off the ciphertext now is cut off
 	// before anything else is written; who syncs is told.
 	f.failed("cutting the ciphertext's length", f.trim())
@@ -301,7 +304,7 @@ func (f *file) trim() error {
 	if err := f.v.truncate(f.fd, f.length(f.size)); err != nil {
 		return err
 	}
-	f.overlong = false
+	f.overlong, f.reserved = false, 0
 	return nil
 }
 
@@ -437,10 +440,12 @@ func (f *file) settle(changes uint64) error {
 		return err
 	}
 	f.announced = false
-	if err := f.v.truncate(f.fd, f.v.geo.Exact(f.size)); err != nil {
-		return err
+	if !f.reservedBeyond() || f.overlong {
+		if err := f.v.truncate(f.fd, f.v.geo.Exact(f.size)); err != nil {
+			return err
+		}
+		f.whole, f.overlong, f.reserved = false, false, 0
 	}
-	f.whole, f.overlong = false, false
 	return f.putMtime()
 }
 

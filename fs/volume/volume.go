@@ -50,10 +50,13 @@ type Volume struct {
 	calm  bool // a filesystem in memory: pages cannot tear, no S
 	super bool // running as root: new files are given to their users
 
-	session atomic.Uint64
-	stuck   atomic.Bool // a file could not be brought into order: the marker stays, so that the next mount repairs it
-	wrote   atomic.Bool // something was written in this session
-	nextID  atomic.Uint64
+	session     atomic.Uint64
+	tight       atomic.Bool  // little space is left, see space.go
+	unseen      atomic.Int64 // bytes that may be written before it is looked again
+	spaceFailed atomic.Int64 // when space was last found wanting, in seconds; 0: never
+	stuck       atomic.Bool  // a file could not be brought into order: the marker stays, so that the next mount repairs it
+	wrote       atomic.Bool  // something was written in this session
+	nextID      atomic.Uint64
 
 	moving atomic.Int64  // changes of places under way
 	moves  atomic.Uint64 // changes of places so far

@@ -130,7 +130,7 @@ func TestUnlinkedOpen(t *testing.T) {
 	if err != nil || st.Size != 7 || st.Nlink != 0 || st.Mode&0o777 != 0o600 {
 		t.Error(st.Size, st.Nlink, err)
 	}
-	if err := h.Node().Setxattr("user.x", []byte("y"), 0); err != nil && !errors.Is(err, unix.EOPNOTSUPP) {
+	if err := h.Node().Setxattr("user.x", []byte("y"), 0, false); err != nil && !errors.Is(err, unix.EOPNOTSUPP) {
 		t.Error(err)
 	}
 	if err := errors.Join(h.Fsync(), h.Release()); err != nil {
@@ -143,12 +143,12 @@ func TestXattrs(t *testing.T) {
 	w := newWorld(t, volume.Options{})
 	w.write("f", []byte("x"))
 	n := w.must("f")
-	if err := n.Setxattr("user.note", []byte("secret value"), 0); errors.Is(err, unix.EOPNOTSUPP) {
+	if err := n.Setxattr("user.note", []byte("secret value"), 0, false); errors.Is(err, unix.EOPNOTSUPP) {
 		keystoretest.Need(t, "user attributes on the temporary directory's filesystem", false)
 	} else if err != nil {
 		t.Fatal(err)
 	}
-	if err := n.Setxattr("user.empty", nil, 0); err != nil {
+	if err := n.Setxattr("user.empty", nil, 0, false); err != nil {
 		t.Fatal(err)
 	}
 	w.reopen(volume.Options{})
@@ -164,13 +164,13 @@ func TestXattrs(t *testing.T) {
 	if err != nil || bytes.Contains(raw[:m], []byte("note")) {
 		t.Errorf("%q, %v", raw[:m], err)
 	}
-	wantErr(t, "CREATE", n.Setxattr("user.note", nil, unix.XATTR_CREATE), unix.EEXIST)
+	wantErr(t, "CREATE", n.Setxattr("user.note", nil, unix.XATTR_CREATE, false), unix.EEXIST)
 	if err := n.Removexattr("user.note"); err != nil {
 		t.Error(err)
 	}
 	_, err = n.Getxattr("user.note")
 	wantErr(t, "removed", err, unix.ENODATA)
-	wantErr(t, "security.selinux", n.Setxattr("security.selinux", []byte("x"), 0), unix.EOPNOTSUPP)
+	wantErr(t, "security.selinux", n.Setxattr("security.selinux", []byte("x"), 0, false), unix.EOPNOTSUPP)
 }
 
 func TestTimes(t *testing.T) {
@@ -293,7 +293,7 @@ func TestLock(t *testing.T) {
 		"unlink": v.Unlink(v.Root(), "x"),
 		"rename": v.Rename(v.Root(), "x", v.Root(), "y", 0),
 		"chmod":  second2(v.Root().SetAttr(ctx, size(0))),
-		"xattr":  v.Root().Setxattr("user.x", nil, 0),
+		"xattr":  v.Root().Setxattr("user.x", nil, 0, false),
 	} {
 		wantErr(t, what, err, unix.EROFS)
 	}

@@ -1,0 +1,50 @@
+package fs
+
+import (
+	"encoding/binary"
+	"errors"
+
+	"golang.org/x/sys/unix"
+)
+
+// notifier tells the kernel to let go of what it holds of a file, by
+// FUSE_NOTIFY_INVAL_INODE (linux/fuse.h). The kernel writes dirty pages first and
+// waits for those: whoever calls holds no lock and no place.
+type notifier struct {
+	fd   int
+	goes func(func()) // runs something that fd outlives
+}
+
+const notifyInvalInode = 2
+
+// writeBack makes the kernel write all that it holds back of a file.
+func (n notifier) writeBack(node uint64) error { return n.invalInode(node, 0, 0) }
+
+// dropPages makes the kernel forget these bytes of a file, which it goes on
+// showing after they could not be written; as soon as the request that says so
+// is answered.
+func (n notifier) dropPages(node uint64, off, size int64) {
+	n.goes(func() { n.invalInode(node, off, size) }) // a failure leaves what the program wrote in the cache
+}
+
+// invalInode lets go of size bytes from off, 0: to the end.
+func (n notifier) invalInode(node uint64, off, size int64) error {
+	const length = 16 + 24
+	b := make([]byte, 0, length)
+	b = binary.NativeEndian.AppendUint32(b, length)
+	b = binary.NativeEndian.AppendUint32(b, notifyInvalInode)
+	b = binary.NativeEndian.AppendUint64(b, 0) // a notification
+	b = binary.NativeEndian.AppendUint64(b, node)
+	b = binary.NativeEndian.AppendUint64(b, uint64(off))
+	b = binary.NativeEndian.AppendUint64(b, uint64(size))
+	for {
+		_, err := unix.Write(n.fd, b)
+		switch {
+		case errors.Is(err, unix.EINTR):
+			continue
+		case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENODEV): // it knows no such file any more
+			return nil
+		}
+		return err
+	}
+}

@@ -1,0 +1,101 @@
+package volume
+
+import (
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Inode flags, of FS_IOC_GETFLAGS (linux/fs.h).
+const (
+	flagAppend   = 0x20
+	flagCasefold = 0x40000000
+)
+
+// Flags and attributes of an inode, as chattr(1) and xfs_io(1) have them: those of
+// the ciphertext file or directory.
+
+// FSXAttr is struct fsxattr of linux/fs.h.
+type FSXAttr struct {
+	XFlags, ExtSize, NExtents, ProjID, CowExtSize uint32
+	_                                             [8]byte
+}
+
+// xflagAppend is FS_XFLAG_APPEND.
+const xflagAppend = 0x10
+
+// Flags returns the inode's flags; ENOTTY where the backing filesystem has none.
+func (n *Node) Flags() (flags uint32, err error) {
+	err = n.withReal(func(fd int) error { return n.v.ioctl(fd, unix.FS_IOC_GETFLAGS, unsafe.Pointer(&flags)) })
+	return flags, err
+}
+
+// SetFlags sets them. Append-only is EOPNOTSUPP, since ciphertext is written in
+// whole pages; so is casefold, which encoded names do not survive.
+func (n *Node) SetFlags(flags uint32) error {
+	old, err := n.Flags()
+	if err != nil {
+		return err
+	}
+	if (flags^old)&(flagAppend|flagCasefold) != 0 {
+		return unix.EOPNOTSUPP
+	}
+	return n.setFlags(func(fd int) error { return n.v.ioctl(fd, unix.FS_IOC_SETFLAGS, unsafe.Pointer(&flags)) })
+}
+
+// FSXAttr returns the inode's attributes by FS_IOC_FSGETXATTR.
+func (n *Node) FSXAttr() (x FSXAttr, err error) {
+	err = n.withReal(func(fd int) error { return n.v.ioctl(fd, FSGetXAttr, unsafe.Pointer(&x)) })
+	return x, err
+}
+
+// SetFSXAttr sets them; see [Node.SetFlags].
+func (n *Node) SetFSXAttr(x FSXAttr) error {
+	old, err := n.FSXAttr()
+	if err != nil {
+		return err
+	}
+	if (x.XFlags^old.XFlags)&xflagAppend != 0 {
+		return unix.EOPNOTSUPP
+	}
+	return n.setFlags(func(fd int) error { return n.v.ioctl(fd, FSSetXAttr, unsafe.Pointer(&x)) })
+}
+
+// FS_IOC_FSGETXATTR and FS_IOC_FSSETXATTR of linux/fs.h.
+const (
+	FSGetXAttr = 0x801c581f
+	FSSetXAttr = 0x401c5820
+)
+
+// setFlags settles the file first: an immutable one cannot be settled any more.
+func (n *Node) setFlags(f func(fd int) error) error {
+	if n.v.o.ReadOnly {
+		return unix.EROFS
+	}
+	if o := n.file.Load(); o != nil {
+		if err := o.settleNow(); err != nil {
+			return err
+		}
+	}
+	return n.withReal(f)
+}
+
+// withReal calls f with a descriptor that is open for reading.
+func (n *Node) withReal(f func(fd int) error) error {
+	if o := n.file.Load(); o != nil {
+		if done, err := o.borrow(f); done {
+			return err
+		}
+	}
+	if n.typ != unix.S_IFREG && !n.IsDir() {
+		return unix.ENOTTY
+	}
+	return n.withFD(func(p int) error {
+		fd, err := n.v.reopen(p, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC)
+		if err != nil {
+			return err
+		}
+		defer n.v.disk.close(fd)
+		return f(fd)
+	})
+}

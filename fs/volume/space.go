@@ -1,0 +1,320 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"runtime"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+)
+
+// Fallocate is fallocate(2) with one of these modes: 0, KEEP_SIZE (both reserve
+// space), PUNCH_HOLE|KEEP_SIZE, ZERO_RANGE with or without KEEP_SIZE. Others are
+// EOPNOTSUPP. On an error the file keeps what it had, but for parts of the range
+// that are zeros already.
+func (h *Handle) Fallocate(ctx context.Context, mode uint32, off, n int64) error {
+	if !h.write {
+		return unix.EBADF
+	}
+	if off < 0 || n <= 0 {
+		return unix.EINVAL
+	}
+	if n > blockcrypt.MaxPlain-off {
+		return unix.EFBIG
+	}
+	f := h.f
+	unlock, err := f.lockForContent(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	const keep = unix.FALLOC_FL_KEEP_SIZE
+	switch mode {
+	case 0, keep:
+		err = f.reserve(off, n, mode == 0)
+	case unix.FALLOC_FL_PUNCH_HOLE | keep:
+		err = f.zero(off, n, 0)
+	case unix.FALLOC_FL_ZERO_RANGE, unix.FALLOC_FL_ZERO_RANGE | keep:
+		if err = f.zero(off, n, maxGap); err == nil {
+			err = f.reserve(off, n, mode&keep == 0)
+		}
+	default:
+		return unix.EOPNOTSUPP
+	}
+	return f.failed("fallocate", err)
+}
+
+// reserve makes sure that [off, off+n) can be written; grow also makes it part
+// of the file. mu is held.
+func (f *file) reserve(off, n int64, grow bool) error {
+	g, end := f.v.geo, off+n
+	from := g.PageOff(g.Block(off))
+	if from == g.PageOff(0) {
+		from = 0 // with the header
+	}
+	to := g.PageOff(g.Block(end-1) + 1)
+	if err := f.takeSpace(n, func() error { return f.v.allocate(f.fd, unix.FALLOC_FL_KEEP_SIZE, from, to-from) }); err != nil {
+		return err
+	}
+	f.reserved = max(f.reserved, to)
+	if grow && end > f.size {
+		return f.write(nil, end-1, 1)
+	}
+	return nil
+}
+
+// reservedBeyond reports whether blocks are reserved behind the end, which cutting the
+// length would free. mu is held.
+func (f *file) reservedBeyond() bool { return f.reserved > f.v.geo.Whole(f.size) }
+
+// zero makes the part of [off, off+n) that the file has read as zeros: whole
+// blocks become holes, if there are at least least bytes of them. Block 0 and the last
+// one are never holes. mu is held.
+func (f *file) zero(off, n, least int64) error {
+	g, end := f.v.geo, min(off+n, f.size)
+	if off >= end {
+		return nil
+	}
+	first := max(1, g.Block(off))
+	if g.Start(first) < off {
+		first++
+	}
+	last := g.Block(end) - 1 // Start(last+1) ≤ end
+	if last >= g.Block(f.size-1) {
+		last = g.Block(f.size-1) - 1
+	}
+	if first > last || g.Start(last+1)-g.Start(first) < least {
+		return f.write(nil, off, end-off)
+	}
+	if from := g.Start(first); off < from {
+		if err := f.write(nil, off, from-off); err != nil {
+			return err
+		}
+	}
+	if to := g.Start(last + 1); to < end {
+		if err := f.write(nil, to, end-to); err != nil {
+			return err
+		}
+	}
+	return f.punch(first, last)
+}
+
+// punch makes blocks first to last holes. What was to be lost with them is
+// announced before: the flags, and a floor that says that what lies behind is
+// confirmed. mu is held.
+func (f *file) punch(first, last int64) error {
+	g, now := f.v.geo, f.flags()
+	f.growOld()
+	if now&blockcrypt.Sparse == 0 {
+		f.holes, f.known = nil, true // there was none before
+	}
+	flags := now | blockcrypt.Dirty | blockcrypt.Sparse
+	lower := f.conf > 0 && f.hdr.State.Floor < min(f.durable, g.Start(last+1))
+	if flags != now || lower {
+		if err := f.writeState(flags); err != nil {
+			return err
+		}
+		if f.conf > 0 {
+			if err := f.v.datasync(f.fd); err != nil {
+				return err
+			}
+		}
+	}
+	f.touch()
+	from, to := g.PageOff(first), g.PageOff(last+1)
+	if err := f.v.allocate(f.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, from, to-from); err != nil {
+		return err
+	}
+	if first <= f.tailK && f.tailK <= last {
+		f.tailK = -1
+	}
+	f.setHoles(f.holes.with(first, last))
+	f.found(g.Start(first), g.Start(last+1))
+	return nil
+}
+
+// setHoles remembers the holes, unless they are too many: then the flag stays.
+func (f *file) setHoles(r ranges) {
+	if f.holes = r; len(r) > maxRanges {
+		f.holes, f.known = nil, false
+	}
+}
+
+// Seek is lseek(2) with SEEK_DATA or SEEK_HOLE: the next byte at or behind off
+// that lies in a block, or in a hole. The end of the file is a hole. Reserved
+// space counts as data where the backing filesystem says so.
+func (h *Handle) Seek(off int64, whence int) (int64, error) {
+	f := h.f
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if off < 0 || off >= f.size {
+		return 0, unix.ENXIO
+	}
+	if f.flags()&blockcrypt.Sparse == 0 {
+		if whence == unix.SEEK_HOLE {
+			return f.size, nil
+		}
+		return off, nil
+	}
+	g := f.v.geo
+	last := g.Block(f.size - 1)
+	k := g.Block(off)
+	for k < last {
+		k2, err := f.dataFrom(k)
+		if err != nil {
+			return 0, err
+		}
+		k2 = min(k2, last)
+		if whence == unix.SEEK_DATA {
+			return max(off, g.Start(k2)), nil
+		}
+		if k2 > k {
+			return max(off, g.Start(k)), nil
+		}
+		// Block k is data: go on where the backing has its next hole.
+		at, err := f.v.seek(f.fd, g.PageOff(k+1)-1, unix.SEEK_HOLE)
+		if err != nil {
+			return 0, err
+		}
+		k = g.BlockAt(at + blockcrypt.PageSize - 1)
+	}
+	if whence == unix.SEEK_DATA {
+		return max(off, g.Start(last)), nil
+	}
+	return f.size, nil
+}
+
+// dataFrom returns the first block from k on in whose page the backing file has
+// data; a large number where there is none.
+func (f *file) dataFrom(k int64) (int64, error) {
+	at, err := f.v.seek(f.fd, f.v.geo.PageOff(k), unix.SEEK_DATA)
+	if errors.Is(err, unix.ENXIO) {
+		return 1 << 62, nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	return f.v.geo.BlockAt(at), nil
+}
+
+// The limit of space. The kernel answers write(2) before it asks for the space,
+// so near the limit programs had better write without its cache; and there the
+// daemon, run by root, must not use what is reserved for root.
+
+const (
+	nearFull   = 128 << 20 // bytes left: as much as the kernel lets wait for writing, on most machines
+	lookAgain  = nearFull / 4
+	tightAfter = time.Minute // an error of space
+)
+
+// NearFull reports whether so little space is left that a delayed write might
+// fail.
+func (v *Volume) NearFull() bool {
+	v.lookAtSpace()
+	return v.tight.Load()
+}
+
+// lookAtSpace looks how much space is left.
+func (v *Volume) lookAtSpace() {
+	v.unseen.Store(lookAgain)
+	var s unix.Statfs_t
+	if err := unix.Fstatfs(v.rootD, &s); err != nil {
+		return
+	}
+	failed := v.spaceFailed.Load()
+	v.tight.Store(int64(s.Bavail)*int64(s.Frsize) < nearFull || failed != 0 && time.Now().Unix()-failed < int64(tightAfter/time.Second))
+}
+
+// takeSpace calls g, which takes n bytes of space for the file, and notes an
+// error that says there is none: a quota shows in no other way.
+func (f *file) takeSpace(n int64, g func() error) error {
+	v := f.v
+	if v.unseen.Add(-n) < 0 {
+		v.lookAtSpace()
+	}
+	err := f.asOwner(g)
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		v.spaceFailed.Store(time.Now().Unix())
+		v.tight.Store(true)
+	}
+	return err
+}
+
+// asOwner calls g, which takes space for the file, with the rights of who owns
+// it, where the daemon is root's and little space is left: the reserve of the
+// filesystem is root's own.
+func (f *file) asOwner(g func() error) error {
+	if !f.v.tight.Load() || !f.v.super {
+		return g()
+	}
+	var st unix.Stat_t
+	if err := f.v.fstat(f.fd, &st); err != nil {
+		return err
+	}
+	if st.Uid == 0 {
+		return g()
+	}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	if err := unix.Setfsuid(int(st.Uid)); err != nil {
+		return err
+	}
+	defer unix.Setfsuid(0)
+	return g()
+}
+
+// Data that write(2) has answered for and that could not be written. Guarded by
+// Node.lostMu, and remembered as long as the kernel knows the node: it goes on
+// believing that the file has that size.
+type lost struct {
+	bytes ranges // of the file
+	err   error
+}
+
+// WriteDelayed is Write of what the kernel's cache has answered for. What fails
+// is EIO for readers, and an error at each flush and fsync, until it is written
+// again or cut off.
+func (h *Handle) WriteDelayed(ctx context.Context, b []byte, off int64) error {
+	_, err := h.Write(ctx, b, off)
+	if err != nil && len(b) > 0 {
+		n := h.f.n
+		n.lostMu.Lock()
+		n.lost.bytes, n.lost.err = n.lost.bytes.with(off, off+int64(len(b))-1), err
+		n.lostMu.Unlock()
+		n.anyLost.Store(true)
+	}
+	return err
+}
+
+// found notes that [off, end) of the file is as it should be again.
+func (f *file) found(off, end int64) {
+	n := f.n
+	if !n.anyLost.Load() || off >= end {
+		return
+	}
+	n.lostMu.Lock()
+	defer n.lostMu.Unlock()
+	if n.lost.bytes = n.lost.bytes.without(off, end-1); len(n.lost.bytes) == 0 {
+		n.lost.err = nil
+		n.anyLost.Store(false)
+	}
+}
+
+// lostIn returns why a part of [off, end) could not be written, or nil.
+func (n *Node) lostIn(off, end int64) error {
+	if !n.anyLost.Load() {
+		return nil
+	}
+	n.lostMu.Lock()
+	defer n.lostMu.Unlock()
+	if n.lost.bytes.touch(off, end-1) {
+		return n.lost.err
+	}
+	return nil
+}
+
+// anyLostErr returns why something of the file could not be written, or nil.
+func (n *Node) anyLostErr() error { return n.lostIn(0, 1<<62) }
