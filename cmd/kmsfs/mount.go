@@ -34,7 +34,8 @@ type mountFlags struct {
 	acceptOlder bool
 	options     []string
 
-	pass []string // options for the kernel
+	again bool     // remount
+	pass  []string // options for the kernel
 }
 
 func mountCommand() *cobra.Command {
@@ -79,6 +80,9 @@ func (f *mountFlags) start(ctx context.Context, cipherDir, mountPoint string) er
 	if err := f.parseOptions(); err != nil {
 		return err
 	}
+	if f.again {
+		return f.remount(mountPoint)
+	}
 	if f.foreground {
 		if err := foreground(); err != nil {
 			return err
@@ -113,6 +117,8 @@ func (f *mountFlags) parseOptions() error {
 		case o == "" || slices.Contains(ignoredOptions, o) || strings.HasPrefix(o, "x-"):
 		case o == "ro":
 			f.readOnly = true
+		case o == "remount":
+			f.again = true
 		case o == "allow_other":
 			f.allowOther = true
 		case name == "key":
@@ -132,6 +138,38 @@ func (f *mountFlags) parseOptions() error {
 		}
 	}
 	return nil
+}
+
+// remount is mount -o remount: ro, rw, exec, suid and the like. What else a mount was
+// given stays.
+func (f *mountFlags) remount(mountPoint string) error {
+	real, m, err := mountAt(mountPoint)
+	if err != nil {
+		return err
+	}
+	if f.readOnly {
+		f.pass = append(f.pass, "ro")
+	} else if writes, err := hasWriter(m.source); err != nil {
+		return err
+	} else if !writes {
+		return hint(fmt.Errorf("%s was mounted read-only", real), "kmsfs umount %s, and mount it again", real)
+	}
+	return fs.Remount(real, f.pass)
+}
+
+// hasWriter reports whether a daemon has the volume open for writing: it holds the
+// lock.
+func hasWriter(cipherDir string) (bool, error) {
+	fd, err := unix.Open(cipherDir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return false, err
+	}
+	defer unix.Close(fd)
+	err = unix.Flock(fd, unix.LOCK_SH|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return true, nil
+	}
+	return false, err
 }
 
 // places checks both directories, and takes a dead mount away.
