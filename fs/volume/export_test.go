@@ -51,6 +51,13 @@ func (h *Handle) State() (flags uint32, floor, size int64) {
 	return s.Flags, s.Floor, s.Size
 }
 
+// Ranges is the set of numbers that files keep of their holes.
+type Ranges struct{ r ranges }
+
+func (r Ranges) With(a, b int64) Ranges    { return Ranges{r.r.with(a, b)} }
+func (r Ranges) Without(a, b int64) Ranges { return Ranges{r.r.without(a, b)} }
+func (r Ranges) Touch(a, b int64) bool     { return r.r.touch(a, b) }
+
 // KnownNodes returns how many nodes the volume holds.
 func (v *Volume) KnownNodes() int {
 	v.mu.Lock()

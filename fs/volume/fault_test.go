@@ -362,6 +362,20 @@ func operations(sizes []int64) map[string]operation {
 			return now, err
 		}
 	}
+	const keep = unix.FALLOC_FL_KEEP_SIZE
+	for _, mode := range []uint32{0, keep, unix.FALLOC_FL_PUNCH_HOLE | keep, unix.FALLOC_FL_ZERO_RANGE} {
+		ops[fmt.Sprintf("fallocate %x", mode)] = func(h *volume.Handle, old []byte) ([]byte, error) {
+			const from, n = 3000, 20000
+			now := bytes.Clone(old)
+			if mode > keep {
+				clear(now[min(from, len(now)):min(from+n, len(now))])
+			}
+			if mode&keep == 0 && len(now) < from+n {
+				now = append(now, make([]byte, from+n-len(now))...)
+			}
+			return now, h.Fallocate(ctx, mode, from, n)
+		}
+	}
 	for _, at := range []int64{0, 3039, 5000, 29999, 40000, 2 << 20} {
 		data := bytes.Repeat([]byte{0xee}, 9000)
 		ops[fmt.Sprintf("write at %d", at)] = func(h *volume.Handle, old []byte) ([]byte, error) {

@@ -1,6 +1,7 @@
 package volume
 
 import (
+	"bytes"
 	"context"
 	"sync"
 	"time"
@@ -300,7 +301,7 @@ func (f *file) tailKeeper() (undo func(), err error) {
 	}
 	return func() {
 		var err error
-		if tail != nil {
+		if tail != nil && !f.holds(k, tail) { // on a full disk even putting it back may fail
 			err = f.put(k, k, size, tail, f.v.geo.Start(k), size)
 		}
 		if err == nil {
@@ -312,6 +313,12 @@ func (f *file) tailKeeper() (undo func(), err error) {
 			f.breaks()
 		}
 	}, nil
+}
+
+// holds reports whether block k of the ciphertext file has this content.
+func (f *file) holds(k int64, text []byte) bool {
+	got, err := f.readBlock(k, make([]byte, blockcrypt.BlockSize))
+	return err == nil && bytes.Equal(got, text)
 }
 
 // length returns how long the ciphertext file is at this size.

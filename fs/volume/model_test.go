@@ -2,12 +2,16 @@ package volume_test
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
 	"strconv"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
 )
 
@@ -98,6 +102,8 @@ func (m *model) step(i int) {
 		}
 		copy(b[off:], data)
 		m.files[name] = b
+	case x < 450:
+		m.space(name)
 	case x < 600:
 		off, got := m.offset(len(b)), make([]byte, m.r.IntN(20000))
 		n, err := m.handle(name).Read(got, off)
@@ -152,6 +158,48 @@ func (m *model) step(i int) {
 		m.world.open(volume.Options{})
 		for name, b := range m.files {
 			m.want(name, b)
+		}
+	}
+}
+
+// space reserves, punches and finds holes.
+func (m *model) space(name string) {
+	h := m.handle(name)
+	b := m.files[name]
+	off, n := m.offset(len(b)), 1+m.offset(len(b))
+	if m.r.IntN(8) == 0 {
+		off, n = m.r.Int64N(int64(len(b))+1), int64(len(b))+1 // to the end
+	}
+	const keep = unix.FALLOC_FL_KEEP_SIZE
+	mode := []uint32{0, keep, unix.FALLOC_FL_PUNCH_HOLE | keep, unix.FALLOC_FL_PUNCH_HOLE | keep, unix.FALLOC_FL_ZERO_RANGE, unix.FALLOC_FL_ZERO_RANGE | keep}[m.r.IntN(6)]
+	if err := h.Fallocate(ctx, mode, off, n); err != nil {
+		m.t.Errorf("fallocate %x of %d at %d of %d: %v", mode, n, off, len(b), err)
+	}
+	if mode > keep && off < int64(len(b)) {
+		b = bytes.Clone(b)
+		clear(b[off:min(off+n, int64(len(b)))])
+	}
+	if end := int(off + n); mode&keep == 0 && end > len(b) {
+		b = append(b[:len(b):len(b)], make([]byte, end-len(b))...)
+	}
+	m.files[name] = b
+	m.seek(h, b)
+}
+
+// seek checks that what lies in holes is zeros, and that they end with the file.
+func (m *model) seek(h *volume.Handle, b []byte) {
+	for off := int64(0); ; {
+		data, err := h.Seek(off, unix.SEEK_DATA)
+		if errors.Is(err, unix.ENXIO) && off >= int64(len(b)) {
+			return
+		}
+		if err != nil || data < off || !blockcrypt.IsHole(b[off:data]) {
+			m.t.Errorf("SEEK_DATA at %d of %d: %d, %v", off, len(b), data, err)
+			return
+		}
+		if off, err = h.Seek(data, unix.SEEK_HOLE); err != nil || off <= data || off > int64(len(b)) {
+			m.t.Errorf("SEEK_HOLE at %d of %d: %d, %v", data, len(b), off, err)
+			return
 		}
 	}
 }

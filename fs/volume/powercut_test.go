@@ -235,7 +235,19 @@ func (p *powerTest) step(open map[string]*volume.Handle) bool {
 		now := append([]byte(nil), old...)
 		copy(now[at:], data)
 		return change(now, func() error { _, err := h.Write(ctx, data, int64(at)); return err })
-	case k < 72 && len(old) > 0:
+	case k < 65 && len(old) > 0:
+		at := p.r.IntN(len(old))
+		n := 1 + p.r.IntN(len(old)-at)
+		now := append([]byte(nil), old...)
+		clear(now[at : at+n])
+		return change(now, func() error {
+			return h.Fallocate(ctx, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, int64(at), int64(n))
+		})
+	case k < 67:
+		n := len(old) + 1 + p.r.IntN(30000)
+		now := append(old[:len(old):len(old)], make([]byte, n-len(old))...)
+		return change(now, func() error { return h.Fallocate(ctx, 0, 0, int64(n)) })
+	case k < 75 && len(old) > 0:
 		n := p.r.IntN(len(old))
 		return change(old[:n:n], func() error { _, err := h.Node().SetAttr(ctx, size(int64(n))); return err })
 	case k < 90:
