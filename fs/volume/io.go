@@ -303,16 +303,43 @@ func (f *file) tailKeeper() (undo func(), err error) {
 		var err error
 		if tail != nil && !f.holds(k, tail) { // on a full disk even putting it back may fail
 			err = f.put(k, k, size, tail, f.v.geo.Start(k), size)
+			if err != nil && f.keepGrowth(k) {
+				err = nil
+			}
 		}
+		f.holes = f.holes.without(f.v.geo.Block(f.size-1)+1, 1<<62)
 		if err == nil {
-			err = f.v.truncate(f.fd, f.length(size))
+			f.overlong = true
+			f.failed("cutting the ciphertext's length", f.trim()) // or before the next change
 		}
-		f.holes = f.holes.without(k+1, 1<<62)
 		if err != nil {
 			f.failed("putting the end of the file back", err)
 			f.breaks()
 		}
 	}, nil
+}
+
+// keepGrowth lets the file end behind what a growth that failed has written from block
+// k on: whole blocks. It is for where the old end cannot be put back, on a full
+// filesystem that writes nothing in place.
+func (f *file) keepGrowth(k int64) bool {
+	g, size := f.v.geo, f.size
+	var page [blockcrypt.PageSize]byte
+	text := make([]byte, 0, blockcrypt.BlockSize)
+	for ; ; k++ {
+		n, err := f.v.pread(f.fd, page[:], g.PageOff(k))
+		if err != nil {
+			break
+		}
+		out, err := f.keys.Open(text, k, pageOf(page[:n], 0, g.Lead(k)), g.Capacity(k))
+		if err != nil || len(out) < g.Capacity(k) {
+			break
+		}
+		size = g.Start(k + 1)
+	}
+	grown := size > f.size
+	f.size = size
+	return grown
 }
 
 // holds reports whether block k of the ciphertext file has this content.

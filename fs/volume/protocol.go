@@ -301,8 +301,15 @@ func (f *file) trim() error {
 	if !f.overlong {
 		return nil
 	}
-	if err := f.v.truncate(f.fd, f.length(f.size)); err != nil {
+	length := f.length(f.size)
+	var st unix.Stat_t
+	if err := f.v.fstat(f.fd, &st); err != nil {
 		return err
+	}
+	if st.Size != length { // on a full filesystem even that can fail
+		if err := f.v.truncate(f.fd, length); err != nil {
+			return err
+		}
 	}
 	f.overlong, f.reserved = false, 0
 	return nil
