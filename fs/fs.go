@@ -455,7 +455,7 @@ func (f *fileSystem) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.
 func (f *fileSystem) Write(cancel <-chan struct{}, in *fuse.WriteIn, data []byte) (uint32, fuse.Status) {
 	h := f.files.get(in.Fh)
 	if in.WriteFlags&fuse.WRITE_KILL_SUIDGID != 0 {
-		if _, err := h.Node().SetAttr(f.with(cancel, &in.InHeader), volume.SetAttr{KillPriv: true}); err != nil {
+		if err := h.Node().KillPriv(); err != nil {
 			return 0, status(err)
 		}
 	}
@@ -471,7 +471,11 @@ func (f *fileSystem) Write(cancel <-chan struct{}, in *fuse.WriteIn, data []byte
 }
 
 func (f *fileSystem) Fallocate(cancel <-chan struct{}, in *fuse.FallocateIn) fuse.Status {
-	return status(f.files.get(in.Fh).Fallocate(f.with(cancel, &in.InHeader), in.Mode, int64(in.Offset), int64(in.Length)))
+	h := f.files.get(in.Fh)
+	if err := killPriv(h, &in.InHeader); err != nil {
+		return status(err)
+	}
+	return status(h.Fallocate(f.with(cancel, &in.InHeader), in.Mode, int64(in.Offset), int64(in.Length)))
 }
 
 // Lseek is asked for data and holes. The kernel does not write first what it
@@ -527,11 +531,24 @@ func answerIoctl(outbuf []byte, x any, err error) fuse.Status {
 	return status(err)
 }
 
+// killPriv takes setuid and the like away where anybody but root changes the content
+// in a way for which the kernel has no flag that says so.
+func killPriv(h *volume.Handle, in *fuse.InHeader) error {
+	if in.Uid == 0 {
+		return nil
+	}
+	return h.Node().KillPriv()
+}
+
 // maxCopy is the most that one answer can say.
 const maxCopy = 1<<32 - 4096
 
 func (f *fileSystem) CopyFileRange(cancel <-chan struct{}, in *fuse.CopyFileRangeIn) (uint32, fuse.Status) {
-	n, err := f.files.get(in.FhOut).CopyFrom(f.with(cancel, &in.InHeader), f.files.get(in.FhIn), int64(in.OffIn), int64(in.OffOut), int64(min(in.Len, maxCopy)))
+	h := f.files.get(in.FhOut)
+	if err := killPriv(h, &in.InHeader); err != nil {
+		return 0, status(err)
+	}
+	n, err := h.CopyFrom(f.with(cancel, &in.InHeader), f.files.get(in.FhIn), int64(in.OffIn), int64(in.OffOut), int64(min(in.Len, maxCopy)))
 	return uint32(n), status(err)
 }
 

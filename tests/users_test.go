@@ -55,6 +55,9 @@ func TestUnprivileged(t *testing.T) {
 			echo secret >mnt/wo; chmod 200 mnt/wo; ! cat mnt/wo 2>/dev/null; printf more >>mnt/wo
 			echo secret >mnt/no; chmod 000 mnt/no; ! cat mnt/no 2>/dev/null; ! (echo y >>mnt/no) 2>/dev/null
 			mkdir mnt/shut; chmod 500 mnt/shut; ! touch mnt/shut/x 2>/dev/null; chmod 755 mnt/shut; rmdir mnt/shut
+			mkdir mnt/dark mnt/full; echo x >mnt/full/x; chmod 000 mnt/dark mnt/full; mv mnt/dark mnt/darker; ! ls mnt/full 2>/dev/null; ! rmdir mnt/full 2>/dev/null; mv mnt/full mnt/fuller
+			rmdir mnt/darker; chmod 755 mnt/fuller; test "$(cat mnt/fuller/x)" = x; mkdir mnt/dark; echo y >mnt/dark/y; rm mnt/dark/y; chmod 000 mnt/dark; rmdir mnt/dark
+			fallocate -l 100000 mnt/reserved; fallocate -p -o 0 -l 50000 mnt/reserved; cp --sparse=always mnt/reserved mnt/copy; cmp mnt/reserved mnt/copy; chattr +d mnt/copy 2>/dev/null || true; rm mnt/reserved mnt/copy
 			# what is being written when the daemon dies
 			exec 7>mnt/open; printf 'fsynced' >&7; sync mnt/open; printf ' and more' >&7; chmod 444 mnt/open
 			kill -9 "$(cut -d' ' -f1 .local/state/kmsfs/mounts/*)"; exec 7>&- || true; sleep 0.3
@@ -90,4 +93,40 @@ func TestNoDevice(t *testing.T) {
 	if err == nil || !strings.HasPrefix(string(out), "kmsfs: error: /dev/fuse is missing") || strings.Count(string(out), "\n") != 2 {
 		t.Errorf("%v: %s", err, out)
 	}
+}
+
+// Groups, sticky directories and ACLs, as the kernel checks them for the user,
+// and what goes when somebody else writes: also of files that settle later.
+func TestGroupsAndACLs(t *testing.T) {
+	needRoot(t)
+	needTool(t, "setpriv", "setfacl", "setcap", "getcap")
+	base := openBase(t)
+	m := newVolumeIn(t, base, "--allow-other", "-o", "suid")
+	m.run(`cd "$M"; chmod 755 .
+		as() { local u=$1 g=$2; shift 2; setpriv --reuid "$u" --regid "$u" --groups "$g" bash -c "$1"; }
+		mode() { test "$(stat -c %a "$1")" = "$2" || { echo "$1 has mode $(stat -c %a "$1"), not $2"; exit 1; }; }
+		# a supplementary group may write, enter a setgid directory, and keeps setgid there
+		mkdir g; chgrp 4321 g; chmod 2770 g; as 1234 4321 "echo x >g/f; mkdir g/d; echo y >>g/f"
+		test "$(stat -c %u:%g g/f)" = 1234:4321; test "$(stat -c %g:%a g/d)" = 4321:2755; ! as 1234 77 "echo x >>g/f" 2>/dev/null
+		as 1234 4321 "chmod 2775 g/f"; mode g/f 2775
+		echo x >own; chown 1234:4321 own; as 1234 77 "chmod 2755 own"; mode own 755 # not in the group: the bit does not stay
+		as 1234 4321 "chmod 2755 own"; mode own 2755
+		as 1234 77 "setfacl -m u:99:r own"; test "$(stat -c %A own | cut -c7)" != s # an ACL set by who is not in the group
+		# sticky
+		mkdir -m 1777 t; as 1234 77 "echo x >t/mine"; ! as 1235 77 "rm -f t/mine" 2>/dev/null; ! as 1235 77 "mv t/mine t/yours" 2>/dev/null; as 1234 77 "rm t/mine"
+		# default ACLs are inherited, the umask is not applied then
+		mkdir acl; setfacl -d -m u:1234:rwx,g::rx,o::- acl; (umask 077; echo x >acl/f; mkdir acl/d; mkfifo acl/p)
+		getfacl -p acl/f | grep -q '^user:1234:rwx'; mode acl/f 660; getfacl -p acl/d | grep -q '^default:user:1234:rwx'; mode acl/p 660
+		chmod 755 acl; as 1234 77 "echo y >>acl/f; cat acl/f >/dev/null"; ! as 1235 77 "cat acl/f" 2>/dev/null
+		# what a foreign write, truncation or chown takes away: setuid, setgid, capabilities
+		all() { echo s >$1; chown 1234:4321 $1; setcap cap_net_raw+ep $1; chmod 6777 $1; setcap cap_net_raw+ep $1; }
+		for how in "echo more >>F" "truncate -s 1 F" "truncate -s 100 F" "fallocate -l 9999 F" "fallocate -p -l 1 F" "dd if=/dev/zero of=F bs=1 count=1 conv=notrunc status=none" ">F" \
+			"dd if=/dev/zero of=F bs=4096 count=1 oflag=direct conv=notrunc status=none" "cp t.src F"; do
+			rm -f t.src; echo src >t.src; all F; as 1235 77 "$how"; mode F 777; test -z "$(getcap F)" || { echo "$how leaves $(getcap F)"; exit 1; }; rm F
+		done
+		all F; chown 99 F; mode F 777; test -z "$(getcap F)"; rm F
+		# and what stays: through settling, a remount, and the end of a truncation
+		head -c 50000 /dev/urandom >S; sync S; truncate -s 20001 S; chown 1234 S; chmod 4755 S; setcap cap_net_raw+ep S; mode S 4755; sleep 5; mode S 4755; test -n "$(getcap S)"`)
+	m.remount()
+	m.run(`cd "$M"; test "$(stat -c %a S)" = 4755; test -n "$(getcap S)"; test "$(stat -c %a own)" = 755`)
 }

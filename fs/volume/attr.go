@@ -143,8 +143,13 @@ func (n *Node) SetAttr(ctx context.Context, s SetAttr) (Attr, error) {
 			return Attr{}, err
 		}
 	}
+	if s.KillPriv {
+		if err := n.KillPriv(); err != nil {
+			return Attr{}, err
+		}
+	}
 	// What settling writes later would drop these bits again.
-	if s.Mode != nil || s.UID != nil || s.GID != nil || s.KillPriv {
+	if s.Mode != nil || s.UID != nil || s.GID != nil {
 		if f := n.file.Load(); f != nil {
 			if err := f.settleNow(); err != nil {
 				return Attr{}, err
@@ -152,10 +157,7 @@ func (n *Node) SetAttr(ctx context.Context, s SetAttr) (Attr, error) {
 		}
 	}
 	var err error
-	if s.KillPriv {
-		err = n.killPriv()
-	}
-	if err == nil && (s.UID != nil || s.GID != nil) {
+	if s.UID != nil || s.GID != nil {
 		err = n.withFD(func(fd int) error { return n.v.chown(fd, orMinusOne(s.UID), orMinusOne(s.GID)) })
 	}
 	if err == nil && s.Mode != nil {
@@ -193,19 +195,19 @@ func (n *Node) setTimes(atime, mtime *unix.Timespec) error {
 	return err
 }
 
-// killPriv takes setuid, setgid of an executable, and capabilities away, as a
-// write by somebody else does.
-func (n *Node) killPriv() error {
+// KillPriv takes setuid, setgid of an executable, and capabilities away, as a
+// write by somebody else does. Where root does not run the mount, the backing
+// filesystem does so itself.
+func (n *Node) KillPriv() error {
+	if !n.v.super {
+		return nil
+	}
 	return n.withFD(func(fd int) error {
 		var st unix.Stat_t
 		if err := n.v.fstat(fd, &st); err != nil {
 			return err
 		}
-		drop := st.Mode & unix.S_ISUID
-		if st.Mode&unix.S_IXGRP != 0 {
-			drop |= st.Mode & unix.S_ISGID
-		}
-		if drop != 0 {
+		if drop := privileges(st.Mode); drop != 0 {
 			if err := n.v.chmod(fd, st.Mode&0o7777&^drop); err != nil {
 				return err
 			}
@@ -216,6 +218,15 @@ func (n *Node) killPriv() error {
 		}
 		return err
 	})
+}
+
+// privileges returns which bits of a mode a write by somebody else takes away.
+func privileges(mode uint32) uint32 {
+	drop := mode & unix.S_ISUID
+	if mode&unix.S_IXGRP != 0 {
+		drop |= mode & unix.S_ISGID
+	}
+	return drop
 }
 
 // Extended attributes.

@@ -296,6 +296,13 @@ func (v *Volume) clearDir(dir *Node, fd int, cname string, st *unix.Stat_t) erro
 		return err
 	}
 	defer n.leave()
+	if !v.super && st.Mode&0o700 != 0o700 && int(st.Uid) == unix.Geteuid() {
+		// An empty directory can be removed whatever its own mode is.
+		if err := v.chmod(d, st.Mode&0o7777|0o700); err != nil {
+			return err
+		}
+		defer v.chmod(d, st.Mode&0o7777)
+	}
 	own, err := n.emptied(d)
 	if err != nil {
 		return err
