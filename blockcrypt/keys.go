@@ -43,10 +43,13 @@ func extract(key []byte, salt ...[]byte) []byte {
 	for _, p := range salt {
 		s = append(s, p...)
 	}
-	prk, err := hkdf.Extract(sha256.New, key, s)
-	if err != nil {
-		panic(err) // only in FIPS mode, for keys shorter than 14 bytes
-	}
+	// HKDF-Extract is HMAC (RFC 5869, section 2.2). Made here, since the hash keeps its
+	// last block, which is the key, until something else is written.
+	m := hmac.New(sha256.New, s)
+	m.Write(key)
+	prk := m.Sum(nil)
+	m.Reset()
+	m.Write(make([]byte, sha256.BlockSize-1))
 	return prk
 }
 

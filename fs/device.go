@@ -25,9 +25,9 @@ func escape(s string) string { return strings.NewReplacer(`\`, `\\`, `,`, `\,`).
 
 // Options of mount(8) that mount(2) takes as flags, and what they set or clear.
 var mountFlags = map[string]struct{ set, clear uintptr }{
-	"ro": {set: unix.MS_RDONLY}, "noexec": {set: unix.MS_NOEXEC}, "exec": {clear: unix.MS_NOEXEC},
+	"ro": {set: unix.MS_RDONLY}, "rw": {clear: unix.MS_RDONLY}, "noexec": {set: unix.MS_NOEXEC}, "exec": {clear: unix.MS_NOEXEC},
 	"nosuid": {set: unix.MS_NOSUID}, "suid": {clear: unix.MS_NOSUID}, "nodev": {set: unix.MS_NODEV}, "dev": {clear: unix.MS_NODEV},
-	"noatime": {set: unix.MS_NOATIME}, "sync": {set: unix.MS_SYNCHRONOUS}, "dirsync": {set: unix.MS_DIRSYNC},
+	"noatime": {set: unix.MS_NOATIME}, "atime": {clear: unix.MS_NOATIME}, "sync": {set: unix.MS_SYNCHRONOUS}, "dirsync": {set: unix.MS_DIRSYNC},
 }
 
 func mountDirect(dir, source string, options []string) (int, error) {
@@ -35,7 +35,7 @@ func mountDirect(dir, source string, options []string) (int, error) {
 	if err != nil {
 		return -1, os.NewSyscallError("open /dev/fuse", err)
 	}
-	flags, rest := splitOptions(options)
+	flags, rest := splitOptions(unix.MS_NOSUID|unix.MS_NODEV, options)
 	data := append([]string{fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0,max_read=%d", fd, maxWrite)}, rest...)
 	if err := unix.Mount(source, dir, "fuse.kmsfs", flags, strings.Join(data, ",")); err != nil {
 		unix.Close(fd)
@@ -45,8 +45,7 @@ func mountDirect(dir, source string, options []string) (int, error) {
 }
 
 // splitOptions turns what mount(2) takes as flags into them.
-func splitOptions(options []string) (flags uintptr, rest []string) {
-	flags = unix.MS_NOSUID | unix.MS_NODEV
+func splitOptions(flags uintptr, options []string) (_ uintptr, rest []string) {
 	for _, o := range options {
 		if f, ok := mountFlags[o]; ok {
 			flags = flags&^f.clear | f.set
@@ -57,10 +56,16 @@ func splitOptions(options []string) (flags uintptr, rest []string) {
 	return flags, rest
 }
 
-// Remount changes what mount(8) can change of a mount: ro, exec, suid, dev and the
-// like, which are the defaults where options do not name them.
+// Remount changes what mount(8) can change of a mount: ro, rw, exec, suid, dev and the
+// like; what options do not name stays.
 func Remount(dir string, options []string) error {
-	flags, _ := splitOptions(options)
+	var s unix.Statfs_t
+	if err := unix.Statfs(dir, &s); err != nil {
+		return os.NewSyscallError("statfs", err)
+	}
+	// The same bits as mount's, but for relatime, which is the default.
+	const same = unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC | unix.MS_SYNCHRONOUS | unix.MS_NOATIME | unix.MS_NODIRATIME
+	flags, _ := splitOptions(uintptr(s.Flags)&same, options)
 	return os.NewSyscallError("mount", unix.Mount("", dir, "", unix.MS_REMOUNT|flags, ""))
 }
 

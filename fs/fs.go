@@ -3,6 +3,7 @@ package fs
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"runtime/debug"
 	"syscall"
 	"time"
@@ -101,6 +102,9 @@ func (f *fileSystem) attrTimeout(st *volume.Attr) time.Duration {
 }
 
 func (f *fileSystem) node(id uint64) (*volume.Node, fuse.Status) {
+	if err := f.v.Locked(); err != nil {
+		return nil, status(err)
+	}
 	n := f.v.Node(id)
 	if n == nil {
 		return nil, fuse.Status(syscall.ESTALE)
@@ -145,7 +149,7 @@ func (f *fileSystem) SetAttr(cancel <-chan struct{}, in *fuse.SetAttrIn, out *fu
 	if !s.Ok() {
 		return s
 	}
-	if n.Gone() && in.Valid&^(fuse.FATTR_MTIME|fuse.FATTR_CTIME|fuse.FATTR_LOCKOWNER) == 0 {
+	if n.IsFile() && n.Gone() && in.Valid&^(fuse.FATTR_MTIME|fuse.FATTR_CTIME|fuse.FATTR_LOCKOWNER) == 0 {
 		// The kernel writes the times of what it has just removed, as it lets go
 		// of it: nobody will see them.
 		if st, err := n.Attr(); err == nil {
@@ -484,7 +488,7 @@ func (f *fileSystem) Lseek(_ <-chan struct{}, in *fuse.LseekIn, out *fuse.LseekO
 	h := f.files.get(in.Fh)
 	if h.Node().Writing() {
 		f.waits(in.Unique)
-		if err := f.notify.writeBack(in.NodeId); err != nil {
+		if err := f.notify.WriteBack(in.NodeId); err != nil {
 			return status(err)
 		}
 	}
@@ -498,6 +502,13 @@ func (f *fileSystem) Ioctl(_ <-chan struct{}, in *fuse.IoctlIn, inbuf []byte, _ 
 	n, s := f.node(in.NodeId)
 	if !s.Ok() {
 		return s
+	}
+	if (in.Cmd == unix.FS_IOC_SETFLAGS || in.Cmd == volume.FSSetXAttr) && n.Writing() {
+		// What was written before the file became immutable belongs to it.
+		f.waits(in.Unique)
+		if err := f.notify.WriteBack(in.NodeId); err != nil {
+			return status(err)
+		}
 	}
 	switch in.Cmd {
 	case unix.FS_IOC_GETFLAGS:
@@ -584,7 +595,7 @@ func (f *fileSystem) OpenDir(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenO
 
 func (f *fileSystem) ReadDir(_ <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
 	d := f.dirs.get(in.Fh)
-	if err := d.SeekTo(int64(in.Offset)); err != nil {
+	if err := errors.Join(f.v.Locked(), d.SeekTo(int64(in.Offset))); err != nil {
 		return status(err)
 	}
 	return status(d.Next(func(e volume.Entry) bool { return out.AddDirEntry(dirEntry(e)) }))
@@ -596,7 +607,7 @@ func dirEntry(e volume.Entry) fuse.DirEntry {
 
 func (f *fileSystem) ReadDirPlus(cancel <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
 	d := f.dirs.get(in.Fh)
-	if err := d.SeekTo(int64(in.Offset)); err != nil {
+	if err := errors.Join(f.v.Locked(), d.SeekTo(int64(in.Offset))); err != nil {
 		return status(err)
 	}
 	ctx := f.with(cancel, &in.InHeader)

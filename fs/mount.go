@@ -46,7 +46,8 @@ func Mount(v *volume.Volume, dir string, o MountOptions) (*Server, error) {
 			o.Logger.Error("a request failed by a fault in kmsfs; please report it", "panic", fmt.Sprint(p), "stack", stack())
 			return fuse.EIO
 		},
-		ExtraCapabilities: fuse.CAP_DONT_MASK | fuse.CAP_HANDLE_KILLPRIV_V2 | fuse.CAP_SETXATTR_EXT | fuse.CAP_DIRECT_IO_ALLOW_MMAP,
+		ExtraCapabilities: fuse.CAP_DONT_MASK | fuse.CAP_HANDLE_KILLPRIV_V2 | fuse.CAP_SETXATTR_EXT | fuse.CAP_DIRECT_IO_ALLOW_MMAP |
+			fuse.CAP_NO_EXPORT_SUPPORT, // a handle of one mount must not name another file in the next
 	}
 	options := o.Options
 	if o.AllowOther {
@@ -67,6 +68,7 @@ func Mount(v *volume.Volume, dir string, o MountOptions) (*Server, error) {
 	f := newFS(v, o.AllowOther)
 	s := &Server{dir, newLoop(fd, fuse.NewProtocolServer(f, po), o.Logger)}
 	f.waits, f.notify = s.loop.yield, notifier{fd, s.loop.workers.Go}
+	v.AttachKernel(f.notify)
 	s.loop.slowSync = v.SyncWaits()
 	if err := s.loop.start(); err != nil {
 		unmountDevice(dir)

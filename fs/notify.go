@@ -17,8 +17,9 @@ type notifier struct {
 
 const notifyInvalInode = 2
 
-// writeBack makes the kernel write all that it holds back of a file.
-func (n notifier) writeBack(node uint64) error { return n.invalInode(node, 0, 0) }
+// WriteBack implements [volume.Kernel]: the kernel writes all that it holds back of
+// a file, and forgets what it knows of its content.
+func (n notifier) WriteBack(node uint64) error { return n.invalInode(node, 0, 0) }
 
 // dropPages makes the kernel forget these bytes of a file, which it goes on
 // showing after they could not be written; as soon as the request that says so

@@ -1,81 +1,109 @@
 package keystore
 
 import (
-	"container/list"
+	"cmp"
 	"context"
-	"crypto/rand"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
+	"slices"
 	"sync"
+	"time"
 )
 
-// A DataKey is a new data key with the ID that it is bound to, wrapped for
-// every recipient of the ring.
-type DataKey struct {
-	ID      [16]byte
-	Key     [KeySize]byte
-	Wrapped []Wrapped
-}
-
 // Ring is the set of stores that a volume trusts: it makes data keys for all of
-// them and unwraps through any of them. Close wipes what it holds.
+// them and unwraps through any of them. It asks a service as rarely as it can:
+// keys are made ahead and unwrapped ones kept; a key that was revoked is not used
+// for longer than RingOptions.MaxAge, nor one whose service cannot be reached for
+// longer than Grace. Close wipes what it holds.
 type Ring struct {
 	volume [16]byte
-	stores []Store
+	stores []*standing
+	o      RingOptions
 	report func(error)
+	ctx    context.Context
+	stop   context.CancelFunc
+	wg     sync.WaitGroup
+	wake   chan struct{}
+
+	// tellMu is held while Changed runs. It comes before mu.
+	tellMu sync.Mutex
 
 	// mu guards the fields below. No call to a store is made under it.
-	mu      sync.Mutex
-	cache   map[[32]byte]*list.Element // of *cached
-	lru     list.List                  // most recently used first
-	calls   map[[32]byte]*call
-	pool    []*DataKey
-	target  int // how many the pool should hold; 0: none are made ahead
-	filling int
-	failing bool // what makes keys ahead failed; it stops until a NewKey succeeds
-	stop    context.CancelFunc
-	ctx     context.Context
-	wg      sync.WaitGroup
+	mu     sync.Mutex
+	slab   *slab
+	cache  *cache
+	calls  map[[32]byte]*call
+	pool   pool
+	locked *Error // by Lock
+	told   *Error // to Changed
+	counts Counts
 }
 
 // RingOptions of [NewRing]; the zero value makes no keys ahead.
 type RingOptions struct {
-	Pool   int         // data keys made ahead at first; grows with use up to MaxPool
-	Report func(error) // told of what failed in the background
+	Pool    int                  // data keys made ahead at first; grows with use up to MaxPool
+	MaxAge  time.Duration        // how long a proof that a key may be used is good for; 5 min if zero
+	Grace   time.Duration        // how long cached keys are used while a service cannot be reached; 1 h if zero
+	EachKey bool                 // a key is used for MaxAge only, whatever was proven of others
+	Sample  []Wrapped            // of the volume key: what a probe unwraps before there are files
+	Report  func(error)          // told of what failed in the background
+	Changed func(verdict error)  // told when no key can be used any more, and with nil when one can again
+	Now     func() time.Duration // the clock, for tests; CLOCK_BOOTTIME if nil
 }
 
-const (
-	// MaxPool bounds the data keys made ahead, and with them those that a
-	// crash wastes.
-	MaxPool   = 256
-	maxCached = 16384
-	// poolCalls is how many keys are made at the same time.
-	poolCalls = 32
-)
+const maxCached = 16384
 
-type cached struct {
-	id  [32]byte
-	key [KeySize]byte
-}
-
+// call is one unwrapping that several may wait for.
 type call struct {
 	done chan struct{}
-	key  []byte
 	err  error
 }
 
-// NewRing makes the ring of a volume.
+// NewRing makes the ring of a volume. The stores are taken to have just proven
+// that their keys may be used.
 func NewRing(volume [16]byte, stores []Store, o RingOptions) *Ring {
-	r := &Ring{volume: volume, stores: stores, report: o.Report, target: min(o.Pool, MaxPool),
-		cache: map[[32]byte]*list.Element{}, calls: map[[32]byte]*call{}}
+	if o.MaxAge == 0 {
+		o.MaxAge = 5 * time.Minute
+	}
+	if o.Grace == 0 {
+		o.Grace = time.Hour
+	}
+	if o.Now == nil {
+		o.Now = now
+	}
+	if o.Changed == nil {
+		o.Changed = func(error) {}
+	}
+	r := &Ring{volume: volume, o: o, report: o.Report, calls: map[[32]byte]*call{}, wake: make(chan struct{}, 1)}
+	r.pool.base = min(o.Pool, MaxPool)
 	if r.report == nil {
 		r.report = func(error) {}
+	}
+	var err error
+	if r.slab, err = newSlab(maxCached + 2*MaxPool + poolCalls); err != nil {
+		r.slab = &slab{} // nothing is cached then
+	}
+	r.cache = newCache(r.slab, maxCached)
+	watch := false
+	for _, s := range stores {
+		_, immediate := s.(Immediate)
+		st := &standing{Store: s, immediate: immediate, proven: o.Now()}
+		for _, w := range o.Sample {
+			if w.URI == s.URI() || matches(s, w.URI) {
+				st.learn(Binding{Use: ForVolume, Volume: volume}, w)
+			}
+		}
+		r.stores = append(r.stores, st)
+		watch = watch || !immediate
 	}
 	r.ctx, r.stop = context.WithCancel(context.Background())
 	r.mu.Lock()
 	r.refill()
 	r.mu.Unlock()
+	if watch {
+		r.wg.Go(r.watch)
+	}
 	return r
 }
 
@@ -83,261 +111,320 @@ func NewRing(volume [16]byte, stores []Store, o RingOptions) *Ring {
 func (r *Ring) Close() {
 	r.mu.Lock()
 	r.stop() // under mu: refill starts nothing after it
+	for _, c := range r.pool.waiting {
+		c <- made{err: &Error{Kind: Canceled, Op: "generate", Err: context.Canceled}}
+	}
+	r.pool.waiting = nil
 	r.mu.Unlock()
 	r.wg.Wait()
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for _, k := range r.pool {
-		clear(k.Key[:])
+	if r.slab.mem == nil {
+		return
 	}
-	r.pool, r.target = nil, 0
-	for _, e := range r.cache {
-		clear(e.Value.(*cached).key[:])
-	}
-	clear(r.cache)
-	r.lru.Init()
+	r.wipe()
+	r.slab.close()
 }
 
-// Stores returns the trusted stores.
-func (r *Ring) Stores() []Store { return r.stores }
+func matches(s Store, uri string) bool {
+	m, ok := s.(Matcher)
+	return ok && m.Matches(uri)
+}
 
 // store returns the trusted store of a recipient, nil if there is none.
-func (r *Ring) store(uri string) Store {
+func (r *Ring) store(uri string) *standing {
 	for _, s := range r.stores {
 		if s.URI() == uri {
 			return s
 		}
 	}
 	for _, s := range r.stores {
-		if m, ok := s.(Matcher); ok && m.Matches(uri) {
+		if matches(s.Store, uri) {
 			return s
 		}
 	}
 	return nil
 }
 
-// NewKey returns a data key for a new file: from the pool, or made now.
-func (r *Ring) NewKey(ctx context.Context) (*DataKey, error) {
-	r.mu.Lock()
-	if n := len(r.pool); n > 0 {
-		k := r.pool[n-1]
-		r.pool = r.pool[:n-1]
-		r.refill()
-		r.mu.Unlock()
-		return k, nil
-	}
-	if !r.failing {
-		r.target = min(2*r.target, MaxPool)
-		r.refill()
-	}
-	r.mu.Unlock()
-	var id [16]byte
-	rand.Read(id[:])
-	k, err := New(ctx, r.stores, Binding{ForFile, r.volume, id})
-	if err == nil {
-		r.mu.Lock()
-		r.failing = false
-		r.mu.Unlock()
-	}
-	return k, err
+// candidate is a recipient of a file with its trusted store.
+type candidate struct {
+	s *standing
+	w Wrapped
 }
 
-// PutBack returns a key under which nothing was written.
-func (r *Ring) PutBack(k *DataKey) {
+// candidates returns the recipients that are trusted, in the order in which they
+// are asked: who can answer at once, then who has answered last.
+func (r *Ring) candidates(ws []Wrapped) []candidate {
+	var out []candidate
+	for _, w := range ws {
+		if s := r.store(w.URI); s != nil {
+			out = append(out, candidate{s, w})
+		}
+	}
+	if len(out) < 2 {
+		return out
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if len(r.pool) < r.target {
-		r.pool = append(r.pool, k)
-	} else {
-		clear(k.Key[:])
+	rank := func(c candidate) int {
+		switch {
+		case c.s.immediate:
+			return 0
+		case c.s.wrong() == nil:
+			return 1
+		}
+		return 2
 	}
+	slices.SortStableFunc(out, func(a, b candidate) int {
+		return cmp.Or(cmp.Compare(rank(a), rank(b)), cmp.Compare(b.s.proven/time.Minute, a.s.proven/time.Minute))
+	})
+	return out
 }
 
-// refill starts what brings the pool to its target. r.mu is held.
-func (r *Ring) refill() {
-	for !r.failing && r.filling < poolCalls && len(r.pool)+r.filling < r.target && r.ctx.Err() == nil {
-		r.filling++
-		r.wg.Go(func() {
-			var id [16]byte
-			rand.Read(id[:])
-			k, err := New(r.ctx, r.stores, Binding{ForFile, r.volume, id})
-			r.mu.Lock()
-			defer r.mu.Unlock()
-			r.filling--
-			switch {
-			case err == nil:
-				r.pool = append(r.pool, k)
-				r.refill()
-			case r.ctx.Err() == nil:
-				if !r.failing {
-					r.report(err)
-				}
-				r.failing = true
-			}
-		})
+func untrusted(ws []Wrapped) error {
+	uri := ""
+	if len(ws) > 0 {
+		uri = ws[0].URI
 	}
-}
-
-// New makes a data key and wraps it for every store: the first that can
-// generate makes it, the others wrap it.
-func New(ctx context.Context, stores []Store, b Binding) (*DataKey, error) {
-	k := &DataKey{ID: b.ID, Wrapped: make([]Wrapped, len(stores))}
-	if len(stores) == 0 {
-		return nil, &Error{Kind: Invalid, Op: "generate", Err: errors.New("no recipient")}
-	}
-	made := -1
-	for i, s := range stores {
-		g, ok := s.(Generator)
-		if !ok {
-			continue
-		}
-		key, w, err := g.Generate(ctx, b)
-		if err != nil {
-			return nil, err
-		}
-		copy(k.Key[:], key)
-		clear(key)
-		k.Wrapped[i], made = w, i
-		break
-	}
-	if made < 0 {
-		rand.Read(k.Key[:])
-	}
-	for i, s := range stores {
-		if i == made {
-			continue
-		}
-		w, err := s.Wrap(ctx, b, k.Key[:])
-		if err != nil {
-			return nil, err
-		}
-		k.Wrapped[i] = w
-	}
-	return k, nil
+	return &Error{Kind: Untrusted, URI: uri, Op: "unwrap", Err: errors.New("nobody named this key for the volume")}
 }
 
 // Unwrap returns the data key of a file through the first of its recipients
 // that is trusted and can. Many wanting the same key cause one call. The caller
 // owns the result and wipes it.
 func (r *Ring) Unwrap(ctx context.Context, file [16]byte, ws []Wrapped) ([]byte, error) {
-	var errs []error
+	cs := r.candidates(ws)
+	if len(cs) == 0 {
+		return nil, untrusted(ws)
+	}
+	errs := map[string]error{}
+	for _, c := range cs {
+		key, err := r.unwrap(ctx, c.s, Binding{ForFile, r.volume, file}, c.w)
+		if err == nil || KindOf(err) == Canceled {
+			return key, err
+		}
+		errs[c.w.URI] = err
+	}
 	for _, w := range ws {
-		if s := r.store(w.URI); s != nil {
-			key, err := r.unwrap(ctx, s, Binding{ForFile, r.volume, file}, w)
-			if err == nil {
-				return key, nil
-			}
-			errs = append(errs, err)
+		if err := errs[w.URI]; err != nil {
+			return nil, err // the first recipient's verdict is the one that the file shows
 		}
 	}
-	if len(errs) == 0 {
-		uri := ""
-		if len(ws) > 0 {
-			uri = ws[0].URI
-		}
-		return nil, &Error{Kind: Untrusted, URI: uri, Op: "unwrap", Err: errors.New("nobody named this key for the volume")}
-	}
-	// The first recipient's verdict is the one that the file shows.
-	return nil, errs[0]
+	return nil, untrusted(ws)
 }
 
 // UnwrapNow is Unwrap where no service has to be waited for; ok is false where
 // one has to be.
 func (r *Ring) UnwrapNow(file [16]byte, ws []Wrapped) (key []byte, ok bool, err error) {
-	for _, w := range ws {
-		s := r.store(w.URI)
-		if s == nil {
-			continue
+	cs := r.candidates(ws)
+	for _, c := range cs {
+		key, err := r.cachedKey(c.s, cacheID(Binding{ForFile, r.volume, file}, c.w))
+		if key != nil || err != nil {
+			return key, true, err
 		}
-		if key := r.cachedKey(cacheID(Binding{ForFile, r.volume, file}, w)); key != nil {
-			return key, true, nil
-		}
-		if _, ok := s.(Immediate); !ok {
-			return nil, false, nil
-		}
-		break
+	}
+	if len(cs) > 0 && !cs[0].s.immediate {
+		return nil, false, nil
 	}
 	key, err = r.Unwrap(context.Background(), file, ws)
 	return key, true, err
 }
 
+// Prefetch begins to unwrap a file's key, so that Unwrap finds it. It does
+// nothing, and says so, where the key is there or coming, or cannot be had.
+func (r *Ring) Prefetch(file [16]byte, ws []Wrapped) (began bool) {
+	cs := r.candidates(ws)
+	if len(cs) == 0 || cs[0].s.immediate {
+		return false
+	}
+	c := cs[0]
+	b := Binding{ForFile, r.volume, file}
+	id := cacheID(b, c.w)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.locked != nil || c.s.wrong() != nil || r.cache.has(id) || r.calls[id] != nil || r.ctx.Err() != nil {
+		return false
+	}
+	r.counts.Prefetched++
+	x := &call{done: make(chan struct{})}
+	r.calls[id] = x
+	r.wg.Go(func() {
+		key, err := watched{r, c.s}.Unwrap(WithPurpose(r.ctx, ForPrefetch), b, c.w)
+		r.finish(c.s, id, b, c.w, x, key, err, true)
+		clear(key)
+	})
+	return true
+}
+
+// Renew unwraps a file's key anew, though it is known, to see whether that is
+// still allowed.
+func (r *Ring) Renew(ctx context.Context, file [16]byte, ws []Wrapped) error {
+	err := untrusted(ws)
+	for _, c := range r.candidates(ws) {
+		if err = r.refuses(c.s); err == nil {
+			var key []byte
+			key, err = watched{r, c.s}.Unwrap(WithPurpose(ctx, ForLease), Binding{ForFile, r.volume, file}, c.w)
+			clear(key)
+		}
+		if err == nil {
+			return nil
+		}
+	}
+	return err
+}
+
 // Learn keeps the key of a new file, so that opening it again asks nobody.
 func (r *Ring) Learn(k *DataKey) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	for _, w := range k.Wrapped {
-		r.mu.Lock()
-		r.insert(cacheID(Binding{ForFile, r.volume, k.ID}, w), k.Key[:])
-		r.mu.Unlock()
+		b := Binding{ForFile, r.volume, k.ID}
+		r.insert(cacheID(b, w), k.Key, false)
+		if s := r.store(w.URI); s != nil {
+			s.learn(b, w)
+		}
 	}
 }
 
-func (r *Ring) cachedKey(id [32]byte) []byte {
+// cachedKey returns a key that is known, nil if it is not or waits for a proof,
+// or why it may not be used.
+func (r *Ring) cachedKey(s *standing, id [32]byte) ([]byte, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	e := r.cache[id]
-	if e == nil {
-		return nil
+	if e := r.unusable(s); e != nil {
+		return nil, e
 	}
-	r.lru.MoveToFront(e)
-	return append([]byte(nil), e.Value.(*cached).key[:]...)
+	if s.stale(r.o.Now(), r.o.MaxAge) {
+		return nil, nil
+	}
+	if r.o.EachKey && r.o.Now()-r.cache.since(id) > r.o.MaxAge {
+		return nil, nil
+	}
+	key, ahead := r.cache.get(id)
+	if key != nil {
+		r.counts.Hits++
+	}
+	if ahead {
+		r.counts.PrefetchUsed++
+	}
+	return key, nil
+}
+
+// unusable returns why a store's keys may not be used. mu is held.
+func (r *Ring) unusable(s *standing) error {
+	if r.locked != nil {
+		return r.locked
+	}
+	if e := s.lost(r.o.Now(), r.o.Grace); e != nil {
+		return e
+	}
+	return nil
 }
 
 // insert puts a key into the cache; mu is held.
-func (r *Ring) insert(id [32]byte, key []byte) {
-	if r.cache[id] != nil || r.ctx.Err() != nil {
-		return
-	}
-	e := &cached{id: id}
-	copy(e.key[:], key)
-	r.cache[id] = r.lru.PushFront(e)
-	for len(r.cache) > maxCached {
-		old := r.lru.Remove(r.lru.Back()).(*cached)
-		delete(r.cache, old.id)
-		clear(old.key[:])
+func (r *Ring) insert(id [32]byte, key []byte, ahead bool) {
+	if r.ctx.Err() == nil && r.locked == nil {
+		r.cache.put(id, key, r.o.Now(), ahead)
 	}
 }
 
-func (r *Ring) unwrap(ctx context.Context, s Store, b Binding, w Wrapped) ([]byte, error) {
+func (r *Ring) unwrap(ctx context.Context, s *standing, b Binding, w Wrapped) ([]byte, error) {
 	id := cacheID(b, w)
 	for {
-		if key := r.cachedKey(id); key != nil {
-			return key, nil
+		if key, err := r.cachedKey(s, id); key != nil || err != nil {
+			return key, err
 		}
 		r.mu.Lock()
 		c := r.calls[id]
 		mine := c == nil
 		if mine {
+			if e := s.wrong(); e != nil {
+				r.mu.Unlock()
+				return nil, e
+			}
 			c = &call{done: make(chan struct{})}
 			r.calls[id] = c
+			r.counts.Misses++
 		}
 		r.mu.Unlock()
 		if mine {
-			key, err := s.Unwrap(ctx, b, w)
-			r.finish(id, c, key, err)
+			key, err := watched{r, s}.Unwrap(ctx, b, w)
+			r.finish(s, id, b, w, c, key, err, false)
 			return key, err
 		}
 		Waits(ctx)
 		select {
 		case <-c.done:
-			if KindOf(c.err) == Canceled { // the one who asked went away, not we
-				continue
+			if c.err != nil && KindOf(c.err) != Canceled {
+				return nil, c.err
 			}
-			return append([]byte(nil), c.key...), c.err
+			if r.ctx.Err() != nil {
+				return nil, &Error{Kind: Canceled, URI: w.URI, Op: "unwrap", Err: r.ctx.Err()}
+			}
+			// It is in the cache; or the one who asked went away, not we.
 		case <-ctx.Done():
 			return nil, &Error{Kind: Canceled, URI: w.URI, Op: "unwrap", Err: ctx.Err()}
 		}
 	}
 }
 
-func (r *Ring) finish(id [32]byte, c *call, key []byte, err error) {
+func (r *Ring) finish(s *standing, id [32]byte, b Binding, w Wrapped, c *call, key []byte, err error, ahead bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	delete(r.calls, id)
 	c.err = err
 	if err == nil {
-		c.key = append([]byte(nil), key...)
-		r.insert(id, key)
+		r.insert(id, key, ahead)
+		s.learn(b, w)
 	}
 	close(c.done)
+}
+
+// Waits reports whether any store is a service that has to be waited for.
+func (r *Ring) Waits() bool {
+	return slices.ContainsFunc(r.stores, func(s *standing) bool { return !s.immediate })
+}
+
+// Counts are what a ring has done so far, and what it holds.
+type Counts struct {
+	Hits, Misses             uint64 // unwrappings that the cache answered, and others
+	Prefetched, PrefetchUsed uint64
+	Made, Wasted             uint64 // new keys, and those of them that were for nothing
+	Cached, Pool, PoolTarget int
+}
+
+// Counts returns them.
+func (r *Ring) Counts() Counts {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	c := r.counts
+	c.Cached, c.Pool, c.PoolTarget = len(r.cache.where), len(r.pool.keys), r.pool.target(r.o.Now())
+	return c
+}
+
+// StoreState is what is known of a store.
+type StoreState struct {
+	URI    string
+	Proven time.Duration // how long ago it last proved that its key may be used
+	Error  error         // why it is not asked, nil if it can be
+}
+
+// States returns them, in the order of the stores.
+func (r *Ring) States() []StoreState {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var out []StoreState
+	for _, s := range r.stores {
+		st := StoreState{URI: s.URI(), Proven: r.o.Now() - s.proven}
+		if s.immediate {
+			st.Proven = 0
+		}
+		if e := s.wrong(); e != nil {
+			st.Error = e
+		}
+		out = append(out, st)
+	}
+	return out
 }
 
 // cacheID covers everything that the answer depends on.

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs what the demo (fuse3) or the tests need, if it is missing: Debian
+# Installs what the demo (fuse3), the tests or the long tests (soak) need, if it is missing: Debian
 # packages as root or by sudo, moto_server into .venv. Says what to do where it cannot.
 set -eu
 cd "$(dirname "$0")/.."
@@ -16,10 +16,20 @@ if [ "${1:-}" = test ]; then
 	want git git
 	want sqlite3 sqlite3
 	want util-linux setpriv
+	want bc bc
+	want acl setfacl
+	want attr setfattr
+	want libcap2-bin setcap
+	want e2fsprogs mkfs.ext4
+	want btrfs-progs mkfs.btrfs
 	want python3 python3
 	export PATH="$PWD/.venv/bin:$PATH"
 	command -v aws >/dev/null 2>&1 || need="$need awscli"
 	command -v moto_server >/dev/null 2>&1 || python3 -c 'import venv, ensurepip' 2>/dev/null || need="$need python3-venv"
+fi
+if [ "${1:-}" = soak ]; then
+	want stress-ng stress-ng
+	[ -n "$(ls /usr/lib/postgresql/*/bin/pg_ctl 2>/dev/null)" ] || need="$need postgresql"
 fi
 if [ -n "$need" ]; then
 	if [ "$(id -u)" = 0 ]; then sudo=""; elif command -v sudo >/dev/null 2>&1; then sudo=sudo; else

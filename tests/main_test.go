@@ -84,7 +84,7 @@ func newVolumeIn(t testing.TB, base string, options ...string) *mounted {
 	t.Helper()
 	needFUSE(t)
 	m := &mounted{t: t, base: base, cipher: filepath.Join(base, "cipher"), dir: filepath.Join(base, "mnt"), options: options}
-	m.env = append(os.Environ(), "XDG_STATE_HOME="+filepath.Join(base, "state"), "XDG_CONFIG_HOME="+filepath.Join(base, "config"))
+	m.env = append(os.Environ(), "XDG_STATE_HOME="+filepath.Join(base, "state"), "XDG_CONFIG_HOME="+filepath.Join(base, "config"), "XDG_RUNTIME_DIR="+filepath.Join(base, "run"))
 	for _, d := range []string{m.cipher, m.dir} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
 			t.Fatal(err)

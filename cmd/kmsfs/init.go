@@ -71,6 +71,9 @@ func (f *initFlags) run(ctx context.Context, dir string) error {
 		return err
 	}
 	fmt.Printf("Volume %s made in %s.\n", id, dir)
+	if e := estimate(ms); e != "" {
+		fmt.Println(e)
+	}
 	for _, m := range ms {
 		fmt.Printf("Key: %s\n", m.store.URI())
 		if m.path != "" {

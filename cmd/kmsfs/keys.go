@@ -25,6 +25,7 @@ type keyFlags struct {
 	aws            awskms.Options
 
 	clients *awskms.Clients
+	usesKMS bool
 }
 
 func (k *keyFlags) add(c *cobra.Command, usage string) {
@@ -34,6 +35,7 @@ func (k *keyFlags) add(c *cobra.Command, usage string) {
 	f.StringVar(&k.aws.Endpoint, "aws-endpoint", "", "`URL` of KMS, instead of the Region's own")
 	f.StringVar(&k.aws.Profile, "aws-profile", "", "`PROFILE` of the AWS configuration")
 	f.StringVar(&k.aws.Region, "aws-region", "", "`REGION` of keys that are named by alias or ID")
+	f.StringVar(&k.aws.RoleARN, "aws-role-arn", "", "assume the role `ARN` for all calls")
 }
 
 func (k *keyFlags) kms() *awskms.Clients {
@@ -196,6 +198,7 @@ func (k *keyFlags) named(ctx context.Context, key string, recipients []blockcryp
 	if path, ok := strings.CutPrefix(key, local.Scheme); ok && path != "" {
 		s, err = local.OpenFile(path)
 	} else if name, ok := kmsName(key); ok {
+		k.usesKMS = true
 		s, err = k.kms().Open(ctx, name)
 	} else if key == passphraseKey {
 		return k.anyPassphrase(recipients)
@@ -236,6 +239,7 @@ func (k *keyFlags) open(ctx context.Context, r blockcrypt.Recipient, rec *volume
 	case strings.HasPrefix(r.URI, local.PassphraseScheme):
 		return k.anyPassphrase([]blockcrypt.Recipient{r})
 	case strings.HasPrefix(r.URI, awskms.Scheme):
+		k.usesKMS = true
 		return k.kms().OpenURI(ctx, r.URI)
 	}
 	return nil, fmt.Errorf("this version of kmsfs does not know recipients like %s", r.URI)

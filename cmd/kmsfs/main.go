@@ -60,7 +60,8 @@ Exit codes:
 		RunE:          func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error { return usageError{err, c.CommandPath()} })
-	root.AddCommand(initCommand(), mountCommand(), umountCommand(), infoCommand(), catCommand(), encryptCommand(), decryptCommand(), versionCommand())
+	root.AddCommand(initCommand(), mountCommand(), umountCommand(), infoCommand(), catCommand(), encryptCommand(), decryptCommand(), keyCommand(), versionCommand())
+	root.AddCommand(controlCommands()...)
 	for _, c := range root.Commands() {
 		args := c.Args
 		c.Args = func(c *cobra.Command, a []string) error {

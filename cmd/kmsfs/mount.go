@@ -21,6 +21,7 @@ import (
 	"kmsfs/fs"
 	"kmsfs/fs/volume"
 	"kmsfs/keystore"
+	"kmsfs/keystore/awskms"
 	"kmsfs/keystore/local"
 )
 
@@ -33,6 +34,10 @@ type mountFlags struct {
 	allowOther  bool
 	acceptOlder bool
 	options     []string
+	maxAge      time.Duration
+	grace       time.Duration
+	lease       string
+	audit       string
 
 	again bool     // remount
 	pass  []string // options for the kernel
@@ -59,6 +64,11 @@ init writes one, and so does a mount with --key.`,
 	fl.BoolVar(&f.readOnly, "read-only", false, "change nothing, repair nothing")
 	fl.BoolVar(&f.allowOther, "allow-other", false, "let other users in; the kernel checks permissions")
 	fl.BoolVar(&f.acceptOlder, "accept-older", false, "accept a kmsfs.json that is older than the last one seen: a restored backup")
+	fl.DurationVar(&f.maxAge, "key-max-age", 5*time.Minute, "after a key was revoked, its files can be read for so `LONG` at most")
+	fl.DurationVar(&f.grace, "key-grace", time.Hour, "while a key service cannot be reached, files whose keys are known can be read for so `LONG`")
+	fl.StringVar(&f.lease, "key-lease", "key", "what proves that a file may still be read: its KMS `key` (key), or its own data key (file), for policies on single files")
+	fl.StringVar(&f.audit, "audit", "", "strict: no key is unwrapped before its file is opened, so that CloudTrail shows just what was")
+	fl.Float64Var(&f.aws.RPS, "kms-rps", 2000, "calls a second to KMS at most: the quota is shared with the account's other services")
 	// As mount(8) calls its helper.
 	for _, h := range []string{"n", "v", "s"} {
 		fl.BoolP("mount-"+h, h, false, "accepted for mount(8)")
@@ -69,6 +79,9 @@ init writes one, and so does a mount with --key.`,
 	fl.StringArrayVarP(&f.options, "options", "o", nil, "mount `OPTIONS`, comma-separated: ro, allow_other, key=KEY, passphrase_file=FILE, exec, noexec, suid, dev, …")
 	return c
 }
+
+// minMaxAge bounds --key-max-age: a proof takes a call.
+const minMaxAge = time.Second
 
 // readyFD is where the background process says that the mount can be used.
 const readyEnv = "KMSFS_READY_FD"
@@ -108,13 +121,17 @@ func (f *mountFlags) start(ctx context.Context, cipherDir, mountPoint string) er
 }
 
 // Options of fstab that are about something else, or the default.
-var ignoredOptions = []string{"defaults", "rw", "auto", "noauto", "user", "users", "nouser", "nofail", "_netdev", "nosuid", "nodev", "async", "relatime", "nodiratime"}
+var ignoredOptions = []string{"defaults", "auto", "noauto", "user", "users", "nouser", "nofail", "_netdev", "async", "relatime", "nodiratime",
+	"default_permissions"}
+
+// What mount(8) finds in /proc/mounts and gives back with remount.
+var kernelOptions = []string{"user_id", "group_id", "max_read", "blksize", "rootmode", "subtype", "fsname"}
 
 func (f *mountFlags) parseOptions() error {
 	for _, o := range strings.Split(strings.Join(f.options, ","), ",") {
 		name, value, _ := strings.Cut(o, "=")
 		switch {
-		case o == "" || slices.Contains(ignoredOptions, o) || strings.HasPrefix(o, "x-"):
+		case o == "" || slices.Contains(ignoredOptions, o) || slices.Contains(kernelOptions, name) || strings.HasPrefix(o, "x-"):
 		case o == "ro":
 			f.readOnly = true
 		case o == "remount":
@@ -131,11 +148,39 @@ func (f *mountFlags) parseOptions() error {
 			f.aws.Region = value
 		case name == "aws_endpoint":
 			f.aws.Endpoint = value
-		case slices.Contains([]string{"exec", "noexec", "suid", "dev", "noatime", "sync", "dirsync"}, o):
+		case name == "aws_role_arn":
+			f.aws.RoleARN = value
+		case name == "key_lease":
+			f.lease = value
+		case name == "audit":
+			f.audit = value
+		case name == "key_max_age", name == "key_grace":
+			d, err := time.ParseDuration(value)
+			if err != nil {
+				return usageError{fmt.Errorf("%s=%s: a duration is like 5m or 1h30m", name, value), "kmsfs mount"}
+			}
+			if name == "key_grace" {
+				f.grace = d
+			} else {
+				f.maxAge = d
+			}
+		case name == "kms_rps":
+			if _, err := fmt.Sscan(value, &f.aws.RPS); err != nil {
+				return usageError{fmt.Errorf("kms_rps=%s is no number", value), "kmsfs mount"}
+			}
+		case slices.Contains([]string{"rw", "exec", "noexec", "suid", "nosuid", "dev", "nodev", "atime", "noatime", "sync", "dirsync"}, o):
 			f.pass = append(f.pass, o)
 		default:
 			return usageError{fmt.Errorf("the mount option %q is not known", o), "kmsfs mount"}
 		}
+	}
+	switch {
+	case f.lease != "key" && f.lease != "file":
+		return usageError{fmt.Errorf("--key-lease %s: key and file are there", f.lease), "kmsfs mount"}
+	case f.audit != "" && f.audit != "strict":
+		return usageError{fmt.Errorf("--audit %s: only strict is there", f.audit), "kmsfs mount"}
+	case f.maxAge < minMaxAge || f.grace < 0 || f.aws.RPS < 1:
+		return usageError{fmt.Errorf("--key-max-age must be at least %v, --key-grace not negative, --kms-rps at least 1", minMaxAge), "kmsfs mount"}
 	}
 	return nil
 }
@@ -227,11 +272,15 @@ func realDir(dir string) (string, error) {
 
 // serve opens the volume, mounts it, and returns after it was unmounted.
 func (f *mountFlags) serve(ctx context.Context, cipherDir, mountPoint string) error {
+	f.aws.Meter = &keystore.Meter{}
 	u, err := f.unlock(ctx, cipherDir)
 	if err != nil {
 		return err
 	}
 	defer u.Close()
+	if f.usesKMS && awskms.TemporaryEnvironment() {
+		say("warning: the AWS credentials in the environment are temporary, and nobody renews them; use a profile or a role, or kmsfs reload in time")
+	}
 	log, logPath, err := f.logger(u.Config.Volume)
 	if err != nil {
 		return err
@@ -245,7 +294,8 @@ func (f *mountFlags) serve(ctx context.Context, cipherDir, mountPoint string) er
 	defer runtime.KeepAlive(ballast)
 	unix.Umask(0)
 	unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}) // a core dump would hold keys
-	v, err := u.Open(volume.Options{ReadOnly: f.readOnly, KernelTimes: !f.readOnly, Logger: logger, Pool: 8})
+	v, err := u.Open(volume.Options{ReadOnly: f.readOnly, KernelTimes: !f.readOnly, Logger: logger, Pool: 8,
+		MaxAge: f.maxAge, Grace: f.grace, FileLease: f.lease == "file", NoPrefetch: f.audit == "strict"})
 	if err != nil {
 		return err
 	}
@@ -261,7 +311,12 @@ func (f *mountFlags) serve(ctx context.Context, cipherDir, mountPoint string) er
 	if err != nil {
 		logger.Warn("umount cannot wait for this mount", "error", err)
 	}
-	go f.unmountOnSignal(server, mountPoint, logger)
+	ctl := &control{v: v, meter: f.aws.Meter, reload: f.kms().Reload, log: logger}
+	if err := ctl.start(mountPoint); err != nil {
+		logger.Warn("kmsfs stats, lock and reload cannot reach this mount", "error", err)
+	}
+	defer ctl.stop()
+	go f.unmountOnSignal(server, mountPoint, logger, ctl.reloadNow)
 	if err := ready(log, logPath, mountPoint); err != nil {
 		logger.Error("going to the background failed", "error", err)
 	}
@@ -360,16 +415,14 @@ func shellWord(s string) string {
 	return s
 }
 
-// unmountOnSignal unmounts at SIGINT, SIGTERM, and in the foreground SIGHUP, as soon as nothing is in use.
-func (f *mountFlags) unmountOnSignal(server *fs.Server, mountPoint string, logger *slog.Logger) {
+// unmountOnSignal unmounts at SIGINT and SIGTERM, as soon as nothing is in use; SIGHUP
+// reloads.
+func (f *mountFlags) unmountOnSignal(server *fs.Server, mountPoint string, logger *slog.Logger, reload func()) {
 	c := make(chan os.Signal, 1)
-	signal.Notify(c, unix.SIGINT, unix.SIGTERM)
-	if f.foreground {
-		signal.Notify(c, unix.SIGHUP)
-	} else {
-		signal.Ignore(unix.SIGHUP)
+	signal.Notify(c, unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
+	for <-c == unix.SIGHUP {
+		reload()
 	}
-	<-c
 	for told := false; ; told = true {
 		err := server.Unmount()
 		if err != nil && !errors.Is(err, unix.EBUSY) {

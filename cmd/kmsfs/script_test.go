@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/rogpeppe/go-internal/testscript" // txtar scripts that run the real main
 	"golang.org/x/sys/unix"
@@ -39,6 +40,7 @@ func TestScripts(t *testing.T) {
 			}
 			e.Setenv("XDG_STATE_HOME", filepath.Join(e.WorkDir, "state"))
 			e.Setenv("XDG_CONFIG_HOME", filepath.Join(e.WorkDir, "config"))
+			e.Setenv("XDG_RUNTIME_DIR", filepath.Join(e.WorkDir, "run"))
 			e.Setenv("HOME", e.WorkDir)
 			e.Setenv("GORACE", "atexit_sleep_ms=0") // or each command takes a second more
 			e.Defer(func() { unmountBelow(t, e.WorkDir) })
@@ -49,6 +51,18 @@ func TestScripts(t *testing.T) {
 			"kms": func(ts *testscript.TestScript, _ bool, args []string) { server(ts).SetState(args[1], args[0]) },
 			// kmsdeny [OP...]: makes operations be denied
 			"kmsdeny": func(ts *testscript.TestScript, _ bool, args []string) { server(ts).Deny(args...) },
+			// eventually COMMAND...: it succeeds within some seconds
+			"eventually": func(ts *testscript.TestScript, _ bool, args []string) {
+				for until := time.Now().Add(15 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+					err := ts.Exec(args[0], args[1:]...)
+					if err == nil {
+						return
+					}
+					if time.Now().After(until) {
+						ts.Fatalf("%v never succeeded: %v", args, err)
+					}
+				}
+			},
 			// flip FILE OFFSET: changes a bit
 			"flip": func(ts *testscript.TestScript, _ bool, args []string) {
 				b := []byte(ts.ReadFile(args[0]))

@@ -59,8 +59,8 @@ func Init(ctx context.Context, dir string, stores []keystore.Store, id blockcryp
 	if err != nil {
 		return nil, err
 	}
-	defer clear(key.Key[:])
-	vk, err := blockcrypt.NewVolumeKeys(key.Key[:], id)
+	defer key.Wipe()
+	vk, err := blockcrypt.NewVolumeKeys(key.Key, id)
 	if err != nil {
 		return nil, err
 	}

@@ -86,6 +86,13 @@ func (n *Node) acquire(ctx context.Context, write bool) (*file, error) {
 	if write && n.v.o.ReadOnly {
 		return nil, unix.EROFS
 	}
+	if err := n.v.refuses(false); err != nil {
+		return nil, err
+	}
+	if write && n.immutable.Load() {
+		return nil, unix.EPERM
+	}
+	told := false // the prefetcher, once for each open
 	var key *keystore.DataKey // for the first byte of an empty file
 	defer func() {
 		if key != nil {
@@ -100,6 +107,11 @@ func (n *Node) acquire(ctx context.Context, write bool) (*file, error) {
 				return nil, err
 			}
 			continue
+		}
+		cold := errors.As(err, new(*needsKey))
+		if !told && (cold || err == nil) {
+			n.v.prefetch.opened(n, cold)
+			told = true
 		}
 		if again, err := n.unwrapFor(ctx, err); again {
 			continue
@@ -269,7 +281,7 @@ func (f *file) dropIfIdle() {
 
 // unsettled reports whether the file on the disk is not yet in its final form. mu is held.
 func (f *file) unsettled() bool {
-	if f.hdr == nil || f.broken {
+	if f.hdr == nil || f.broken || f.keyless() {
 		return false
 	}
 	dirty := f.flags()&(blockcrypt.Dirty|blockcrypt.Cut) != 0
@@ -543,6 +555,9 @@ func (h *Handle) Node() *Node { return h.f.n }
 // rest brings a fresh file into the form that a closed one has, and puts the
 // time back. mu is held.
 func (f *file) rest() error {
+	if f.keyless() {
+		return nil // it was brought into order before the key went
+	}
 	if err := f.trim(); err != nil {
 		return f.failed("close", err)
 	}

@@ -8,8 +8,9 @@ import (
 
 // Inode flags, of FS_IOC_GETFLAGS (linux/fs.h).
 const (
-	flagAppend   = 0x20
-	flagCasefold = 0x40000000
+	flagImmutable = 0x10
+	flagAppend    = 0x20
+	flagCasefold  = 0x40000000
 )
 
 // Flags and attributes of an inode, as chattr(1) and xfs_io(1) have them: those of
@@ -21,8 +22,11 @@ type FSXAttr struct {
 	_                                             [8]byte
 }
 
-// xflagAppend is FS_XFLAG_APPEND.
-const xflagAppend = 0x10
+// FS_XFLAG_IMMUTABLE and FS_XFLAG_APPEND.
+const (
+	xflagImmutable = 0x8
+	xflagAppend    = 0x10
+)
 
 // Flags returns the inode's flags; ENOTTY where the backing filesystem has none.
 func (n *Node) Flags() (flags uint32, err error) {
@@ -40,7 +44,7 @@ func (n *Node) SetFlags(flags uint32) error {
 	if (flags^old)&(flagAppend|flagCasefold) != 0 {
 		return unix.EOPNOTSUPP
 	}
-	return n.setFlags(func(fd int) error { return n.v.ioctl(fd, unix.FS_IOC_SETFLAGS, unsafe.Pointer(&flags)) })
+	return n.setFlags(old&flagImmutable != 0, flags&flagImmutable != 0, func(fd int) error { return n.v.ioctl(fd, unix.FS_IOC_SETFLAGS, unsafe.Pointer(&flags)) })
 }
 
 // FSXAttr returns the inode's attributes by FS_IOC_FSGETXATTR.
@@ -58,7 +62,7 @@ func (n *Node) SetFSXAttr(x FSXAttr) error {
 	if (x.XFlags^old.XFlags)&xflagAppend != 0 {
 		return unix.EOPNOTSUPP
 	}
-	return n.setFlags(func(fd int) error { return n.v.ioctl(fd, FSSetXAttr, unsafe.Pointer(&x)) })
+	return n.setFlags(old.XFlags&xflagImmutable != 0, x.XFlags&xflagImmutable != 0, func(fd int) error { return n.v.ioctl(fd, FSSetXAttr, unsafe.Pointer(&x)) })
 }
 
 // FS_IOC_FSGETXATTR and FS_IOC_FSSETXATTR of linux/fs.h.
@@ -67,17 +71,22 @@ const (
 	FSSetXAttr = 0x401c5820
 )
 
-// setFlags settles the file first: an immutable one cannot be settled any more.
-func (n *Node) setFlags(f func(fd int) error) error {
+// setFlags settles a file first that is to become immutable: then it cannot be
+// settled, nor, by a descriptor that is open already, be written any more.
+func (n *Node) setFlags(was, is bool, f func(fd int) error) error {
 	if n.v.o.ReadOnly {
 		return unix.EROFS
 	}
-	if o := n.file.Load(); o != nil {
+	if o := n.file.Load(); o != nil && !was {
 		if err := o.settleNow(); err != nil {
 			return err
 		}
 	}
-	return n.withReal(f)
+	err := n.withReal(f)
+	if err == nil {
+		n.immutable.Store(is)
+	}
+	return err
 }
 
 // withReal calls f with a descriptor that is open for reading.

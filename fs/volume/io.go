@@ -28,8 +28,14 @@ var zeroBlock [blockcrypt.BlockSize]byte
 // Read fills b from offset off; less is read only at the end of the file.
 func (h *Handle) Read(b []byte, off int64) (int, error) {
 	f := h.f
+	if err := f.ready(context.Background(), false); err != nil {
+		return 0, err
+	}
 	f.mu.RLock()
 	defer f.mu.RUnlock()
+	if f.keyless() {
+		return 0, errLocked // just now
+	}
 	n, err := f.read(b, off)
 	return n, f.failed("read", err)
 }
@@ -146,6 +152,10 @@ func (f *file) readBlock(k int64, dst []byte) ([]byte, error) {
 // Write writes b at offset off. On an error the file keeps what it had, but for
 // whole pages of an overwrite.
 func (h *Handle) Write(ctx context.Context, b []byte, off int64) (int, error) {
+	return h.put(ctx, b, off, false)
+}
+
+func (h *Handle) put(ctx context.Context, b []byte, off int64, delayed bool) (int, error) {
 	if !h.write {
 		return 0, unix.EBADF
 	}
@@ -153,7 +163,7 @@ func (h *Handle) Write(ctx context.Context, b []byte, off int64) (int, error) {
 		return 0, nil
 	}
 	f := h.f
-	unlock, err := f.lockForContent(ctx)
+	unlock, err := f.lockForContent(ctx, delayed)
 	if err != nil {
 		return 0, err
 	}
@@ -191,12 +201,19 @@ func (h *Handle) CopyFrom(ctx context.Context, in *Handle, inOff, outOff, n int6
 const copyChunk = 1 << 20
 
 // lockForContent takes mu with a data key at hand, if the file is empty.
-func (f *file) lockForContent(ctx context.Context) (unlock func(), err error) {
+func (f *file) lockForContent(ctx context.Context, delayedWrite bool) (unlock func(), err error) {
 	for {
+		if err := f.ready(ctx, delayedWrite); err != nil {
+			return nil, err
+		}
 		f.mu.Lock()
 		if f.broken {
 			f.mu.Unlock()
 			return nil, unix.EIO
+		}
+		if f.keyless() { // just now
+			f.mu.Unlock()
+			continue
 		}
 		if f.size > 0 || f.next != nil {
 			return f.mu.Unlock, nil

@@ -107,7 +107,7 @@ func Encrypt(ctx context.Context, w *os.File, r io.Reader, stores []keystore.Sto
 	if err != nil {
 		return err
 	}
-	defer clear(key.Key[:])
+	defer key.Wipe()
 	rs := make([]blockcrypt.Recipient, len(key.Wrapped))
 	for i, x := range key.Wrapped {
 		rs[i] = blockcrypt.Recipient{URI: x.URI, Branch: x.Branch, Wrapped: x.Blob}
@@ -117,7 +117,7 @@ func Encrypt(ctx context.Context, w *os.File, r io.Reader, stores []keystore.Sto
 	if err != nil {
 		return err
 	}
-	hdr, keys, err := blockcrypt.NewFile(g, nil, id, blockcrypt.ID{}, key.Key[:], rs)
+	hdr, keys, err := blockcrypt.NewFile(g, nil, id, blockcrypt.ID{}, key.Key, rs)
 	if err != nil {
 		return err
 	}

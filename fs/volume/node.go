@@ -45,6 +45,8 @@ type Node struct {
 	lost    lost
 	anyLost atomic.Bool
 
+	immutable atomic.Bool // by [Node.SetFlags]
+
 	// openMu is held while the file is loaded, repaired or let go.
 	openMu sync.Mutex
 	file   atomic.Pointer[file]
@@ -66,6 +68,9 @@ func (n *Node) ID() uint64 { return n.id }
 
 // IsDir reports whether the node is a directory.
 func (n *Node) IsDir() bool { return n.typ == unix.S_IFDIR }
+
+// IsFile reports whether the node is a regular file.
+func (n *Node) IsFile() bool { return n.typ == unix.S_IFREG }
 
 // Gone reports whether the node has no name any more.
 func (n *Node) Gone() bool {

@@ -18,7 +18,7 @@ func (f *file) begin(flags uint32) error {
 	for i, w := range k.Wrapped {
 		rs[i] = blockcrypt.Recipient{URI: w.URI, Branch: w.Branch, Wrapped: w.Blob}
 	}
-	hdr, keys, err := blockcrypt.NewFile(f.v.geo, f.v.vk, k.ID, f.n.parentID(), k.Key[:], rs)
+	hdr, keys, err := blockcrypt.NewFile(f.v.geo, f.v.vk, k.ID, f.n.parentID(), k.Key, rs)
 	if err != nil {
 		return err
 	}
@@ -34,7 +34,7 @@ func (f *file) begin(flags uint32) error {
 	f.holes, f.known = nil, true
 	f.tailK = -1
 	f.v.ring.Learn(k)
-	clear(k.Key[:])
+	k.Wipe()
 	f.next = nil
 	return nil
 }
@@ -206,7 +206,7 @@ func (f *file) resize(ctx context.Context, size int64) error {
 	if size == 0 {
 		return f.empty(ctx)
 	}
-	unlock, err := f.lockForContent(ctx)
+	unlock, err := f.lockForContent(ctx, false)
 	if err != nil {
 		return err
 	}
@@ -394,6 +394,11 @@ func (f *file) sync() error {
 		f.mu.Unlock()
 		return unix.EIO
 	}
+	if f.keyless() { // nothing has changed since it was settled
+		fd := f.fd
+		f.mu.Unlock()
+		return f.v.fsync(fd)
+	}
 	if err := f.trim(); err != nil {
 		f.mu.Unlock()
 		return err
@@ -421,7 +426,7 @@ func (f *file) sync() error {
 	if f.cuts == cuts {
 		f.durable = max(f.durable, size)
 	}
-	if f.flags()&blockcrypt.Cut == 0 {
+	if f.flags()&blockcrypt.Cut == 0 || f.keyless() {
 		return nil
 	}
 	if f.cuts != cuts { // of a truncation that this sync did not cover
@@ -463,7 +468,7 @@ func (f *file) settleNow() error {
 	if f.closed || !f.rw {
 		return nil
 	}
-	if f.hdr != nil && f.conf == 0 {
+	if f.hdr != nil && f.conf == 0 || f.keyless() {
 		return f.rest()
 	}
 	if !f.unsettled() {
@@ -499,7 +504,7 @@ func (v *Volume) restamp(now uint64) error {
 	for _, f := range v.files() {
 		f.mu.Lock()
 		var err error
-		if f.rw && !f.closed && !f.broken && f.hdr != nil && f.hdr.State.Session != now && f.unconfirmed() {
+		if f.rw && !f.closed && !f.broken && f.hdr != nil && !f.keyless() && f.hdr.State.Session != now && f.unconfirmed() {
 			err = f.writeState(f.flags())
 		}
 		f.mu.Unlock()

@@ -26,7 +26,7 @@ func (h *Handle) Fallocate(ctx context.Context, mode uint32, off, n int64) error
 		return unix.EFBIG
 	}
 	f := h.f
-	unlock, err := f.lockForContent(ctx)
+	unlock, err := f.lockForContent(ctx, false)
 	if err != nil {
 		return err
 	}
@@ -278,7 +278,7 @@ type lost struct {
 // is EIO for readers, and an error at each flush and fsync, until it is written
 // again or cut off.
 func (h *Handle) WriteDelayed(ctx context.Context, b []byte, off int64) error {
-	_, err := h.Write(ctx, b, off)
+	_, err := h.put(ctx, b, off, true)
 	if err != nil && len(b) > 0 {
 		n := h.f.n
 		n.lostMu.Lock()

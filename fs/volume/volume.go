@@ -32,30 +32,37 @@ type Options struct {
 	KernelTimes bool             // the kernel's writeback cache is on: it owns the times of open files
 	Logger      *slog.Logger     // none: nothing is logged
 	Pool        int              // data keys made ahead at first, see [keystore.RingOptions]
+	MaxAge      time.Duration    // how long a proof that a key may be used is good for; 5 min if zero
+	Grace       time.Duration    // how long known keys are used while a key service cannot be reached; 1 h if zero
+	FileLease   bool             // each open file's key is proven by itself
+	NoPrefetch  bool             // no key is unwrapped before its file is opened
 	Hook        func(Call) error // for tests: sees each syscall on the tree, and can fail it
 }
 
 // Volume is an open encrypted tree.
 type Volume struct {
 	disk
-	o     Options
-	log   *slog.Logger
-	cfg   *blockcrypt.Config
-	geo   blockcrypt.Geometry
-	vk    *blockcrypt.VolumeKeys
-	ring  *keystore.Ring
-	root  *Node
-	rootD int  // the root's descriptor, and the volume's lock
-	plain bool // names mode
-	calm  bool // a filesystem in memory: pages cannot tear, no S
-	super bool // running as root: new files are given to their users
+	o      Options
+	log    *slog.Logger
+	cfg    *blockcrypt.Config
+	geo    blockcrypt.Geometry
+	vk     *blockcrypt.VolumeKeys
+	ring   *keystore.Ring
+	root   *Node
+	kernel Kernel // nil without a mount
+	rootD  int    // the root's descriptor, and the volume's lock
+	plain  bool   // names mode
+	calm   bool   // a filesystem in memory: pages cannot tear, no S
+	super  bool   // running as root: new files are given to their users
 
 	session     atomic.Uint64
 	tight       atomic.Bool  // little space is left, see space.go
 	unseen      atomic.Int64 // bytes that may be written before it is looked again
 	spaceFailed atomic.Int64 // when space was last found wanting, in seconds; 0: never
-	stuck       atomic.Bool  // a file could not be brought into order: the marker stays, so that the next mount repairs it
-	wrote       atomic.Bool  // something was written in this session
+	locked      atomic.Bool  // by Lock
+	refusal     atomic.Pointer[refusal]
+	stuck       atomic.Bool // a file could not be brought into order: the marker stays, so that the next mount repairs it
+	wrote       atomic.Bool // something was written in this session
 	nextID      atomic.Uint64
 
 	moving atomic.Int64  // changes of places under way
@@ -82,9 +89,10 @@ type Volume struct {
 
 	dirMoves atomic.Uint64 // of directories, and of files still to be repaired: the walk may have missed them
 
-	settler settler
-	bg      sync.WaitGroup
-	quit    chan struct{}
+	settler  settler
+	prefetch prefetcher
+	bg       sync.WaitGroup
+	quit     chan struct{}
 }
 
 type inodeKey struct{ dev, ino uint64 }
@@ -128,8 +136,25 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 	if o.ReadOnly {
 		pool = 0
 	}
-	v.ring = keystore.NewRing(u.Config.Volume, u.stores, keystore.RingOptions{Pool: pool, Report: func(err error) { v.report("pool", "no data keys are made ahead", err) }})
+	if v.o.MaxAge == 0 {
+		v.o.MaxAge = 5 * time.Minute
+	}
+	v.ring = keystore.NewRing(u.Config.Volume, u.stores, keystore.RingOptions{
+		Pool: pool, MaxAge: v.o.MaxAge, Grace: o.Grace, EachKey: o.FileLease, Sample: wrapped(u.Config.List()),
+		Report: func(err error) {
+			v.report("pool", "a data key could not be made ahead, or not for all recipients", err)
+		},
+		Changed: v.keysChanged,
+	})
 	u.root = -1
+	if v.ring.Waits() {
+		if !o.NoPrefetch {
+			v.prefetch.start(v)
+		}
+		if o.FileLease {
+			v.bg.Go(v.renewer)
+		}
+	}
 	if !o.ReadOnly {
 		v.settler.start(v)
 		if len(v.bad) > 0 {
@@ -138,6 +163,12 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 	}
 	return v, nil
 }
+
+// KeyCounts returns what was done with keys so far.
+func (v *Volume) KeyCounts() keystore.Counts { return v.ring.Counts() }
+
+// KeyStates returns what is known of the recipients that are trusted.
+func (v *Volume) KeyStates() []keystore.StoreState { return v.ring.States() }
 
 // Root returns the root's node, whose number is 1.
 func (v *Volume) Root() *Node { return v.root }

@@ -35,18 +35,25 @@ type Options struct {
 	Endpoint string // of KMS, instead of the Region's own
 	Profile  string // of the shared configuration
 	Region   string // for keys named by alias or ID
+	RoleARN  string // assumed for all calls, in sessions of an hour
+
+	RPS   float64         // calls a second and Region at most, 2,000 if zero: the quota is shared
+	Meter *keystore.Meter // counts the calls
 
 	Attempt time.Duration // the most that one attempt takes, 3 s if zero
 	Total   time.Duration // the most that a call takes with its retries, 15 s if zero
 }
 
-// Clients makes stores. It keeps one client a Region.
+// Clients makes stores. It keeps one client a Region, which [Clients.Reload]
+// replaces.
 type Clients struct {
 	o Options
 
-	mu      sync.Mutex
-	clients map[string]*kms.Client // by Region
-	region  string
+	mu       sync.Mutex
+	clients  map[string]*kms.Client // by Region
+	gates    map[string]*gate
+	region   string
+	reloaded time.Time
 }
 
 // New returns a maker of stores. It does not call anything.
@@ -57,7 +64,7 @@ func New(o Options) *Clients {
 	if o.Total == 0 {
 		o.Total = 15 * time.Second
 	}
-	return &Clients{o: o, clients: map[string]*kms.Client{}}
+	return &Clients{o: o, clients: map[string]*kms.Client{}, gates: map[string]*gate{}}
 }
 
 // client returns the client of a Region, "" for the configured one.
@@ -71,13 +78,12 @@ func (c *Clients) client(ctx context.Context, region string) (*kms.Client, strin
 		return k, region, nil
 	}
 	hc := awshttp.NewBuildableClient().WithTransportOptions(func(t *http.Transport) {
-		t.MaxIdleConnsPerHost = 64 // the default of 10 makes most parallel calls open a connection
-		t.MaxIdleConns = 64
+		t.MaxIdleConnsPerHost = firstAtOnce // the default of 10 makes most parallel calls open a connection
+		t.MaxIdleConns = firstAtOnce
 	})
 	opts := []func(*config.LoadOptions) error{
 		config.WithRetryer(func() aws.Retryer { return aws.NopRetryer{} }), // retry is below
 		config.WithHTTPClient(hc),
-		config.WithAppID("kmsfs"),
 	}
 	if c.o.Profile != "" {
 		opts = append(opts, config.WithSharedConfigProfile(c.o.Profile))
@@ -89,8 +95,9 @@ func (c *Clients) client(ctx context.Context, region string) (*kms.Client, strin
 	}
 	cfg, err := config.LoadDefaultConfig(ctx, opts...)
 	if err != nil {
-		return nil, "", &keystore.Error{Kind: keystore.Credentials, URI: Scheme, Op: "open", Err: err, Hint: "check the AWS configuration files and --aws-profile"}
+		return nil, "", badConfig(err)
 	}
+	c.assume(&cfg)
 	if cfg.Region == "" {
 		return nil, "", &keystore.Error{Kind: keystore.Invalid, URI: Scheme, Op: "open", Err: errors.New("no AWS Region is configured"), Hint: "set AWS_REGION, give --aws-region, or name the key by its ARN"}
 	}
@@ -104,13 +111,16 @@ func (c *Clients) client(ctx context.Context, region string) (*kms.Client, strin
 		c.region = region
 	}
 	c.clients[region] = k
+	if c.gates[region] == nil {
+		c.gates[region] = newGate(c.o.RPS)
+	}
 	return k, region, nil
 }
 
 // Store wraps under one KMS key.
 type Store struct {
 	c      *Clients
-	client *kms.Client
+	region string
 	arn    string
 
 	mu       sync.Mutex
@@ -151,11 +161,11 @@ func (c *Clients) Open(ctx context.Context, name string) (*Store, error) {
 	if i := strings.Index(name, "alias/aws/"); i == 0 || i > 0 && name[i-1] == ':' {
 		return nil, refused(name, "an AWS-managed key cannot be used: only AWS services may use it", "create a customer managed key: aws kms create-key")
 	}
-	client, region, err := c.client(ctx, region)
+	_, region, err := c.client(ctx, region)
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{c: c, client: client, arn: name, branches: map[string][]byte{}}
+	s := &Store{c: c, region: region, arn: name, branches: map[string][]byte{}}
 	if isKey {
 		return s, nil
 	}
@@ -204,8 +214,8 @@ func (s *Store) resolve(ctx context.Context, name, region string) (string, error
 }
 
 func (s *Store) describe(ctx context.Context, name string) (*types.KeyMetadata, error) {
-	out, err := call(ctx, s, "describe", func(ctx context.Context) (*kms.DescribeKeyOutput, error) {
-		return s.client.DescribeKey(ctx, &kms.DescribeKeyInput{KeyId: &name})
+	out, err := call(ctx, s, "describe", "DescribeKey", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.DescribeKeyOutput, error) {
+		return k.DescribeKey(ctx, &kms.DescribeKeyInput{KeyId: &name}, o)
 	})
 	if err != nil {
 		return nil, err
@@ -253,8 +263,8 @@ func Context(b keystore.Binding) map[string]string {
 
 // Generate implements [keystore.Generator] by GenerateDataKey.
 func (s *Store) Generate(ctx context.Context, b keystore.Binding) ([]byte, keystore.Wrapped, error) {
-	out, err := call(ctx, s, "generate", func(ctx context.Context) (*kms.GenerateDataKeyOutput, error) {
-		return s.client.GenerateDataKey(ctx, &kms.GenerateDataKeyInput{KeyId: &s.arn, KeySpec: types.DataKeySpecAes256, EncryptionContext: Context(b)})
+	out, err := call(ctx, s, "generate", "GenerateDataKey", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.GenerateDataKeyOutput, error) {
+		return k.GenerateDataKey(ctx, &kms.GenerateDataKeyInput{KeyId: &s.arn, KeySpec: types.DataKeySpecAes256, EncryptionContext: Context(b)}, o)
 	})
 	if err != nil {
 		return nil, keystore.Wrapped{}, err
@@ -267,8 +277,8 @@ func (s *Store) Generate(ctx context.Context, b keystore.Binding) ([]byte, keyst
 
 // Wrap implements [keystore.Store] by Encrypt.
 func (s *Store) Wrap(ctx context.Context, b keystore.Binding, key []byte) (keystore.Wrapped, error) {
-	out, err := call(ctx, s, "wrap", func(ctx context.Context) (*kms.EncryptOutput, error) {
-		return s.client.Encrypt(ctx, &kms.EncryptInput{KeyId: &s.arn, Plaintext: key, EncryptionContext: Context(b)})
+	out, err := call(ctx, s, "wrap", "Encrypt", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.EncryptOutput, error) {
+		return k.Encrypt(ctx, &kms.EncryptInput{KeyId: &s.arn, Plaintext: key, EncryptionContext: Context(b)}, o)
 	})
 	if err != nil {
 		return keystore.Wrapped{}, err
@@ -327,8 +337,8 @@ func (s *Store) decrypt(ctx context.Context, b keystore.Binding, blob []byte) ([
 	if len(blob) == 0 || len(blob) > 6144 { // the bounds of the API
 		return nil, &keystore.Error{Kind: keystore.Damaged, URI: s.URI(), Op: "unwrap", Err: errors.New("the wrapped key has an impossible length")}
 	}
-	out, err := call(ctx, s, "unwrap", func(ctx context.Context) (*kms.DecryptOutput, error) {
-		return s.client.Decrypt(ctx, &kms.DecryptInput{KeyId: &s.arn, CiphertextBlob: blob, EncryptionContext: Context(b)})
+	out, err := call(ctx, s, "unwrap", "Decrypt", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.DecryptOutput, error) {
+		return k.Decrypt(ctx, &kms.DecryptInput{KeyId: &s.arn, CiphertextBlob: blob, EncryptionContext: Context(b)}, o)
 	})
 	if err != nil {
 		return nil, err

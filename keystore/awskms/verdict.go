@@ -34,18 +34,41 @@ const (
 // call makes one call with its retries: those that a repetition can help, with
 // jittered growing pauses, until Options.Total is over. Each attempt ends after
 // Options.Attempt. The error is a verdict.
-func call[T any](ctx context.Context, s *Store, op string, f func(context.Context) (T, error)) (T, error) {
+func call[T any](ctx context.Context, s *Store, op, name string, f func(context.Context, *kms.Client, func(*kms.Options)) (T, error)) (T, error) {
 	keystore.Waits(ctx)
 	total, cancel := context.WithTimeout(ctx, s.c.o.Total)
 	defer cancel()
+	purpose := keystore.PurposeOf(ctx)
+	// The user agent says what a call was for, and so does CloudTrail.
+	agent := func(o *kms.Options) { o.AppID = "kmsfs-" + purpose.String() }
+	once := map[second]bool{}
 	for pause := firstPause; ; pause = min(2*pause, longPause) {
+		k, _, err := s.c.client(ctx, s.region)
+		if err != nil {
+			var none T
+			return none, err
+		}
+		gate := s.c.gate(s.region)
+		var out T
+		if err := gate.enter(total); err != nil {
+			v, _ := s.verdict(ctx, k, op, err)
+			return out, v
+		}
+		begun := time.Now()
 		attempt, done := context.WithTimeout(total, s.c.o.Attempt)
-		out, err := f(attempt)
+		out, err = f(attempt, k, agent)
 		done()
+		took := time.Since(begun)
+		gate.leave(throttled(err))
 		if err == nil {
+			s.c.o.Meter.Record(name, purpose, 0, took)
 			return out, nil
 		}
-		v, again := s.verdict(ctx, op, err)
+		v, again := s.verdict(ctx, k, op, err)
+		s.c.o.Meter.Record(name, purpose, v.Kind, took)
+		if s.secondLook(ctx, k, v, err, once) {
+			continue
+		}
 		if !again || total.Err() != nil {
 			return out, v
 		}
@@ -105,14 +128,14 @@ var verdicts = map[string]struct {
 const credentialsHint = "give AWS credentials: aws configure, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or --aws-profile"
 
 // verdict sorts an error; again says whether a repetition can help.
-func (s *Store) verdict(ctx context.Context, op string, err error) (e *keystore.Error, again bool) {
+func (s *Store) verdict(ctx context.Context, k *kms.Client, op string, err error) (e *keystore.Error, again bool) {
 	e = &keystore.Error{Kind: keystore.Outage, URI: s.URI(), Op: op, Err: brief{err}, RequestID: requestID(err)}
 	if ctx.Err() != nil {
 		e.Kind = keystore.Canceled
 		return e, false
 	}
 	// First: what the services behind credentials answer looks like KMS's answers.
-	if s.credentialsMissing(ctx) {
+	if s.credentialsMissing(ctx, k) {
 		e.Kind, e.Hint, e.Err = keystore.Credentials, credentialsHint, noCredentials{err}
 		return e, false
 	}
@@ -120,7 +143,7 @@ func (s *Store) verdict(ctx context.Context, op string, err error) (e *keystore.
 		if v, known := verdicts[c.ErrorCode()]; known {
 			e.Kind, e.Hint = v.kind, v.hint
 			if c.ErrorCode() == "KMSInvalidStateException" {
-				e.Kind = s.invalidState(ctx)
+				e.Kind = s.invalidState(ctx, k)
 			}
 			return e, v.again
 		}
@@ -165,10 +188,10 @@ func (noCredentials) Error() string   { return "there are no AWS credentials tha
 
 // invalidState asks what KMSInvalidStateException is about: revoked where the
 // key is disabled or waiting for deletion or import, else an outage.
-func (s *Store) invalidState(ctx context.Context) keystore.Kind {
+func (s *Store) invalidState(ctx context.Context, k *kms.Client) keystore.Kind {
 	ctx, cancel := context.WithTimeout(ctx, s.c.o.Attempt)
 	defer cancel()
-	out, err := s.client.DescribeKey(ctx, &kms.DescribeKeyInput{KeyId: &s.arn})
+	out, err := k.DescribeKey(ctx, &kms.DescribeKeyInput{KeyId: &s.arn})
 	if err != nil || out.KeyMetadata == nil {
 		return keystore.Outage
 	}
@@ -189,10 +212,10 @@ func stateKind(st types.KeyState) keystore.Kind {
 }
 
 // credentialsMissing reports whether the SDK had no credentials to sign with.
-func (s *Store) credentialsMissing(ctx context.Context) bool {
+func (s *Store) credentialsMissing(ctx context.Context, k *kms.Client) bool {
 	ctx, cancel := context.WithTimeout(ctx, s.c.o.Attempt)
 	defer cancel()
-	creds := s.client.Options().Credentials
+	creds := k.Options().Credentials
 	if creds == nil {
 		return true
 	}

@@ -12,6 +12,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"slices"
@@ -42,7 +43,11 @@ type Server struct {
 	fail    func(op string) *Failure
 	latency time.Duration
 	blobs   []map[string]string // contexts of all calls that had one
-	agents  []string
+	agents  map[string]bool
+	refused map[string]string // access key IDs, with the error code
+	clock   time.Duration     // how wrong the client's clock is, as the server sees it
+	keep    bool
+	made    [][]byte // data keys
 }
 
 // Failure is an answer that a test asks for: an error code of KMS, or any body.
@@ -70,6 +75,7 @@ func NewServer(t testing.TB) *Server {
 // Start starts a server that ends with the test.
 func Start(t testing.TB) *Server {
 	s := &Server{keys: map[string]*key{}, aliases: map[string]string{}, calls: map[string]int{}, denied: map[string]bool{}}
+	s.agents, s.refused = map[string]bool{}, map[string]string{}
 	h := httptest.NewServer(http.HandlerFunc(s.serve))
 	t.Cleanup(h.Close)
 	s.URL = h.URL
@@ -163,6 +169,42 @@ func (s *Server) MostAtOnce() int {
 	return s.most
 }
 
+// Agents returns the user agents that have called.
+func (s *Server) Agents() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Collect(maps.Keys(s.agents))
+}
+
+// Refuse makes calls with an access key ID fail with a code.
+func (s *Server) Refuse(id, code string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.refused[id] = code
+}
+
+// SetClock makes the server's clock go wrong, or the client's: it refuses what was
+// signed more than 5 minutes ago.
+func (s *Server) SetClock(ahead time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.clock = ahead
+}
+
+// KeepKeys makes the server remember the data keys that it makes, for [Server.Keys].
+func (s *Server) KeepKeys() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.keep = true
+}
+
+// Keys returns them.
+func (s *Server) Keys() [][]byte {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.made)
+}
+
 // Contexts returns the encryption contexts of the calls so far.
 func (s *Server) Contexts() []map[string]string {
 	s.mu.Lock()
@@ -193,9 +235,11 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	s.calls[op]++
 	s.active++
 	s.most = max(s.most, s.active)
-	s.agents = append(s.agents, r.UserAgent())
-	latency, fail := s.latency, s.fail
+	s.agents[r.UserAgent()] = true
+	latency, fail, clock := s.latency, s.fail, s.clock
 	s.mu.Unlock()
+	now := time.Now().Add(clock)
+	w.Header().Set("Date", now.UTC().Format(http.TimeFormat))
 	defer func() {
 		s.mu.Lock()
 		s.active--
@@ -210,6 +254,10 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Content-Type", "application/x-amz-json-1.1")
 	w.Header().Set("X-Amzn-RequestId", "0123-test")
+	if signed, err := time.Parse("20060102T150405Z", r.Header.Get("X-Amz-Date")); err == nil && now.Sub(signed).Abs() > 5*time.Minute {
+		s.answerFailure(w, r, &Failure{Status: 400, Code: "InvalidSignatureException"})
+		return
+	}
 	if fail != nil {
 		if f := fail(op); f != nil {
 			s.answerFailure(w, r, f)
@@ -261,10 +309,19 @@ func (s *Server) operate(op, credential string, q *request) (any, error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if code := s.refused[credential]; code != "" {
+		return nil, &kmsError{code, "The security token included in the request is not accepted"}
+	}
 	if q.EncryptionContext != nil {
 		s.blobs = append(s.blobs, q.EncryptionContext)
 	}
 	switch op {
+	case "ListAliases":
+		var out []map[string]any
+		for alias, id := range s.aliases {
+			out = append(out, map[string]any{"AliasName": alias, "TargetKeyId": id})
+		}
+		return map[string]any{"Aliases": out, "Truncated": false}, nil
 	case "CreateKey":
 		k := s.newKey("", "SYMMETRIC_DEFAULT", "ENCRYPT_DECRYPT", "CUSTOMER")
 		return map[string]any{"KeyMetadata": s.metadata(k)}, nil
@@ -318,6 +375,9 @@ func (s *Server) crypt(op string, k *key, q *request) (any, error) {
 	case "GenerateDataKey":
 		plain := make([]byte, 32)
 		rand.Read(plain)
+		if s.keep {
+			s.made = append(s.made, slices.Clone(plain))
+		}
 		return map[string]any{"KeyId": arn(k.id), "Plaintext": plain, "CiphertextBlob": k.wrap(plain, q.EncryptionContext)}, nil
 	case "Encrypt":
 		return map[string]any{"KeyId": arn(k.id), "CiphertextBlob": k.wrap(q.Plaintext, q.EncryptionContext)}, nil

@@ -112,7 +112,7 @@ func suiteRing(t *testing.T, s, other keystore.Store) {
 				}
 				for i := range k.Wrapped { // each recipient alone suffices
 					got, err := r.Unwrap(t.Context(), k.ID, k.Wrapped[i:i+1])
-					if err != nil || !bytes.Equal(got, k.Key[:]) {
+					if err != nil || !bytes.Equal(got, k.Key) {
 						t.Errorf("recipient %d: %x, %v", i, got, err)
 					}
 				}

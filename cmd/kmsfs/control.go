@@ -1,0 +1,300 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"kmsfs/fs/volume"
+	"kmsfs/keystore"
+)
+
+// A mounted volume is asked and told over a Unix socket, never through the
+// mounted path: HTTP, mode 0600, its name made from the mountpoint.
+
+// control serves the socket of a mount.
+type control struct {
+	v      *volume.Volume
+	meter  *keystore.Meter
+	reload func()
+	log    *slog.Logger
+	since  time.Time
+
+	path string
+	srv  *http.Server
+}
+
+// socketPath is where the socket of a mount is.
+func socketPath(mountPoint string) (string, error) {
+	dir := ""
+	switch x := os.Getenv("XDG_RUNTIME_DIR"); {
+	case x != "":
+		dir = filepath.Join(x, "kmsfs")
+	case os.Geteuid() == 0:
+		dir = "/run/kmsfs"
+	default:
+		state, err := statePath()
+		if err != nil {
+			return "", err
+		}
+		dir = filepath.Join(state, "run")
+	}
+	sum := sha256.Sum256([]byte(mountPoint))
+	return filepath.Join(dir, hex.EncodeToString(sum[:16])), nil
+}
+
+// viaFD calls f with a name of the socket that is short enough for its address,
+// whatever its directory is called.
+func viaFD(path string, f func(name string) error) error {
+	d, err := unix.Open(filepath.Dir(path), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(d)
+	return f(fmt.Sprintf("/proc/self/fd/%d/%s", d, filepath.Base(path)))
+}
+
+// start serves until stop.
+func (c *control) start(mountPoint string) (err error) {
+	if c.path, err = socketPath(mountPoint); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(c.path), 0o700); err != nil {
+		return err
+	}
+	if err := os.Remove(c.path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	var l net.Listener
+	if err := viaFD(c.path, func(name string) error {
+		if l, err = net.Listen("unix", name); err == nil {
+			l.(*net.UnixListener).SetUnlinkOnClose(false) // by that name it could not
+			err = os.Chmod(name, 0o600)
+		}
+		return err
+	}); err != nil {
+		return err
+	}
+	c.since = time.Now()
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /stats", func(w http.ResponseWriter, _ *http.Request) { json.NewEncoder(w).Encode(c.stats()) })
+	mux.HandleFunc("POST /lock", func(http.ResponseWriter, *http.Request) { c.v.Lock() })
+	mux.HandleFunc("POST /unlock", func(http.ResponseWriter, *http.Request) { c.v.Unlock() })
+	mux.HandleFunc("POST /reload", func(http.ResponseWriter, *http.Request) { c.reloadNow() })
+	c.srv = &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, ErrorLog: slog.NewLogLogger(c.log.Handler(), slog.LevelWarn)}
+	go c.srv.Serve(l)
+	return nil
+}
+
+func (c *control) reloadNow() {
+	c.reload()
+	c.v.RetryKeys()
+	c.log.Info("credentials are loaded anew")
+}
+
+func (c *control) stop() {
+	if c.srv == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	c.srv.Shutdown(ctx)
+	os.Remove(c.path)
+}
+
+// ask sends a request to the daemon of a mount, and decodes its answer into out
+// unless that is nil.
+func ask(dir, method, what string, out any) error {
+	// The mountpoint is not looked into: the volume may be locked.
+	mountPoint, err := filepath.Abs(dir)
+	if err != nil {
+		return err
+	}
+	path, err := socketPath(mountPoint)
+	if err != nil {
+		return err
+	}
+	if _, err := os.Stat(path); err != nil {
+		if real, rerr := filepath.EvalSymlinks(mountPoint); rerr == nil {
+			if path, err = socketPath(real); err != nil {
+				return err
+			}
+		}
+	}
+	client := http.Client{Transport: &http.Transport{DialContext: func(context.Context, string, string) (c net.Conn, err error) {
+		verr := viaFD(path, func(name string) error {
+			c, err = net.Dial("unix", name)
+			return err
+		})
+		return c, errors.Join(verr, err)
+	}}}
+	defer client.CloseIdleConnections()
+	req, err := http.NewRequest(method, "http://kmsfs/"+what, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return hint(fmt.Errorf("no kmsfs mount at %s answers here", dir), "it must be mounted, by the same user, and XDG_RUNTIME_DIR the same as then")
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = fmt.Errorf("the daemon answered: %s", bytes.TrimSpace(b))
+	}
+	if err == nil && out != nil {
+		err = json.Unmarshal(b, out)
+	}
+	return err
+}
+
+func controlCommands() []*cobra.Command {
+	simple := func(use, short, long, what, done string) *cobra.Command {
+		return &cobra.Command{Use: use + " MOUNTPOINT", Short: short, Long: long, Args: cobra.ExactArgs(1), RunE: func(_ *cobra.Command, args []string) error {
+			if err := ask(args[0], http.MethodPost, what, nil); err != nil {
+				return err
+			}
+			fmt.Printf(done+"\n", args[0])
+			return nil
+		}}
+	}
+	return []*cobra.Command{
+		simple("lock", "Wipe the keys of a mounted volume", `Wipe the keys of a mounted volume. What programs have written is written to the
+disk first, and the kernel forgets what it knows of the files. Until kmsfs
+unlock everything in the mount answers "Key has expired", and nothing waits.`, "lock", "%s is locked."),
+		simple("unlock", "Let a locked volume be used again", "Let a locked volume be used again: keys are asked for as they are needed.", "unlock", "%s is unlocked."),
+		simple("reload", "Load AWS credentials and configuration anew", `Load AWS credentials and configuration anew, as SIGHUP does. A refusal of
+credentials does that by itself, once.`, "reload", "%s loads its credentials anew."),
+		statsCommand(),
+	}
+}
+
+// stats is what kmsfs stats tells.
+type stats struct {
+	Hours      float64          `json:"hours"`
+	Locked     bool             `json:"locked"`
+	Calls      []keystore.Calls `json:"calls"`
+	P50        float64          `json:"p50_ms"`
+	P90        float64          `json:"p90_ms"`
+	P99        float64          `json:"p99_ms"`
+	Keys       keystore.Counts  `json:"keys"`
+	Recipients []recipient      `json:"recipients"`
+}
+
+type recipient struct {
+	URI    string  `json:"uri"`
+	Proven float64 `json:"proven_seconds_ago"`
+	Error  string  `json:"error,omitempty"`
+}
+
+func (c *control) stats() stats {
+	ms := func(q float64) float64 { return float64(c.meter.Quantile(q)) / float64(time.Millisecond) }
+	s := stats{Hours: time.Since(c.since).Hours(), Locked: c.v.Locked() != nil, Calls: c.meter.Calls(), P50: ms(0.5), P90: ms(0.9), P99: ms(0.99), Keys: c.v.KeyCounts()}
+	for _, r := range c.v.KeyStates() {
+		x := recipient{URI: r.URI, Proven: r.Proven.Seconds()}
+		if r.Error != nil {
+			x.Error = r.Error.Error()
+		}
+		s.Recipients = append(s.Recipients, x)
+	}
+	return s
+}
+
+// Prices in dollars (AWS KMS and CloudTrail, all Regions but a few).
+const (
+	perCall  = 0.03 / 10000
+	perEvent = 2.0 / 100000 // of each trail but the first
+	month    = 730.0        // hours
+)
+
+func statsCommand() *cobra.Command {
+	var asJSON bool
+	var trails int
+	c := &cobra.Command{
+		Use:   "stats MOUNTPOINT",
+		Short: "Tell what a mounted volume has asked key services, and what that costs",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(_ *cobra.Command, args []string) error {
+			var s stats
+			if err := ask(args[0], http.MethodGet, "stats", &s); err != nil {
+				return err
+			}
+			if asJSON {
+				enc := json.NewEncoder(os.Stdout)
+				enc.SetIndent("", "  ")
+				return enc.Encode(s)
+			}
+			s.print(trails)
+			return nil
+		},
+	}
+	c.Flags().BoolVar(&asJSON, "json", false, "as JSON")
+	c.Flags().IntVar(&trails, "trails", 0, "how many CloudTrail `TRAILS` beside the free one record these calls")
+	return c
+}
+
+func (s *stats) print(trails int) {
+	total := uint64(0)
+	fmt.Printf("calls to key services, since %s\n", (time.Duration(s.Hours * float64(time.Hour))).Round(time.Second))
+	for _, c := range s.Calls {
+		total += c.Count
+		fmt.Printf("  %-16s %-9s %-12s %8d\n", c.Op, c.Purpose, c.Verdict, c.Count)
+	}
+	if total > 0 {
+		fmt.Printf("  latency          50%% %.1f ms, 90%% %.1f ms, 99%% %.1f ms\n", s.P50, s.P90, s.P99)
+	}
+	k := s.Keys
+	fmt.Printf("keys known        %d (%d answers from memory, %d asked for)\n", k.Cached, k.Hits, k.Misses)
+	fmt.Printf("keys made ahead   %d of %d (%d made, %d for nothing)\n", k.Pool, k.PoolTarget, k.Made, k.Wasted)
+	fmt.Printf("keys prefetched   %d (%d used)\n", k.Prefetched, k.PrefetchUsed)
+	for _, r := range s.Recipients {
+		state := fmt.Sprintf("proven %s ago", (time.Duration(r.Proven * float64(time.Second))).Round(time.Second))
+		switch {
+		case r.Error != "":
+			state = r.Error
+		case r.Proven == 0:
+			state = "local"
+		}
+		fmt.Printf("recipient         %s: %s\n", r.URI, state)
+	}
+	cost := float64(total) * (perCall + float64(trails)*perEvent)
+	fmt.Printf("cost so far       $%.4f", cost)
+	if s.Hours > 1 {
+		fmt.Printf(", at this rate $%.2f a month", cost/s.Hours*month)
+	}
+	fmt.Println()
+	if s.Locked {
+		fmt.Println("The volume is locked.")
+	}
+}
+
+// estimate says what a new volume under KMS keys will cost.
+func estimate(ms []made) string {
+	n := 0
+	for _, m := range ms {
+		if strings.HasPrefix(m.store.URI(), "aws-kms:") {
+			n++
+		}
+	}
+	if n == 0 {
+		return ""
+	}
+	idle := month * 60 / 2.5 * 1.1 // one proof in 2.5 minutes, with jitter
+	return fmt.Sprintf("Cost: $%.2f for each 100,000 files made or first read, and at most $%.2f a month for each mount; each CloudTrail trail but the first adds $%.2f and $%.2f. The keys themselves are $1 a month each.",
+		100000*perCall*float64(n), idle*perCall*float64(n), 100000*perEvent*float64(n), idle*perEvent*float64(n))
+}

@@ -1,0 +1,224 @@
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"kmsfs/fs/volume"
+	"kmsfs/keystore/awskms"
+)
+
+// keyCommand is for who has no other tool for KMS keys at hand.
+func keyCommand() *cobra.Command {
+	var f keyFlags
+	c := &cobra.Command{
+		Use:   "key",
+		Short: "Make and manage AWS KMS keys",
+		Args:  cobra.NoArgs,
+		RunE:  func(c *cobra.Command, _ []string) error { return c.Help() },
+	}
+	p := c.PersistentFlags()
+	p.StringVar(&f.aws.Endpoint, "aws-endpoint", "", "`URL` of KMS, instead of the Region's own")
+	p.StringVar(&f.aws.Profile, "aws-profile", "", "`PROFILE` of the AWS configuration")
+	p.StringVar(&f.aws.Region, "aws-region", "", "`REGION` of the keys")
+	p.StringVar(&f.aws.RoleARN, "aws-role-arn", "", "assume the role `ARN`")
+	c.AddCommand(f.createCommand(), f.listCommand(), f.showCommand(),
+		f.changeCommand("enable KEY", "Let a disabled key be used again", 0, func(c *cobra.Command, k *awskms.Admin, key string) (string, error) {
+			return "enabled", k.Enable(c.Context(), key)
+		}),
+		f.changeCommand("disable KEY", "Disable a key: no file under it can be opened until it is enabled", dangerous, func(c *cobra.Command, k *awskms.Admin, key string) (string, error) {
+			return "disabled; within minutes nothing under it can be read", k.Disable(c.Context(), key)
+		}),
+		f.deleteCommand(),
+		f.changeCommand("cancel-deletion KEY", "Keep a key that was to be deleted; it is disabled then", 0, func(c *cobra.Command, k *awskms.Admin, key string) (string, error) {
+			return "kept, and disabled: kmsfs key enable", k.CancelDeletion(c.Context(), key)
+		}))
+	return c
+}
+
+func (f *keyFlags) admin(c *cobra.Command) (*awskms.Admin, error) { return f.kms().Admin(c.Context()) }
+
+func (f *keyFlags) createCommand() *cobra.Command {
+	var alias string
+	var admins, users []string
+	var yes bool
+	c := &cobra.Command{
+		Use:   "create --alias alias/NAME",
+		Short: "Make a symmetric key",
+		Long: `Make a symmetric key. Its policy keeps those apart who manage the key, and
+cannot decrypt with it, from those who use it. It is shown before it is sent.
+Without --admin, or --user, the account decides by its IAM policies.`,
+		Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			if !strings.HasPrefix(alias, "alias/") || strings.HasPrefix(alias, "alias/aws/") || len(alias) == len("alias/") {
+				return usageError{fmt.Errorf("%q is no name for a key: alias/NAME is", alias), c.CommandPath()}
+			}
+			k, err := f.admin(c)
+			if err != nil {
+				return err
+			}
+			policy, err := k.Policy(c.Context(), admins, users)
+			if err != nil {
+				return err
+			}
+			fmt.Printf("A symmetric key, %s, with this policy:\n%s\n", alias, policy)
+			if err := confirm("Make it", yes); err != nil {
+				return err
+			}
+			arn, err := k.Create(c.Context(), alias, policy)
+			if err != nil {
+				return err
+			}
+			fmt.Printf("Made: %s\nUse it: kmsfs init --key %s CIPHERDIR\n", arn, alias)
+			return nil
+		},
+	}
+	c.Flags().StringVar(&alias, "alias", "", "`alias/NAME` of the key")
+	c.Flags().StringArrayVar(&admins, "admin", nil, "`ARN` of who may manage the key (repeatable)")
+	c.Flags().StringArrayVar(&users, "user", nil, "`ARN` of who may encrypt and decrypt (repeatable)")
+	c.Flags().BoolVar(&yes, "yes", false, "do not ask")
+	c.MarkFlagRequired("alias")
+	return c
+}
+
+func (f *keyFlags) listCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "list",
+		Short: "List the account's keys in this Region that have an alias of their own",
+		Args:  cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			k, err := f.admin(c)
+			if err != nil {
+				return err
+			}
+			keys, err := k.List(c.Context())
+			for _, x := range keys {
+				fmt.Printf("%-40s %-16s %s\n", x.Alias, x.State, x.ARN)
+			}
+			return err
+		},
+	}
+}
+
+func (f *keyFlags) showCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "show KEY",
+		Short: "Show a key, and the volumes known here that depend on it",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(c *cobra.Command, args []string) error {
+			k, err := f.admin(c)
+			if err != nil {
+				return err
+			}
+			x, err := k.Show(c.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			out, err := json.MarshalIndent(x, "", "  ")
+			if err != nil {
+				return err
+			}
+			fmt.Println(string(out))
+			for _, v := range dependents(x.ARN) {
+				fmt.Println(v)
+			}
+			return nil
+		},
+	}
+}
+
+// dangerous says that a command takes keys away.
+const dangerous = 1
+
+func (f *keyFlags) changeCommand(use, short string, danger int, do func(*cobra.Command, *awskms.Admin, string) (string, error)) *cobra.Command {
+	var yes bool
+	c := &cobra.Command{Use: use, Short: short, Args: cobra.ExactArgs(1), RunE: func(c *cobra.Command, args []string) error {
+		k, err := f.admin(c)
+		if err != nil {
+			return err
+		}
+		x, err := k.Show(c.Context(), args[0])
+		if err != nil {
+			return err
+		}
+		if danger != 0 {
+			for _, v := range dependents(x.ARN) {
+				fmt.Println(v)
+			}
+			if err := confirm("Do that to "+x.ARN, yes); err != nil {
+				return err
+			}
+		}
+		done, err := do(c, k, x.ARN)
+		if err != nil {
+			return err
+		}
+		fmt.Printf("%s is %s.\n", x.ARN, done)
+		return nil
+	}}
+	if danger != 0 {
+		c.Flags().BoolVar(&yes, "yes", false, "do not ask")
+	}
+	return c
+}
+
+func (f *keyFlags) deleteCommand() *cobra.Command {
+	var days int
+	c := f.changeCommand("schedule-deletion KEY --days N", "Delete a key in 7 to 30 days: what is under it alone is lost then", dangerous, func(c *cobra.Command, k *awskms.Admin, key string) (string, error) {
+		if days < 7 || days > 30 {
+			return "", usageError{errors.New("--days must be 7 to 30"), c.CommandPath()}
+		}
+		when, err := k.ScheduleDeletion(c.Context(), key, days)
+		return "to be deleted at " + when + "; until then: kmsfs key cancel-deletion", err
+	})
+	c.Flags().IntVar(&days, "days", 30, "how many `DAYS` from now, 7 to 30")
+	return c
+}
+
+// confirm asks on the terminal, unless yes is set.
+func confirm(what string, yes bool) error {
+	if yes {
+		return nil
+	}
+	tty, err := os.OpenFile("/dev/tty", os.O_RDWR, 0)
+	if err != nil {
+		return hint(errors.New("there is no terminal to ask on"), "give --yes")
+	}
+	defer tty.Close()
+	fmt.Fprintf(tty, "%s? [yes/no] ", what)
+	answer, _ := bufio.NewReader(tty).ReadString('\n')
+	if strings.TrimSpace(answer) != "yes" {
+		return errors.New("not done")
+	}
+	return nil
+}
+
+// dependents tells which volumes known on this machine depend on a key.
+func dependents(arn string) (out []string) {
+	dir, err := statePath()
+	if err != nil {
+		return nil
+	}
+	records, _ := filepath.Glob(filepath.Join(dir, "*.json"))
+	for _, p := range records {
+		b, err := os.ReadFile(p)
+		var rec volume.Record
+		if err != nil || json.Unmarshal(b, &rec) != nil || !slices.Contains(rec.Recipients, awskms.Scheme+arn) {
+			continue
+		}
+		if len(rec.Recipients) == 1 {
+			out = append(out, fmt.Sprintf("The volume %s depends on it: without it nothing in there can be read.", rec.Volume))
+		} else {
+			out = append(out, fmt.Sprintf("The volume %s names it, and %d other recipients.", rec.Volume, len(rec.Recipients)-1))
+		}
+	}
+	return out
+}

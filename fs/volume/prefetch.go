@@ -1,0 +1,373 @@
+package volume
+
+import (
+	"cmp"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+)
+
+// prefetcher unwraps ahead the keys of files that a program is about to open. It
+// follows scans: opens of one file of a directory after the other, in the order
+// of its listing or of its names, into subdirectories too. One goroutine owns all
+// but events and active.
+//
+// Only opens that had to wait for a key begin a scan, so that nothing is done
+// where keys are known or nobody is to be asked. A scan predicts twice as many
+// files with each one that it has predicted rightly: what one wrong guess costs is
+// bounded, and random opens begin no scan.
+type prefetcher struct {
+	v      *Volume
+	events chan event
+	active atomic.Int64 // files that are predicted
+	scans  []*scan      // the most recent first
+}
+
+// event is an open that waits for a key, or one while there are predictions.
+type event struct {
+	n    *Node // held
+	cold bool
+}
+
+const (
+	maxScans    = 8
+	firstWindow = 4
+	maxWindow   = 64
+	hotWindow   = 16 // from here on a scan is followed into another directory
+	scanPause   = 2 * time.Second
+	maxListed   = 20000 // entries of a directory that is looked through
+	maxDepth    = 64
+)
+
+// place is where a file is.
+type place struct {
+	dir   *Node
+	cname string
+}
+
+// scan is one program's way through the tree.
+type scan struct {
+	levels []*level // from where it came to where it is, all held
+	window int
+	ahead  map[place]bool // predicted, and not opened yet
+	last   place
+	seen   time.Time
+	deep   bool // it goes from one directory to the next
+	byName bool
+}
+
+// level is a directory of a scan.
+type level struct {
+	dir     *Node // held
+	entries []scanEntry
+	next    int // the first entry that is not predicted yet
+}
+
+type scanEntry struct {
+	cname, name string
+	dir         bool
+	at          int // in the listing
+}
+
+func (p *prefetcher) start(v *Volume) {
+	p.v, p.events = v, make(chan event, 256)
+	v.bg.Go(p.loop)
+}
+
+// opened notes that a file is being opened.
+func (p *prefetcher) opened(n *Node, cold bool) {
+	if p.events == nil || !cold && p.active.Load() == 0 {
+		return
+	}
+	n.hold()
+	select {
+	case p.events <- event{n, cold}:
+	default: // it has enough to do
+		n.release()
+	}
+}
+
+func (p *prefetcher) loop() {
+	for {
+		select {
+		case <-p.v.quit:
+			for len(p.events) > 0 {
+				(<-p.events).n.release()
+			}
+			for len(p.scans) > 0 {
+				p.end(0)
+			}
+			return
+		case e := <-p.events:
+			if at, ok := e.n.place(); ok {
+				p.follow(at, e.cold)
+			}
+			e.n.release()
+		}
+	}
+}
+
+// place returns where the node is.
+func (n *Node) place() (place, bool) {
+	n.v.mu.Lock()
+	defer n.v.mu.Unlock()
+	if len(n.links) == 0 {
+		return place{}, false
+	}
+	return place{n.links[0].dir, n.links[0].cname}, true
+}
+
+// follow goes on with the scan to which an open belongs, or begins one.
+func (p *prefetcher) follow(at place, cold bool) {
+	for i, s := range p.scans {
+		if s.ahead[at] {
+			delete(s.ahead, at)
+			p.active.Add(-1)
+			s.window = min(2*s.window, maxWindow)
+			p.touch(i, at)
+			p.extend(s)
+			return
+		}
+	}
+	if !cold {
+		return
+	}
+	for i, s := range p.scans {
+		near := s.last.dir == at.dir
+		if !near && (s.window < hotWindow || time.Since(s.seen) > scanPause) {
+			continue
+		}
+		last := s.last
+		p.touch(i, at)
+		if !near {
+			s.deep = true
+			p.restart(s, at, place{})
+		} else {
+			p.restart(s, at, last)
+		}
+		p.extend(s)
+		return
+	}
+	for len(p.scans) >= maxScans {
+		p.end(len(p.scans) - 1)
+	}
+	at.dir.hold()
+	p.scans = slices.Insert(p.scans, 0, &scan{levels: []*level{{dir: at.dir}}, ahead: map[place]bool{}, last: at, seen: time.Now()})
+}
+
+// touch makes scan i the most recent one, at this place.
+func (p *prefetcher) touch(i int, at place) {
+	s := p.scans[i]
+	s.last, s.seen = at, time.Now()
+	copy(p.scans[1:i+1], p.scans[:i])
+	p.scans[0] = s
+}
+
+func (p *prefetcher) end(i int) {
+	s := p.scans[i]
+	p.scans = slices.Delete(p.scans, i, i+1)
+	p.forget(s)
+	for len(s.levels) > 0 {
+		s.pop()
+	}
+}
+
+// forget gives up what was predicted.
+func (p *prefetcher) forget(s *scan) {
+	p.active.Add(-int64(len(s.ahead)))
+	clear(s.ahead)
+}
+
+func (s *scan) top() *level { return s.levels[len(s.levels)-1] }
+
+func (s *scan) pop() {
+	s.top().dir.release()
+	s.levels = s.levels[:len(s.levels)-1]
+}
+
+// restart lets a scan go on behind at. Where last, the open before, is in the
+// same directory, at must be the next one by one of the two orders; else the
+// scan predicts nothing.
+func (p *prefetcher) restart(s *scan, at, last place) {
+	p.forget(s)
+	old := s.top()
+	if old.dir != at.dir || old.entries == nil {
+		for len(s.levels) > 0 {
+			s.pop()
+		}
+		at.dir.hold()
+		old = &level{dir: at.dir, entries: p.list(at.dir)}
+		s.levels = []*level{old}
+	}
+	if last.dir == nil {
+		old.sort(s.byName)
+		old.next = old.find(at.cname) + 1
+		return
+	}
+	s.window = 0
+	for _, byName := range []bool{false, true} {
+		old.sort(byName)
+		if i, j := old.find(last.cname), old.find(at.cname); i >= 0 && old.nextFile(i) == j {
+			s.byName, s.window, old.next = byName, firstWindow, j+1
+			return
+		}
+	}
+}
+
+// sort puts the entries into the order of the listing, or of the names, files first.
+func (l *level) sort(byName bool) {
+	if byName {
+		slices.SortFunc(l.entries, func(a, b scanEntry) int {
+			if a.dir != b.dir {
+				return cmp.Compare(btoi(a.dir), btoi(b.dir))
+			}
+			return cmp.Compare(a.name, b.name)
+		})
+		return
+	}
+	slices.SortFunc(l.entries, func(a, b scanEntry) int { return cmp.Compare(a.at, b.at) })
+}
+
+func btoi(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+func (l *level) find(cname string) int {
+	return slices.IndexFunc(l.entries, func(e scanEntry) bool { return e.cname == cname })
+}
+
+// nextFile returns the first entry behind i that is a file.
+func (l *level) nextFile(i int) int {
+	for i++; i < len(l.entries) && l.entries[i].dir; i++ {
+	}
+	return i
+}
+
+// extend predicts as many files as the scan has earned.
+func (p *prefetcher) extend(s *scan) {
+	for len(s.ahead) < s.window {
+		at, ok := p.predict(s)
+		if !ok {
+			return
+		}
+		s.ahead[at] = true
+		p.active.Add(1)
+		p.fetch(at)
+	}
+}
+
+// predict returns the next file on the scan's way.
+func (p *prefetcher) predict(s *scan) (at place, ok bool) {
+	for len(s.levels) > 0 {
+		l := s.top()
+		if l.next >= len(l.entries) {
+			if !s.deep || !p.up(s) {
+				return at, false
+			}
+			continue
+		}
+		e := l.entries[l.next]
+		l.next++
+		if !e.dir {
+			return place{l.dir, e.cname}, true
+		}
+		if len(s.levels) < maxDepth {
+			p.down(s, place{l.dir, e.cname})
+		}
+	}
+	return at, false
+}
+
+// down goes into a subdirectory.
+func (p *prefetcher) down(s *scan, at place) {
+	n, _, err := p.v.find(at.dir, func() (string, error) { return at.cname, nil })
+	if err != nil {
+		return
+	}
+	defer p.v.Forget(n.id, 1)
+	if n.IsDir() {
+		n.hold()
+		l := &level{dir: n, entries: p.list(n)}
+		l.sort(s.byName)
+		s.levels = append(s.levels, l)
+	}
+}
+
+// up goes back to the directory above, behind where the scan has come from.
+func (p *prefetcher) up(s *scan) bool {
+	l := s.top()
+	if len(s.levels) > 1 {
+		s.pop()
+		return true
+	}
+	at, ok := l.dir.place()
+	if !ok {
+		return false
+	}
+	at.dir.hold()
+	above := &level{dir: at.dir, entries: p.list(at.dir)}
+	above.sort(s.byName)
+	above.next = above.find(at.cname) + 1
+	s.pop()
+	s.levels = []*level{above}
+	return above.next > 0
+}
+
+// list returns the files and directories of a directory.
+func (p *prefetcher) list(n *Node) []scanEntry {
+	fd, err := n.enter()
+	if err != nil {
+		return nil
+	}
+	defer n.leave()
+	id, _, err := n.dirIdent(false)
+	if err != nil {
+		return nil
+	}
+	var out []scanEntry
+	p.v.scan(fd, func(e dirent) error {
+		if isOwn(e.name) && !strings.HasPrefix(e.name, blockcrypt.LongPrefix) || e.typ != unix.S_IFREG && e.typ != unix.S_IFDIR {
+			return nil
+		}
+		if name, ok, err := n.decode(fd, id, e.name); err == nil && ok {
+			out = append(out, scanEntry{cname: e.name, name: name, dir: e.typ == unix.S_IFDIR, at: len(out)})
+		}
+		if len(out) > maxListed {
+			return unix.E2BIG
+		}
+		return nil
+	})
+	return out
+}
+
+// fetch begins to unwrap a file's key.
+func (p *prefetcher) fetch(at place) {
+	v := p.v
+	fd, err := at.dir.enter()
+	if err != nil {
+		return
+	}
+	defer at.dir.leave()
+	f, err := v.disk.open(fd, at.cname, unix.O_RDONLY|fileFlags, 0)
+	if err != nil {
+		return
+	}
+	defer v.disk.close(f)
+	b := make([]byte, v.geo.Header())
+	if n, err := v.pread(f, b, 0); err != nil || n < len(b) {
+		return
+	}
+	hdr, err := blockcrypt.ParseHeader(b)
+	if err != nil || v.vk.CheckOrigin(hdr) != nil {
+		return
+	}
+	v.ring.Prefetch(hdr.File, wrapped(hdr.Recipients))
+}

@@ -1,0 +1,126 @@
+package awskms
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"kmsfs/keystore"
+)
+
+// gate limits the calls to one Region: how many a second, since the quota is
+// shared with the whole account, and how many at once. Who waits is let in by
+// purpose, the most urgent first.
+type gate struct {
+	rate, burst float64 // calls a second, and how many may come at once
+
+	mu       sync.Mutex
+	tokens   float64
+	filled   time.Time
+	limit    int // calls at once
+	flying   int
+	waiting  [keystore.Purposes][]chan struct{}
+	timer    *time.Timer
+	recent   [100]bool // of the last calls, which were throttled
+	at       int
+	seen     int // of recent, since the limit was changed
+	throttle int // true ones
+}
+
+const (
+	defaultRate = 2000
+	leastAtOnce = 16
+	mostAtOnce  = 128
+	firstAtOnce = 64
+)
+
+func newGate(rate float64) *gate {
+	if rate <= 0 {
+		rate = defaultRate
+	}
+	return &gate{rate: rate, burst: 2 * rate, tokens: 2 * rate, filled: time.Now(), limit: firstAtOnce}
+}
+
+// enter waits for the right to make a call; leave gives it back.
+func (g *gate) enter(ctx context.Context) error {
+	p := keystore.PurposeOf(ctx)
+	c := make(chan struct{})
+	g.mu.Lock()
+	g.waiting[p] = append(g.waiting[p], c)
+	g.admit()
+	g.mu.Unlock()
+	select {
+	case <-c:
+		return nil
+	case <-ctx.Done():
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for i, w := range g.waiting[p] {
+		if w == c {
+			g.waiting[p] = append(g.waiting[p][:i:i], g.waiting[p][i+1:]...)
+			return ctx.Err()
+		}
+	}
+	g.flying-- // it was let in just now
+	g.admit()
+	return ctx.Err()
+}
+
+// leave ends a call. Half as many at once are made where more than half of the
+// last ones were throttled, one more otherwise.
+func (g *gate) leave(throttled bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.flying--
+	if g.recent[g.at] {
+		g.throttle--
+	}
+	if g.recent[g.at] = throttled; throttled {
+		g.throttle++
+	}
+	g.at = (g.at + 1) % len(g.recent)
+	g.seen = min(g.seen+1, len(g.recent))
+	switch {
+	case g.throttle > len(g.recent)/2 && g.seen == len(g.recent):
+		g.limit, g.seen = max(leastAtOnce, g.limit/2), 0
+	case !throttled && g.limit < mostAtOnce && g.throttle <= len(g.recent)/2 && g.at == 0:
+		g.limit++
+	}
+	g.admit()
+}
+
+// admit lets in who can be. mu is held.
+func (g *gate) admit() {
+	t := time.Now()
+	g.tokens = min(g.burst, g.tokens+g.rate*t.Sub(g.filled).Seconds())
+	g.filled = t
+	for p := range g.waiting {
+		for len(g.waiting[p]) > 0 {
+			if g.flying >= g.limit {
+				return
+			}
+			if g.tokens < 1 {
+				g.later(time.Duration((1 - g.tokens) / g.rate * float64(time.Second)))
+				return
+			}
+			close(g.waiting[p][0])
+			g.waiting[p] = g.waiting[p][1:]
+			g.flying++
+			g.tokens--
+		}
+	}
+}
+
+// later admits again when there is a token.
+func (g *gate) later(d time.Duration) {
+	if g.timer != nil {
+		return
+	}
+	g.timer = time.AfterFunc(d, func() {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		g.timer = nil
+		g.admit()
+	})
+}

@@ -1,0 +1,301 @@
+package keystore
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"slices"
+	"time"
+)
+
+// A DataKey is a new data key with the ID that it is bound to, wrapped for
+// the recipients of the ring.
+type DataKey struct {
+	ID      [16]byte
+	Key     []byte // KeySize bytes, until Wipe
+	Wrapped []Wrapped
+
+	ring *Ring // whose slab has the key, nil if none
+	slot int32
+}
+
+// Wipe ends the use of the key.
+func (k *DataKey) Wipe() {
+	if k.ring == nil {
+		clear(k.Key)
+		k.Key = nil
+		return
+	}
+	k.ring.mu.Lock()
+	defer k.ring.mu.Unlock()
+	k.ring.free(k)
+}
+
+const (
+	// MaxPool bounds the data keys made ahead, and with them those that a
+	// crash wastes.
+	MaxPool   = 256
+	busyPool  = 64 // how many are made ahead once files are created
+	poolCalls = 64 // how many are made at the same time
+
+	burstPause = 2 * time.Second  // creations further apart are not of one burst
+	poolDecay  = 10 * time.Minute // in which the target sinks to what it was at first
+)
+
+// pool holds data keys made ahead: as many as the last burst of creations took.
+// The ring's mutex guards it.
+type pool struct {
+	keys    []*DataKey
+	base    int // at first; 0: none are made ahead
+	peak    int // what the last burst took
+	burst   int
+	last    time.Duration // when the last was taken, by the ring's clock
+	making  int
+	failing bool // what makes keys ahead failed; it stops until a NewKey succeeds
+	waiting []chan made
+}
+
+// made is what a call for a new key came to.
+type made struct {
+	key *DataKey
+	err error
+}
+
+// target is how many keys the pool should hold.
+func (p *pool) target(now time.Duration) int {
+	if p.base == 0 || p.peak <= p.base {
+		return p.base
+	}
+	left := max(0, 1-float64(now-p.last)/float64(poolDecay))
+	return p.base + int(float64(p.peak-p.base)*left)
+}
+
+// taken counts a creation.
+func (p *pool) taken(now time.Duration) {
+	if p.burst > 0 && now-p.last > burstPause {
+		p.peak = min(max(busyPool, p.burst), MaxPool)
+		p.burst = 0
+	}
+	p.burst++
+	p.peak = min(max(p.peak, busyPool, p.burst), MaxPool)
+	p.last = now
+}
+
+// NewKey returns a data key for a new file: from the pool, or as soon as one is
+// made.
+func (r *Ring) NewKey(ctx context.Context) (*DataKey, error) {
+	r.mu.Lock()
+	p, now := &r.pool, r.o.Now()
+	p.taken(now)
+	if e := r.verdict(); e != nil {
+		r.mu.Unlock()
+		return nil, e
+	}
+	if n := len(p.keys); n > 0 {
+		k := p.keys[n-1]
+		p.keys = p.keys[:n-1]
+		r.refill()
+		r.mu.Unlock()
+		return k, nil
+	}
+	if err := r.creates(); err != nil {
+		r.mu.Unlock()
+		return nil, err
+	}
+	c := make(chan made, 1)
+	p.waiting = append(p.waiting, c)
+	r.refill()
+	r.mu.Unlock()
+	Waits(ctx)
+	select {
+	case m := <-c:
+		return m.key, m.err
+	case <-ctx.Done():
+	}
+	r.mu.Lock()
+	i := slices.Index(p.waiting, c)
+	if i >= 0 {
+		p.waiting = slices.Delete(p.waiting, i, i+1)
+	}
+	r.mu.Unlock()
+	if i < 0 { // it came just now
+		if m := <-c; m.key != nil {
+			r.PutBack(m.key)
+		}
+	}
+	return nil, &Error{Kind: Canceled, Op: "generate", Err: ctx.Err()}
+}
+
+// PutBack returns a key under which nothing was written.
+func (r *Ring) PutBack(k *DataKey) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if p := &r.pool; r.locked == nil && p.base > 0 && len(p.keys) < max(p.base, p.peak) && r.ctx.Err() == nil {
+		p.keys = append(p.keys, k)
+		return
+	}
+	r.waste(k)
+}
+
+// waste wipes a key that was made for nothing. mu is held.
+func (r *Ring) waste(k *DataKey) {
+	r.counts.Wasted++
+	r.free(k)
+}
+
+// refill starts what brings the pool to its target, and who waits to a key. mu
+// is held.
+func (r *Ring) refill() {
+	p := &r.pool
+	most := poolCalls
+	if r.counts.Made == 0 {
+		most = max(p.base, 1) // until it is known that one can be made
+	}
+	for r.ctx.Err() == nil && p.making < most {
+		purpose := ForCreate
+		if p.making >= len(p.waiting) {
+			purpose = ForPool
+			if p.failing || r.locked != nil || r.creates() != nil || len(p.keys)+p.making-len(p.waiting) >= p.target(r.o.Now()) {
+				return
+			}
+		}
+		p.making++
+		r.wg.Go(func() {
+			k, err := r.make(WithPurpose(r.ctx, purpose))
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			p.making--
+			r.arrived(k, err)
+			r.refill()
+		})
+	}
+}
+
+// arrived hands a new key, or what went wrong, to who has waited longest. mu is
+// held.
+func (r *Ring) arrived(k *DataKey, err error) {
+	p := &r.pool
+	if err == nil {
+		p.failing = false
+		r.counts.Made++
+	}
+	switch {
+	case len(p.waiting) > 0:
+		c := p.waiting[0]
+		p.waiting = p.waiting[1:]
+		c <- made{k, err}
+	case err != nil:
+		if !p.failing && r.ctx.Err() == nil {
+			r.report(err)
+		}
+		p.failing = true
+	case r.locked != nil:
+		r.waste(k)
+	default:
+		p.keys = append(p.keys, k)
+	}
+}
+
+// make makes one data key.
+func (r *Ring) make(ctx context.Context) (*DataKey, error) {
+	var id [16]byte
+	rand.Read(id[:])
+	k, missing, err := r.wrapForAll(ctx, Binding{ForFile, r.volume, id})
+	if err != nil {
+		return nil, err
+	}
+	for _, err := range missing {
+		r.report(err)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if i := r.slab.take(); i >= 0 {
+		raw := k.Key
+		k.Key = r.slab.at(i)
+		copy(k.Key, raw)
+		clear(raw)
+		k.ring, k.slot = r, i
+	}
+	return k, nil
+}
+
+// free wipes a key and gives its slot back. mu is held.
+func (r *Ring) free(k *DataKey) {
+	switch {
+	case k.ring == nil:
+		clear(k.Key)
+	case r.slab.mem != nil: // else it was wiped with all others
+		r.slab.give(k.slot)
+	}
+	k.Key, k.ring = nil, nil
+}
+
+// wrapForAll makes a data key for every store that can be had now. One that
+// cannot is left out, as long as there is another: a key's file can be read by
+// those that it names, and fsck tells which lack.
+func (r *Ring) wrapForAll(ctx context.Context, b Binding) (k *DataKey, missing []error, err error) {
+	var usable []Store
+	for _, s := range r.stores {
+		if err := r.refuses(s); err != nil {
+			missing = append(missing, err)
+			continue
+		}
+		usable = append(usable, watched{r, s})
+	}
+	for len(usable) > 0 {
+		k, failed, err := newKey(ctx, usable, b)
+		if err == nil {
+			return k, missing, nil
+		}
+		if KindOf(err) == Canceled || failed < 0 {
+			return nil, nil, err
+		}
+		missing = append(missing, err)
+		usable = slices.Delete(usable, failed, failed+1)
+	}
+	if len(missing) == 0 {
+		return nil, nil, &Error{Kind: Invalid, Op: "generate", Err: errors.New("no recipient")}
+	}
+	return nil, nil, missing[0]
+}
+
+// New makes a data key and wraps it for every store: the first that can
+// generate makes it, the others wrap it.
+func New(ctx context.Context, stores []Store, b Binding) (*DataKey, error) {
+	k, _, err := newKey(ctx, stores, b)
+	return k, err
+}
+
+// newKey is New; failed is the store that an error is from, -1 if it is from none.
+func newKey(ctx context.Context, stores []Store, b Binding) (k *DataKey, failed int, err error) {
+	if len(stores) == 0 {
+		return nil, -1, &Error{Kind: Invalid, Op: "generate", Err: errors.New("no recipient")}
+	}
+	k = &DataKey{ID: b.ID, Wrapped: make([]Wrapped, len(stores))}
+	made := -1
+	for i, s := range stores {
+		g, ok := s.(Generator)
+		if !ok || !generates(s) {
+			continue
+		}
+		if k.Key, k.Wrapped[i], err = g.Generate(ctx, b); err != nil {
+			return nil, i, err
+		}
+		made = i
+		break
+	}
+	if made < 0 {
+		k.Key = make([]byte, KeySize)
+		rand.Read(k.Key)
+	}
+	for i, s := range stores {
+		if i == made {
+			continue
+		}
+		if k.Wrapped[i], err = s.Wrap(ctx, b, k.Key); err != nil {
+			clear(k.Key)
+			return nil, i, err
+		}
+	}
+	return k, -1, nil
+}

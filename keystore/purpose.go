@@ -1,0 +1,35 @@
+package keystore
+
+import "context"
+
+// Purpose is what a call to a key service is made for, the most urgent first.
+type Purpose int
+
+// The purposes. A service's log tells them apart: see keystore/awskms.
+const (
+	ForOpen     Purpose = iota // a program waits for a file's key
+	ForLease                   // to see that the key may still be used
+	ForCreate                  // a program waits for a new key
+	ForPool                    // new keys made ahead
+	ForPrefetch                // files that a program is likely to open next
+	ForRewrap
+	Purposes int = iota // how many there are
+)
+
+func (p Purpose) String() string {
+	return [...]string{"open", "lease", "create", "pool", "prefetch", "rewrap"}[p]
+}
+
+type purposeKey struct{}
+
+// WithPurpose says what calls under the context are made for; without, it is
+// [ForOpen].
+func WithPurpose(ctx context.Context, p Purpose) context.Context {
+	return context.WithValue(ctx, purposeKey{}, p)
+}
+
+// PurposeOf returns what calls under ctx are made for.
+func PurposeOf(ctx context.Context) Purpose {
+	p, _ := ctx.Value(purposeKey{}).(Purpose)
+	return p
+}

@@ -1,0 +1,60 @@
+package keystore
+
+import (
+	"fmt"
+
+	"golang.org/x/sys/unix" // memory that is locked, and in no core dump
+)
+
+// slab holds raw keys in slots of [KeySize] bytes that are neither swapped out
+// nor dumped, nor moved by the garbage collector. Its owner locks.
+type slab struct {
+	mem  []byte
+	free []int32
+}
+
+// newSlab makes a slab of n slots. Where the limit of locked memory
+// (RLIMIT_MEMLOCK) is too low it is not locked.
+func newSlab(n int) (*slab, error) {
+	page := unix.Getpagesize()
+	mem, err := unix.Mmap(-1, 0, (n*KeySize+page-1)/page*page, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		return nil, fmt.Errorf("mmap: %w", err)
+	}
+	unix.Mlock(mem)
+	unix.Madvise(mem, unix.MADV_DONTDUMP)
+	s := &slab{mem: mem, free: make([]int32, n)}
+	for i := range s.free {
+		s.free[i] = int32(n - 1 - i)
+	}
+	return s, nil
+}
+
+// take returns a free slot, -1 if there is none.
+func (s *slab) take() int32 {
+	n := len(s.free)
+	if n == 0 {
+		return -1
+	}
+	i := s.free[n-1]
+	s.free = s.free[:n-1]
+	return i
+}
+
+// at returns the bytes of a slot.
+func (s *slab) at(i int32) []byte {
+	return s.mem[int(i)*KeySize:][:KeySize:KeySize]
+}
+
+// give wipes a slot and takes it back.
+func (s *slab) give(i int32) {
+	clear(s.at(i))
+	s.free = append(s.free, i)
+}
+
+// close wipes everything.
+func (s *slab) close() {
+	clear(s.mem)
+	unix.Munmap(s.mem)
+	s.mem, s.free = nil, nil
+}

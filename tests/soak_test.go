@@ -1,0 +1,87 @@
+package tests
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// Long runs of other people's programs: part of make soak.
+func needSoak(t *testing.T) {
+	t.Helper()
+	if os.Getenv("KMSFS_SOAK") == "" {
+		t.Skip("KMSFS_SOAK is not set; make soak sets it")
+	}
+}
+
+// PostgreSQL under load, stopped in the middle, recovered, and every index
+// compared with its table.
+func TestPostgres(t *testing.T) {
+	needSoak(t)
+	needRoot(t)
+	bins, _ := filepath.Glob("/usr/lib/postgresql/*/bin")
+	if len(bins) == 0 {
+		t.Fatal("PostgreSQL is missing: make soak installs it")
+	}
+	base := openBase(t)
+	m := newVolumeIn(t, base, "--allow-other")
+	m.env = append(m.env, "PG="+bins[len(bins)-1])
+	m.run(`mkdir "$M/pg" "$B/sock"; chown postgres "$M/pg" "$B/sock"; chmod 700 "$M/pg"; cd /
+		as() { runuser -u postgres -- env PGHOST="$B/sock" PGDATA="$M/pg/data" PATH="$PG:$PATH" "$@"; }
+		start() { as pg_ctl -w -t 120 -l "$B/sock/log" -o "-k $B/sock -c listen_addresses= -c shared_buffers=32MB" start >/dev/null; }
+		trap 'as pg_ctl -w -m immediate stop >/dev/null 2>&1 || true' EXIT
+		as initdb -k -A trust >/dev/null; start; as createdb bench; as pgbench -q -i -s 10 bench 2>/dev/null
+		sums='select count(distinct s) from (select sum(abalance) s from pgbench_accounts union all select sum(bbalance) from pgbench_branches union all select sum(tbalance) from pgbench_tellers union all select sum(delta) from pgbench_history) x'
+		for i in 1 2 3; do
+			(as pgbench -n -c 4 -j 2 -T 12 bench >/dev/null 2>&1 || true) &
+			sleep 8; as pg_ctl -w -m immediate stop >/dev/null; wait; start
+			test "$(as psql -Atc "$sums" bench)" = 1
+		done
+		as psql -qc 'create extension amcheck' bench
+		test "$(as psql -Atc "select count(bt_index_check(c.oid, true)) from pg_index i join pg_class c on c.oid = i.indexrelid join pg_am a on a.oid = c.relam where a.amname = 'btree'" bench)" -gt 50
+		as pg_ctl -w stop >/dev/null; as pg_checksums --check | grep -q 'Bad checksums:  *0'`)
+	m.remount()
+}
+
+// stress-ng's stressors of files and of input and output, each verifying what
+// it wrote. What fails on the backing filesystem too does not count.
+func TestStressNG(t *testing.T) {
+	needSoak(t)
+	needRoot(t)
+	needTool(t, "stress-ng")
+	m := newVolume(t, "--allow-other")
+	var names []string
+	for _, class := range []string{"filesystem", "io"} {
+		out, _ := exec.Command("stress-ng", "--class", class+"?").CombinedOutput()
+		_, list, _ := strings.Cut(string(out), ":")
+		names = append(names, strings.Fields(list)...)
+	}
+	if len(names) < 30 {
+		t.Fatalf("stress-ng knows only %q", names)
+	}
+	ref := filepath.Join(m.base, "ref")
+	if err := os.Mkdir(ref, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	run := func(name, dir string) (string, error) {
+		c := exec.Command("timeout", "60", "stress-ng", "--"+name, "2", "--timeout", "4s", "--verify", "--temp-path", dir)
+		c.Env = append(os.Environ(), "HOME="+m.base)
+		out, err := c.CombinedOutput()
+		return string(out), err
+	}
+	for _, name := range names {
+		if strings.HasPrefix(name, "ioport") || name == "binderfs" || name == "ramfs" {
+			continue // not about a directory
+		}
+		if out, err := run(name, m.dir); err != nil {
+			if refOut, refErr := run(name, ref); refErr != nil {
+				t.Logf("%s fails on the backing filesystem too: %.200s", name, refOut)
+			} else {
+				t.Errorf("%s: %v\n%s", name, err, out)
+			}
+		}
+	}
+	m.remount()
+}
