@@ -84,6 +84,11 @@ type Immediate interface {
 	Immediate()
 }
 
+// A Forgetter is a Store that keeps keys of its own, and can wipe them.
+type Forgetter interface {
+	Forget()
+}
+
 // Kind sorts failures by what can be done about them. Zero is no kind.
 type Kind int
 

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"syscall"
@@ -418,4 +419,38 @@ func TestCredentialsRenewed(t *testing.T) {
 	put("AKIDTHIRD")
 	v.kmsfs("reload", v.dir)
 	eventually(t, "after reload", readErr(v.path("2"), nil))
+}
+
+// With --key-lease file a file that its policy forbids becomes unreadable while
+// it is open, and others stay.
+func TestFileLease(t *testing.T) {
+	v := newKMSVolume(t, "--key-lease", "file", "--key-max-age", "2s")
+	v.faults = true
+	b := noise(20000)
+	write(t, v.path("a"), b)
+	v.umount()
+	es, _ := filepath.Glob(filepath.Join(v.cipher, "[^k]*"))
+	if len(es) != 1 {
+		t.Fatal(es)
+	}
+	id := regexp.MustCompile(`"kmsfs:file": "([0-9a-f]{32})"`).FindStringSubmatch(v.kmsfs("info", "--json", es[0]))
+	if id == nil {
+		t.Fatal("info names no file ID")
+	}
+	v.mount()
+	write(t, v.path("b"), b)
+	fa, fb := open(t, v.path("a"), os.O_RDONLY), open(t, v.path("b"), os.O_RDONLY)
+	got := make([]byte, 10)
+	v.srv.DenyFile(id[1])
+	eventually(t, "the forbidden file", func() error {
+		if _, err := fa.ReadAt(got, 0); !errors.Is(err, syscall.EKEYREJECTED) {
+			return fmt.Errorf("%v", err)
+		}
+		return nil
+	})
+	if _, err := fb.ReadAt(got, 0); err != nil {
+		t.Error("the other:", err)
+	}
+	v.srv.DenyFile("")
+	eventually(t, "allowed again", func() error { _, err := fa.ReadAt(got, 0); return err })
 }

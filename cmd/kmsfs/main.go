@@ -62,7 +62,14 @@ Exit codes:
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error { return usageError{err, c.CommandPath()} })
 	root.AddCommand(initCommand(), mountCommand(), umountCommand(), infoCommand(), catCommand(), encryptCommand(), decryptCommand(), keyCommand(), versionCommand())
 	root.AddCommand(controlCommands()...)
+	usageOf(root)
+	return root
+}
+
+// usageOf makes wrong numbers of arguments wrong usage, of subcommands too.
+func usageOf(root *cobra.Command) {
 	for _, c := range root.Commands() {
+		usageOf(c)
 		args := c.Args
 		c.Args = func(c *cobra.Command, a []string) error {
 			if err := args(c, a); err != nil {
@@ -71,5 +78,4 @@ Exit codes:
 			return nil
 		}
 	}
-	return root
 }

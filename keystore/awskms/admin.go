@@ -25,7 +25,7 @@ func (c *Clients) Admin(ctx context.Context) (*Admin, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Admin{&Store{c: c, region: region, arn: region, branches: map[string][]byte{}}}, nil
+	return &Admin{&Store{c: c, region: region, arn: region, branches: map[string]branchKey{}}}, nil
 }
 
 // Key is a key as it is listed and shown.
@@ -82,12 +82,16 @@ func (a *Admin) Policy(ctx context.Context, admins, users []string) (string, err
 
 // account returns the principal that stands for the caller's account.
 func (a *Admin) account(ctx context.Context) (string, error) {
-	k, _, err := a.s.c.client(ctx, a.s.region)
-	if err != nil {
+	c := a.s.c
+	if _, _, err := c.client(ctx, a.s.region); err != nil {
 		return "", err
 	}
-	o := k.Options()
-	out, err := sts.New(sts.Options{Region: o.Region, Credentials: o.Credentials, HTTPClient: o.HTTPClient}).GetCallerIdentity(ctx, nil)
+	c.mu.Lock()
+	cfg := c.configs[a.s.region]
+	c.mu.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, c.o.Total)
+	defer cancel()
+	out, err := sts.NewFromConfig(cfg).GetCallerIdentity(ctx, nil)
 	if err != nil {
 		return "", &keystore.Error{Kind: keystore.Denied, URI: Scheme, Op: "open", Err: brief{err}, Hint: "name the administrators and users: --admin ARN --user ARN"}
 	}

@@ -23,6 +23,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/config"
 	"github.com/aws/aws-sdk-go-v2/service/kms"
 	"github.com/aws/aws-sdk-go-v2/service/kms/types"
+	"github.com/aws/smithy-go/logging" // the SDK's interface of a logger
 
 	"kmsfs/keystore"
 )
@@ -51,6 +52,7 @@ type Clients struct {
 
 	mu       sync.Mutex
 	clients  map[string]*kms.Client // by Region
+	configs  map[string]aws.Config  // likewise
 	gates    map[string]*gate
 	region   string
 	reloaded time.Time
@@ -64,7 +66,7 @@ func New(o Options) *Clients {
 	if o.Total == 0 {
 		o.Total = 15 * time.Second
 	}
-	return &Clients{o: o, clients: map[string]*kms.Client{}, gates: map[string]*gate{}}
+	return &Clients{o: o, clients: map[string]*kms.Client{}, configs: map[string]aws.Config{}, gates: map[string]*gate{}}
 }
 
 // client returns the client of a Region, "" for the configured one.
@@ -84,6 +86,7 @@ func (c *Clients) client(ctx context.Context, region string) (*kms.Client, strin
 	opts := []func(*config.LoadOptions) error{
 		config.WithRetryer(func() aws.Retryer { return aws.NopRetryer{} }), // retry is below
 		config.WithHTTPClient(hc),
+		config.WithLogger(logging.Nop{}), // every error is ours to tell
 	}
 	if c.o.Profile != "" {
 		opts = append(opts, config.WithSharedConfigProfile(c.o.Profile))
@@ -110,7 +113,7 @@ func (c *Clients) client(ctx context.Context, region string) (*kms.Client, strin
 		region = cfg.Region
 		c.region = region
 	}
-	c.clients[region] = k
+	c.clients[region], c.configs[region] = k, cfg
 	if c.gates[region] == nil {
 		c.gates[region] = newGate(c.o.RPS)
 	}
@@ -124,13 +127,26 @@ type Store struct {
 	arn    string
 
 	mu       sync.Mutex
-	branches map[string][]byte // unwrapped branch keys by branch field, bounded
+	branches map[string]branchKey // by branch field, bounded
 }
+
+// branchKey is an unwrapped branch key. It is good for a short time only: each
+// use of it counts as a proof that KMS still allows it.
+type branchKey struct {
+	key []byte
+	at  time.Time
+}
+
+const (
+	maxBranches = 256
+	branchAge   = time.Minute
+)
 
 var (
 	_ keystore.Store     = (*Store)(nil)
 	_ keystore.Generator = (*Store)(nil)
 	_ keystore.Matcher   = (*Store)(nil)
+	_ keystore.Forgetter = (*Store)(nil)
 )
 
 // Partition, Region, account and key are checked before they choose an endpoint.
@@ -165,7 +181,7 @@ func (c *Clients) Open(ctx context.Context, name string) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{c: c, region: region, arn: name, branches: map[string][]byte{}}
+	s := &Store{c: c, region: region, arn: name, branches: map[string]branchKey{}}
 	if isKey {
 		return s, nil
 	}
@@ -310,17 +326,15 @@ func (s *Store) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapp
 	return key, nil
 }
 
-const maxBranches = 256
-
 func (s *Store) branchKey(ctx context.Context, b keystore.Binding, branch []byte) ([]byte, error) {
 	id := string(b.Volume[:]) + string(branch)
 	s.mu.Lock()
 	k := s.branches[id]
 	s.mu.Unlock()
-	if k != nil {
-		return k, nil
+	if k.key != nil && time.Since(k.at) < branchAge {
+		return k.key, nil
 	}
-	k, err := s.decrypt(ctx, b, branch[16:])
+	key, err := s.decrypt(ctx, b, branch[16:])
 	if err != nil {
 		return nil, err
 	}
@@ -329,8 +343,18 @@ func (s *Store) branchKey(ctx context.Context, b keystore.Binding, branch []byte
 	if len(s.branches) >= maxBranches {
 		clear(s.branches)
 	}
-	s.branches[id] = k
-	return k, nil
+	s.branches[id] = branchKey{key, time.Now()}
+	return key, nil
+}
+
+// Forget implements [keystore.Forgetter].
+func (s *Store) Forget() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, k := range s.branches {
+		clear(k.key)
+	}
+	clear(s.branches)
 }
 
 func (s *Store) decrypt(ctx context.Context, b keystore.Binding, blob []byte) ([]byte, error) {

@@ -15,6 +15,7 @@ import (
 	"maps"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"slices"
 	"strings"
 	"sync"
@@ -31,7 +32,7 @@ const (
 // Server speaks the AWS JSON 1.1 protocol of KMS on loopback. Its knobs may be
 // turned while it serves.
 type Server struct {
-	URL string
+	URL string // of KMS, and of STS
 
 	mu      sync.Mutex
 	keys    map[string]*key   // by ID
@@ -45,6 +46,7 @@ type Server struct {
 	blobs   []map[string]string // contexts of all calls that had one
 	agents  map[string]bool
 	refused map[string]string // access key IDs, with the error code
+	noFile  string            // a file ID that a policy forbids
 	clock   time.Duration     // how wrong the client's clock is, as the server sees it
 	keep    bool
 	made    [][]byte // data keys
@@ -59,8 +61,8 @@ type Failure struct {
 }
 
 type key struct {
-	id, state, spec, usage, manager string
-	material                        [32]byte
+	id, state, spec, usage, manager, policy string
+	material                                [32]byte
 }
 
 // NewServer is [Start], and points the SDK's environment at the server.
@@ -86,7 +88,7 @@ func Start(t testing.TB) *Server {
 // server at this URL and to nothing else.
 func Env(url string) map[string]string {
 	return map[string]string{
-		"AWS_ENDPOINT_URL_KMS": url, "AWS_REGION": Region, "AWS_DEFAULT_REGION": Region,
+		"AWS_ENDPOINT_URL_KMS": url, "AWS_ENDPOINT_URL_STS": url, "AWS_REGION": Region, "AWS_DEFAULT_REGION": Region,
 		"AWS_ACCESS_KEY_ID": "AKIDTEST", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_SESSION_TOKEN": "",
 		"AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "/dev/null", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
 	}
@@ -118,6 +120,13 @@ func (s *Server) newKey(alias, spec, usage, manager string) *key {
 }
 
 func arn(id string) string { return "arn:aws:kms:" + Region + ":" + Account + ":key/" + id }
+
+// Policy returns the policy with which a key was made.
+func (s *Server) Policy(arn string) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.keys[arn[strings.LastIndex(arn, "/")+1:]].policy
+}
 
 // SetState changes a key's state: Enabled, Disabled, PendingDeletion, PendingImport, Unavailable.
 func (s *Server) SetState(arn, state string) {
@@ -183,6 +192,14 @@ func (s *Server) Refuse(id, code string) {
 	s.refused[id] = code
 }
 
+// DenyFile makes calls for a file be denied, as a policy on the encryption context
+// does; "" allows all.
+func (s *Server) DenyFile(id string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.noFile = id
+}
+
 // SetClock makes the server's clock go wrong, or the client's: it refuses what was
 // signed more than 5 minutes ago.
 func (s *Server) SetClock(ahead time.Duration) {
@@ -222,6 +239,7 @@ type request struct {
 	AliasName           string
 	TargetKeyId         string
 	PendingWindowInDays int
+	Policy              string
 }
 
 type kmsError struct{ code, message string }
@@ -231,6 +249,10 @@ func (e *kmsError) Error() string { return e.code }
 func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	op := strings.TrimPrefix(r.Header.Get("X-Amz-Target"), "TrentService.")
 	body, _ := io.ReadAll(r.Body)
+	if op == "" {
+		s.serveSTS(w, r, string(body))
+		return
+	}
 	s.mu.Lock()
 	s.calls[op]++
 	s.active++
@@ -275,6 +297,28 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	json.NewEncoder(w).Encode(out)
+}
+
+// serveSTS answers GetCallerIdentity and AssumeRole, in the query protocol. A
+// session's access key ID is SESSION and how many there were before; it ends
+// with an hour.
+func (s *Server) serveSTS(w http.ResponseWriter, r *http.Request, body string) {
+	q, _ := url.ParseQuery(body)
+	op := q.Get("Action")
+	s.mu.Lock()
+	n := s.calls[op]
+	s.calls[op]++
+	s.agents["session "+q.Get("RoleSessionName")] = true
+	s.mu.Unlock()
+	switch op {
+	case "GetCallerIdentity":
+		fmt.Fprintf(w, `<GetCallerIdentityResponse><GetCallerIdentityResult><Arn>arn:aws:iam::%s:user/test</Arn><UserId>X</UserId><Account>%[1]s</Account></GetCallerIdentityResult></GetCallerIdentityResponse>`, Account)
+	case "AssumeRole":
+		fmt.Fprintf(w, `<AssumeRoleResponse><AssumeRoleResult><Credentials><AccessKeyId>SESSION%d</AccessKeyId><SecretAccessKey>s</SecretAccessKey><SessionToken>t</SessionToken><Expiration>%s</Expiration></Credentials></AssumeRoleResult></AssumeRoleResponse>`,
+			n, time.Now().Add(time.Hour).UTC().Format(time.RFC3339))
+	default:
+		w.WriteHeader(http.StatusBadRequest)
+	}
 }
 
 func (s *Server) answerFailure(w http.ResponseWriter, r *http.Request, f *Failure) {
@@ -324,6 +368,7 @@ func (s *Server) operate(op, credential string, q *request) (any, error) {
 		return map[string]any{"Aliases": out, "Truncated": false}, nil
 	case "CreateKey":
 		k := s.newKey("", "SYMMETRIC_DEFAULT", "ENCRYPT_DECRYPT", "CUSTOMER")
+		k.policy = q.Policy
 		return map[string]any{"KeyMetadata": s.metadata(k)}, nil
 	case "CreateAlias":
 		s.aliases[q.AliasName] = q.TargetKeyId[strings.LastIndex(q.TargetKeyId, "/")+1:]
@@ -335,7 +380,7 @@ func (s *Server) operate(op, credential string, q *request) (any, error) {
 	} else {
 		k = s.find(q.KeyId)
 	}
-	if s.denied[op] {
+	if s.denied[op] || s.noFile != "" && q.EncryptionContext["kmsfs:file"] == s.noFile {
 		return nil, &kmsError{"AccessDeniedException", "User: arn:aws:iam::" + Account + ":user/test is not authorized to perform: kms:" + op}
 	}
 	if k == nil {

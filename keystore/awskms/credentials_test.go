@@ -1,0 +1,245 @@
+package awskms_test
+
+import (
+	"encoding/json"
+	"fmt"
+	"maps"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"kmsfs/keystore"
+	"kmsfs/keystore/awskms"
+	"kmsfs/keystore/keystoretest"
+)
+
+var fileKey = keystore.Binding{Use: keystore.ForFile}
+
+// A clock that is wrong by ten minutes, either way, and that jumps.
+func TestClockSkew(t *testing.T) {
+	srv := keystoretest.NewServer(t)
+	s := open(t, srv.AddKey(""))
+	for _, ahead := range []time.Duration{10 * time.Minute, 0, -10 * time.Minute, 2 * time.Hour} {
+		srv.SetClock(ahead)
+		for range 2 {
+			if _, _, err := s.Generate(t.Context(), fileKey); err != nil {
+				t.Errorf("the clock is wrong by %v: %v", -ahead, err)
+			}
+		}
+	}
+}
+
+// Credentials in a file that is written anew.
+func TestReload(t *testing.T) {
+	srv := keystoretest.NewServer(t)
+	path := filepath.Join(t.TempDir(), "credentials")
+	put := func(id string) {
+		t.Helper()
+		if err := os.WriteFile(path, fmt.Appendf(nil, "[default]\naws_access_key_id=%s\naws_secret_access_key=s\n", id), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	put("FIRST")
+	t.Setenv("AWS_ACCESS_KEY_ID", "")
+	t.Setenv("AWS_SECRET_ACCESS_KEY", "")
+	t.Setenv("AWS_SHARED_CREDENTIALS_FILE", path)
+	c := awskms.New(quick)
+	s, err := c.Open(t.Context(), srv.AddKey(""))
+	if err != nil {
+		t.Fatal(err)
+	}
+	generate := func() error { _, _, err := s.Generate(t.Context(), fileKey); return err }
+	if err := generate(); err != nil {
+		t.Fatal(err)
+	}
+	for _, code := range []string{"ExpiredTokenException", "UnrecognizedClientException"} {
+		srv.Refuse("FIRST", code)
+		put("SECOND")
+		if err := generate(); err != nil {
+			t.Errorf("after %s: %v", code, err)
+		}
+		srv.Refuse("FIRST", "")
+		put("FIRST")
+		c.Reload()
+		if err := generate(); err != nil {
+			t.Error(err)
+		}
+		// For the next round, as if the last reload were long ago.
+		c = awskms.New(quick)
+		if s, err = c.Open(t.Context(), s.ARN()); err != nil {
+			t.Fatal(err)
+		}
+		generate()
+	}
+	srv.Refuse("FIRST", "ExpiredTokenException")
+	if err := generate(); keystore.KindOf(err) != keystore.Credentials {
+		t.Errorf("none that are good: %v", err)
+	}
+	put("THIRD")
+	c.Reload()
+	if err := generate(); err != nil {
+		t.Errorf("after Reload: %v", err)
+	}
+}
+
+// A role is assumed once, under a name that says who.
+func TestRole(t *testing.T) {
+	srv := keystoretest.NewServer(t)
+	o := quick
+	o.RoleARN = "arn:aws:iam::111122223333:role/kmsfs"
+	s, err := awskms.New(o).Open(t.Context(), srv.AddKey(""))
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv.Refuse("AKIDTEST", "AccessDeniedException") // only the session may
+	for range 3 {
+		if _, _, err := s.Generate(t.Context(), fileKey); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := srv.Calls("AssumeRole"); n != 1 {
+		t.Errorf("the role was assumed %d times", n)
+	}
+	host, _ := os.Hostname()
+	if !slices.ContainsFunc(srv.Agents(), func(a string) bool { return strings.HasPrefix(a, "session kmsfs-") }) {
+		t.Errorf("no session is named after %s: %q", host, srv.Agents())
+	}
+}
+
+// A role that asks for a code cannot be used by a mount.
+func TestMFA(t *testing.T) {
+	srv := keystoretest.NewServer(t)
+	path := filepath.Join(t.TempDir(), "config")
+	if err := os.WriteFile(path, []byte("[profile base]\naws_access_key_id=AKIDTEST\naws_secret_access_key=s\n[profile mfa]\nrole_arn=arn:aws:iam::111122223333:role/r\nsource_profile=base\nmfa_serial=arn:aws:iam::111122223333:mfa/x\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for k, v := range map[string]string{"AWS_CONFIG_FILE": path, "AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""} {
+		t.Setenv(k, v)
+	}
+	o := quick
+	o.Profile = "mfa"
+	_, err := awskms.New(o).Open(t.Context(), srv.AddKey(""))
+	if keystore.KindOf(err) != keystore.Credentials || !strings.Contains(err.Error(), "multi-factor") {
+		t.Errorf("%v", err)
+	}
+}
+
+// The network goes away between the request and its answer; the server is
+// another one afterwards.
+func TestBrokenAnswers(t *testing.T) {
+	srv := keystoretest.NewServer(t)
+	arn := srv.AddKey("")
+	var n atomic.Int32
+	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if n.Add(1)%2 == 1 { // cut off in the middle of the answer
+			c, buf, err := w.(http.Hijacker).Hijack()
+			if err == nil {
+				buf.WriteString("HTTP/1.1 200 OK\r\nContent-Type: application/x-amz-json-1.1\r\nContent-Length: 500\r\n\r\n{\"KeyId\":")
+				buf.Flush()
+				c.Close()
+			}
+			return
+		}
+		req, _ := http.NewRequest(r.Method, srv.URL, r.Body)
+		req.Header = r.Header
+		req.Host = r.Host
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			w.WriteHeader(http.StatusBadGateway)
+			return
+		}
+		defer resp.Body.Close()
+		maps.Copy(w.Header(), resp.Header)
+		w.WriteHeader(resp.StatusCode)
+		buf := make([]byte, 1<<16)
+		k, _ := resp.Body.Read(buf)
+		w.Write(buf[:k])
+	}))
+	defer proxy.Close()
+	o := quick
+	o.Endpoint = proxy.URL
+	o.Meter = &keystore.Meter{}
+	s, err := awskms.New(o).Open(t.Context(), arn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := s.Generate(t.Context(), fileKey); err != nil {
+		t.Errorf("an answer that is cut off is tried again: %v", err)
+	}
+	calls := o.Meter.Calls()
+	if len(calls) != 2 || calls[0].Verdict != "ok" || calls[1].Verdict != "outage" || calls[0].Op != "GenerateDataKey" || calls[0].Purpose != "open" {
+		t.Errorf("counted %v", calls)
+	}
+	if q := o.Meter.Quantile(0.5); q <= 0 || q > time.Minute {
+		t.Errorf("half of the calls took %v", q)
+	}
+}
+
+// Keys are made, listed, switched and deleted; the policy keeps who manages a
+// key and who uses it apart.
+func TestAdmin(t *testing.T) {
+	srv := keystoretest.NewServer(t)
+	a, err := awskms.New(quick).Admin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	policy, err := a.Policy(t.Context(), nil, []string{"arn:aws:iam::111122223333:user/eve"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var p struct {
+		Statement []struct {
+			Sid       string
+			Principal struct{ AWS []string }
+			Action    []string
+		}
+	}
+	if err := json.Unmarshal([]byte(policy), &p); err != nil || len(p.Statement) != 2 {
+		t.Fatalf("%v: %s", err, policy)
+	}
+	for i, who := range []string{"arn:aws:iam::111122223333:root", "arn:aws:iam::111122223333:user/eve"} {
+		st := p.Statement[i]
+		if !slices.Equal(st.Principal.AWS, []string{who}) {
+			t.Errorf("%s: %v", st.Sid, st.Principal.AWS)
+		}
+		uses := slices.Contains(st.Action, "kms:Decrypt")
+		manages := slices.Contains(st.Action, "kms:DisableKey")
+		if uses == manages || uses != (i == 1) {
+			t.Errorf("%s may do %v", st.Sid, st.Action)
+		}
+	}
+	arn, err := a.Create(t.Context(), "alias/new", policy)
+	if err != nil || srv.Policy(arn) != policy {
+		t.Fatalf("%v, policy %q", err, srv.Policy(arn))
+	}
+	state := func(want string) {
+		t.Helper()
+		if k, err := a.Show(t.Context(), "alias/new"); err != nil || k.State != want || k.ARN != arn {
+			t.Errorf("%+v, %v, want %s", k, err, want)
+		}
+	}
+	state("Enabled")
+	for _, step := range []struct {
+		do   func() error
+		want string
+	}{
+		{func() error { return a.Disable(t.Context(), arn) }, "Disabled"},
+		{func() error { return a.Enable(t.Context(), arn) }, "Enabled"},
+		{func() error { _, err := a.ScheduleDeletion(t.Context(), arn, 7); return err }, "PendingDeletion"},
+		{func() error { return a.CancelDeletion(t.Context(), arn) }, "Disabled"},
+	} {
+		if err := step.do(); err != nil {
+			t.Error(err)
+		}
+		state(step.want)
+	}
+	if ks, err := a.List(t.Context()); err != nil || len(ks) != 1 || ks[0].Alias != "alias/new" || ks[0].ARN != arn {
+		t.Errorf("%+v, %v", ks, err)
+	}
+}
