@@ -273,6 +273,17 @@ func (r *Ring) Renew(ctx context.Context, file [16]byte, ws []Wrapped) error {
 	return err
 }
 
+// Forget wipes what is known of a file's key.
+func (r *Ring) Forget(file [16]byte, ws []Wrapped) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, w := range ws {
+		if i, ok := r.cache.where[cacheID(Binding{ForFile, r.volume, file}, w)]; ok {
+			r.cache.drop(i)
+		}
+	}
+}
+
 // Learn keeps the key of a new file, so that opening it again asks nobody.
 func (r *Ring) Learn(k *DataKey) {
 	r.mu.Lock()

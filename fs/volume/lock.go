@@ -151,6 +151,20 @@ func (v *Volume) dropKeys(files []*file) error {
 	return err
 }
 
+// dropKey is what keysChanged does, for one file.
+func (v *Volume) dropKey(f *file, hdr *blockcrypt.Header) error {
+	letGo := func() error {
+		if v.kernel == nil {
+			return nil
+		}
+		return v.kernel.WriteBack(f.n.id)
+	}
+	err := letGo()
+	v.ring.Forget(hdr.File, wrapped(hdr.Recipients))
+	// Once more: somebody may have read it meanwhile.
+	return errors.Join(err, v.dropKeys([]*file{f}), letGo())
+}
+
 // wipe forgets the file's keys and what is known of its content. mu is held.
 func (f *file) wipe() {
 	f.keys = nil
@@ -223,12 +237,7 @@ func (v *Volume) renewer() {
 			err := v.ring.Renew(ctx, hdr.File, wrapped(hdr.Recipients))
 			if k := keystore.KindOf(err); k == keystore.Revoked || k == keystore.Denied || k == keystore.Damaged {
 				f.failed("renewing its key", err)
-				if v.kernel != nil {
-					v.kernel.WriteBack(f.n.id)
-				}
-				if err := v.dropKeys([]*file{f}); err != nil {
-					f.failed("settling it before its key was wiped", err)
-				}
+				f.failed("settling it before its key was wiped", v.dropKey(f, hdr))
 			}
 		}
 	}
