@@ -245,19 +245,26 @@ func (v *VolumeKeys) SealMarker(sessions []uint64) string {
 
 // OpenMarker is the inverse of [VolumeKeys.SealMarker]; else [BadMarker].
 func (v *VolumeKeys) OpenMarker(target string) ([]uint64, error) {
+	out, err := ParseMarker(target)
+	if err != nil {
+		return nil, err
+	}
+	if !hmac.Equal([]byte(v.SealMarker(out)), []byte(target)) {
+		return nil, damaged(BadMarker, "kmsfs.mounted was altered")
+	}
+	return out, nil
+}
+
+// ParseMarker reads the sessions without authenticating them.
+func ParseMarker(target string) (sessions []uint64, err error) {
 	b, err := decode64(target)
 	if err != nil || len(b) < 40 || len(b)%8 != 0 {
 		return nil, damaged(BadMarker, "kmsfs.mounted is malformed")
 	}
-	b, tag := b[:len(b)-32], b[len(b)-32:]
-	if !hmac.Equal(tag, v.mac(v.mounted, b)) {
-		return nil, damaged(BadMarker, "kmsfs.mounted was altered")
+	for b = b[:len(b)-sha256.Size]; len(b) > 0; b = b[8:] {
+		sessions = append(sessions, binary.BigEndian.Uint64(b))
 	}
-	var out []uint64
-	for ; len(b) > 0; b = b[8:] {
-		out = append(out, binary.BigEndian.Uint64(b))
-	}
-	return out, nil
+	return sessions, nil
 }
 
 func (v *VolumeKeys) mac(key, b []byte) []byte {

@@ -27,7 +27,7 @@ func escape(s string) string { return strings.NewReplacer(`\`, `\\`, `,`, `\,`).
 var mountFlags = map[string]struct{ set, clear uintptr }{
 	"ro": {set: unix.MS_RDONLY}, "rw": {clear: unix.MS_RDONLY}, "noexec": {set: unix.MS_NOEXEC}, "exec": {clear: unix.MS_NOEXEC},
 	"nosuid": {set: unix.MS_NOSUID}, "suid": {clear: unix.MS_NOSUID}, "nodev": {set: unix.MS_NODEV}, "dev": {clear: unix.MS_NODEV},
-	"noatime": {set: unix.MS_NOATIME}, "atime": {clear: unix.MS_NOATIME}, "sync": {set: unix.MS_SYNCHRONOUS}, "dirsync": {set: unix.MS_DIRSYNC},
+	"noatime": {set: unix.MS_NOATIME}, "atime": {clear: unix.MS_NOATIME}, "strictatime": {set: unix.MS_STRICTATIME}, "lazytime": {set: unix.MS_LAZYTIME}, "sync": {set: unix.MS_SYNCHRONOUS}, "dirsync": {set: unix.MS_DIRSYNC},
 }
 
 func mountDirect(dir, source string, options []string) (int, error) {

@@ -121,7 +121,7 @@ func (f *mountFlags) start(ctx context.Context, cipherDir, mountPoint string) er
 }
 
 // Options of fstab that are about something else, or the default.
-var ignoredOptions = []string{"defaults", "auto", "noauto", "user", "users", "nouser", "nofail", "_netdev", "async", "relatime", "nodiratime",
+var ignoredOptions = []string{"defaults", "auto", "noauto", "user", "users", "nouser", "nofail", "_netdev", "async", "relatime", "nodiratime", "iversion",
 	"default_permissions"}
 
 // What mount(8) finds in /proc/mounts and gives back with remount.
@@ -168,7 +168,9 @@ func (f *mountFlags) parseOptions() error {
 			if _, err := fmt.Sscan(value, &f.aws.RPS); err != nil {
 				return usageError{fmt.Errorf("kms_rps=%s is no number", value), "kmsfs mount"}
 			}
-		case slices.Contains([]string{"rw", "exec", "noexec", "suid", "nosuid", "dev", "nodev", "atime", "noatime", "sync", "dirsync"}, o):
+		case o == "allow_suid", o == "allow_dev": // mount(8) drops suid and dev: they are its defaults
+			f.pass = append(f.pass, strings.TrimPrefix(o, "allow_"))
+		case slices.Contains([]string{"rw", "exec", "noexec", "suid", "nosuid", "dev", "nodev", "atime", "noatime", "strictatime", "lazytime", "sync", "dirsync"}, o):
 			f.pass = append(f.pass, o)
 		default:
 			return usageError{fmt.Errorf("the mount option %q is not known", o), "kmsfs mount"}
@@ -295,7 +297,7 @@ func (f *mountFlags) serve(ctx context.Context, cipherDir, mountPoint string) er
 	unix.Umask(0)
 	unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}) // a core dump would hold keys
 	unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0)     // nor may others look into the memory
-	v, err := u.Open(volume.Options{ReadOnly: f.readOnly, KernelTimes: !f.readOnly, Logger: logger, Pool: 8,
+	v, err := openFree(u, cipherDir, volume.Options{ReadOnly: f.readOnly, KernelTimes: !f.readOnly, Logger: logger, Pool: 8,
 		MaxAge: f.maxAge, Grace: f.grace, FileLease: f.lease == "file", NoPrefetch: f.audit == "strict"})
 	if err != nil {
 		return err
@@ -328,6 +330,21 @@ func (f *mountFlags) serve(ctx context.Context, cipherDir, mountPoint string) er
 	}
 	mark.ended(err)
 	return err
+}
+
+// endsWithin is how long a mount waits for the daemon of one that was just unmounted.
+const endsWithin = 30 * time.Second
+
+// openFree opens the volume. Where it is not mounted any more, and its daemon is
+// still writing what it must (umount(8) does not always wait for it), that is
+// waited for.
+func openFree(u *volume.Unlocked, cipherDir string, o volume.Options) (*volume.Volume, error) {
+	for until := time.Now().Add(endsWithin); ; time.Sleep(20 * time.Millisecond) {
+		v, err := u.Open(o)
+		if !errors.Is(err, volume.ErrLocked) || isMounted(cipherDir) || time.Now().After(until) {
+			return v, err
+		}
+	}
 }
 
 func mountFailed(err error) error {

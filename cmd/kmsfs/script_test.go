@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -28,6 +29,12 @@ func TestScripts(t *testing.T) {
 	server := func(ts *testscript.TestScript) *keystoretest.Server { return ts.Value("kms").(*keystoretest.Server) }
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/script",
+		Condition: func(cond string) (bool, error) {
+			if cond == "root" {
+				return os.Geteuid() == 0, nil
+			}
+			return false, fmt.Errorf("the condition %q is not known", cond)
+		},
 		Setup: func(e *testscript.Env) error {
 			srv := keystoretest.Start(t)
 			e.Values["kms"] = srv

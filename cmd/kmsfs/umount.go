@@ -47,6 +47,9 @@ func umount(dir string) error {
 		return err
 	}
 	d := daemonOf(real, m.source)
+	if d.fd >= 0 {
+		defer unix.Close(d.fd)
+	}
 	if err := unmountOnce(real); errors.Is(err, unix.EBUSY) {
 		who := strings.Join(busy(real), ", ")
 		if who == "" {
@@ -55,6 +58,12 @@ func umount(dir string) error {
 		return coded{hint(fmt.Errorf("%s is busy: in use by %s", real, who), "end what uses it, or leave the directory, and try again"), exitBusy}
 	} else if err != nil {
 		return fmt.Errorf("unmount %s: %w", real, err)
+	}
+	if other, err := mountOf(m.dev); err != nil {
+		return err
+	} else if other != "" {
+		fmt.Printf("The volume is still mounted at %s.\n", other)
+		return nil
 	}
 	return d.awaitEnd()
 }
@@ -132,25 +141,53 @@ func fusermount(flag, dir string) error {
 }
 
 // mountInfo is a line of /proc/self/mountinfo.
-type mountInfo struct{ dir, fstype, source string }
+type mountInfo struct{ dir, dev, fstype, source string }
 
-// findMount returns what is mounted at dir, nil if nothing is.
-func findMount(dir string) (*mountInfo, error) {
+// mounts returns all mounts that this process sees.
+func mounts() (out []mountInfo, err error) {
 	f, err := os.Open("/proc/self/mountinfo")
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	var found *mountInfo
 	s := bufio.NewScanner(f)
 	for s.Scan() {
 		left, right, ok := strings.Cut(s.Text(), " - ")
 		a, b := strings.Fields(left), strings.Fields(right)
-		if ok && len(a) >= 5 && len(b) >= 2 && unescape(a[4]) == dir {
-			found = &mountInfo{dir, b[0], unescape(b[1])} // the last is on top
+		if ok && len(a) >= 5 && len(b) >= 2 {
+			out = append(out, mountInfo{unescape(a[4]), a[2], b[0], unescape(b[1])})
 		}
 	}
-	return found, s.Err()
+	return out, s.Err()
+}
+
+// findMount returns what is mounted at dir, nil if nothing is.
+func findMount(dir string) (*mountInfo, error) {
+	ms, err := mounts()
+	var found *mountInfo
+	for i, m := range ms {
+		if m.dir == dir {
+			found = &ms[i] // the last is on top
+		}
+	}
+	return found, err
+}
+
+// mountOf returns where a device is mounted, "" if nowhere.
+func mountOf(dev string) (string, error) {
+	ms, err := mounts()
+	for _, m := range ms {
+		if m.dev == dev {
+			return m.dir, nil
+		}
+	}
+	return "", err
+}
+
+// isMounted reports whether a volume is mounted anywhere that this process sees.
+func isMounted(cipherDir string) bool {
+	ms, err := mounts()
+	return err != nil || slices.ContainsFunc(ms, func(m mountInfo) bool { return m.fstype == "fuse.kmsfs" && m.source == cipherDir })
 }
 
 // unescape undoes the octal escapes of mountinfo.
@@ -262,7 +299,6 @@ func (d *daemon) awaitEnd() error {
 	if d.fd < 0 {
 		return d.awaitLock()
 	}
-	defer unix.Close(d.fd)
 	for {
 		_, err := unix.Poll([]unix.PollFd{{Fd: int32(d.fd), Events: unix.POLLIN}}, -1)
 		if err == nil {

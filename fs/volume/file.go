@@ -92,7 +92,7 @@ func (n *Node) acquire(ctx context.Context, write bool) (*file, error) {
 	if write && n.immutable.Load() {
 		return nil, unix.EPERM
 	}
-	told := false // the prefetcher, once for each open
+	told := false             // the prefetcher, once for each open
 	var key *keystore.DataKey // for the first byte of an empty file
 	defer func() {
 		if key != nil {

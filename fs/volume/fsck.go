@@ -1,0 +1,425 @@
+package volume
+
+import (
+	"context"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"path"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+	"kmsfs/keystore"
+)
+
+// Grade says how much a finding matters.
+type Grade int
+
+// The grades, the least first.
+const (
+	Note        Grade = iota // nothing is wrong with what is there
+	Mendable                 // it has one right answer: a repair gives it, and loses nothing
+	Unconfirmed              // what was being written, and never confirmed, may be missing
+	Unchecked                // it could not be looked at
+	Damaged                  // what was there once cannot be read any more
+)
+
+func (g Grade) String() string {
+	return [...]string{"note", "mendable", "unconfirmed", "unchecked", "damaged"}[g]
+}
+
+// MarshalText implements [encoding.TextMarshaler].
+func (g Grade) MarshalText() ([]byte, error) { return []byte(g.String()), nil }
+
+// Finding is one thing that a check has found.
+type Finding struct {
+	Path   string `json:"path"`           // of the ciphertext, below the volume
+	Name   string `json:"name,omitempty"` // the plaintext path, where it is known
+	Grade  Grade  `json:"grade"`
+	What   string `json:"what"` // the class of damage, or another word
+	Detail string `json:"detail"`
+	From   int64  `json:"from,omitempty"` // the bytes of plaintext that are lost, where it is some
+	To     int64  `json:"to,omitempty"`
+	Floor  bool   `json:"confirmed"` // they were confirmed
+	Advice string `json:"advice,omitempty"`
+}
+
+// What a finding can be, besides the classes of damage.
+const (
+	FoundDirID     = "directory-id"
+	FoundOrphan    = "orphan"
+	FoundLeftover  = "leftover"
+	FoundRecipient = "recipient"
+	FoundSession   = "session"
+	FoundCopied    = "copied-while-written"
+	FoundKey       = "key"
+	FoundIO        = "io"
+	FoundForeign   = "foreign"
+)
+
+// Checked counts what a check has looked at.
+type Checked struct {
+	Dirs, Files, Blocks, Bytes int64
+	Found                      [Damaged + 1]int64 // by grade
+	All                        bool               // the tree was walked to its end: Expected is final
+	Expected                   int64              // bytes of ciphertext
+}
+
+// CheckOptions of a check.
+type CheckOptions struct {
+	Found    func(Finding)       // told of each finding, one at a time
+	Progress func(done *Checked) // called now and then, by one goroutine at a time; it may be nil
+}
+
+// checker checks a tree of ciphertext: its structure, and with keys each name,
+// wrapped key and block. It changes nothing.
+type checker struct {
+	disk
+	o    CheckOptions
+	root int
+	cfg  *blockcrypt.Config
+	geo  blockcrypt.Geometry
+	vk   *blockcrypt.VolumeKeys // nil: no keys
+	ring *keystore.Ring
+	bad  map[uint64]bool // sessions that the marker names
+
+	jobs chan checkJob
+
+	mu   sync.Mutex
+	done Checked
+
+	dirs, files, blocks, bytes, expected atomic.Int64
+}
+
+type checkJob struct{ cpath, ppath string }
+
+// Check checks the structure of a volume, which needs no key.
+func (l *Locked) Check(ctx context.Context, o CheckOptions) (Checked, error) {
+	c := &checker{o: o, root: l.root, cfg: l.Config}
+	return c.run(ctx)
+}
+
+// Check checks a volume: names, wrapped keys and every block.
+func (u *Unlocked) Check(ctx context.Context, o CheckOptions) (Checked, error) {
+	c := &checker{o: o, root: u.root, cfg: u.Config, vk: u.keys}
+	c.ring = keystore.NewRing(u.Config.Volume, u.stores, keystore.RingOptions{})
+	defer c.ring.Close()
+	return c.run(ctx)
+}
+
+// Writer reports whether a mount is writing to the volume now.
+func (l *Locked) Writer() bool { return hasWriter(l.root) }
+
+func hasWriter(root int) bool {
+	// By a descriptor of its own: a lock belongs to what was opened.
+	fd, err := unix.Openat(root, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fd)
+	return errors.Is(unix.Flock(fd, unix.LOCK_SH|unix.LOCK_NB), unix.EWOULDBLOCK)
+}
+
+func (c *checker) run(ctx context.Context) (Checked, error) {
+	var err error
+	if c.geo, err = blockcrypt.NewGeometry(c.cfg.Header); err != nil {
+		return Checked{}, err
+	}
+	if err := c.readMarker(); err != nil {
+		return Checked{}, err
+	}
+	workers := runtime.GOMAXPROCS(0)
+	if c.ring != nil && c.ring.Waits() {
+		workers = 64
+	}
+	c.jobs = make(chan checkJob, 4*workers)
+	var wg sync.WaitGroup
+	for range workers {
+		wg.Go(func() {
+			for j := range c.jobs {
+				if ctx.Err() == nil {
+					c.checkFile(ctx, j)
+				}
+			}
+		})
+	}
+	id := c.cfg.Volume
+	c.walk(ctx, "", "", &id)
+	c.mu.Lock()
+	c.done.All = true
+	c.mu.Unlock()
+	close(c.jobs)
+	wg.Wait()
+	c.progress()
+	return c.snapshot(), ctx.Err()
+}
+
+func (c *checker) snapshot() Checked {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	d := c.done
+	d.Dirs, d.Files, d.Blocks, d.Bytes, d.Expected = c.dirs.Load(), c.files.Load(), c.blocks.Load(), c.bytes.Load(), c.expected.Load()
+	return d
+}
+
+func (c *checker) progress() {
+	if c.o.Progress == nil {
+		return
+	}
+	d := c.snapshot()
+	c.o.Progress(&d)
+}
+
+func (c *checker) found(f Finding) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.done.Found[f.Grade]++
+	c.o.Found(f)
+}
+
+// readMarker learns which sessions did not end well.
+func (c *checker) readMarker() error {
+	c.bad = map[uint64]bool{}
+	target, err := c.readlink(c.root, markerName)
+	if errors.Is(err, unix.ENOENT) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var sessions []uint64
+	if c.vk != nil {
+		sessions, err = c.vk.OpenMarker(target)
+	} else {
+		sessions, err = blockcrypt.ParseMarker(target)
+	}
+	if err != nil {
+		c.found(Finding{Path: markerName, Grade: Damaged, What: string(blockcrypt.BadMarker), Detail: err.Error(), Advice: "nothing can be mounted for writing until it is restored, or removed by hand"})
+		return nil
+	}
+	for _, s := range sessions {
+		c.bad[s] = true
+	}
+	if !hasWriter(c.root) {
+		c.found(Finding{Path: markerName, Grade: Mendable, What: FoundSession, Detail: fmt.Sprintf("the last mount did not end well (%d sessions)", len(sessions)), Advice: "the next mount repairs what it was writing"})
+	}
+	return nil
+}
+
+// open opens something below the root without following a symlink.
+func (c *checker) open(cpath string, flags int) (int, error) {
+	if cpath == "" {
+		cpath = "."
+	}
+	return unix.Openat2(c.root, cpath, &unix.OpenHow{Flags: uint64(flags | fileFlags), Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS})
+}
+
+// walk checks a directory and all below it. id is nil where its ID must be read.
+func (c *checker) walk(ctx context.Context, cpath, ppath string, id *blockcrypt.ID) {
+	if ctx.Err() != nil {
+		return
+	}
+	c.dirs.Add(1)
+	c.progress()
+	fd, err := c.open(cpath, unix.O_RDONLY|unix.O_DIRECTORY)
+	if err != nil {
+		c.found(Finding{Path: cpath, Name: ppath, Grade: Unchecked, What: FoundIO, Detail: err.Error()})
+		return
+	}
+	var entries []dirent
+	if err := c.scan(fd, func(e dirent) error { entries = append(entries, e); return nil }); err != nil {
+		c.found(Finding{Path: cpath, Name: ppath, Grade: Unchecked, What: FoundIO, Detail: err.Error()})
+	}
+	plain := c.cfg.Names == blockcrypt.NamesPlain
+	if id == nil && !plain {
+		id = c.dirID(fd, cpath, ppath, entries)
+	}
+	var subdirs []checkJob
+	for _, e := range entries {
+		name, show := c.entryName(fd, cpath, ppath, id, e, entries)
+		if !show {
+			continue
+		}
+		j := checkJob{path.Join(cpath, e.name), name}
+		c.checkAttrs(fd, e, j)
+		switch c.typeOf(fd, e) {
+		case unix.S_IFDIR:
+			subdirs = append(subdirs, j)
+		case unix.S_IFREG:
+			var st unix.Stat_t
+			if c.stat(fd, e.name, &st) == nil {
+				c.expected.Add(st.Size)
+			}
+			c.jobs <- j
+		case unix.S_IFLNK:
+			c.checkTarget(fd, e, j)
+		}
+	}
+	c.close(fd)
+	for _, j := range subdirs {
+		c.walk(ctx, j.cpath, j.ppath, nil)
+	}
+}
+
+func (c *checker) typeOf(fd int, e dirent) uint32 {
+	if e.typ != 0 {
+		return e.typ
+	}
+	var st unix.Stat_t
+	if c.stat(fd, e.name, &st) != nil {
+		return 0
+	}
+	return st.Mode & unix.S_IFMT
+}
+
+// dirID reads a directory's ID from its two places; nil where there is none to
+// trust.
+func (c *checker) dirID(fd int, cpath, ppath string, entries []dirent) *blockcrypt.ID {
+	var ids []blockcrypt.ID
+	places, others := 0, 0
+	add := func(s string, ok bool) {
+		places++
+		if id, good := blockcrypt.ParseID(s); ok && good && !slices.Contains(ids, id) {
+			ids = append(ids, id)
+		}
+	}
+	for _, e := range entries {
+		if e.name == dirLink {
+			t, err := c.readlink(fd, dirLink)
+			add(t, err == nil)
+		} else if s, ok := strings.CutPrefix(e.name, dirLink+"."); ok {
+			add(s, true)
+		} else if !strings.HasPrefix(e.name, blockcrypt.LongName) {
+			others++
+		}
+	}
+	f := Finding{Path: cpath, Name: ppath, What: FoundDirID}
+	switch {
+	case places == 0 && others == 0, len(ids) == 1 && places == 2:
+		if len(ids) == 0 {
+			return nil
+		}
+		return &ids[0]
+	case len(ids) == 1 && places == 1:
+		f.Grade, f.Detail, f.Advice = Mendable, "one of the two places of the directory's ID is lost", "a mount, or fsck --repair, makes it again"
+	default:
+		f.Grade, f.Detail, f.Advice = Damaged, fmt.Sprintf("the directory has %d IDs, and needs one to read its names", len(ids)), "fsck --repair tries those that the files in it remember; or restore kmsfs.dir from a backup"
+	}
+	c.found(f)
+	if len(ids) == 1 {
+		return &ids[0]
+	}
+	return nil
+}
+
+// entryName returns the plaintext path of an entry; show is false for what is
+// kmsfs' own, which is checked here.
+func (c *checker) entryName(fd int, cpath, ppath string, id *blockcrypt.ID, e dirent, all []dirent) (name string, show bool) {
+	plain := c.cfg.Names == blockcrypt.NamesPlain
+	f := Finding{Path: path.Join(cpath, e.name)}
+	has := func(n string) bool { return slices.ContainsFunc(all, func(x dirent) bool { return x.name == n }) }
+	encoded := e.name
+	switch hash, isLong := strings.CutPrefix(e.name, blockcrypt.LongPrefix); {
+	case plain && (cpath != "" || !isOwn(e.name)):
+		return path.Join(ppath, e.name), true
+	case !isOwn(e.name):
+	case isLong && !plain:
+		var err error
+		if encoded, err = c.readlink(fd, blockcrypt.LongName+hash); err != nil {
+			f.Grade, f.What, f.Detail, f.Advice = Damaged, string(blockcrypt.BadName), "the name of a long entry is lost", "its content can be read: kmsfs cat; or restore "+blockcrypt.LongName+hash+" from a backup"
+			c.found(f)
+			return "", true
+		}
+		if h, ok := blockcrypt.LongHash(encoded); !ok || h != hash {
+			f.Grade, f.What, f.Detail, f.Advice = Damaged, string(blockcrypt.BadName), "the name of a long entry was altered", "its content can be read: kmsfs cat"
+			c.found(f)
+			return "", true
+		}
+	case isDirID(e.name) && !plain, cpath == "" && (e.name == blockcrypt.ConfigName || e.name == markerName):
+		return "", false
+	case cpath == "" && (e.name == blockcrypt.ConfigName+".new" || e.name == markerName+".new"):
+		f.Grade, f.What, f.Detail, f.Advice = Mendable, FoundLeftover, "left behind by an interrupted replacement", "fsck --repair removes it"
+		c.found(f)
+		return "", false
+	case strings.HasPrefix(e.name, blockcrypt.LongName) && !plain:
+		if !has(blockcrypt.LongPrefix + strings.TrimPrefix(e.name, blockcrypt.LongName)) {
+			f.Grade, f.What, f.Detail, f.Advice = Mendable, FoundOrphan, "the name of a long entry that is not there", "fsck --repair removes it"
+			c.found(f)
+		}
+		return "", false
+	default:
+		f.Grade, f.What, f.Detail = Note, FoundForeign, "not made by kmsfs"
+		c.found(f)
+		return "", false
+	}
+	if c.vk == nil || id == nil {
+		if raw, err := base64.RawURLEncoding.DecodeString(encoded); err != nil || len(raw) < 32 || len(raw)%16 != 0 {
+			f.Grade, f.What, f.Detail, f.Advice = Damaged, string(blockcrypt.BadName), "no encoded name looks like this", "a mount does not show it"
+			c.found(f)
+		}
+		return "", true
+	}
+	p, err := c.vk.DecodeName(*id, encoded)
+	if err != nil {
+		f.Grade, f.What, f.Detail, f.Advice = Damaged, string(blockcrypt.BadName), "the name does not decode: it was altered, or moved here from another directory", "a mount does not show it; its content can be read: kmsfs cat"
+		c.found(f)
+		return "", true
+	}
+	return path.Join(ppath, p), true
+}
+
+// checkTarget opens a symlink's target.
+func (c *checker) checkTarget(fd int, e dirent, j checkJob) {
+	if c.vk == nil {
+		return
+	}
+	t, err := c.readlink(fd, e.name)
+	if err == nil {
+		_, err = c.vk.OpenTarget(t)
+	}
+	if err != nil {
+		c.found(Finding{Path: j.cpath, Name: j.ppath, Grade: Damaged, What: string(blockcrypt.BadValue), Detail: "the symlink's target cannot be read", Advice: "make it anew, or restore it from a backup"})
+	}
+}
+
+// checkAttrs opens the extended attributes that are encrypted.
+func (c *checker) checkAttrs(fd int, e dirent, j checkJob) {
+	if c.vk == nil {
+		return
+	}
+	p, err := c.disk.open(fd, e.name, unix.O_PATH, 0)
+	if err != nil {
+		return // checkFile says so
+	}
+	defer c.close(p)
+	raw, err := c.listxattr(p)
+	if err != nil || len(raw) == 0 || e.typ == unix.S_IFLNK {
+		return
+	}
+	for name := range strings.SplitSeq(string(raw), "\x00") {
+		if !strings.HasPrefix(name, "user.") && !strings.HasPrefix(name, "trusted.") {
+			continue
+		}
+		f := Finding{Path: j.cpath, Name: j.ppath, Grade: Damaged, What: string(blockcrypt.BadValue), Advice: "set the attribute anew, or remove it with setfattr"}
+		attr, err := c.vk.DecodeAttr(name)
+		if err != nil {
+			f.Detail = "the name of an extended attribute does not decode"
+			c.found(f)
+			continue
+		}
+		v, err := c.getxattr(p, name)
+		if err == nil {
+			_, err = c.vk.OpenValue(attr, v)
+		}
+		if err != nil {
+			f.Detail = "the value of an extended attribute does not open"
+			c.found(f)
+		}
+	}
+}

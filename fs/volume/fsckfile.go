@@ -1,0 +1,275 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+	"kmsfs/keystore"
+)
+
+// checkFile checks one ciphertext file.
+func (c *checker) checkFile(ctx context.Context, j checkJob) {
+	defer c.progress()
+	c.files.Add(1)
+	f := Finding{Path: j.cpath, Name: j.ppath}
+	fd, err := c.open(j.cpath, unix.O_RDONLY)
+	if errors.Is(err, unix.ENOENT) {
+		return // it went while this ran
+	}
+	if err != nil {
+		f.Grade, f.What, f.Detail = Unchecked, FoundIO, err.Error()
+		c.found(f)
+		return
+	}
+	defer c.close(fd)
+	k := &fileCheck{checker: c, fd: fd, f: f}
+	if err := k.check(ctx); err != nil {
+		k.fail(err)
+	}
+}
+
+// fileCheck is the check of one file.
+type fileCheck struct {
+	*checker
+	fd     int
+	f      Finding // with the path
+	length int64
+	hdr    *blockcrypt.Header
+}
+
+// fail reports what is wrong with the whole file.
+func (k *fileCheck) fail(err error) {
+	f := k.f
+	f.Detail = err.Error()
+	switch kind := keystore.KindOf(err); {
+	case blockcrypt.ClassOf(err) != "":
+		f.Grade, f.What = Damaged, string(blockcrypt.ClassOf(err))
+		f.Floor = k.hdr == nil || k.hdr.State.Floor > 0
+		f.Advice = "restore it from a backup"
+	case kind == keystore.Damaged:
+		f.Grade, f.What, f.Floor = Damaged, FoundKey, true
+		f.Advice = "no recipient can unwrap it: restore it from a backup"
+	case kind != 0:
+		f.Grade, f.What = Unchecked, FoundKey
+		f.Advice = "name the key with --key, or see why it is refused"
+	default:
+		f.Grade, f.What = Unchecked, FoundIO
+		f.Advice = "the disk could not read it"
+	}
+	k.found(f)
+}
+
+func (k *fileCheck) check(ctx context.Context) error {
+	var st unix.Stat_t
+	if err := k.fstat(k.fd, &st); err != nil {
+		return err
+	}
+	if k.length = st.Size; k.length == 0 {
+		return nil
+	}
+	head := make([]byte, k.geo.Header())
+	n, err := k.pread(k.fd, head, 0)
+	if err != nil {
+		return err
+	}
+	if blockcrypt.IsHole(head[:min(n, blockcrypt.PageSize)]) && len(k.bad) > 0 {
+		k.unconfirmed(FoundSession, "it was never written before the power failed", "the next mount makes it empty")
+		return nil
+	}
+	hdr, err := blockcrypt.ParseHeader(head[:n])
+	if err != nil {
+		return err
+	}
+	k.hdr = hdr
+	if hdr.Geometry != k.geo {
+		return &blockcrypt.DamageError{Class: blockcrypt.BadHeader, Pos: 8, Detail: "the header has another size than the volume's"}
+	}
+	if hdr.Volume != k.cfg.Volume {
+		return &blockcrypt.DamageError{Class: blockcrypt.BadVolume, Pos: 16, Detail: "the file is of another volume"}
+	}
+	if err := k.checkLength(); err != nil || k.isEmpty() {
+		return err
+	}
+	if k.vk == nil {
+		return k.checkPages(nil)
+	}
+	if err := k.vk.CheckOrigin(hdr); err != nil {
+		return err
+	}
+	k.checkRecipients()
+	key, err := k.ring.Unwrap(ctx, hdr.File, wrapped(hdr.Recipients))
+	if err != nil {
+		return err
+	}
+	keys, err := hdr.Unlock(key)
+	clear(key)
+	if err != nil {
+		return err
+	}
+	return k.checkPages(keys)
+}
+
+func (k *fileCheck) dirty() bool {
+	return k.hdr.State.Flags&(blockcrypt.Dirty|blockcrypt.Cut) != 0
+}
+
+// isEmpty reports whether only the header is there, of an empty file.
+func (k *fileCheck) isEmpty() bool {
+	return k.hdr.State.Size == 0 && k.length == int64(k.geo.Header())
+}
+
+// checkLength compares the length with a clean state.
+func (k *fileCheck) checkLength() error {
+	s := k.hdr.State
+	if k.dirty() || k.isEmpty() || k.length == k.geo.Exact(s.Size) || k.length == k.geo.Whole(s.Size) {
+		return nil
+	}
+	if k.bad[s.Session] && s.Floor < s.Size {
+		return nil // closed, and not on the disk when the power failed
+	}
+	err := &blockcrypt.DamageError{Class: blockcrypt.BadSize, Pos: -1, Detail: fmt.Sprintf("the file is %d bytes long, not the %d of %d bytes of plaintext", k.length, k.geo.Exact(s.Size), s.Size)}
+	if k.length < k.geo.Exact(s.Size) {
+		f := k.f
+		f.Grade, f.What, f.Detail, f.Floor = Damaged, string(blockcrypt.BadSize), err.Detail+": it was cut short", true
+		f.From, f.To = k.geo.Start(max(0, k.geo.Last(k.length))), s.Size
+		f.Advice = "restore it from a backup; fsck --repair keeps what can be read as a copy beside it"
+		k.found(f)
+		return nil
+	}
+	return err
+}
+
+// checkRecipients compares the file's recipients with the volume's.
+func (k *fileCheck) checkRecipients() {
+	in := func(uri string, list []string) bool {
+		for _, u := range list {
+			if u == uri {
+				return true
+			}
+		}
+		return false
+	}
+	var have, want []string
+	for _, r := range k.hdr.Recipients {
+		have = append(have, r.URI)
+	}
+	for _, r := range k.cfg.Recipients {
+		want = append(want, r.URI)
+	}
+	f := k.f
+	f.Grade, f.What = Note, FoundRecipient
+	for _, u := range want {
+		if !in(u, have) {
+			f.Detail, f.Advice = "the recipient "+u+" is missing: it could not be reached when the file was made", "write the file anew, so that it is made for all"
+			k.found(f)
+		}
+	}
+	for _, u := range have {
+		if !in(u, want) {
+			f.Detail, f.Advice = "it also names the recipient "+u+", which kmsfs.json does not", ""
+			k.found(f)
+		}
+	}
+}
+
+func (k *fileCheck) unconfirmed(what, detail, advice string) {
+	f := k.f
+	f.Grade, f.What, f.Detail, f.Advice = Unconfirmed, what, detail, advice
+	k.found(f)
+}
+
+// checkPages looks at every block: opens it, or without keys checks what can be
+// told without.
+func (k *fileCheck) checkPages(keys *blockcrypt.FileKeys) error {
+	s := k.hdr.State
+	v := &Volume{disk: k.disk, o: Options{ReadOnly: true}, geo: k.geo, log: slog.New(slog.DiscardHandler), reported: map[string]bool{}}
+	v.root = &Node{v: v, typ: unix.S_IFREG, last: -1}
+	f := &file{n: v.root, v: v, fd: k.fd, hdr: k.hdr, keys: keys, size: s.Size, tailK: -1}
+	if k.dirty() || k.bad[s.Session] && s.Floor < s.Size {
+		return k.checkWritten(f)
+	}
+	return k.eachBlock(f, func(b int64, page []byte, size int) bool {
+		if keys != nil {
+			var text [blockcrypt.PageSize]byte
+			return f.openBlock(text[:0], b, page, size) == nil
+		}
+		return f.isHole(b, page) || blockcrypt.BlockLen(page) == size && len(page) >= blockcrypt.SealedSize(size) && blockcrypt.IsHole(page[blockcrypt.SealedSize(size):])
+	})
+}
+
+// eachBlock calls good for every block of a clean file and reports the ranges of
+// those that are not.
+func (k *fileCheck) eachBlock(f *file, good func(b int64, page []byte, size int) bool) error {
+	last := k.geo.Block(f.size - 1)
+	if have := k.geo.Last(k.length); have < last {
+		last = have // that it was cut short was said
+	}
+	buf := runs.Get().(*[]byte)
+	defer runs.Put(buf)
+	bad := int64(-1) // where a range of bad blocks begins
+	end := func(b int64) {
+		if bad < 0 {
+			return
+		}
+		x := k.f
+		x.Grade, x.What, x.From, x.To, x.Floor = Damaged, string(blockcrypt.BadBlock), k.geo.Start(bad), min(k.geo.Start(b), f.size), true
+		x.Detail = fmt.Sprintf("%d blocks do not open, at byte %d of the ciphertext", b-bad, k.geo.PageOff(bad))
+		x.Advice = "restore it from a backup; fsck --repair keeps what can be read as a copy beside it"
+		k.found(x)
+		bad = -1
+	}
+	for first := int64(0); first <= last; first += runPages {
+		n := min(runPages, last-first+1)
+		m, err := k.pread(k.fd, (*buf)[:n*blockcrypt.PageSize], k.geo.PageOff(first))
+		if err != nil {
+			return err
+		}
+		k.bytes.Add(int64(m))
+		for i := range n {
+			b := first + i
+			k.blocks.Add(1)
+			if good(b, pageOf((*buf)[:m], int(i), k.geo.Lead(b)), f.blockLen(b)) {
+				end(b)
+			} else if bad < 0 {
+				bad = b
+			}
+		}
+	}
+	end(last + 1)
+	return nil
+}
+
+// checkWritten looks at a file that was being written: when its session ended
+// badly, or when it was copied.
+func (k *fileCheck) checkWritten(f *file) error {
+	s := k.hdr.State
+	k.bytes.Add(k.length)
+	if f.keys == nil {
+		k.sayWritten(s.Floor)
+		return nil
+	}
+	r, err := f.assess(k.length)
+	if err != nil {
+		return err
+	}
+	k.blocks.Add(r.pages)
+	k.sayWritten(r.size)
+	return nil
+}
+
+func (k *fileCheck) sayWritten(size int64) {
+	s := k.hdr.State
+	detail := fmt.Sprintf("it was being written: %d bytes open, of which %d are known to have been confirmed", size, s.Floor)
+	switch {
+	case k.bad[s.Session] && hasWriter(k.root): // it is being written now
+	case k.bad[s.Session]:
+		k.unconfirmed(FoundSession, detail, "the next mount repairs it")
+	default:
+		k.unconfirmed(FoundCopied, detail, "kmsfs cat gives what opens; a mount refuses it; fsck --repair keeps it as a copy beside it")
+	}
+}
