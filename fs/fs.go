@@ -4,7 +4,12 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
+	"os"
 	"runtime/debug"
+	"slices"
+	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -459,7 +464,7 @@ func (f *fileSystem) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.
 func (f *fileSystem) Write(cancel <-chan struct{}, in *fuse.WriteIn, data []byte) (uint32, fuse.Status) {
 	h := f.files.get(in.Fh)
 	if in.WriteFlags&fuse.WRITE_KILL_SUIDGID != 0 {
-		if err := h.Node().KillPriv(); err != nil {
+		if err := h.Node().KillPriv(false); err != nil {
 			return 0, status(err)
 		}
 	}
@@ -548,7 +553,27 @@ func killPriv(h *volume.Handle, in *fuse.InHeader) error {
 	if in.Uid == 0 {
 		return nil
 	}
-	return h.Node().KillPriv()
+	outsider := false
+	if st, err := h.Node().Attr(); err == nil && st.Mode&unix.S_ISGID != 0 {
+		outsider = in.Gid != st.Gid && !slices.Contains(groupsOf(in.Pid), st.Gid)
+	}
+	return h.Node().KillPriv(outsider)
+}
+
+// groupsOf returns the supplementary groups of a process, which requests do not carry.
+func groupsOf(pid uint32) (groups []uint32) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return nil
+	}
+	_, rest, _ := strings.Cut(string(b), "\nGroups:")
+	line, _, _ := strings.Cut(rest, "\n")
+	for _, s := range strings.Fields(line) {
+		if g, err := strconv.ParseUint(s, 10, 32); err == nil {
+			groups = append(groups, uint32(g))
+		}
+	}
+	return groups
 }
 
 // maxCopy is the most that one answer can say.

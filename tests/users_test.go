@@ -124,6 +124,9 @@ func TestGroupsAndACLs(t *testing.T) {
 			"dd if=/dev/zero of=F bs=4096 count=1 oflag=direct conv=notrunc status=none" "cp t.src F"; do
 			rm -f t.src; echo src >t.src; all F; as 1235 77 "$how"; mode F 777; test -z "$(getcap F)" || { echo "$how leaves $(getcap F)"; exit 1; }; rm F
 		done
+		for how in "fallocate -l 9999 F" "fallocate -p -l 1 F"; do # and of who is in the group, setgid without execution stays
+			all F; chmod 2766 F; as 1235 77 "$how"; mode F 766; chmod 2766 F; as 1235 4321 "$how"; mode F 2766; rm F
+		done
 		all F; chown 99 F; mode F 777; test -z "$(getcap F)"; rm F
 		# and what stays: through settling, a remount, and the end of a truncation
 		head -c 50000 /dev/urandom >S; sync S; truncate -s 20001 S; chown 1234 S; chmod 4755 S; setcap cap_net_raw+ep S; mode S 4755; sleep 5; mode S 4755; test -n "$(getcap S)"`)

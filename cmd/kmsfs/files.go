@@ -259,21 +259,9 @@ type onlyWriter struct{ io.Writer }
 // record of its volume, or the KMS key that the header names.
 func (k *keyFlags) dataKey(ctx context.Context, l *volume.Lone) ([]byte, error) {
 	rs := l.Header.Recipients
-	rec, err := readRecord(l.Header.Volume)
+	trusted, err := k.loneStores(ctx, l)
 	if err != nil {
 		return nil, err
-	}
-	trusted, err := k.trusted(ctx, rs, rec)
-	if err != nil {
-		return nil, err
-	}
-	if len(trusted) == 0 && rec != nil {
-		return nil, hint(&keystore.Error{Kind: keystore.Untrusted, URI: rs[0].URI, Op: "open", Err: errors.New("the trust record of the file's volume does not name this key")}, "if it is yours, name it with --key")
-	}
-	if len(trusted) == 0 {
-		if trusted, err = k.unverified(ctx, rs); err != nil {
-			return nil, err
-		}
 	}
 	errs := []error{errors.New("none of its keys is at hand")}
 	for _, r := range rs {
@@ -289,6 +277,26 @@ func (k *keyFlags) dataKey(ctx context.Context, l *volume.Lone) ([]byte, error) 
 		}
 	}
 	return nil, errs[min(1, len(errs)-1)]
+}
+
+// loneStores opens the stores of dataKey.
+func (k *keyFlags) loneStores(ctx context.Context, l *volume.Lone) ([]keystore.Store, error) {
+	rs := l.Header.Recipients
+	rec, err := readRecord(l.Header.Volume)
+	if err != nil {
+		return nil, err
+	}
+	trusted, err := k.trusted(ctx, rs, rec)
+	if err != nil {
+		return nil, err
+	}
+	if len(trusted) == 0 && rec != nil {
+		return nil, hint(&keystore.Error{Kind: keystore.Untrusted, URI: rs[0].URI, Op: "open", Err: errors.New("the trust record of the file's volume does not name this key")}, "if it is yours, name it with --key")
+	}
+	if len(trusted) == 0 {
+		return k.unverified(ctx, rs)
+	}
+	return trusted, nil
 }
 
 // unverified opens a key that nobody vouches for: the KMS key that the header

@@ -53,14 +53,17 @@ Exit codes:
   5  no valid AWS credentials
   6  the key service did not answer
   7  busy: mounted elsewhere, or in use
-  8  incomplete: the file was being written when it was copied; what opens was given`,
+  8  incomplete: the file was being written when it was copied; what opens was given.
+     fsck: a mount that did not end well, or the like, is to be repaired
+  9  fsck: repaired, nothing is left
+ 10  fsck: not everything could be checked`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          cobra.NoArgs,
 		RunE:          func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error { return usageError{err, c.CommandPath()} })
-	root.AddCommand(initCommand(), mountCommand(), umountCommand(), infoCommand(), catCommand(), encryptCommand(), decryptCommand(), keyCommand(), versionCommand())
+	root.AddCommand(initCommand(), mountCommand(), umountCommand(), infoCommand(), catCommand(), encryptCommand(), decryptCommand(), fsckCommand(), keyCommand(), versionCommand())
 	root.AddCommand(controlCommands()...)
 	usageOf(root)
 	return root

@@ -28,6 +28,8 @@ const (
 	exitOutage
 	exitBusy
 	exitIncomplete
+	exitRepaired
+	exitUnchecked
 )
 
 type usageError struct {
@@ -62,6 +64,9 @@ func (e coded) Unwrap() error { return e.error }
 func show(err error) int {
 	if err == nil {
 		return exitOK
+	}
+	if q, ok := errors.AsType[quiet](err); ok {
+		return int(q)
 	}
 	say("error: %v", err)
 	if h := hintOf(err); h != "" {

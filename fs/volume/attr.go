@@ -144,7 +144,7 @@ func (n *Node) SetAttr(ctx context.Context, s SetAttr) (Attr, error) {
 		}
 	}
 	if s.KillPriv {
-		if err := n.KillPriv(); err != nil {
+		if err := n.KillPriv(false); err != nil {
 			return Attr{}, err
 		}
 	}
@@ -197,8 +197,9 @@ func (n *Node) setTimes(atime, mtime *unix.Timespec) error {
 
 // KillPriv takes setuid, setgid of an executable, and capabilities away, as a
 // write by somebody else does. Where root does not run the mount, the backing
-// filesystem does so itself.
-func (n *Node) KillPriv() error {
+// filesystem does so itself. Outsider says that they are not in the file's group:
+// then setgid goes from what nobody executes, too.
+func (n *Node) KillPriv(outsider bool) error {
 	if !n.v.super {
 		return nil
 	}
@@ -207,7 +208,11 @@ func (n *Node) KillPriv() error {
 		if err := n.v.fstat(fd, &st); err != nil {
 			return err
 		}
-		if drop := privileges(st.Mode); drop != 0 {
+		drop := privileges(st.Mode)
+		if outsider {
+			drop |= st.Mode & unix.S_ISGID
+		}
+		if drop != 0 {
 			if err := n.v.chmod(fd, st.Mode&0o7777&^drop); err != nil {
 				return err
 			}

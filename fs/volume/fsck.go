@@ -86,8 +86,9 @@ type checker struct {
 	cfg  *blockcrypt.Config
 	geo  blockcrypt.Geometry
 	vk   *blockcrypt.VolumeKeys // nil: no keys
-	ring *keystore.Ring
-	bad  map[uint64]bool // sessions that the marker names
+	ring *keystore.Ring         // nil: no keys
+	lone bool                   // a file without its volume
+	bad  map[uint64]bool        // sessions that the marker names
 
 	jobs chan checkJob
 
@@ -422,4 +423,21 @@ func (c *checker) checkAttrs(fd int, e dirent, j checkJob) {
 			c.found(f)
 		}
 	}
+}
+
+// Check checks one ciphertext file by itself, wherever it lies; stores may be
+// none, then only its structure is. Its origin needs its volume.
+func (l *Lone) Check(ctx context.Context, name string, stores []keystore.Store, o CheckOptions) (Checked, error) {
+	c := &checker{o: o, geo: l.Header.Geometry, cfg: &blockcrypt.Config{Volume: l.Header.Volume, Header: l.Header.Geometry.Header()}, lone: true, bad: map[uint64]bool{}}
+	if len(stores) > 0 {
+		c.ring = keystore.NewRing(l.Header.Volume, stores, keystore.RingOptions{})
+		defer c.ring.Close()
+	}
+	c.files.Add(1)
+	k := &fileCheck{checker: c, fd: l.fd, f: Finding{Path: name}}
+	if err := k.check(ctx); err != nil {
+		k.fail(err)
+	}
+	c.done.All = true
+	return c.snapshot(), ctx.Err()
 }

@@ -95,13 +95,15 @@ func (k *fileCheck) check(ctx context.Context) error {
 	if err := k.checkLength(); err != nil || k.isEmpty() {
 		return err
 	}
-	if k.vk == nil {
+	if k.ring == nil {
 		return k.checkPages(nil)
 	}
-	if err := k.vk.CheckOrigin(hdr); err != nil {
-		return err
+	if !k.lone {
+		if err := k.vk.CheckOrigin(hdr); err != nil {
+			return err
+		}
+		k.checkRecipients()
 	}
-	k.checkRecipients()
 	key, err := k.ring.Unwrap(ctx, hdr.File, wrapped(hdr.Recipients))
 	if err != nil {
 		return err
@@ -266,7 +268,7 @@ func (k *fileCheck) sayWritten(size int64) {
 	s := k.hdr.State
 	detail := fmt.Sprintf("it was being written: %d bytes open, of which %d are known to have been confirmed", size, s.Floor)
 	switch {
-	case k.bad[s.Session] && hasWriter(k.root): // it is being written now
+	case !k.lone && k.bad[s.Session] && hasWriter(k.root): // it is being written now
 	case k.bad[s.Session]:
 		k.unconfirmed(FoundSession, detail, "the next mount repairs it")
 	default:

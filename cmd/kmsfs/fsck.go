@@ -1,0 +1,306 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"kmsfs/fs/volume"
+	"kmsfs/keystore"
+)
+
+type fsckFlags struct {
+	keyFlags
+	repair, noKeys, asJSON, yes bool
+
+	findings []volume.Finding
+	repaired []volume.Repaired
+	total    volume.Checked
+	mended   bool // a check before the repair had findings
+	shown    time.Time
+}
+
+func fsckCommand() *cobra.Command {
+	f := &fsckFlags{}
+	c := &cobra.Command{
+		Use:   "fsck [--repair] [--no-keys] [--json] CIPHERDIR|FILE...",
+		Short: "Check a volume, or single files, without mounting",
+		Long: `Check a volume, or single ciphertext files, without mounting: the structure, every
+name and wrapped key, every block. Nothing is changed without --repair.
+
+--repair does by itself what has one right answer: what a mount that did not end
+well has left, lost places of directory IDs, leftovers. Of a file that is
+damaged or was cut short it asks whether to keep what can be read as a copy
+beside it. It never destroys the only copy of anything.`,
+		Args: cobra.MinimumNArgs(1),
+		RunE: func(c *cobra.Command, args []string) error {
+			ctx := c.Context()
+			if ctx == nil {
+				ctx = context.Background()
+			}
+			return f.run(ctx, args)
+		},
+	}
+	f.add(c, "check with this `KEY` (repeatable); default: what the trust record names")
+	c.Flags().BoolVar(&f.repair, "repair", false, "repair what can be")
+	c.Flags().BoolVar(&f.noKeys, "no-keys", false, "check only what needs no key")
+	c.Flags().BoolVar(&f.asJSON, "json", false, "print the findings as JSON")
+	c.Flags().BoolVar(&f.yes, "yes", false, "with --repair: keep what can be read of every damaged file, without asking")
+	return c
+}
+
+func (f *fsckFlags) run(ctx context.Context, args []string) error {
+	if f.repair && f.noKeys {
+		return usageError{errors.New("--repair needs keys"), "kmsfs fsck"}
+	}
+	for _, path := range args {
+		st, err := os.Stat(path)
+		if err != nil {
+			return err
+		}
+		if st.IsDir() {
+			err = f.volume(ctx, path)
+		} else if f.repair {
+			err = usageError{fmt.Errorf("%s: --repair is for volumes; kmsfs cat gives what opens of a file", path), "kmsfs fsck"}
+		} else {
+			err = f.file(ctx, path)
+		}
+		f.clearLine()
+		if err != nil {
+			return err
+		}
+	}
+	return f.report()
+}
+
+// options are those of a check.
+func (f *fsckFlags) options() volume.CheckOptions {
+	return volume.CheckOptions{Found: f.found, Progress: f.progress}
+}
+
+func (f *fsckFlags) found(x volume.Finding) {
+	f.findings = append(f.findings, x)
+	if !f.asJSON {
+		f.clearLine()
+		printFinding(x)
+	}
+}
+
+// count adds up what was checked.
+func (f *fsckFlags) count(d volume.Checked) {
+	t := &f.total
+	t.Dirs, t.Files, t.Blocks, t.Bytes = t.Dirs+d.Dirs, t.Files+d.Files, t.Blocks+d.Blocks, t.Bytes+d.Bytes
+}
+
+func (f *fsckFlags) file(ctx context.Context, path string) error {
+	l, err := volume.OpenLone(path)
+	if err != nil {
+		return named(path, err)
+	}
+	defer l.Close()
+	if l.Header == nil {
+		return nil
+	}
+	var stores []keystore.Store
+	if !f.noKeys {
+		if stores, err = f.loneStores(ctx, l); err != nil {
+			return named(path, err)
+		}
+	}
+	d, err := l.Check(ctx, path, stores, f.options())
+	f.count(d)
+	return err
+}
+
+func (f *fsckFlags) volume(ctx context.Context, dir string) error {
+	l, err := volume.Find(dir)
+	if err != nil {
+		return fmt.Errorf("%s: %w", dir, err)
+	}
+	defer l.Close()
+	if l.Writer() {
+		if f.repair {
+			return volume.ErrLocked
+		}
+		say("%s is mounted for writing: what is being written now may be reported", dir)
+	}
+	if f.noKeys {
+		d, err := l.Check(ctx, f.options())
+		f.count(d)
+		return err
+	}
+	if err := f.check(ctx, dir); err != nil || !f.repair || len(f.findings) == 0 {
+		return err
+	}
+	if err := f.mend(ctx, dir); err != nil {
+		return err
+	}
+	// What is left.
+	was := f.total
+	f.findings, f.mended = nil, true
+	say("checking again")
+	err = f.check(ctx, dir)
+	f.total = was
+	return err
+}
+
+func (f *fsckFlags) unlock(ctx context.Context, dir string, readOnly bool) (*volume.Unlocked, error) {
+	m := mountFlags{keyFlags: f.keyFlags, readOnly: readOnly, acceptOlder: true}
+	return m.unlock(ctx, dir)
+}
+
+func (f *fsckFlags) check(ctx context.Context, dir string) error {
+	u, err := f.unlock(ctx, dir, true)
+	if err != nil {
+		return err
+	}
+	defer u.Close()
+	d, err := u.Check(ctx, f.options())
+	f.count(d)
+	return err
+}
+
+// mend opens the volume for writing, which repairs what a bad end has left, and
+// does about the other findings what can be done.
+func (f *fsckFlags) mend(ctx context.Context, dir string) error {
+	f.clearLine()
+	u, err := f.unlock(ctx, dir, false)
+	if err != nil {
+		return err
+	}
+	defer u.Close()
+	v, err := u.Open(volume.Options{Logger: slog.New(slog.NewTextHandler(io.Discard, nil)), NoPrefetch: true})
+	if err != nil {
+		return err
+	}
+	err = v.Wait(ctx)
+	if err == nil {
+		for _, r := range v.Repair(ctx, f.findings, f.ask) {
+			f.repaired = append(f.repaired, r)
+			switch {
+			case f.asJSON:
+			case r.Err != nil:
+				fmt.Printf("not repaired  %s: %v\n", r.Path, r.Err)
+			default:
+				fmt.Printf("repaired      %s: %s\n", r.Path, r.Done)
+			}
+		}
+	}
+	return errors.Join(err, v.Close())
+}
+
+// ask asks about one damaged file.
+func (f *fsckFlags) ask(x volume.Finding) bool {
+	if f.yes {
+		return true
+	}
+	tty, err := os.OpenFile("/dev/tty", os.O_RDWR, 0)
+	if err != nil {
+		return false
+	}
+	defer tty.Close()
+	fmt.Fprintf(tty, "Keep what can be read of %s as a copy beside it? [yes/no] ", place(x))
+	answer, _ := bufio.NewReader(tty).ReadString('\n')
+	return strings.TrimSpace(answer) == "yes"
+}
+
+func place(x volume.Finding) string {
+	if x.Name == "" {
+		return x.Path
+	}
+	return fmt.Sprintf("%s (%s)", x.Path, strconv.Quote(x.Name))
+}
+
+func printFinding(x volume.Finding) {
+	s := fmt.Sprintf("%-12s  %s: %s", x.Grade, place(x), x.Detail)
+	if x.To > x.From {
+		s += fmt.Sprintf("; bytes %d to %d are lost", x.From, x.To)
+	}
+	if x.Grade == volume.Damaged && x.Floor {
+		s += ", which were confirmed"
+	}
+	fmt.Println(s)
+	if x.Advice != "" {
+		fmt.Printf("              %s\n", x.Advice)
+	}
+}
+
+// progress shows on a terminal how far the check is.
+func (f *fsckFlags) progress(d *volume.Checked) {
+	if f.asJSON || time.Since(f.shown) < 100*time.Millisecond || !term.IsTerminal(int(os.Stderr.Fd())) {
+		return
+	}
+	f.shown = time.Now()
+	bar := ""
+	if d.All && d.Expected > 0 {
+		const width = 30
+		n := int(min(d.Bytes, d.Expected) * width / d.Expected)
+		bar = "[" + strings.Repeat("#", n) + strings.Repeat(".", width-n) + "] "
+	}
+	fmt.Fprintf(os.Stderr, "\r\033[K%s%d files, %d MiB", bar, d.Files, d.Bytes>>20)
+}
+
+func (f *fsckFlags) clearLine() {
+	if !f.shown.IsZero() {
+		fmt.Fprint(os.Stderr, "\r\033[K")
+		f.shown = time.Time{}
+	}
+}
+
+// report says what was found in all, and picks the exit code.
+func (f *fsckFlags) report() error {
+	var n [volume.Damaged + 1]int
+	for _, x := range f.findings {
+		n[x.Grade]++
+	}
+	if f.asJSON {
+		fixed := []map[string]any{}
+		for _, r := range f.repaired {
+			x := map[string]any{"path": r.Path, "what": r.What, "done": r.Done}
+			if r.Err != nil {
+				x["error"] = r.Err.Error()
+			}
+			fixed = append(fixed, x)
+		}
+		findings := f.findings
+		if findings == nil {
+			findings = []volume.Finding{}
+		}
+		if err := printJSON(map[string]any{"findings": findings, "repairs": fixed, "directories": f.total.Dirs, "files": f.total.Files, "blocks": f.total.Blocks, "bytes": f.total.Bytes}); err != nil {
+			return err
+		}
+	} else {
+		fmt.Printf("%d directories, %d files, %d blocks, %d MiB: ", f.total.Dirs, f.total.Files, f.total.Blocks, f.total.Bytes>>20)
+		if len(f.findings) == 0 {
+			fmt.Println("nothing is wrong")
+		} else {
+			fmt.Printf("%d damaged, %d unchecked, %d never confirmed, %d to be mended, %d notes\n", n[volume.Damaged], n[volume.Unchecked], n[volume.Unconfirmed], n[volume.Mendable], n[volume.Note])
+		}
+	}
+	switch {
+	case n[volume.Damaged] > 0:
+		return quiet(exitDamaged)
+	case n[volume.Unchecked] > 0:
+		return quiet(exitUnchecked)
+	case n[volume.Unconfirmed]+n[volume.Mendable] > 0:
+		return quiet(exitIncomplete)
+	case f.mended:
+		return quiet(exitRepaired)
+	}
+	return nil
+}
+
+// quiet is an exit code whose reason was printed.
+type quiet int
+
+func (q quiet) Error() string { return fmt.Sprint("exit code ", int(q)) }

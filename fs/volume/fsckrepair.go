@@ -1,0 +1,264 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+)
+
+// Repaired is what a repair did about a finding.
+type Repaired struct {
+	Finding
+	Done string // what was done, "" if nothing was
+	Err  error  // why not
+}
+
+// Repair does what can be done about the findings of a check: what has one right
+// answer by itself; a damaged file's readable rest is kept as a copy beside it
+// where ask says so. It never destroys the only copy of anything. Files of a
+// session that did not end well are repaired by opening the volume.
+func (v *Volume) Repair(ctx context.Context, findings []Finding, ask func(Finding) bool) []Repaired {
+	var out []Repaired
+	kept := map[string]bool{}
+	for _, f := range findings {
+		if ctx.Err() != nil {
+			break
+		}
+		r := Repaired{Finding: f}
+		switch {
+		case f.What == FoundLeftover, f.What == FoundOrphan:
+			r.Done, r.Err = v.removeLeftover(f.Path)
+		case f.What == FoundDirID:
+			r.Done, r.Err = v.mendDirID(f.Path)
+		case f.What == string(blockcrypt.BadBlock), f.What == string(blockcrypt.BadSize), f.What == FoundCopied:
+			if kept[f.Path] || !ask(f) {
+				continue
+			}
+			kept[f.Path] = true
+			r.Done, r.Err = v.keepRest(ctx, f.Path)
+		default:
+			continue
+		}
+		out = append(out, r)
+	}
+	return out
+}
+
+// below opens something by its ciphertext path.
+func (v *Volume) below(cpath string, flags int) (int, error) {
+	if cpath == "" {
+		cpath = "."
+	}
+	return unix.Openat2(v.rootD, cpath, &unix.OpenHow{Flags: uint64(flags | fileFlags), Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS})
+}
+
+func (v *Volume) removeLeftover(cpath string) (string, error) {
+	dir, name := path.Split(cpath)
+	fd, err := v.below(path.Clean(dir), unix.O_RDONLY|unix.O_DIRECTORY)
+	if err != nil {
+		return "", err
+	}
+	defer v.disk.close(fd)
+	var st unix.Stat_t
+	if hash, ok := strings.CutPrefix(name, blockcrypt.LongName); ok && v.stat(fd, blockcrypt.LongPrefix+hash, &st) == nil {
+		return "", errors.New("its entry is there by now")
+	}
+	if err := v.unlink(fd, name, 0); err != nil {
+		return "", err
+	}
+	return "removed", v.fsync(fd)
+}
+
+// mendDirID finds a directory's ID: in one of its two places, or in the headers of
+// the files in it; the names tell which is right.
+func (v *Volume) mendDirID(cpath string) (string, error) {
+	fd, err := v.below(cpath, unix.O_RDONLY|unix.O_DIRECTORY)
+	if err != nil {
+		return "", err
+	}
+	defer v.disk.close(fd)
+	var candidates []blockcrypt.ID
+	var places []string
+	encoded := "" // a name that the right one decodes
+	add := func(s string) {
+		if id, ok := blockcrypt.ParseID(s); ok {
+			candidates = append(candidates, id)
+		}
+	}
+	if err := v.scan(fd, func(e dirent) error {
+		switch s, inName := strings.CutPrefix(e.name, dirLink+"."); {
+		case e.name == dirLink:
+			t, _ := v.readlink(fd, dirLink)
+			places = append(places, e.name)
+			add(t)
+		case inName:
+			places = append(places, e.name)
+			add(s)
+		case strings.HasPrefix(e.name, blockcrypt.LongName):
+			if encoded == "" {
+				encoded, _ = v.readlink(fd, e.name)
+			}
+		case !isOwn(e.name):
+			encoded = e.name
+			if hdr, err := v.headerOf(fd, e.name); err == nil {
+				candidates = append(candidates, hdr.Dir)
+			}
+		}
+		return nil
+	}); err != nil {
+		return "", err
+	}
+	for _, id := range candidates {
+		if _, err := v.vk.DecodeName(id, encoded); err != nil {
+			continue
+		}
+		for _, p := range places {
+			if p != dirLink+"."+id.String() {
+				if err := v.unlink(fd, p, 0); err != nil {
+					return "", err
+				}
+			}
+		}
+		if err := errors.Join(ignore(v.symlink(id.String(), fd, dirLink), unix.EEXIST), ignore(v.nameDirID(fd, id), unix.EEXIST)); err != nil {
+			return "", err
+		}
+		return "its ID was found again: the names in it decode", v.fsync(fd)
+	}
+	return "", errors.New("none of the IDs that can be found decodes the names in it")
+}
+
+func (v *Volume) headerOf(dir int, name string) (*blockcrypt.Header, error) {
+	fd, err := v.disk.open(dir, name, unix.O_RDONLY|fileFlags, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer v.disk.close(fd)
+	b := make([]byte, v.geo.Header())
+	n, err := v.pread(fd, b, 0)
+	if err != nil {
+		return nil, err
+	}
+	hdr, err := blockcrypt.ParseHeader(b[:n])
+	if err == nil {
+		err = v.vk.CheckOrigin(hdr)
+	}
+	return hdr, err
+}
+
+// nodeOf returns the node of a directory by its ciphertext path. Its lookups
+// stay until the volume is closed.
+func (v *Volume) nodeOf(cpath string) (*Node, error) {
+	n := v.root
+	for part := range strings.SplitSeq(path.Clean(cpath), "/") {
+		if part == "." || part == "" {
+			continue
+		}
+		c, _, err := v.find(n, func() (string, error) { return part, nil })
+		if err != nil {
+			return nil, err
+		}
+		n = c
+	}
+	return n, nil
+}
+
+// RestSuffix is appended to the name of a damaged file for the copy of what can
+// be read of it.
+const RestSuffix = ".readable-rest"
+
+// keepRest copies the blocks of a file that open to a new file beside it, at
+// their own places: what lies between reads as zeros.
+func (v *Volume) keepRest(ctx context.Context, cpath string) (done string, err error) {
+	dirPath, cname := path.Split(cpath)
+	dir, err := v.nodeOf(dirPath)
+	if err != nil {
+		return "", err
+	}
+	name, err := v.plainName(dir, cname)
+	if err != nil {
+		return "", fmt.Errorf("its name cannot be read, so the copy has none: %w", err)
+	}
+	fd, err := v.below(cpath, unix.O_RDONLY)
+	if err != nil {
+		return "", err
+	}
+	defer v.disk.close(fd)
+	var st unix.Stat_t
+	if err := v.fstat(fd, &st); err != nil {
+		return "", err
+	}
+	d, base := path.Split(cpath)
+	dfd, err := v.below(path.Clean(d), unix.O_PATH|unix.O_DIRECTORY)
+	if err != nil {
+		return "", err
+	}
+	defer v.disk.close(dfd)
+	hdr, err := v.headerOf(dfd, base)
+	if err != nil {
+		return "", err
+	}
+	key, err := v.ring.Unwrap(ctx, hdr.File, wrapped(hdr.Recipients))
+	if err != nil {
+		return "", err
+	}
+	keys, err := hdr.Unlock(key)
+	clear(key)
+	if err != nil {
+		return "", err
+	}
+	_, _, h, err := v.Create(ctx, dir, name[:min(len(name), 255-len(RestSuffix))]+RestSuffix, st.Mode&0o7777, Caller{UID: st.Uid, GID: st.Gid}, true, true)
+	if err != nil {
+		return "", fmt.Errorf("the copy beside it: %w", err)
+	}
+	kept, err := v.copyBlocks(ctx, h, fd, keys, st.Size)
+	if err == nil {
+		err = h.Fsync()
+	}
+	if err = errors.Join(err, h.Release()); err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("%d bytes that can be read were kept in %q beside it", kept, name+RestSuffix), nil
+}
+
+func (v *Volume) plainName(dir *Node, cname string) (string, error) {
+	fd, err := dir.enter()
+	if err != nil {
+		return "", err
+	}
+	defer dir.leave()
+	id, _, err := dir.dirIdent(false)
+	if err != nil {
+		return "", err
+	}
+	name, ok, err := dir.decode(fd, id, cname)
+	if err == nil && !ok {
+		err = unix.EINVAL
+	}
+	return name, err
+}
+
+func (v *Volume) copyBlocks(ctx context.Context, h *Handle, fd int, keys *blockcrypt.FileKeys, length int64) (kept int64, err error) {
+	var page [blockcrypt.PageSize]byte
+	text := make([]byte, 0, blockcrypt.BlockSize)
+	for k := int64(0); k <= v.geo.Last(length); k++ {
+		n, err := v.pread(fd, page[:], v.geo.PageOff(k))
+		if err != nil {
+			continue // the disk cannot read it
+		}
+		out, err := keys.Open(text, k, pageOf(page[:n], 0, v.geo.Lead(k)), v.geo.Capacity(k))
+		if err != nil {
+			continue
+		}
+		if _, err := h.Write(ctx, out, v.geo.Start(k)); err != nil {
+			return kept, err
+		}
+		kept += int64(len(out))
+	}
+	return kept, nil
+}
