@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -272,10 +273,8 @@ func (f *fsckFlags) report() error {
 			}
 			fixed = append(fixed, x)
 		}
-		findings := f.findings
-		if findings == nil {
-			findings = []volume.Finding{}
-		}
+		findings := append([]volume.Finding{}, f.findings...)
+		slices.SortStableFunc(findings, func(a, b volume.Finding) int { return strings.Compare(a.Path, b.Path) })
 		if err := printJSON(map[string]any{"findings": findings, "repairs": fixed, "directories": f.total.Dirs, "files": f.total.Files, "blocks": f.total.Blocks, "bytes": f.total.Bytes}); err != nil {
 			return err
 		}

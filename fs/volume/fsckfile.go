@@ -138,12 +138,21 @@ func (k *fileCheck) checkLength() error {
 	if k.length < k.geo.Exact(s.Size) {
 		f := k.f
 		f.Grade, f.What, f.Detail, f.Floor = Damaged, string(blockcrypt.BadSize), err.Detail+": it was cut short", true
-		f.From, f.To = k.geo.Start(max(0, k.geo.Last(k.length))), s.Size
+		f.From, f.To = k.geo.Start(k.wholeBlocks()), s.Size
 		f.Advice = "restore it from a backup; fsck --repair keeps what can be read as a copy beside it"
 		k.found(f)
 		return nil
 	}
 	return err
+}
+
+// wholeBlocks returns how many blocks of a file that was cut short are there whole.
+func (k *fileCheck) wholeBlocks() int64 {
+	n := k.geo.Last(k.length)
+	if k.length%blockcrypt.PageSize == 0 {
+		n++
+	}
+	return max(0, n)
 }
 
 // checkRecipients compares the file's recipients with the volume's.
@@ -208,8 +217,8 @@ func (k *fileCheck) checkPages(keys *blockcrypt.FileKeys) error {
 // those that are not.
 func (k *fileCheck) eachBlock(f *file, good func(b int64, page []byte, size int) bool) error {
 	last := k.geo.Block(f.size - 1)
-	if have := k.geo.Last(k.length); have < last {
-		last = have // that it was cut short was said
+	if k.length < k.geo.Exact(f.size) {
+		last = k.wholeBlocks() - 1 // that it was cut short was said
 	}
 	buf := runs.Get().(*[]byte)
 	defer runs.Put(buf)
@@ -220,7 +229,10 @@ func (k *fileCheck) eachBlock(f *file, good func(b int64, page []byte, size int)
 		}
 		x := k.f
 		x.Grade, x.What, x.From, x.To, x.Floor = Damaged, string(blockcrypt.BadBlock), k.geo.Start(bad), min(k.geo.Start(b), f.size), true
-		x.Detail = fmt.Sprintf("%d blocks do not open, at byte %d of the ciphertext", b-bad, k.geo.PageOff(bad))
+		x.Detail = fmt.Sprintf("blocks %d to %d do not open", bad, b-1)
+		if b == bad+1 {
+			x.Detail = fmt.Sprintf("block %d does not open", bad)
+		}
 		x.Advice = "restore it from a backup; fsck --repair keeps what can be read as a copy beside it"
 		k.found(x)
 		bad = -1

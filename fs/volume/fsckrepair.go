@@ -194,7 +194,7 @@ func (v *Volume) keepRest(ctx context.Context, cpath string) (done string, err e
 		return "", err
 	}
 	d, base := path.Split(cpath)
-	dfd, err := v.below(path.Clean(d), unix.O_PATH|unix.O_DIRECTORY)
+	dfd, err := v.below(path.Clean(d), unix.O_RDONLY|unix.O_DIRECTORY)
 	if err != nil {
 		return "", err
 	}
