@@ -9,25 +9,39 @@ import (
 )
 
 // A Call is a syscall on the ciphertext tree that changes something or moves
-// data, as [Options.Hook] sees it.
+// data, as [Options.Hook] and [Options.Done] see it.
 type Call struct {
 	Op   string // the syscall's name
+	FD   int    // of the file, or of the directory
 	Name string // of the entry, for calls on directories
 	Off  int64
 	Len  int64
+
+	ToFD int    // of rename and link: the directory
+	To   string // of rename, link and symlink: the new name, or the target
+	Mode uint32 // flags or mode
+	Data []byte // of pwrite
 }
 
-// disk makes every syscall on the ciphertext tree. hook, where a test sets it,
-// sees each call before it is made and can fail it.
+// disk makes every syscall on the ciphertext tree. Where a test sets them, hook
+// sees each call before it is made and can fail it, and done afterwards.
 type disk struct {
 	hook func(Call) error
+	done func(Call, error)
 }
 
-func (d *disk) before(op, name string, off, n int64) error {
-	if d.hook == nil {
-		return nil
+// do makes a call.
+func (d *disk) do(c Call, f func() error) error {
+	if d.hook != nil {
+		if err := d.hook(c); err != nil {
+			return err
+		}
 	}
-	return d.hook(Call{op, name, off, n})
+	err := f()
+	if d.done != nil {
+		d.done(c, err)
+	}
+	return err
 }
 
 // again repeats what a signal interrupted: Go's own preempt a thread at any time.
@@ -44,12 +58,12 @@ func again(f func() error) error {
 const fileFlags = unix.O_NOFOLLOW | unix.O_NONBLOCK | unix.O_CLOEXEC
 
 func (d *disk) open(dir int, name string, flags int, mode uint32) (fd int, err error) {
-	if err := d.before("openat", name, 0, 0); err != nil {
-		return -1, err
-	}
-	err = again(func() error {
-		fd, err = unix.Openat(dir, name, flags|unix.O_NOFOLLOW|unix.O_CLOEXEC, mode)
-		return err
+	fd = -1
+	err = d.do(Call{Op: "openat", FD: dir, Name: name, Mode: uint32(flags)}, func() error {
+		return again(func() error {
+			fd, err = unix.Openat(dir, name, flags|unix.O_NOFOLLOW|unix.O_CLOEXEC, mode)
+			return err
+		})
 	})
 	return fd, err
 }
@@ -78,53 +92,49 @@ func (d *disk) fstat(fd int, st *unix.Stat_t) error {
 
 // pread reads until b is full or the file ends.
 func (d *disk) pread(fd int, b []byte, off int64) (n int, err error) {
-	if err := d.before("pread", "", off, int64(len(b))); err != nil {
-		return 0, err
-	}
-	for n < len(b) {
-		m := 0
-		err = again(func() error { m, err = unix.Pread(fd, b[n:], off+int64(n)); return err })
-		if err != nil || m == 0 {
-			return n, err
+	err = d.do(Call{Op: "pread", FD: fd, Off: off, Len: int64(len(b))}, func() error {
+		for n < len(b) {
+			m := 0
+			err := again(func() (err error) { m, err = unix.Pread(fd, b[n:], off+int64(n)); return err })
+			if err != nil || m == 0 {
+				return err
+			}
+			n += m
 		}
-		n += m
-	}
-	return n, nil
+		return nil
+	})
+	return n, err
 }
 
 // pwrite writes all of b, in one call where the kernel lets it.
 func (d *disk) pwrite(fd int, b []byte, off int64) error {
-	if err := d.before("pwrite", "", off, int64(len(b))); err != nil {
-		return err
-	}
-	for len(b) > 0 {
-		n := 0
-		var err error
-		err = again(func() error { n, err = unix.Pwrite(fd, b, off); return err })
-		if err != nil {
-			return err
+	return d.do(Call{Op: "pwrite", FD: fd, Off: off, Len: int64(len(b)), Data: b}, func() error {
+		for len(b) > 0 {
+			n := 0
+			err := again(func() (err error) { n, err = unix.Pwrite(fd, b, off); return err })
+			if err != nil {
+				return err
+			}
+			if n == 0 {
+				return unix.EIO
+			}
+			b, off = b[n:], off+int64(n)
 		}
-		if n == 0 {
-			return unix.EIO
-		}
-		b, off = b[n:], off+int64(n)
-	}
-	return nil
+		return nil
+	})
 }
 
 func (d *disk) truncate(fd int, size int64) error {
-	if err := d.before("ftruncate", "", size, 0); err != nil {
-		return err
-	}
-	return again(func() error { return unix.Ftruncate(fd, size) })
+	return d.do(Call{Op: "ftruncate", FD: fd, Off: size}, func() error {
+		return again(func() error { return unix.Ftruncate(fd, size) })
+	})
 }
 
 // allocate is fallocate: it reserves space, or makes a hole.
 func (d *disk) allocate(fd int, mode uint32, off, n int64) error {
-	if err := d.before("fallocate", "", off, n); err != nil {
-		return err
-	}
-	return again(func() error { return unix.Fallocate(fd, mode, off, n) })
+	return d.do(Call{Op: "fallocate", FD: fd, Off: off, Len: n, Mode: mode}, func() error {
+		return again(func() error { return unix.Fallocate(fd, mode, off, n) })
+	})
 }
 
 // seek is lseek with SEEK_DATA or SEEK_HOLE. Nothing else uses the file's position.
@@ -134,60 +144,55 @@ func (d *disk) seek(fd int, off int64, whence int) (at int64, err error) {
 }
 
 func (d *disk) datasync(fd int) error {
-	if err := d.before("fdatasync", "", 0, 0); err != nil {
-		return err
-	}
-	return again(func() error { return unix.Fdatasync(fd) })
+	return d.do(Call{Op: "fdatasync", FD: fd}, func() error {
+		return again(func() error { return unix.Fdatasync(fd) })
+	})
 }
 
 func (d *disk) fsync(fd int) error {
-	if err := d.before("fsync", "", 0, 0); err != nil {
-		return err
-	}
-	return again(func() error { return unix.Fsync(fd) })
+	return d.do(Call{Op: "fsync", FD: fd}, func() error {
+		return again(func() error { return unix.Fsync(fd) })
+	})
 }
 
 func (d *disk) syncfs(fd int) error {
-	if err := d.before("syncfs", "", 0, 0); err != nil {
-		return err
-	}
-	return again(func() error { return unix.Syncfs(fd) })
+	return d.do(Call{Op: "syncfs", FD: fd}, func() error {
+		return again(func() error { return unix.Syncfs(fd) })
+	})
 }
 
 // settlePages is S of FORMAT.md: it waits until these pages are on the disk and
 // not being written, so that a rewrite cannot tear them.
 func (d *disk) settlePages(fd int, off, n int64) error {
-	if err := d.before("sync_file_range", "", off, n); err != nil {
-		return err
-	}
 	const how = unix.SYNC_FILE_RANGE_WAIT_BEFORE | unix.SYNC_FILE_RANGE_WRITE | unix.SYNC_FILE_RANGE_WAIT_AFTER
-	return again(func() error { return unix.SyncFileRange(fd, off, n, how) })
+	return d.do(Call{Op: "sync_file_range", FD: fd, Off: off, Len: n, Mode: how}, func() error {
+		return again(func() error { return unix.SyncFileRange(fd, off, n, how) })
+	})
 }
 
 // waitPages waits until these pages are not being written.
 func (d *disk) waitPages(fd int, off, n int64) error {
-	return again(func() error { return unix.SyncFileRange(fd, off, n, unix.SYNC_FILE_RANGE_WAIT_BEFORE) })
+	return d.do(Call{Op: "sync_file_range", FD: fd, Off: off, Len: n, Mode: unix.SYNC_FILE_RANGE_WAIT_BEFORE}, func() error {
+		return again(func() error { return unix.SyncFileRange(fd, off, n, unix.SYNC_FILE_RANGE_WAIT_BEFORE) })
+	})
 }
 
 func (d *disk) mkdir(dir int, name string, mode uint32) error {
-	if err := d.before("mkdirat", name, 0, 0); err != nil {
-		return err
-	}
-	return unix.Mkdirat(dir, name, mode)
+	return d.do(Call{Op: "mkdirat", FD: dir, Name: name}, func() error {
+		return unix.Mkdirat(dir, name, mode)
+	})
 }
 
 func (d *disk) mknod(dir int, name string, mode uint32, dev int) error {
-	if err := d.before("mknodat", name, 0, 0); err != nil {
-		return err
-	}
-	return unix.Mknodat(dir, name, mode, dev)
+	return d.do(Call{Op: "mknodat", FD: dir, Name: name, Mode: mode}, func() error {
+		return unix.Mknodat(dir, name, mode, dev)
+	})
 }
 
 func (d *disk) symlink(target string, dir int, name string) error {
-	if err := d.before("symlinkat", name, 0, 0); err != nil {
-		return err
-	}
-	return unix.Symlinkat(target, dir, name)
+	return d.do(Call{Op: "symlinkat", FD: dir, Name: name, To: target}, func() error {
+		return unix.Symlinkat(target, dir, name)
+	})
 }
 
 func (d *disk) readlink(dir int, name string) (string, error) {
@@ -204,57 +209,50 @@ func (d *disk) readlink(dir int, name string) (string, error) {
 }
 
 func (d *disk) unlink(dir int, name string, flags int) error {
-	if err := d.before("unlinkat", name, 0, 0); err != nil {
-		return err
-	}
-	return unix.Unlinkat(dir, name, flags)
+	return d.do(Call{Op: "unlinkat", FD: dir, Name: name, Mode: uint32(flags)}, func() error {
+		return unix.Unlinkat(dir, name, flags)
+	})
 }
 
 func (d *disk) rename(od int, oname string, nd int, nname string, flags uint32) error {
-	if err := d.before("renameat2", oname, 0, 0); err != nil {
-		return err
-	}
-	return unix.Renameat2(od, oname, nd, nname, uint(flags))
+	return d.do(Call{Op: "renameat2", FD: od, Name: oname, ToFD: nd, To: nname, Mode: flags}, func() error {
+		return unix.Renameat2(od, oname, nd, nname, uint(flags))
+	})
 }
 
 func (d *disk) link(od int, oname string, nd int, nname string) error {
-	if err := d.before("linkat", nname, 0, 0); err != nil {
-		return err
-	}
-	return unix.Linkat(od, oname, nd, nname, 0)
+	return d.do(Call{Op: "linkat", FD: od, Name: oname, ToFD: nd, To: nname}, func() error {
+		return unix.Linkat(od, oname, nd, nname, 0)
+	})
 }
 
 // linkFD gives a name to what has none.
 func (d *disk) linkFD(fd, nd int, nname string) error {
-	if err := d.before("linkat", nname, 0, 0); err != nil {
-		return err
-	}
-	return unix.Linkat(unix.AT_FDCWD, procFD(fd), nd, nname, unix.AT_SYMLINK_FOLLOW)
+	return d.do(Call{Op: "linkat", FD: fd, ToFD: nd, To: nname}, func() error {
+		return unix.Linkat(unix.AT_FDCWD, procFD(fd), nd, nname, unix.AT_SYMLINK_FOLLOW)
+	})
 }
 
 func (d *disk) chmod(fd int, mode uint32) error {
-	if err := d.before("fchmod", "", 0, 0); err != nil {
-		return err
-	}
-	return unix.Chmod(procFD(fd), mode)
+	return d.do(Call{Op: "fchmod", FD: fd, Mode: mode}, func() error {
+		return unix.Chmod(procFD(fd), mode)
+	})
 }
 
 func (d *disk) chown(fd, uid, gid int) error {
-	if err := d.before("fchown", "", 0, 0); err != nil {
-		return err
-	}
-	return unix.Fchownat(fd, "", uid, gid, unix.AT_EMPTY_PATH)
+	return d.do(Call{Op: "fchown", FD: fd}, func() error {
+		return unix.Fchownat(fd, "", uid, gid, unix.AT_EMPTY_PATH)
+	})
 }
 
 func (d *disk) ioctl(fd int, cmd uint, arg unsafe.Pointer) error {
-	if err := d.before("ioctl", "", 0, 0); err != nil {
-		return err
-	}
-	return again(func() error {
-		if _, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), uintptr(cmd), uintptr(arg)); e != 0 {
-			return e
-		}
-		return nil
+	return d.do(Call{Op: "ioctl", FD: fd}, func() error {
+		return again(func() error {
+			if _, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), uintptr(cmd), uintptr(arg)); e != 0 {
+				return e
+			}
+			return nil
+		})
 	})
 }
 
@@ -267,10 +265,9 @@ func (d *disk) birth(fd int) (t unix.StatxTimestamp, ok bool, err error) {
 }
 
 func (d *disk) utimens(fd int, atime, mtime unix.Timespec) error {
-	if err := d.before("utimensat", "", 0, 0); err != nil {
-		return err
-	}
-	return unix.UtimesNanoAt(fd, "", []unix.Timespec{atime, mtime}, unix.AT_EMPTY_PATH)
+	return d.do(Call{Op: "utimensat", FD: fd}, func() error {
+		return unix.UtimesNanoAt(fd, "", []unix.Timespec{atime, mtime}, unix.AT_EMPTY_PATH)
+	})
 }
 
 func (d *disk) getxattr(fd int, name string) ([]byte, error) {
@@ -290,17 +287,15 @@ func (d *disk) getxattr(fd int, name string) ([]byte, error) {
 }
 
 func (d *disk) setxattr(fd int, name string, value []byte, flags int) error {
-	if err := d.before("setxattr", "", 0, int64(len(value))); err != nil {
-		return err
-	}
-	return unix.Setxattr(procFD(fd), name, value, flags)
+	return d.do(Call{Op: "setxattr", FD: fd, Name: name, Len: int64(len(value))}, func() error {
+		return unix.Setxattr(procFD(fd), name, value, flags)
+	})
 }
 
 func (d *disk) removexattr(fd int, name string) error {
-	if err := d.before("removexattr", "", 0, 0); err != nil {
-		return err
-	}
-	return unix.Removexattr(procFD(fd), name)
+	return d.do(Call{Op: "removexattr", FD: fd, Name: name}, func() error {
+		return unix.Removexattr(procFD(fd), name)
+	})
 }
 
 func (d *disk) listxattr(fd int) ([]byte, error) {

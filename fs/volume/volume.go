@@ -29,14 +29,15 @@ var (
 // Options of [Open]; the zero value is a read-write tree that keeps times by itself.
 type Options struct {
 	ReadOnly    bool
-	KernelTimes bool             // the kernel's writeback cache is on: it owns the times of open files
-	Logger      *slog.Logger     // none: nothing is logged
-	Pool        int              // data keys made ahead at first, see [keystore.RingOptions]
-	MaxAge      time.Duration    // how long a proof that a key may be used is good for; 5 min if zero
-	Grace       time.Duration    // how long known keys are used while a key service cannot be reached; 1 h if zero
-	FileLease   bool             // each open file's key is proven by itself
-	NoPrefetch  bool             // no key is unwrapped before its file is opened
-	Hook        func(Call) error // for tests: sees each syscall on the tree, and can fail it
+	KernelTimes bool              // the kernel's writeback cache is on: it owns the times of open files
+	Logger      *slog.Logger      // none: nothing is logged
+	Pool        int               // data keys made ahead at first, see [keystore.RingOptions]
+	MaxAge      time.Duration     // how long a proof that a key may be used is good for; 5 min if zero
+	Grace       time.Duration     // how long known keys are used while a key service cannot be reached; 1 h if zero
+	FileLease   bool              // each open file's key is proven by itself
+	NoPrefetch  bool              // no key is unwrapped before its file is opened
+	Hook        func(Call) error  // for tests: sees each syscall on the tree, and can fail it
+	Done        func(Call, error) // likewise, after it was made
 }
 
 // Volume is an open encrypted tree.
@@ -100,7 +101,7 @@ type inodeKey struct{ dev, ino uint64 }
 // Open gives the tree of a volume that [Unlock] opened. It takes the volume's
 // lock and the ring, which Close closes.
 func (u *Unlocked) Open(o Options) (*Volume, error) {
-	v := &Volume{disk: disk{o.Hook}, o: o, log: o.Logger, cfg: u.Config, vk: u.keys, rootD: u.root, plain: u.Config.Names == blockcrypt.NamesPlain,
+	v := &Volume{disk: disk{o.Hook, o.Done}, o: o, log: o.Logger, cfg: u.Config, vk: u.keys, rootD: u.root, plain: u.Config.Names == blockcrypt.NamesPlain,
 		super: unix.Geteuid() == 0, nodes: map[uint64]*Node{}, inodes: map[inodeKey]*Node{}, bad: map[uint64]bool{}, reported: map[string]bool{}, quit: make(chan struct{})}
 	if v.log == nil {
 		v.log = slog.New(slog.DiscardHandler)
