@@ -41,6 +41,7 @@ func (r *Record) Trusts(uri string) bool {
 // InitOptions of [Init].
 type InitOptions struct {
 	PlainNames bool
+	Done       func(Call, error) // for tests, as in [Options]
 }
 
 // Init makes a volume in an empty directory: kmsfs.json, durable when it
@@ -51,7 +52,7 @@ func Init(ctx context.Context, dir string, stores []keystore.Store, id blockcryp
 		return nil, err
 	}
 	defer unix.Close(root)
-	d := &disk{}
+	d := &disk{done: o.Done}
 	if err := d.mustBeEmpty(root); err != nil {
 		return nil, err
 	}

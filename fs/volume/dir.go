@@ -439,7 +439,10 @@ func (d *Dir) Sync() error {
 	if d.n.v.o.ReadOnly {
 		return nil
 	}
-	return errors.Join(d.n.v.fsync(d.fd), d.n.syncIDs())
+	if err := d.n.syncIDs(); err != nil {
+		return err
+	}
+	return d.n.v.fsync(d.fd)
 }
 
 // SeekTo goes to a position that an Entry gave, or to 0, the start.

@@ -31,6 +31,9 @@ func (v *Volume) Settle() { v.settler.settle(v.settler.due(0)) }
 // NextSession begins a new session now.
 func (v *Volume) NextSession() error { return v.nextSession() }
 
+// SetCalm says whether pages cannot tear, as on a filesystem in memory.
+func (v *Volume) SetCalm(calm bool) { v.calm = calm }
+
 // Age makes every open file older than the time in which it counts as fresh.
 func (v *Volume) Age() {
 	for _, f := range v.files() {

@@ -595,11 +595,13 @@ func (h *Handle) Fsync() error {
 	if h.f.v.o.ReadOnly {
 		return nil
 	}
-	if err := h.f.sync(); err != nil {
+	// First what leads to it: the fsync of a file can make a name of it durable
+	// that cannot be read without.
+	if err := h.f.syncPath(); err != nil {
 		return h.f.failed("fsync", err)
 	}
-	if err := h.f.syncPath(); err != nil {
-		return err
+	if err := h.f.sync(); err != nil {
+		return h.f.failed("fsync", err)
 	}
 	return h.f.n.anyLostErr()
 }

@@ -52,7 +52,7 @@ func (l *logBuffer) String() string {
 
 func newWorld(t testing.TB, o volume.Options) *world { return newWorldIn(t, t.TempDir(), o, false) }
 
-func newWorldIn(t testing.TB, dir string, o volume.Options, plainNames bool) *world {
+func newStore(t testing.TB) []keystore.Store {
 	t.Helper()
 	key := make([]byte, 32)
 	rand.Read(key)
@@ -60,6 +60,12 @@ func newWorldIn(t testing.TB, dir string, o volume.Options, plainNames bool) *wo
 	if err != nil {
 		t.Fatal(err)
 	}
+	return []keystore.Store{store}
+}
+
+func newWorldIn(t testing.TB, dir string, o volume.Options, plainNames bool) *world {
+	t.Helper()
+	store := newStore(t)[0]
 	w := &world{t: t, dir: dir, store: store, log: &logBuffer{}}
 	if _, err := volume.Init(ctx, w.dir, []keystore.Store{store}, blockcrypt.NewID(), volume.InitOptions{PlainNames: plainNames}); err != nil {
 		t.Fatal(err)

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"unsafe"
 
@@ -282,18 +283,9 @@ func parseDirent(b []byte) (e dirent, size int) {
 // syncIDs makes the IDs of a directory and of all its ancestors durable: an
 // fsync of each that is not known to be.
 func (n *Node) syncIDs() error {
+	var chain []*Node
 	for n != nil && n != n.v.root {
-		n.dirMu.Lock()
-		has, done := n.hasID, n.idSynced
-		n.dirMu.Unlock()
-		if !done {
-			if err := n.syncDir(); err != nil {
-				return err
-			}
-			n.dirMu.Lock()
-			n.idSynced = has && n.hasID
-			n.dirMu.Unlock()
-		}
+		chain = append(chain, n)
 		n.v.mu.Lock()
 		var up *Node
 		if len(n.links) > 0 {
@@ -301,6 +293,21 @@ func (n *Node) syncIDs() error {
 		}
 		n.v.mu.Unlock()
 		n = up
+	}
+	// From the top: an fsync can make an entry durable whose directory's ID is not.
+	for _, n := range slices.Backward(chain) {
+		n.dirMu.Lock()
+		has, done := n.hasID, n.idSynced
+		n.dirMu.Unlock()
+		if done {
+			continue
+		}
+		if err := n.syncDir(); err != nil {
+			return err
+		}
+		n.dirMu.Lock()
+		n.idSynced = has && n.hasID
+		n.dirMu.Unlock()
 	}
 	return nil
 }
