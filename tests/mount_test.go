@@ -219,47 +219,6 @@ func onBoth(a, b string, r *mrand.Rand, boundaries []int64, ops int) error {
 	return nil
 }
 
-// SIGKILL while programs write: what was closed is there after the next mount.
-func TestKill(t *testing.T) {
-	m := newVolume(t)
-	for round := range 3 {
-		var mu sync.Mutex
-		closed := map[string][]byte{}
-		stop := make(chan struct{})
-		var wg sync.WaitGroup
-		for g := range 3 {
-			wg.Go(func() {
-				for i := 0; ; i++ {
-					select {
-					case <-stop:
-						return
-					default:
-					}
-					name := fmt.Sprintf("r%d-%d-%d", round, g, i)
-					b := noise(i * 137 % 20000)
-					if os.WriteFile(m.path(name), b, 0o644) != nil {
-						return
-					}
-					mu.Lock()
-					closed[name] = b
-					mu.Unlock()
-				}
-			})
-		}
-		time.Sleep(300 * time.Millisecond)
-		m.kill()
-		close(stop)
-		wg.Wait()
-		m.mount()
-		for name, b := range closed {
-			want(t, m.path(name), b)
-		}
-		if len(closed) < 20 {
-			t.Errorf("only %d files were closed", len(closed))
-		}
-	}
-}
-
 // A full disk: an error, nothing lost, and it goes on when there is space again.
 func TestFullDisk(t *testing.T) {
 	needRoot(t)

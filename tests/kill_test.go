@@ -1,0 +1,187 @@
+package tests
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	mrand "math/rand/v2"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// killed is what a file may be after a SIGKILL: its versions since the last that
+// fsync or close has confirmed, which is the first.
+type killed struct {
+	versions  [][]byte
+	confirmed bool
+	history   []string
+}
+
+func (k *killed) now() []byte { return k.versions[len(k.versions)-1] }
+
+// allows compares byte by byte: writes that were not confirmed may be there in
+// part.
+func (k *killed) allows(got []byte) error {
+	least, most := len(k.versions[0]), 0
+	for _, v := range k.versions {
+		least, most = min(least, len(v)), max(most, len(v))
+	}
+	if len(got) < least || len(got) > most {
+		return fmt.Errorf("%d bytes, but it had %d to %d", len(got), least, most)
+	}
+	for i, c := range got {
+		ok, grown := false, false
+		for _, v := range k.versions {
+			ok = ok || i < len(v) && v[i] == c
+			grown = grown || i >= len(v)
+		}
+		if !ok && !(c == 0 && grown) {
+			return fmt.Errorf("byte %d of %d is in no version", i, len(got))
+		}
+	}
+	return nil
+}
+
+// killWriter does things to its own files until the daemon is dead.
+type killWriter struct {
+	m     *mounted
+	r     *mrand.Rand
+	name  string
+	files map[string]*killed
+	open  map[string]*os.File
+	bytes int64
+}
+
+func (w *killWriter) run() {
+	for w.step() {
+	}
+	for name, f := range w.open {
+		f.Close()
+		delete(w.open, name)
+	}
+}
+
+func (w *killWriter) step() bool {
+	name := fmt.Sprintf("%s-%d", w.name, w.r.IntN(4))
+	if w.r.IntN(8) == 0 {
+		name += strings.Repeat("long", 50)
+	}
+	k := w.files[name]
+	f := w.open[name]
+	if f == nil {
+		var err error
+		if f, err = os.OpenFile(w.m.path(name), os.O_RDWR|os.O_CREATE, 0o644); err != nil {
+			return false
+		}
+		w.open[name] = f
+		if k == nil {
+			k = &killed{versions: [][]byte{nil}}
+			w.files[name] = k
+		}
+	}
+	old := k.now()
+	change := func(now []byte, what string, f func() error) bool {
+		k.versions = append(k.versions, now)
+		err := f()
+		k.history = append(k.history, fmt.Sprintf("%s to %d: %v", what, len(now), err))
+		return err == nil
+	}
+	confirm := func(what string, err error) bool {
+		k.history = append(k.history, fmt.Sprintf("%s: %v", what, err))
+		if err == nil {
+			k.confirmed, k.versions = true, [][]byte{k.now()}
+			w.bytes += int64(len(k.now()))
+		}
+		return err == nil
+	}
+	k.history = k.history[max(0, len(k.history)-20):]
+	switch x := w.r.IntN(100); {
+	case x < 40:
+		data := noise(1 + w.r.IntN([]int{100, 5000, 60000}[w.r.IntN(3)]))
+		if len(old) > 300000 {
+			return change(nil, "truncate", func() error { return f.Truncate(0) })
+		}
+		return change(append(old[:len(old):len(old)], data...), "append", func() error { _, err := f.WriteAt(data, int64(len(old))); return err })
+	case x < 55 && len(old) > 0:
+		at := w.r.IntN(len(old))
+		data := noise(1 + w.r.IntN(min(len(old)-at, 9000)))
+		now := slices.Clone(old)
+		copy(now[at:], data)
+		return change(now, "overwrite", func() error { _, err := f.WriteAt(data, int64(at)); return err })
+	case x < 65:
+		now := make([]byte, w.r.IntN(len(old)+5000))
+		copy(now, old)
+		return change(now, "truncate", func() error { return f.Truncate(int64(len(now))) })
+	case x < 75:
+		return confirm("fsync", f.Sync())
+	case x < 90:
+		delete(w.open, name)
+		return confirm("close", f.Close())
+	default: // replaced by another that was closed
+		delete(w.open, name)
+		if f.Close() != nil {
+			return false
+		}
+		k.versions = [][]byte{k.now()}
+		data := noise(w.r.IntN(20000))
+		if os.WriteFile(w.m.path(w.name+"-new"), data, 0o644) != nil {
+			return false
+		}
+		return change(data, "rename", func() error { return os.Rename(w.m.path(w.name+"-new"), w.m.path(name)) }) && confirm("renamed", nil)
+	}
+}
+
+// The daemon is killed while programs write: everything that fsync or close has
+// answered for is there after the next mount, nothing is unreadable, and nothing
+// is there that was never written.
+func TestKilledWhileWriting(t *testing.T) {
+	rounds := 10
+	fmt.Sscan(os.Getenv("KMSFS_KILL_ROUNDS"), &rounds)
+	m := newVolume(t)
+	writers := make([]*killWriter, 4)
+	for i := range writers {
+		writers[i] = &killWriter{m: m, name: fmt.Sprint("w", i), files: map[string]*killed{}}
+	}
+	checked := 0
+	for round := range rounds {
+		var wg sync.WaitGroup
+		for i, w := range writers {
+			w.r, w.open = mrand.New(mrand.NewPCG(uint64(round), uint64(i))), map[string]*os.File{}
+			wg.Go(w.run)
+		}
+		time.Sleep(time.Duration(100+mrand.IntN(500)) * time.Millisecond)
+		m.kill()
+		wg.Wait()
+		m.mount()
+		for _, w := range writers {
+			for name, k := range w.files {
+				got, err := os.ReadFile(m.path(name))
+				checked++
+				if errors.Is(err, os.ErrNotExist) && !k.confirmed {
+					delete(w.files, name)
+					continue
+				}
+				if err == nil {
+					err = k.allows(got)
+				}
+				if err != nil {
+					t.Fatalf("round %d: %.30s, confirmed %v, of %d versions: %v; %s", round, name, k.confirmed, len(k.versions), err, strings.Join(k.history, "; "))
+				}
+				k.versions = [][]byte{bytes.Clone(got)}
+			}
+		}
+	}
+	var total int64
+	for _, w := range writers {
+		total += w.bytes
+	}
+	t.Logf("%d rounds, %d files looked at after them, %d MiB confirmed", rounds, checked, total>>20)
+	m.umount()
+	if out, err := m.try("fsck", m.cipher); err != nil {
+		t.Errorf("fsck: %v\n%s", err, out)
+	}
+}
