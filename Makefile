@@ -41,9 +41,10 @@ test: deps-test lint
 soak: deps-test fuzz
 	@sh tests/deps.sh soak
 	KMSFS_MODEL_OPS=2000000 $(GO) test -timeout 60m -run Model ./fs/volume
+	KMSFS_CRASH_STATES=1000000 $(GO) test -timeout 90m -v -run CrashStates ./fs/volume
 	@test "$$(id -u)" = 0 || echo "without root: no power cuts"
 	test "$$(id -u)" != 0 || KMSFS_POWER_CUTS=300 $(GO) test -timeout 60m -v -run PowerCut ./fs/volume
-	PATH="$(CURDIR)/.venv/bin:$$PATH" KMSFS_SOAK=1 KMSFS_TREE_OPS=30000 $(GO) test -race -timeout 90m ./tests/...
+	PATH="$(CURDIR)/.venv/bin:$$PATH" KMSFS_SOAK=1 KMSFS_TREE_OPS=30000 KMSFS_KILL_ROUNDS=100 $(GO) test -race -timeout 90m ./tests/...
 
 fuzz:
 	for f in FuzzParseHeader FuzzParseConfig FuzzDecodeName FuzzOpenBlock FuzzOpenMarker FuzzOpenValue; do \

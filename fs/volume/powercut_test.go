@@ -17,21 +17,27 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/fs/volume"
+	"kmsfs/keystore/keystoretest"
 )
 
-// Power cuts on a real ext4: random operations and writeback, then a shutdown of
-// the filesystem that flushes nothing, at any moment. What fsync has answered
-// for is there, and everything opens. Part of make soak; it needs root and a
-// loop device.
+// Power cuts on real filesystems: random operations and writeback, then, at any
+// moment, a shutdown of the filesystem that flushes nothing; or on btrfs, which has
+// none, a copy of its disk while it is in use. What fsync has answered for is
+// there, and everything opens. It needs root and loop devices; make soak has more
+// rounds, and all filesystems.
 func TestPowerCut(t *testing.T) {
-	rounds := 0
-	if _, err := fmt.Sscan(os.Getenv("KMSFS_POWER_CUTS"), &rounds); err != nil || rounds == 0 {
-		t.Skip("KMSFS_POWER_CUTS says how many power cuts; make soak sets it")
+	keystoretest.Need(t, "root, for power cuts", os.Geteuid() == 0)
+	rounds, kinds := 30, []string{"ext4"}
+	if _, err := fmt.Sscan(os.Getenv("KMSFS_POWER_CUTS"), &rounds); err == nil {
+		kinds = []string{"ext4", "ext4-writeback", "ext4-journal", "xfs", "btrfs"}
 	}
-	if os.Geteuid() != 0 {
-		t.Fatal("power cuts need root")
+	for _, kind := range kinds {
+		t.Run(kind, func(t *testing.T) { powerCuts(t, kind, rounds) })
 	}
-	d := newCutDisk(t)
+}
+
+func powerCuts(t *testing.T, kind string, rounds int) {
+	d := newCutDisk(t, kind)
 	d.mount()
 	p := &powerTest{t: t, disk: d, world: newWorldIn(t, d.mkdir("v"), volume.Options{}, true), truth: map[string]*truth{}}
 	p.quiet = true
@@ -55,29 +61,39 @@ func TestPowerCut(t *testing.T) {
 	t.Logf("%d cuts, %d files looked up after them, %d never confirmed that are gone", rounds, p.looked, p.missing)
 }
 
-// cutDisk is an ext4 on a loop device.
+// cutDisk is a filesystem on a loop device.
 type cutDisk struct {
-	t         testing.TB
-	dir, loop string
-	dead      atomic.Bool
+	t              testing.TB
+	kind           string
+	dir, img, loop string
+	dead           atomic.Bool
+	copied         bool // the disk, at the cut
 }
 
-func newCutDisk(t testing.TB) *cutDisk {
-	d := &cutDisk{t: t, dir: filepath.Join(t.TempDir(), "mnt")}
-	img := filepath.Join(t.TempDir(), "disk")
-	d.run("truncate", "-s", "512M", img)
-	d.run("mkfs.ext4", "-q", "-F", "-b", "4096", img)
-	d.loop = d.run("losetup", "-f", "--show", img)
+func newCutDisk(t testing.TB, kind string) *cutDisk {
+	d := &cutDisk{t: t, kind: kind, dir: filepath.Join(t.TempDir(), "mnt"), img: filepath.Join(t.TempDir(), "disk")}
+	d.run("truncate", "-s", "512M", d.img)
+	switch fs, _, _ := strings.Cut(kind, "-"); fs {
+	case "ext4":
+		d.run("mkfs.ext4", "-q", "-F", "-b", "4096", d.img)
+	default:
+		d.run("mkfs."+fs, "-q", "-f", d.img)
+	}
+	d.attach()
 	t.Cleanup(func() {
 		unix.Unmount(d.dir, unix.MNT_DETACH) // where a failure left it
 		d.run("losetup", "-d", d.loop)
 	})
-	// Or the loop device itself would keep pages from tearing.
-	os.WriteFile(filepath.Join("/sys/block", filepath.Base(d.loop), "queue/stable_writes"), []byte("0"), 0)
 	if err := os.Mkdir(d.dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
 	return d
+}
+
+func (d *cutDisk) attach() {
+	d.loop = d.run("losetup", "-f", "--show", d.img)
+	// Or the loop device itself would keep pages from tearing.
+	os.WriteFile(filepath.Join("/sys/block", filepath.Base(d.loop), "queue/stable_writes"), []byte("0"), 0)
 }
 
 func (d *cutDisk) run(args ...string) string {
@@ -98,22 +114,43 @@ func (d *cutDisk) mkdir(name string) string {
 }
 
 func (d *cutDisk) mount() {
-	d.run("mount", d.loop, d.dir)
+	opts := "rw"
+	if _, mode, ok := strings.Cut(d.kind, "-"); ok {
+		opts = "data=" + mode
+	}
+	d.run("mount", "-o", opts, d.loop, d.dir)
 	d.dead.Store(false)
 }
-func (d *cutDisk) umount() { d.run("umount", d.dir) }
+
+// umount unmounts; after a cut of btrfs the disk is the copy from then on.
+func (d *cutDisk) umount() {
+	d.run("umount", d.dir)
+	if d.copied {
+		d.copied = false
+		d.run("losetup", "-d", d.loop)
+		d.run("mv", d.img+".copy", d.img)
+		d.attach()
+	}
+}
 
 // cut shuts the filesystem down without flushing its journal.
 func (d *cutDisk) cut() {
+	if d.kind == "btrfs" {
+		// The superblock first, which leads to trees that are not overwritten soon.
+		d.dead.Store(true)
+		d.run("cp", "--sparse=always", d.img, d.img+".copy")
+		d.copied = true
+		return
+	}
 	f, err := os.Open(d.dir)
 	if err != nil {
 		return
 	}
 	defer f.Close()
 	d.dead.Store(true)
-	const ext4IocShutdown, noLogFlush = 0x8004587d, 2
+	const shutdown, noLogFlush = 0x8004587d, 2 // EXT4_IOC_SHUTDOWN, XFS_IOC_GOINGDOWN
 	how := uint32(noLogFlush)
-	unix.Syscall(unix.SYS_IOCTL, f.Fd(), ext4IocShutdown, uintptr(unsafe.Pointer(&how)))
+	unix.Syscall(unix.SYS_IOCTL, f.Fd(), shutdown, uintptr(unsafe.Pointer(&how)))
 }
 
 // truth is all that a file may be after a cut: its versions since the last
@@ -156,7 +193,7 @@ func (p *powerTest) session() {
 		p.disk.cut()
 	})
 	open := map[string]*volume.Handle{}
-	for p.step(open) {
+	for p.step(open) && !p.disk.dead.Load() {
 	}
 	close(stop)
 	wg.Wait()
@@ -217,6 +254,10 @@ func (p *powerTest) step(open map[string]*volume.Handle) bool {
 		x.did("%d to %d: %v", len(old), len(now), err)
 		return err == nil
 	}
+	// ext4 with data=journal replays a freed block of an extent tree over data that was
+	// written where it was, once there are holes (seen on Linux 6.18: the page begins
+	// with 0xF30A, the magic of such a block). There is no rule against that.
+	spaces := p.disk.kind != "ext4-journal"
 	switch k := p.r.IntN(100); {
 	case k < 45: // append, or over a gap
 		at := len(old)
@@ -235,7 +276,7 @@ func (p *powerTest) step(open map[string]*volume.Handle) bool {
 		now := append([]byte(nil), old...)
 		copy(now[at:], data)
 		return change(now, func() error { _, err := h.Write(ctx, data, int64(at)); return err })
-	case k < 65 && len(old) > 0:
+	case k < 65 && len(old) > 0 && spaces:
 		at := p.r.IntN(len(old))
 		n := 1 + p.r.IntN(len(old)-at)
 		now := append([]byte(nil), old...)
@@ -243,7 +284,7 @@ func (p *powerTest) step(open map[string]*volume.Handle) bool {
 		return change(now, func() error {
 			return h.Fallocate(ctx, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, int64(at), int64(n))
 		})
-	case k < 67:
+	case k < 67 && spaces:
 		n := len(old) + 1 + p.r.IntN(30000)
 		now := append(old[:len(old):len(old)], make([]byte, n-len(old))...)
 		return change(now, func() error { return h.Fallocate(ctx, 0, 0, int64(n)) })
