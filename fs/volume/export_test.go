@@ -31,6 +31,15 @@ func (v *Volume) Settle() { v.settler.settle(v.settler.due(0)) }
 // NextSession begins a new session now.
 func (v *Volume) NextSession() error { return v.nextSession() }
 
+// CipherName returns the ciphertext name of an entry of dir.
+func (v *Volume) CipherName(dir *Node, name string) string {
+	e, err := dir.encode(name, false)
+	if err != nil {
+		return ""
+	}
+	return e.cname
+}
+
 // SetCalm says whether pages cannot tear, as on a filesystem in memory.
 func (v *Volume) SetCalm(calm bool) { v.calm = calm }
 

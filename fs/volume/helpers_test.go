@@ -44,6 +44,8 @@ func (l *logBuffer) Write(p []byte) (int, error) {
 	return l.b.Write(p)
 }
 
+func (l *logBuffer) logger() *slog.Logger { return slog.New(slog.NewTextHandler(l, nil)) }
+
 func (l *logBuffer) String() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -88,6 +90,19 @@ func (w *world) unlock() (*volume.Unlocked, error) {
 		return nil, err
 	}
 	return l.Unlock(ctx, []keystore.Store{w.store}, volume.UnlockOptions{})
+}
+
+// unlockWith unlocks against a trust record.
+func (w *world) unlockWith(rec *volume.Record) (*volume.Unlocked, error) {
+	l, err := volume.Find(w.dir)
+	if err != nil {
+		return nil, err
+	}
+	u, err := l.Unlock(ctx, []keystore.Store{w.store}, volume.UnlockOptions{Record: rec})
+	if err != nil {
+		l.Close()
+	}
+	return u, err
 }
 
 func (w *world) open(o volume.Options) {

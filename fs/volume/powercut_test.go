@@ -219,10 +219,11 @@ func (p *powerTest) flush(r *rand.Rand, stop chan struct{}) {
 			continue
 		}
 		if f, err := os.OpenFile(files[r.IntN(len(files))], os.O_RDWR, 0); err == nil {
-			st, _ := f.Stat()
-			pages := st.Size()/4096 + 1
-			at := []int64{0, pages - 1, r.Int64N(pages)}[r.IntN(3)]
-			unix.SyncFileRange(int(f.Fd()), at*4096, 4096*(1+r.Int64N(3)), unix.SYNC_FILE_RANGE_WRITE)
+			if st, err := f.Stat(); err == nil {
+				pages := st.Size()/4096 + 1
+				at := []int64{0, pages - 1, r.Int64N(pages)}[r.IntN(3)]
+				unix.SyncFileRange(int(f.Fd()), at*4096, 4096*(1+r.Int64N(3)), unix.SYNC_FILE_RANGE_WRITE)
+			}
 			f.Close()
 		}
 		if r.IntN(3) == 0 {
