@@ -34,6 +34,7 @@ lint:
 
 # -race for what has goroutines; the mounts once more with a daemon built so.
 test: deps-test lint
+	$(MAKE) fuzz FUZZ=10s
 	PATH="$(CURDIR)/.venv/bin:$$PATH" $(GO) test -race -timeout 20m ./blockcrypt/... ./keystore/... ./fs/... ./cmd/...
 	PATH="$(CURDIR)/.venv/bin:$$PATH" $(GO) test -timeout 20m ./tests/...
 
@@ -49,6 +50,7 @@ soak: deps-test fuzz
 fuzz:
 	for f in FuzzParseHeader FuzzParseConfig FuzzDecodeName FuzzOpenBlock FuzzOpenMarker FuzzOpenValue; do \
 		$(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZ) ./blockcrypt || exit 1; done
+	$(GO) test -run '^$$' -fuzz '^FuzzFile$$' -fuzztime $(FUZZ) -fuzzminimizetime 5x ./fs/volume
 
 bench:
 	$(GO) test -run '^$$' -bench . -benchmem ./blockcrypt ./fs/volume
