@@ -177,6 +177,9 @@ func (d *disk) waitPages(fd int, off, n int64) error {
 	})
 }
 
+// forgetPages makes the kernel read from the disk again what is clean.
+func (d *disk) forgetPages(fd int) { unix.Fadvise(fd, 0, 0, unix.FADV_DONTNEED) }
+
 func (d *disk) mkdir(dir int, name string, mode uint32) error {
 	return d.do(Call{Op: "mkdirat", FD: dir, Name: name}, func() error {
 		return unix.Mkdirat(dir, name, mode)

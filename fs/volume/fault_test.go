@@ -315,11 +315,13 @@ type fault struct {
 	all  atomic.Bool
 	err  error
 	hit  atomic.Bool
+	op   atomic.Value // string: of the call that failed
 }
 
-func (f *fault) hook(volume.Call) error {
+func (f *fault) hook(c volume.Call) error {
 	if n := f.left.Add(-1); n == 0 || n < 0 && f.all.Load() && f.hit.Load() {
 		f.hit.Store(true)
+		f.op.Store(c.Op)
 		return f.err
 	}
 	return nil
@@ -392,6 +394,9 @@ func operations(sizes []int64) map[string]operation {
 func faultOnce(t *testing.T, confirmed bool, from int64, op operation, n int64) (hit bool) {
 	t.Helper()
 	f := &fault{err: unix.ENOSPC}
+	if n%3 == 0 {
+		f.err = unix.EIO
+	}
 	f.never()
 	w := newWorldIn(t, filepath.Join(t.TempDir()), volume.Options{Hook: f.hook}, false)
 	w.quiet = true
@@ -423,6 +428,21 @@ func faultOnce(t *testing.T, confirmed bool, from int64, op operation, n int64) 
 	}
 	if !between(got, old, now, err == nil) {
 		t.Fatalf("after a failure of call %d: %d bytes, neither the old %d nor the new %d", n, len(got), len(old), len(now))
+	}
+	if op, _ := f.op.Load().(string); hit && op != "" && strings.Contains("fsync fdatasync syncfs", op) {
+		// What could not be synced is not said to be, ever after; what the disk has
+		// is looked at when the file is opened again.
+		for range 2 {
+			if err := h.Fsync(); err == nil {
+				t.Fatalf("after a failure of call %d, %s, fsync says yes", n, op)
+			}
+		}
+		h.Release()
+		got, rerr = readNode(w.must("f"))
+		if rerr != nil || !between(got, old, now, false) {
+			t.Fatalf("opened again after a failure of call %d, %s: %d bytes, %v", n, op, len(got), rerr)
+		}
+		h = w.opened("f")
 	}
 	// And it goes on.
 	if _, err := h.Write(ctx, []byte("end"), int64(len(got))); err != nil {

@@ -19,8 +19,14 @@ func (n *Node) load() (*file, error) {
 	if err != nil {
 		return nil, err
 	}
+	if n.doubt.Load() {
+		n.v.forgetPages(f.fd)
+	}
 	if st.Size > 0 {
 		err = f.readHeader(st.Size)
+	}
+	if err == nil {
+		n.doubt.Store(false)
 	}
 	n.v.mu.Lock()
 	pending := n.pending
@@ -151,7 +157,7 @@ func (f *file) takeState(length int64) error {
 		if dirty {
 			return f.lookThrough(length)
 		}
-	} else if v.wasBad(s.Session) && f.unconfirmed() || dirty && v.isBad(s.Session) {
+	} else if (v.wasBad(s.Session) || f.n.doubt.Load() && v.isBad(s.Session)) && f.unconfirmed() || dirty && v.isBad(s.Session) {
 		return f.repair(length)
 	} else if dirty {
 		return &blockcrypt.DamageError{Class: blockcrypt.BadState, Pos: blockcrypt.StateOffset,

@@ -135,7 +135,7 @@ func (v *Volume) dropKeys(files []*file) error {
 	}
 	var err error
 	if !v.o.ReadOnly {
-		err = v.syncfs(v.rootD)
+		err = v.syncAll()
 	}
 	for i, f := range files {
 		f.mu.Lock()

@@ -45,6 +45,7 @@ type Node struct {
 	lost    lost
 	anyLost atomic.Bool
 
+	doubt     atomic.Bool // a sync failed: the page cache may say more than the disk has
 	immutable atomic.Bool // by [Node.SetFlags]
 
 	// openMu is held while the file is loaded, repaired or let go.

@@ -113,7 +113,7 @@ func (f *file) beforeGrowth(flags uint32) error {
 	}
 	if now&blockcrypt.Cut != 0 {
 		// A file that is cut ends at its floor: what grows now would be lost.
-		if err := f.v.datasync(f.fd); err != nil {
+		if err := f.datasync(); err != nil {
 			return err
 		}
 		now &^= blockcrypt.Cut
@@ -131,7 +131,7 @@ func (f *file) beforeGrowth(flags uint32) error {
 	if err := f.makeWhole(); err != nil {
 		return err
 	}
-	if err := f.v.datasync(f.fd); err != nil {
+	if err := f.datasync(); err != nil {
 		return err
 	}
 	f.announced = true
@@ -318,7 +318,7 @@ func (f *file) trim() error {
 // takeBackCut undoes announceCut after the truncation failed.
 func (f *file) takeBackCut(flags uint32, durable int64) {
 	f.durable = durable
-	err := f.v.datasync(f.fd)
+	err := f.datasync()
 	if err == nil {
 		err = f.writeState(flags)
 	}
@@ -363,7 +363,7 @@ func (f *file) announceCut(size int64, reseal bool) error {
 	}
 	if f.durable < size {
 		// A floor below size would cut off more than is to go.
-		if err := f.v.datasync(f.fd); err != nil {
+		if err := f.datasync(); err != nil {
 			return err
 		}
 		f.durable = f.size
@@ -377,7 +377,7 @@ func (f *file) announceCut(size int64, reseal bool) error {
 	f.cuts++ // an fsync under way must not raise durable again
 	err := f.makeWhole()
 	if err == nil {
-		err = f.v.datasync(f.fd)
+		err = f.datasync()
 	}
 	if err != nil {
 		f.takeBackCut(f.flags()&^blockcrypt.Cut, old)
@@ -417,6 +417,9 @@ func (f *file) sync() error {
 	f.mu.Unlock()
 	if err == nil {
 		err = f.v.fsync(fd)
+		f.mu.Lock()
+		f.syncFailed(err)
+		f.mu.Unlock()
 	}
 	if err != nil {
 		return err
@@ -430,14 +433,50 @@ func (f *file) sync() error {
 		return nil
 	}
 	if f.cuts != cuts { // of a truncation that this sync did not cover
-		if err := f.v.datasync(f.fd); err != nil {
+		if err := f.datasync(); err != nil {
 			return err
 		}
 	}
 	if err := f.writeState(f.flags() &^ blockcrypt.Cut); err != nil {
 		return err
 	}
-	return f.v.datasync(f.fd)
+	return f.datasync()
+}
+
+// datasync makes the content durable. mu is held.
+func (f *file) datasync() error {
+	if f.broken {
+		return unix.EIO
+	}
+	err := f.v.datasync(f.fd)
+	f.syncFailed(err)
+	return err
+}
+
+// syncFailed notes that a sync failed: the kernel says so once, and takes the pages
+// that it could not write for written from then on. So nothing more is said to be
+// durable of the file; when it is opened again, what the disk really has is looked
+// at. mu is held.
+func (f *file) syncFailed(err error) {
+	if err != nil {
+		f.n.doubt.Store(true)
+		f.breaks()
+	}
+}
+
+// syncAll is syncfs, whose failure is every open file's.
+func (v *Volume) syncAll() error {
+	err := v.syncfs(v.rootD)
+	if err != nil {
+		for _, f := range v.files() {
+			f.mu.Lock()
+			if f.rw && !f.closed && f.unsettled() {
+				f.syncFailed(err)
+			}
+			f.mu.Unlock()
+		}
+	}
+	return err
 }
 
 // settle brings a file whose data a sync has made durable, up to the change
@@ -474,7 +513,7 @@ func (f *file) settleNow() error {
 	if !f.unsettled() {
 		return nil
 	}
-	if err := f.v.datasync(f.fd); err != nil {
+	if err := f.datasync(); err != nil {
 		return err
 	}
 	return f.settle(f.changes)

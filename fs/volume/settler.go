@@ -91,7 +91,7 @@ func (s *settler) settle(files []*file) {
 		changes[i] = f.changes
 		f.mu.RUnlock()
 	}
-	err := s.v.syncfs(s.v.rootD)
+	err := s.v.syncAll()
 	if err != nil {
 		s.v.report(".", "syncing failed", err)
 	}

@@ -118,7 +118,7 @@ func (f *file) punch(first, last int64) error {
 			return err
 		}
 		if f.conf > 0 {
-			if err := f.v.datasync(f.fd); err != nil {
+			if err := f.datasync(); err != nil {
 				return err
 			}
 		}

@@ -324,7 +324,7 @@ func (v *Volume) nextSession() error {
 	if err := v.restamp(now); err != nil {
 		return err // the old ones stay in the marker until the next attempt or the end
 	}
-	if err := v.syncfs(v.rootD); err != nil {
+	if err := v.syncAll(); err != nil {
 		return err
 	}
 	if v.stuck.Load() {
@@ -334,7 +334,7 @@ func (v *Volume) nextSession() error {
 }
 
 func (v *Volume) endSession() error {
-	err := v.syncfs(v.rootD)
+	err := v.syncAll()
 	for _, f := range v.files() {
 		err = errors.Join(err, f.finish())
 	}
