@@ -476,6 +476,9 @@ func (f *fileSystem) Write(cancel <-chan struct{}, in *fuse.WriteIn, data []byte
 		return uint32(len(data)), status(err)
 	}
 	n, err := h.Write(f.with(cancel, &in.InHeader), data, int64(in.Offset))
+	if err == nil {
+		h.TouchNow() // the kernel keeps the time of what its cache writes only
+	}
 	return uint32(n), status(err)
 }
 

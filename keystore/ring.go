@@ -217,11 +217,21 @@ func (r *Ring) Unwrap(ctx context.Context, file [16]byte, ws []Wrapped) ([]byte,
 // one has to be.
 func (r *Ring) UnwrapNow(file [16]byte, ws []Wrapped) (key []byte, ok bool, err error) {
 	cs := r.candidates(ws)
+	refused := 0
+	var first error
 	for _, c := range cs {
 		key, err := r.cachedKey(c.s, cacheID(Binding{ForFile, r.volume, file}, c.w))
-		if key != nil || err != nil {
-			return key, true, err
+		if key != nil {
+			return key, true, nil
 		}
+		if err != nil {
+			if refused++; first == nil {
+				first = err
+			}
+		}
+	}
+	if refused > 0 && refused == len(cs) { // one that can be asked suffices
+		return nil, true, first
 	}
 	if len(cs) > 0 && !cs[0].s.immediate {
 		return nil, false, nil

@@ -365,6 +365,14 @@ func (f *file) touch() {
 	}
 }
 
+// TouchNow sets the time of a write that did not go through the kernel's cache.
+func (h *Handle) TouchNow() {
+	h.f.mu.Lock()
+	defer h.f.mu.Unlock()
+	unix.ClockGettime(unix.CLOCK_REALTIME, &h.f.mtime)
+	h.f.touched = true
+}
+
 // putMtime puts the time back that the kernel believes, which our own writes
 // have moved. mu is held.
 func (f *file) putMtime() error {
