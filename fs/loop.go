@@ -38,6 +38,9 @@ type loop struct {
 	mu     sync.Mutex
 	places []*place
 
+	gate   sync.RWMutex // held for reading by who writes notifications
+	closed atomic.Bool
+
 	awake atomic.Bool   // the watchdog
 	wake  chan struct{} // wakes it
 }
@@ -80,6 +83,9 @@ func (l *loop) start() error {
 // wait returns when the connection has ended and every request was answered.
 func (l *loop) wait() {
 	l.workers.Wait()
+	l.closed.Store(true)
+	l.gate.Lock()
+	defer l.gate.Unlock()
 	unix.Close(l.fd)
 }
 

@@ -3,6 +3,8 @@ package fs
 import (
 	"encoding/binary"
 	"errors"
+	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -13,6 +15,9 @@ import (
 type notifier struct {
 	fd   int
 	goes func(func()) // runs something that fd outlives
+
+	gate   *sync.RWMutex // held for reading while fd is used
+	closed *atomic.Bool
 }
 
 const notifyInvalInode = 2
@@ -38,6 +43,11 @@ func (n notifier) invalInode(node uint64, off, size int64) error {
 	b = binary.NativeEndian.AppendUint64(b, node)
 	b = binary.NativeEndian.AppendUint64(b, uint64(off))
 	b = binary.NativeEndian.AppendUint64(b, uint64(size))
+	n.gate.RLock() // the number must stay the device's
+	defer n.gate.RUnlock()
+	if n.closed.Load() {
+		return nil
+	}
 	for {
 		_, err := unix.Write(n.fd, b)
 		switch {

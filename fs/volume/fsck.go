@@ -174,6 +174,8 @@ func (c *checker) progress() {
 		return
 	}
 	d := c.snapshot()
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	c.o.Progress(&d)
 }
 
@@ -404,7 +406,7 @@ func (c *checker) checkAttrs(fd int, e dirent, j checkJob) {
 		return
 	}
 	for name := range strings.SplitSeq(string(raw), "\x00") {
-		if !strings.HasPrefix(name, "user.") && !strings.HasPrefix(name, "trusted.") {
+		if !strings.HasPrefix(name, "user.kmsfs.") && !strings.HasPrefix(name, "trusted.kmsfs.") { // others a mount does not show
 			continue
 		}
 		f := Finding{Path: j.cpath, Name: j.ppath, Grade: Damaged, What: string(blockcrypt.BadValue), Advice: "set the attribute anew, or remove it with setfattr"}

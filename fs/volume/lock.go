@@ -199,10 +199,14 @@ func (f *file) ready(ctx context.Context, delayedWrite bool) error {
 			return f.failed("opening it again", err)
 		}
 		f.mu.Lock()
-		if f.hdr == hdr && f.keys == nil {
+		err = f.v.refuses(delayedWrite) // it may be locked by now
+		if err == nil && f.hdr == hdr && f.keys == nil {
 			f.keys = keys
 		}
 		f.mu.Unlock()
+		if err != nil {
+			return err
+		}
 	}
 }
 

@@ -395,9 +395,17 @@ func (f *file) sync() error {
 		return unix.EIO
 	}
 	if f.keyless() { // nothing has changed since it was settled
-		fd := f.fd
-		f.mu.Unlock()
-		return f.v.fsync(fd)
+		defer f.mu.Unlock()
+		if f.flags()&(blockcrypt.Dirty|blockcrypt.Cut) != 0 {
+			return unix.EIO // it could not be settled: nothing is confirmed
+		}
+		f.conf = max(f.conf, f.size)
+		err := f.v.fsync(f.fd)
+		f.syncFailed(err)
+		if err == nil {
+			f.durable = f.size
+		}
+		return err
 	}
 	if err := f.trim(); err != nil {
 		f.mu.Unlock()
