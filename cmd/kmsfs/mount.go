@@ -318,12 +318,12 @@ func (f *mountFlags) serve(ctx context.Context, cipherDir, mountPoint string) er
 	if err := ctl.start(mountPoint); err != nil {
 		logger.Warn("kmsfs stats, lock and reload cannot reach this mount", "error", err)
 	}
-	defer ctl.stop()
 	go f.unmountOnSignal(server, mountPoint, logger, ctl.reloadNow)
 	if err := ready(log, logPath, mountPoint); err != nil {
 		logger.Error("going to the background failed", "error", err)
 	}
 	server.Wait()
+	ctl.stop()
 	err = v.Close()
 	if err != nil {
 		logger.Error("closing the volume failed", "error", err)

@@ -272,6 +272,7 @@ func (n *Node) needsRepair() (bool, error) {
 // walk looks everything up once after a session that ended badly, so that its
 // files are repaired and it can leave the marker.
 func (v *Volume) walk() {
+	defer close(v.walked)
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	go func() {

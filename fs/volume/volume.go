@@ -94,6 +94,7 @@ type Volume struct {
 	prefetch prefetcher
 	bg       sync.WaitGroup
 	quit     chan struct{}
+	walked   chan struct{} // closed when the walk after a bad end is over
 }
 
 type inodeKey struct{ dev, ino uint64 }
@@ -102,7 +103,7 @@ type inodeKey struct{ dev, ino uint64 }
 // lock and the ring, which Close closes.
 func (u *Unlocked) Open(o Options) (*Volume, error) {
 	v := &Volume{disk: disk{o.Hook, o.Done}, o: o, log: o.Logger, cfg: u.Config, vk: u.keys, rootD: u.root, plain: u.Config.Names == blockcrypt.NamesPlain,
-		super: unix.Geteuid() == 0, nodes: map[uint64]*Node{}, inodes: map[inodeKey]*Node{}, bad: map[uint64]bool{}, reported: map[string]bool{}, quit: make(chan struct{})}
+		super: unix.Geteuid() == 0, nodes: map[uint64]*Node{}, inodes: map[inodeKey]*Node{}, bad: map[uint64]bool{}, reported: map[string]bool{}, quit: make(chan struct{}), walked: make(chan struct{})}
 	if v.log == nil {
 		v.log = slog.New(slog.DiscardHandler)
 	}
@@ -401,6 +402,8 @@ func (v *Volume) cleaned() error {
 func (v *Volume) Wait(ctx context.Context) error {
 	for v.repairs() {
 		select {
+		case <-v.walked:
+			return nil // what it could not repair is tried at the next mount
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-time.After(5 * time.Millisecond):
