@@ -11,7 +11,6 @@ import (
 	"runtime"
 	"slices"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 
@@ -62,7 +61,6 @@ type simNode struct {
 	mode   uint32
 	target string
 	epochs []*simEpoch // of a file: a truncation begins a new one
-	xattrs map[string][]byte
 }
 
 // simEpoch is what a file was between two truncations.
@@ -513,9 +511,7 @@ type expectation struct {
 type crashRun struct {
 	*world
 	sim    *sim
-	mu     sync.Mutex
 	expect map[string]*expectation
-	cut    func() // called after each recorded call
 }
 
 func (c *crashRun) file(name string) *expectation {
