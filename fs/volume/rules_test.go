@@ -120,6 +120,7 @@ func TestRepairIsTriedAgain(t *testing.T) {
 	if _, err := w.read("f"); err == nil {
 		t.Error("it was repaired on a full disk")
 	}
+	w.do("waiting", w.v.Wait(ctx)) // or the walk repairs it when there is space
 	full.Store(false)
 	w.close()
 	if !exists(filepath.Join(w.dir, "kmsfs.mounted")) {
