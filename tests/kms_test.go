@@ -393,7 +393,7 @@ func TestThrottled(t *testing.T) {
 
 // Credentials that expire while mounted, and are renewed.
 func TestCredentialsRenewed(t *testing.T) {
-	v := newKMSVolume(t)
+	v := newKMSVolume(t, "--audit", "strict")
 	v.faults = true
 	for i := range 3 {
 		write(t, v.path(fmt.Sprint(i)), []byte("content"))
