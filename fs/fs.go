@@ -2,14 +2,8 @@ package fs
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
-	"fmt"
-	"os"
 	"runtime/debug"
-	"slices"
-	"strconv"
-	"strings"
 	"syscall"
 	"time"
 
@@ -150,9 +144,13 @@ func (f *fileSystem) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.At
 }
 
 func (f *fileSystem) SetAttr(cancel <-chan struct{}, in *fuse.SetAttrIn, out *fuse.AttrOut) fuse.Status {
-	n, s := f.node(in.NodeId)
-	if !s.Ok() {
-		return s
+	n := f.v.Node(in.NodeId)
+	if n == nil {
+		return fuse.Status(syscall.ESTALE)
+	}
+	const times = fuse.FATTR_ATIME | fuse.FATTR_MTIME | fuse.FATTR_CTIME | fuse.FATTR_LOCKOWNER | fuse.FATTR_FH
+	if err := f.v.Locked(); err != nil && in.Valid&^times != 0 { // the kernel writes the times of what was written before
+		return status(err)
 	}
 	if n.IsFile() && n.Gone() && in.Valid&^(fuse.FATTR_MTIME|fuse.FATTR_CTIME|fuse.FATTR_LOCKOWNER) == 0 {
 		// The kernel writes the times of what it has just removed, as it lets go
@@ -379,231 +377,6 @@ func (f *fileSystem) RemoveXAttr(_ <-chan struct{}, h *fuse.InHeader, attr strin
 		return s
 	}
 	return status(n.Removexattr(attr))
-}
-
-// Files.
-
-func writes(flags uint32) bool { return flags&syscall.O_ACCMODE != syscall.O_RDONLY }
-
-// accessOf returns what opening with these flags asks for.
-func accessOf(flags uint32) uint32 {
-	switch flags & syscall.O_ACCMODE {
-	case syscall.O_RDONLY:
-		return unix.R_OK
-	case syscall.O_WRONLY:
-		return unix.W_OK
-	}
-	return unix.R_OK | unix.W_OK
-}
-
-func (f *fileSystem) opened(out *fuse.OpenOut, h *volume.Handle, writes bool) {
-	out.Fh = f.files.put(h)
-	switch {
-	case f.v.ReadOnly():
-	case writes && f.v.NearFull():
-		out.OpenFlags |= fuse.FOPEN_DIRECT_IO // so that write itself fails
-	default:
-		out.OpenFlags |= fuse.FOPEN_KEEP_CACHE
-	}
-}
-
-func (f *fileSystem) Create(cancel <-chan struct{}, in *fuse.CreateIn, name string, out *fuse.CreateOut) fuse.Status {
-	dir, s := f.node(in.NodeId)
-	if !s.Ok() {
-		return s
-	}
-	n, st, h, err := f.v.Create(f.with(cancel, &in.InHeader), dir, name, in.Mode, caller(&in.InHeader, in.Umask), in.Flags&syscall.O_EXCL != 0, writes(in.Flags))
-	if err != nil {
-		return status(err)
-	}
-	f.entry(&out.EntryOut, n, &st, true)
-	f.opened(&out.OpenOut, h, writes(in.Flags))
-	return fuse.OK
-}
-
-func (f *fileSystem) Tmpfile(cancel <-chan struct{}, in *fuse.CreateIn, out *fuse.CreateOut) fuse.Status {
-	dir, s := f.node(in.NodeId)
-	if !s.Ok() {
-		return s
-	}
-	n, st, h, err := f.v.Tmpfile(f.with(cancel, &in.InHeader), dir, in.Mode, caller(&in.InHeader, in.Umask), writes(in.Flags))
-	if err != nil {
-		return status(err)
-	}
-	f.entry(&out.EntryOut, n, &st, true)
-	f.opened(&out.OpenOut, h, writes(in.Flags))
-	return fuse.OK
-}
-
-func (f *fileSystem) Open(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
-	n, s := f.node(in.NodeId)
-	if !s.Ok() {
-		return s
-	}
-	if !f.kernelChecks {
-		if err := n.Access(accessOf(in.Flags)); err != nil {
-			return status(err)
-		}
-	}
-	h, err := n.Open(f.with(cancel, &in.InHeader), writes(in.Flags))
-	if err != nil {
-		return status(err)
-	}
-	f.opened(out, h, writes(in.Flags))
-	return fuse.OK
-}
-
-func (f *fileSystem) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadResult, fuse.Status) {
-	n, err := f.files.get(in.Fh).Read(buf[:min(int(in.Size), len(buf))], int64(in.Offset))
-	if err != nil {
-		return nil, status(err)
-	}
-	return fuse.ReadResultData(buf[:n]), fuse.OK
-}
-
-func (f *fileSystem) Write(cancel <-chan struct{}, in *fuse.WriteIn, data []byte) (uint32, fuse.Status) {
-	h := f.files.get(in.Fh)
-	if in.WriteFlags&fuse.WRITE_KILL_SUIDGID != 0 {
-		if err := h.Node().KillPriv(false); err != nil {
-			return 0, status(err)
-		}
-	}
-	if in.WriteFlags&fuse.WRITE_CACHE != 0 {
-		err := h.WriteDelayed(f.with(cancel, &in.InHeader), data, int64(in.Offset))
-		if err != nil { // the kernel goes on showing what is lost
-			f.notify.dropPages(in.NodeId, int64(in.Offset), int64(len(data)))
-		}
-		return uint32(len(data)), status(err)
-	}
-	n, err := h.Write(f.with(cancel, &in.InHeader), data, int64(in.Offset))
-	if err == nil {
-		h.TouchNow() // the kernel keeps the time of what its cache writes only
-	}
-	return uint32(n), status(err)
-}
-
-func (f *fileSystem) Fallocate(cancel <-chan struct{}, in *fuse.FallocateIn) fuse.Status {
-	h := f.files.get(in.Fh)
-	if err := killPriv(h, &in.InHeader); err != nil {
-		return status(err)
-	}
-	return status(h.Fallocate(f.with(cancel, &in.InHeader), in.Mode, int64(in.Offset), int64(in.Length)))
-}
-
-// Lseek is asked for data and holes. The kernel does not write first what it
-// holds back, so it is made to.
-func (f *fileSystem) Lseek(_ <-chan struct{}, in *fuse.LseekIn, out *fuse.LseekOut) fuse.Status {
-	h := f.files.get(in.Fh)
-	if h.Node().Writing() {
-		f.waits(in.Unique)
-		if err := f.notify.WriteBack(in.NodeId); err != nil {
-			return status(err)
-		}
-	}
-	at, err := h.Seek(int64(in.Offset), int(in.Whence))
-	out.Offset = uint64(at)
-	return status(err)
-}
-
-// The inode flags of chattr(1); everything else is for devices.
-func (f *fileSystem) Ioctl(_ <-chan struct{}, in *fuse.IoctlIn, inbuf []byte, _ *fuse.IoctlOut, outbuf []byte) fuse.Status {
-	n, s := f.node(in.NodeId)
-	if !s.Ok() {
-		return s
-	}
-	if (in.Cmd == unix.FS_IOC_SETFLAGS || in.Cmd == volume.FSSetXAttr) && n.Writing() {
-		// What was written before the file became immutable belongs to it.
-		f.waits(in.Unique)
-		if err := f.notify.WriteBack(in.NodeId); err != nil {
-			return status(err)
-		}
-	}
-	switch in.Cmd {
-	case unix.FS_IOC_GETFLAGS:
-		flags, err := n.Flags()
-		return answerIoctl(outbuf, flags, err)
-	case unix.FS_IOC_SETFLAGS:
-		var flags uint32
-		if _, err := binary.Decode(inbuf, binary.NativeEndian, &flags); err != nil {
-			return fuse.EINVAL
-		}
-		return status(n.SetFlags(flags))
-	case volume.FSGetXAttr:
-		x, err := n.FSXAttr()
-		return answerIoctl(outbuf, x, err)
-	case volume.FSSetXAttr:
-		var x volume.FSXAttr
-		if _, err := binary.Decode(inbuf, binary.NativeEndian, &x); err != nil {
-			return fuse.EINVAL
-		}
-		return status(n.SetFSXAttr(x))
-	}
-	return fuse.Status(syscall.ENOTTY)
-}
-
-func answerIoctl(outbuf []byte, x any, err error) fuse.Status {
-	if err == nil {
-		if _, eerr := binary.Encode(outbuf, binary.NativeEndian, x); eerr != nil {
-			return fuse.EINVAL
-		}
-	}
-	return status(err)
-}
-
-// killPriv takes setuid and the like away where anybody but root changes the content
-// in a way for which the kernel has no flag that says so.
-func killPriv(h *volume.Handle, in *fuse.InHeader) error {
-	if in.Uid == 0 {
-		return nil
-	}
-	outsider := false
-	if st, err := h.Node().Attr(); err == nil && st.Mode&unix.S_ISGID != 0 {
-		outsider = in.Gid != st.Gid && !slices.Contains(groupsOf(in.Pid), st.Gid)
-	}
-	return h.Node().KillPriv(outsider)
-}
-
-// groupsOf returns the supplementary groups of a process, which requests do not carry.
-func groupsOf(pid uint32) (groups []uint32) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		return nil
-	}
-	_, rest, _ := strings.Cut(string(b), "\nGroups:")
-	line, _, _ := strings.Cut(rest, "\n")
-	for _, s := range strings.Fields(line) {
-		if g, err := strconv.ParseUint(s, 10, 32); err == nil {
-			groups = append(groups, uint32(g))
-		}
-	}
-	return groups
-}
-
-// maxCopy is the most that one answer can say.
-const maxCopy = 1<<32 - 4096
-
-func (f *fileSystem) CopyFileRange(cancel <-chan struct{}, in *fuse.CopyFileRangeIn) (uint32, fuse.Status) {
-	h := f.files.get(in.FhOut)
-	if err := killPriv(h, &in.InHeader); err != nil {
-		return 0, status(err)
-	}
-	n, err := h.CopyFrom(f.with(cancel, &in.InHeader), f.files.get(in.FhIn), int64(in.OffIn), int64(in.OffOut), int64(min(in.Len, maxCopy)))
-	return uint32(n), status(err)
-}
-
-// Flush is asked at each close. It must be answered: without it (ENOSYS) close
-// would say yes even where the daemon is dead and the kernel has thrown the
-// written pages away.
-func (f *fileSystem) Flush(_ <-chan struct{}, in *fuse.FlushIn) fuse.Status {
-	return status(f.files.get(in.Fh).Flush())
-}
-
-func (f *fileSystem) Fsync(_ <-chan struct{}, in *fuse.FsyncIn) fuse.Status {
-	return status(f.files.get(in.Fh).Fsync())
-}
-
-func (f *fileSystem) Release(_ <-chan struct{}, in *fuse.ReleaseIn) {
-	f.files.take(in.Fh).Release() // what fails is in the log: the kernel takes no answer
 }
 
 // Open directories.

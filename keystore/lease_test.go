@@ -348,6 +348,72 @@ func TestMissingRecipient(t *testing.T) {
 	})
 }
 
+// One recipient that is revoked does not matter where another can be asked.
+func TestOneOfTwoRevoked(t *testing.T) {
+	a, b := &slow{uri: "slow:a"}, &slow{uri: "slow:b"}
+	bubble(t, []keystore.Store{a, b}, keystore.RingOptions{}, func(r *keystore.Ring) {
+		k := fill(t, r, 1)[0]
+		other := keystore.NewRing([16]byte{1}, []keystore.Store{a, b}, keystore.RingOptions{Now: bubbleClock()}) // knows no keys
+		defer other.Close()
+		refuse(b, keystore.Revoked)
+		if _, err := other.Unwrap(bg, [16]byte{7}, []keystore.Wrapped{{URI: "slow:b", Blob: []byte("x")}}); keystore.KindOf(err) != keystore.Revoked {
+			t.Fatal(err)
+		}
+		if _, ok, err := other.UnwrapNow(k.ID, k.Wrapped); ok || err != nil {
+			t.Errorf("not asked: %v, %v", ok, err)
+		}
+		if _, err := other.Unwrap(bg, k.ID, k.Wrapped); err != nil {
+			t.Errorf("asked: %v", err)
+		}
+		if _, ok, err := other.UnwrapNow(k.ID, k.Wrapped); !ok || err != nil {
+			t.Errorf("known: %v, %v", ok, err)
+		}
+	})
+}
+
+// Who waits for a new key when the ring is locked gets the verdict, not the key.
+func TestLockWhileCreating(t *testing.T) {
+	s := &slow{uri: "slow:1", delay: time.Second}
+	bubble(t, []keystore.Store{s}, keystore.RingOptions{Pool: 8}, func(r *keystore.Ring) {
+		time.Sleep(100 * time.Millisecond)
+		got := make(chan error)
+		go func() {
+			_, err := r.NewKey(bg)
+			got <- err
+		}()
+		synctest.Wait()
+		r.Lock(&keystore.Error{Kind: keystore.Credentials, Err: errors.New("locked")})
+		if err := <-got; keystore.KindOf(err) != keystore.Credentials {
+			t.Errorf("it got a key: %v", err)
+		}
+		if c := r.Counts(); c.Pool != 0 {
+			t.Errorf("%d keys were kept", c.Pool)
+		}
+	})
+}
+
+// Keys that many empty files hold leave the cache its place.
+func TestManyKeysHeld(t *testing.T) {
+	s := &slow{uri: "slow:1"}
+	r := keystore.NewRing([16]byte{1}, []keystore.Store{s}, keystore.RingOptions{})
+	defer r.Close()
+	var held []*keystore.DataKey
+	for range 20000 {
+		k, err := r.NewKey(bg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		held = append(held, k)
+	}
+	k := held[0]
+	if _, err := r.Unwrap(bg, k.ID, k.Wrapped); err != nil {
+		t.Fatal(err)
+	}
+	if _, ok, err := r.UnwrapNow(k.ID, k.Wrapped); !ok || err != nil {
+		t.Errorf("a key that was asked for is not known: %v, %v", ok, err)
+	}
+}
+
 // What a cached key costs.
 func TestCacheMemory(t *testing.T) {
 	s := &slow{uri: "slow:1"}

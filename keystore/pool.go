@@ -130,7 +130,7 @@ func (r *Ring) NewKey(ctx context.Context) (*DataKey, error) {
 func (r *Ring) PutBack(k *DataKey) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if p := &r.pool; r.locked == nil && p.base > 0 && len(p.keys) < max(p.base, p.peak) && r.ctx.Err() == nil {
+	if p := &r.pool; r.verdict() == nil && p.base > 0 && len(p.keys) < max(p.base, p.peak) && r.ctx.Err() == nil {
 		p.keys = append(p.keys, k)
 		return
 	}
@@ -163,21 +163,28 @@ func (r *Ring) refill() {
 		r.wg.Go(func() {
 			k, err := r.make(WithPurpose(r.ctx, purpose))
 			r.mu.Lock()
-			defer r.mu.Unlock()
 			p.making--
-			r.arrived(k, err)
+			told := r.arrived(k, err)
 			r.refill()
+			r.mu.Unlock()
+			if told != nil {
+				r.report(told)
+			}
 		})
 	}
 }
 
-// arrived hands a new key, or what went wrong, to who has waited longest. mu is
-// held.
-func (r *Ring) arrived(k *DataKey, err error) {
+// arrived hands a new key, or what went wrong, to who has waited longest; what it
+// returns is to be reported. mu is held.
+func (r *Ring) arrived(k *DataKey, err error) (told error) {
 	p := &r.pool
 	if err == nil {
 		p.failing = false
 		r.counts.Made++
+		if e := r.verdict(); e != nil { // no key may be used by now
+			r.waste(k)
+			k, err = nil, e
+		}
 	}
 	switch {
 	case len(p.waiting) > 0:
@@ -185,15 +192,14 @@ func (r *Ring) arrived(k *DataKey, err error) {
 		p.waiting = p.waiting[1:]
 		c <- made{k, err}
 	case err != nil:
-		if !p.failing && r.ctx.Err() == nil {
-			r.report(err)
+		if !p.failing && r.ctx.Err() == nil && r.locked == nil {
+			told = err
 		}
-		p.failing = true
-	case r.locked != nil:
-		r.waste(k)
+		p.failing = p.failing || r.locked == nil
 	default:
 		p.keys = append(p.keys, k)
 	}
+	return told
 }
 
 // make makes one data key.
@@ -209,6 +215,10 @@ func (r *Ring) make(ctx context.Context) (*DataKey, error) {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	// What the cache may need stays free: files that stay empty can be many.
+	if len(r.slab.free) <= r.cache.most-len(r.cache.where) {
+		return k, nil
+	}
 	if i := r.slab.take(); i >= 0 {
 		raw := k.Key
 		k.Key = r.slab.at(i)

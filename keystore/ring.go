@@ -80,10 +80,7 @@ func NewRing(volume [16]byte, stores []Store, o RingOptions) *Ring {
 	if r.report == nil {
 		r.report = func(error) {}
 	}
-	var err error
-	if r.slab, err = newSlab(maxCached + 2*MaxPool + poolCalls); err != nil {
-		r.slab = &slab{} // nothing is cached then
-	}
+	r.slab = newSlab(maxCached + 2*MaxPool + poolCalls)
 	r.cache = newCache(r.slab, maxCached)
 	watch := false
 	for _, s := range stores {
@@ -371,6 +368,13 @@ func (r *Ring) unwrap(ctx context.Context, s *standing, b Binding, w Wrapped) ([
 		if mine {
 			key, err := watched{r, s}.Unwrap(ctx, b, w)
 			r.finish(s, id, b, w, c, key, err, false)
+			r.mu.Lock()
+			e := r.unusable(s) // it may be locked by now
+			r.mu.Unlock()
+			if err == nil && e != nil {
+				clear(key)
+				return nil, e
+			}
 			return key, err
 		}
 		Waits(ctx)

@@ -1,33 +1,32 @@
 package keystore
 
-import (
-	"fmt"
-
-	"golang.org/x/sys/unix" // memory that is locked, and in no core dump
-)
+import "golang.org/x/sys/unix" // memory that is locked, and in no core dump
 
 // slab holds raw keys in slots of [KeySize] bytes that are neither swapped out
 // nor dumped, nor moved by the garbage collector. Its owner locks.
 type slab struct {
-	mem  []byte
-	free []int32
+	mem    []byte
+	mapped bool
+	free   []int32
 }
 
 // newSlab makes a slab of n slots. Where the limit of locked memory
-// (RLIMIT_MEMLOCK) is too low it is not locked.
-func newSlab(n int) (*slab, error) {
+// (RLIMIT_MEMLOCK) is too low it is not locked, and where the kernel gives no
+// pages it is of Go's memory.
+func newSlab(n int) *slab {
 	page := unix.Getpagesize()
 	mem, err := unix.Mmap(-1, 0, (n*KeySize+page-1)/page*page, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
-		return nil, fmt.Errorf("mmap: %w", err)
+		mem = make([]byte, n*KeySize)
+	} else {
+		unix.Mlock(mem)
+		unix.Madvise(mem, unix.MADV_DONTDUMP)
 	}
-	unix.Mlock(mem)
-	unix.Madvise(mem, unix.MADV_DONTDUMP)
-	s := &slab{mem: mem, free: make([]int32, n)}
+	s := &slab{mem: mem, mapped: err == nil, free: make([]int32, n)}
 	for i := range s.free {
 		s.free[i] = int32(n - 1 - i)
 	}
-	return s, nil
+	return s
 }
 
 // take returns a free slot, -1 if there is none.
@@ -55,6 +54,8 @@ func (s *slab) give(i int32) {
 // close wipes everything.
 func (s *slab) close() {
 	clear(s.mem)
-	unix.Munmap(s.mem)
+	if s.mapped {
+		unix.Munmap(s.mem)
+	}
 	s.mem, s.free = nil, nil
 }

@@ -265,6 +265,29 @@ func TestOutage(t *testing.T) {
 	v.run(`test "$(grep -rl content "$M" | wc -l)" = 1000`)
 }
 
+// The time of a write stays, though the volume is locked before the file is closed.
+func TestLockKeepsTimes(t *testing.T) {
+	v := newKMSVolume(t)
+	write(t, v.path("f"), noise(100))
+	long := time.Unix(1e9, 0)
+	if err := os.Chtimes(v.path("f"), long, long); err != nil {
+		t.Fatal(err)
+	}
+	f := open(t, v.path("f"), os.O_RDWR)
+	if _, err := f.WriteAt([]byte("new"), 0); err != nil {
+		t.Fatal(err)
+	}
+	v.kmsfs("lock", v.dir)
+	if err := f.Close(); err != nil {
+		t.Error("close:", err)
+	}
+	v.kmsfs("unlock", v.dir)
+	v.remount()
+	if st, err := os.Stat(v.path("f")); err != nil || st.ModTime().Before(time.Unix(15e8, 0)) {
+		t.Errorf("the file is of %v: %v", st.ModTime(), err)
+	}
+}
+
 // What reading costs: one call a file at most, none for looking, and scans do
 // not wait for each file in turn.
 func TestPrefetch(t *testing.T) {

@@ -35,18 +35,19 @@ type control struct {
 	log    *slog.Logger
 	since  time.Time
 
-	path string
-	srv  *http.Server
+	path   string
+	socket unix.Stat_t
+	srv    *http.Server
 }
 
 // socketPath is where the socket of a mount is.
 func socketPath(mountPoint string) (string, error) {
 	dir := ""
 	switch x := os.Getenv("XDG_RUNTIME_DIR"); {
+	case os.Geteuid() == 0: // also where sudo has left another user's environment, or a boot none
+		dir = "/run/kmsfs"
 	case x != "":
 		dir = filepath.Join(x, "kmsfs")
-	case os.Geteuid() == 0:
-		dir = "/run/kmsfs"
 	default:
 		state, err := statePath()
 		if err != nil {
@@ -61,11 +62,18 @@ func socketPath(mountPoint string) (string, error) {
 // viaFD calls f with a name of the socket that is short enough for its address,
 // whatever its directory is called.
 func viaFD(path string, f func(name string) error) error {
-	d, err := unix.Open(filepath.Dir(path), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	d, err := unix.Open(filepath.Dir(path), unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return err
 	}
 	defer unix.Close(d)
+	var st unix.Stat_t
+	if err := unix.Fstat(d, &st); err != nil {
+		return err
+	}
+	if int(st.Uid) != os.Geteuid() || st.Mode&0o077 != 0 {
+		return fmt.Errorf("%s is not this user's alone", filepath.Dir(path))
+	}
 	return f(fmt.Sprintf("/proc/self/fd/%d/%s", d, filepath.Base(path)))
 }
 
@@ -85,6 +93,9 @@ func (c *control) start(mountPoint string) (err error) {
 		if l, err = net.Listen("unix", name); err == nil {
 			l.(*net.UnixListener).SetUnlinkOnClose(false) // by that name it could not
 			err = os.Chmod(name, 0o600)
+		}
+		if err == nil {
+			err = unix.Lstat(name, &c.socket)
 		}
 		return err
 	}); err != nil {
@@ -114,7 +125,10 @@ func (c *control) stop() {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
 	c.srv.Shutdown(ctx)
-	os.Remove(c.path)
+	var now unix.Stat_t
+	if unix.Lstat(c.path, &now) == nil && now.Ino == c.socket.Ino && now.Dev == c.socket.Dev { // or it is the next mount's
+		os.Remove(c.path)
+	}
 }
 
 // ask sends a request to the daemon of a mount, and decodes its answer into out
@@ -150,7 +164,7 @@ func ask(dir, method, what string, out any) error {
 	}
 	resp, err := client.Do(req)
 	if err != nil {
-		return hint(fmt.Errorf("no kmsfs mount at %s answers here", dir), "it must be mounted, by the same user, and XDG_RUNTIME_DIR the same as then")
+		return hint(fmt.Errorf("no kmsfs mount at %s answers here", dir), "it must be mounted, and by the same user")
 	}
 	defer resp.Body.Close()
 	b, err := io.ReadAll(resp.Body)

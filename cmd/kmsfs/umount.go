@@ -236,12 +236,17 @@ func markMounted(mountPoint string) (*mountMark, error) {
 }
 
 func (m *mountMark) ended(err error) {
-	switch {
-	case m == nil:
-	case err == nil:
+	if m == nil {
+		return
+	}
+	mine := fmt.Sprintf("%d %s\n", os.Getpid(), startOf(os.Getpid()))
+	if b, rerr := os.ReadFile(m.path); rerr != nil || string(b) != mine {
+		return // of the next mount by now
+	}
+	if err == nil {
 		os.Remove(m.path)
-	default:
-		os.WriteFile(m.path, fmt.Appendf(nil, "%d %s\n%v\n", os.Getpid(), startOf(os.Getpid()), err), 0o600)
+	} else {
+		os.WriteFile(m.path, fmt.Appendf(nil, "%s%v\n", mine, err), 0o600)
 	}
 }
 

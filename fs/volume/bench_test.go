@@ -48,7 +48,7 @@ func BenchmarkRandomRead4K(b *testing.B) {
 	b.SetBytes(4096)
 	b.ReportAllocs()
 	for b.Loop() {
-		if _, err := h.Read(buf, rand.Int64N(16<<10)*4096); err != nil {
+		if _, err := h.Read(ctx, buf, rand.Int64N(16<<10)*4096); err != nil {
 			b.Fatal(err)
 		}
 	}
@@ -101,7 +101,7 @@ func BenchmarkOpenRead4K(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		if _, err := h.Read(buf, 0); err != nil {
+		if _, err := h.Read(ctx, buf, 0); err != nil {
 			b.Fatal(err)
 		}
 		if err := h.Release(); err != nil {

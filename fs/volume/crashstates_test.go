@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 
@@ -872,14 +873,16 @@ func (k *crashChecker) state(c choice) {
 	if k.r.IntN(10) == 0 {
 		nested = newSim(k.t, dir)
 		stop := 1 + k.r.IntN(12)
+		var mu sync.Mutex // the walk repairs too
 		done = func(c volume.Call, err error) {
+			mu.Lock()
+			defer mu.Unlock()
 			if nested.calls < stop && c.Op != "pread" && (c.Op != "openat" || c.Mode&unix.O_CREAT != 0) {
 				nested.done(c, err)
 			}
 		}
 	}
-	w.open(volume.Options{Done: done})
-	w.v.SetCalm(false)
+	w.open(volume.Options{Done: done}.Torn())
 	if msg := k.verify(w); msg != "" {
 		fail("%s", msg)
 	}

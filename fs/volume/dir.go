@@ -139,9 +139,11 @@ func (v *Volume) Link(ctx context.Context, n, dir *Node, name string) (*Node, At
 	}
 	return v.make(ctx, dir, name, Caller{}, 0, func(fd int, cname string, _ uint32) error {
 		if last, ok := n.kept(); ok { // made without a name
+			// Before the name is there: who looks it up must find this node.
+			n.setNamed(true)
 			err := v.linkFD(last, fd, cname)
-			if err == nil {
-				n.named()
+			if err != nil {
+				n.setNamed(false)
 			}
 			return err
 		}

@@ -40,8 +40,11 @@ func (v *Volume) CipherName(dir *Node, name string) string {
 	return e.cname
 }
 
-// SetCalm says whether pages cannot tear, as on a filesystem in memory.
-func (v *Volume) SetCalm(calm bool) { v.calm = calm }
+// Torn are options under which pages can tear, on a filesystem in memory too.
+func (o Options) Torn() Options {
+	o.torn = true
+	return o
+}
 
 // Age makes every open file older than the time in which it counts as fresh.
 func (v *Volume) Age() {
@@ -50,6 +53,13 @@ func (v *Volume) Age() {
 		f.born = f.born.Add(-2 * freshFor)
 		f.mu.Unlock()
 	}
+}
+
+// HasKeys reports whether the file's keys are in memory.
+func (h *Handle) HasKeys() bool {
+	h.f.mu.RLock()
+	defer h.f.mu.RUnlock()
+	return h.f.keys != nil
 }
 
 // State returns flags, floor and size of an open file's state.

@@ -86,7 +86,7 @@ func TestTampering(t *testing.T) {
 					failed := false
 					for off := 0; off < len(plain); off += 100 {
 						got := make([]byte, 100)
-						m, err := h.Read(got, int64(off))
+						m, err := h.Read(ctx, got, int64(off))
 						if err != nil {
 							failed = true
 						} else if !bytes.Equal(got[:m], plain[off:off+m]) || m != min(100, len(plain)-off) {

@@ -109,7 +109,7 @@ func (l *Locked) Check(ctx context.Context, o CheckOptions) (Checked, error) {
 // Check checks a volume: names, wrapped keys and every block.
 func (u *Unlocked) Check(ctx context.Context, o CheckOptions) (Checked, error) {
 	c := &checker{o: o, root: u.root, cfg: u.Config, vk: u.keys}
-	c.ring = keystore.NewRing(u.Config.Volume, u.stores, keystore.RingOptions{})
+	c.ring = keystore.NewRing(u.Config.Volume, u.stores, keystore.RingOptions{Sample: wrapped(u.Config.List())})
 	defer c.ring.Close()
 	return c.run(ctx)
 }
@@ -243,9 +243,13 @@ func (c *checker) walk(ctx context.Context, cpath, ppath string, id *blockcrypt.
 	if id == nil && !plain {
 		id = c.dirID(fd, cpath, ppath, entries)
 	}
+	names := make(map[string]bool, len(entries))
+	for _, e := range entries {
+		names[e.name] = true
+	}
 	var subdirs []checkJob
 	for _, e := range entries {
-		name, show := c.entryName(fd, cpath, ppath, id, e, entries)
+		name, show := c.entryName(fd, cpath, ppath, id, e, names)
 		if !show {
 			continue
 		}
@@ -323,10 +327,9 @@ func (c *checker) dirID(fd int, cpath, ppath string, entries []dirent) *blockcry
 
 // entryName returns the plaintext path of an entry; show is false for what is
 // kmsfs' own, which is checked here.
-func (c *checker) entryName(fd int, cpath, ppath string, id *blockcrypt.ID, e dirent, all []dirent) (name string, show bool) {
+func (c *checker) entryName(fd int, cpath, ppath string, id *blockcrypt.ID, e dirent, all map[string]bool) (name string, show bool) {
 	plain := c.cfg.Names == blockcrypt.NamesPlain
 	f := Finding{Path: path.Join(cpath, e.name)}
-	has := func(n string) bool { return slices.ContainsFunc(all, func(x dirent) bool { return x.name == n }) }
 	encoded := e.name
 	switch hash, isLong := strings.CutPrefix(e.name, blockcrypt.LongPrefix); {
 	case plain && (cpath != "" || !isOwn(e.name)):
@@ -351,7 +354,7 @@ func (c *checker) entryName(fd int, cpath, ppath string, id *blockcrypt.ID, e di
 		c.found(f)
 		return "", false
 	case strings.HasPrefix(e.name, blockcrypt.LongName) && !plain:
-		if !has(blockcrypt.LongPrefix + strings.TrimPrefix(e.name, blockcrypt.LongName)) {
+		if !all[blockcrypt.LongPrefix+strings.TrimPrefix(e.name, blockcrypt.LongName)] {
 			f.Grade, f.What, f.Detail, f.Advice = Mendable, FoundOrphan, "the name of a long entry that is not there", "fsck --repair removes it"
 			c.found(f)
 		}

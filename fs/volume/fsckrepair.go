@@ -115,7 +115,8 @@ func (v *Volume) mendDirID(cpath string) (string, error) {
 		return "", err
 	}
 	for _, id := range candidates {
-		if _, err := v.vk.DecodeName(id, encoded); err != nil {
+		empty := encoded == "" && len(candidates) == 1 // no name could contradict
+		if _, err := v.vk.DecodeName(id, encoded); err != nil && !empty {
 			continue
 		}
 		for _, p := range places {
@@ -128,7 +129,7 @@ func (v *Volume) mendDirID(cpath string) (string, error) {
 		if err := errors.Join(ignore(v.symlink(id.String(), fd, dirLink), unix.EEXIST), ignore(v.nameDirID(fd, id), unix.EEXIST)); err != nil {
 			return "", err
 		}
-		return "its ID was found again: the names in it decode", v.fsync(fd)
+		return "its ID was found again", v.fsync(fd)
 	}
 	return "", errors.New("none of the IDs that can be found decodes the names in it")
 }
@@ -212,7 +213,8 @@ func (v *Volume) keepRest(ctx context.Context, cpath string) (done string, err e
 	if err != nil {
 		return "", err
 	}
-	_, _, h, err := v.Create(ctx, dir, name[:min(len(name), 255-len(RestSuffix))]+RestSuffix, st.Mode&0o7777, Caller{UID: st.Uid, GID: st.Gid}, true, true)
+	name = name[:min(len(name), 255-len(RestSuffix))] + RestSuffix
+	_, _, h, err := v.Create(ctx, dir, name, st.Mode&0o7777, Caller{UID: st.Uid, GID: st.Gid}, true, true)
 	if err != nil {
 		return "", fmt.Errorf("the copy beside it: %w", err)
 	}
@@ -223,7 +225,7 @@ func (v *Volume) keepRest(ctx context.Context, cpath string) (done string, err e
 	if err = errors.Join(err, h.Release()); err != nil {
 		return "", err
 	}
-	return fmt.Sprintf("%d bytes that can be read were kept in %q beside it", kept, name+RestSuffix), nil
+	return fmt.Sprintf("%d bytes that can be read were kept in %q beside it", kept, name), nil
 }
 
 func (v *Volume) plainName(dir *Node, cname string) (string, error) {

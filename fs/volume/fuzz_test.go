@@ -80,7 +80,7 @@ func FuzzFile(f *testing.F) {
 		defer h.Release()
 		buf := make([]byte, 8192)
 		for off := int64(0); off < 3<<20; off += int64(len(buf)) {
-			k, err := h.Read(buf, off)
+			k, err := h.Read(ctx, buf, off)
 			if err != nil {
 				continue
 			}

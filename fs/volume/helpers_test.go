@@ -219,7 +219,7 @@ func readNode(n *volume.Node) ([]byte, error) {
 		return nil, err
 	}
 	b := make([]byte, st.Size)
-	m, err := h.Read(b, 0)
+	m, err := h.Read(ctx, b, 0)
 	if err == nil && int64(m) != st.Size {
 		err = io.ErrUnexpectedEOF
 	}

@@ -26,16 +26,19 @@ const maxGap = 1 << 20
 var zeroBlock [blockcrypt.BlockSize]byte
 
 // Read fills b from offset off; less is read only at the end of the file.
-func (h *Handle) Read(b []byte, off int64) (int, error) {
+func (h *Handle) Read(ctx context.Context, b []byte, off int64) (int, error) {
 	f := h.f
-	if err := f.ready(context.Background(), false); err != nil {
-		return 0, err
+	for {
+		if err := f.ready(ctx, false); err != nil {
+			return 0, err
+		}
+		f.mu.RLock()
+		if !f.keyless() && f.refuses(false) == nil {
+			break
+		}
+		f.mu.RUnlock() // just now
 	}
-	f.mu.RLock()
 	defer f.mu.RUnlock()
-	if f.keyless() {
-		return 0, errLocked // just now
-	}
 	n, err := f.read(b, off)
 	return n, f.failed("read", err)
 }
@@ -181,7 +184,7 @@ func (h *Handle) CopyFrom(ctx context.Context, in *Handle, inOff, outOff, n int6
 	defer runs.Put(buf)
 	for done < n && ctx.Err() == nil {
 		b := (*buf)[:min(n-done, copyChunk)]
-		m, err := in.Read(b, inOff+done)
+		m, err := in.Read(ctx, b, inOff+done)
 		if err == nil && m > 0 {
 			m, err = h.Write(ctx, b[:m], outOff+done)
 		}
@@ -211,7 +214,7 @@ func (f *file) lockForContent(ctx context.Context, delayedWrite bool) (unlock fu
 			f.mu.Unlock()
 			return nil, unix.EIO
 		}
-		if f.keyless() { // just now
+		if f.keyless() || f.refuses(delayedWrite) != nil { // just now
 			f.mu.Unlock()
 			continue
 		}

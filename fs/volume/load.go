@@ -27,6 +27,9 @@ func (n *Node) load() (*file, error) {
 	}
 	if err == nil {
 		n.doubt.Store(false)
+		if f.whole && st.Blocks*512 > st.Size+reservedLeast {
+			f.reserved = st.Blocks * 512 // so many were reserved, and left so when it settled
+		}
 	}
 	n.v.mu.Lock()
 	pending := n.pending
@@ -43,6 +46,10 @@ func (n *Node) load() (*file, error) {
 	}
 	return f, nil
 }
+
+// reservedLeast is how much more than its length a file must take to count as one
+// that has space reserved: more than a filesystem takes for itself.
+const reservedLeast = 64 << 10
 
 // openFile opens the descriptor, one that can write if that is possible.
 func (n *Node) openFile() (*file, unix.Stat_t, error) {

@@ -19,7 +19,15 @@ type Kernel interface {
 }
 
 // AttachKernel is called by a mount before it serves.
-func (v *Volume) AttachKernel(k Kernel) { v.kernel = k }
+func (v *Volume) AttachKernel(k Kernel) { v.kernel.Store(&k) }
+
+// letGo makes the kernel write what it holds back of a file, and forget the rest.
+func (v *Volume) letGo(node uint64) error {
+	if k := v.kernel.Load(); k != nil {
+		return (*k).WriteBack(node)
+	}
+	return nil
+}
 
 // refusal is why no content can be read or written: the keys may not be used.
 type refusal struct {
@@ -34,6 +42,7 @@ const sealWithin = 30 * time.Second
 // the kernel forgets what it knows, the data keys are wiped. Everything that is
 // asked meanwhile is EKEYEXPIRED.
 func (v *Volume) Lock() {
+	v.keysForWriters() // for what the kernel holds back
 	v.locked.Store(true)
 	v.ring.Lock(errLocked)
 }
@@ -57,13 +66,23 @@ func (v *Volume) Locked() error {
 	return nil
 }
 
-// refuses returns why content is not read or written now.
-func (v *Volume) refuses(delayedWrite bool) error {
-	r := v.refusal.Load()
+// of returns why content is not read or written now.
+func (r *refusal) of(delayedWrite bool) error {
 	if r == nil || delayedWrite && !r.sealed {
 		return nil
 	}
 	return r.err
+}
+
+// refuses returns why no content of the volume is read or written now.
+func (v *Volume) refuses(delayedWrite bool) error { return v.refusal.Load().of(delayedWrite) }
+
+// refuses returns why the file's content is not.
+func (f *file) refuses(delayedWrite bool) error {
+	if err := f.v.refuses(delayedWrite); err != nil {
+		return err
+	}
+	return f.refusal.Load().of(delayedWrite)
 }
 
 // keysChanged is told by the ring when keys may not be used any more, and when
@@ -72,6 +91,7 @@ func (v *Volume) keysChanged(verdict error) {
 	if verdict == nil {
 		v.refusal.Store(nil)
 		v.log.Info("the volume's keys can be used again")
+		v.keysForWriters()
 		return
 	}
 	v.refusal.Store(&refusal{err: verdict})
@@ -87,10 +107,34 @@ func (v *Volume) keysChanged(verdict error) {
 	}
 }
 
+// keysForWriters asks again for the wiped keys of files that somebody has open for
+// writing: what the kernel's cache takes shows here only when it is written, and
+// then the keys may be gone again.
+func (v *Volume) keysForWriters() {
+	ctx, cancel := context.WithTimeout(context.Background(), sealWithin)
+	defer cancel()
+	var wg sync.WaitGroup
+	slots := make(chan struct{}, renewAtOnce)
+	for _, f := range v.files() {
+		f.mu.RLock()
+		needs := f.keyless() && f.writers > 0
+		f.mu.RUnlock()
+		if !needs {
+			continue
+		}
+		slots <- struct{}{}
+		wg.Go(func() {
+			defer func() { <-slots }()
+			f.ready(ctx, false) // what fails is tried again when it is needed
+		})
+	}
+	wg.Wait()
+}
+
 // letKernelWrite makes the kernel write what it holds back of every file, and
 // forget the rest. A disk that does not answer does not keep the keys alive.
 func (v *Volume) letKernelWrite() {
-	if v.kernel == nil {
+	if v.kernel.Load() == nil {
 		return
 	}
 	v.mu.Lock()
@@ -109,7 +153,7 @@ func (v *Volume) letKernelWrite() {
 		for range 4 {
 			wg.Go(func() {
 				for id := range queue {
-					v.kernel.WriteBack(id) // what fails is remembered as lost
+					v.letGo(id) // what fails is remembered as lost
 				}
 			})
 		}
@@ -122,6 +166,7 @@ func (v *Volume) letKernelWrite() {
 	select {
 	case <-done:
 	case <-time.After(sealWithin):
+		v.report(".", "the kernel does not write what it holds back; the keys are wiped without", context.DeadlineExceeded)
 	}
 }
 
@@ -135,7 +180,7 @@ func (v *Volume) dropKeys(files []*file) error {
 	}
 	var err error
 	if !v.o.ReadOnly {
-		err = v.syncAll()
+		err = v.syncWithin(sealWithin)
 	}
 	for i, f := range files {
 		f.mu.Lock()
@@ -151,18 +196,29 @@ func (v *Volume) dropKeys(files []*file) error {
 	return err
 }
 
-// dropKey is what keysChanged does, for one file.
-func (v *Volume) dropKey(f *file, hdr *blockcrypt.Header) error {
-	letGo := func() error {
-		if v.kernel == nil {
-			return nil
-		}
-		return v.kernel.WriteBack(f.n.id)
+// syncWithin is syncAll for so long at most: a disk that does not answer does not
+// keep the keys alive.
+func (v *Volume) syncWithin(d time.Duration) error {
+	done := make(chan error, 1)
+	go func() { done <- v.syncAll() }()
+	select {
+	case err := <-done:
+		return err
+	case <-time.After(d):
+		v.stuck.Store(true)
+		return context.DeadlineExceeded
 	}
-	err := letGo()
+}
+
+// dropKey is what keysChanged does, for one file.
+func (v *Volume) dropKey(f *file, hdr *blockcrypt.Header, verdict error) error {
+	f.refusal.Store(&refusal{err: verdict}) // or it would change meanwhile
+	err := v.letGo(f.n.id)
 	v.ring.Forget(hdr.File, wrapped(hdr.Recipients))
-	// Once more: somebody may have read it meanwhile.
-	return errors.Join(err, v.dropKeys([]*file{f}), letGo())
+	f.refusal.Store(&refusal{verdict, true})
+	err = errors.Join(err, v.dropKeys([]*file{f}), v.letGo(f.n.id)) // somebody may have read it meanwhile
+	f.refusal.Store(nil)                                            // from here on its key is asked for
+	return err
 }
 
 // wipe forgets the file's keys and what is known of its content. mu is held.
@@ -179,10 +235,10 @@ func (f *file) wipe() {
 // ready makes sure that the file's content can be read and written: it was not
 // forbidden, and its key is there, which may have to be asked for anew.
 func (f *file) ready(ctx context.Context, delayedWrite bool) error {
-	if err := f.v.refuses(delayedWrite); err != nil {
-		return err
-	}
 	for {
+		if err := f.refuses(delayedWrite); err != nil {
+			return err
+		}
 		f.mu.RLock()
 		hdr, has := f.hdr, f.keys != nil
 		f.mu.RUnlock()
@@ -199,7 +255,7 @@ func (f *file) ready(ctx context.Context, delayedWrite bool) error {
 			return f.failed("opening it again", err)
 		}
 		f.mu.Lock()
-		err = f.v.refuses(delayedWrite) // it may be locked by now
+		err = f.refuses(delayedWrite) // it may be locked by now
 		if err == nil && f.hdr == hdr && f.keys == nil {
 			f.keys = keys
 		}
@@ -231,18 +287,32 @@ func (v *Volume) renewer() {
 			return
 		case <-t.C:
 		}
+		var wg sync.WaitGroup
+		slots := make(chan struct{}, renewAtOnce)
 		for _, f := range v.files() {
-			f.mu.RLock()
-			hdr, has := f.hdr, f.keys != nil
-			f.mu.RUnlock()
-			if hdr == nil || !has {
-				continue
-			}
-			err := v.ring.Renew(ctx, hdr.File, wrapped(hdr.Recipients))
-			if k := keystore.KindOf(err); k == keystore.Revoked || k == keystore.Denied || k == keystore.Damaged {
-				f.failed("renewing its key", err)
-				f.failed("settling it before its key was wiped", v.dropKey(f, hdr))
-			}
+			slots <- struct{}{}
+			wg.Go(func() {
+				defer func() { <-slots }()
+				v.renew(ctx, f)
+			})
 		}
+		wg.Wait()
+	}
+}
+
+// renewAtOnce is how many keys are asked for at the same time.
+const renewAtOnce = 32
+
+func (v *Volume) renew(ctx context.Context, f *file) {
+	f.mu.RLock()
+	hdr, has := f.hdr, f.keys != nil
+	f.mu.RUnlock()
+	if hdr == nil || !has {
+		return
+	}
+	err := v.ring.Renew(ctx, hdr.File, wrapped(hdr.Recipients))
+	if k := keystore.KindOf(err); k == keystore.Revoked || k == keystore.Denied || k == keystore.Damaged {
+		f.failed("renewing its key", err)
+		f.failed("settling it before its key was wiped", v.dropKey(f, hdr, err))
 	}
 }

@@ -106,7 +106,7 @@ func (m *model) step(i int) {
 		m.space(name)
 	case x < 600:
 		off, got := m.offset(len(b)), make([]byte, m.r.IntN(20000))
-		n, err := m.handle(name).Read(got, off)
+		n, err := m.handle(name).Read(ctx, got, off)
 		b = m.files[name]
 		want := b[min(int(off), len(b)):min(int(off)+len(got), len(b))]
 		if err != nil || !bytes.Equal(got[:n], want) {

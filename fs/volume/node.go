@@ -232,13 +232,17 @@ func (v *Volume) keep(st *unix.Stat_t, fd int, cname string) (take func()) {
 	}
 }
 
-// named notes that what was made without a name got its first one. The descriptor
-// stays: somebody may be using it.
-func (n *Node) named() {
+// setNamed notes that what was made without a name gets its first one, or does not
+// after all. The descriptor stays: somebody may be using it.
+func (n *Node) setNamed(named bool) {
 	n.v.mu.Lock()
 	defer n.v.mu.Unlock()
-	n.gone = false
-	n.v.inodes[inodeKey{n.dev, n.ino}] = n
+	key := inodeKey{n.dev, n.ino}
+	if n.gone = !named; named {
+		n.v.inodes[key] = n
+	} else if n.v.inodes[key] == n {
+		delete(n.v.inodes, key)
+	}
 }
 
 // kept returns the descriptor that keep made, of what has no name any more.

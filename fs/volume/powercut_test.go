@@ -185,10 +185,11 @@ func (p *powerTest) session() {
 	var wg sync.WaitGroup
 	seed := p.r.Uint64()
 	wg.Go(func() { p.flush(rand.New(rand.NewPCG(seed, 1)), stop) })
+	after := time.Duration(20+p.r.IntN(400)) * time.Millisecond
 	wg.Go(func() {
 		select {
 		case <-stop:
-		case <-time.After(time.Duration(20+p.r.IntN(400)) * time.Millisecond):
+		case <-time.After(after):
 		}
 		p.disk.cut()
 	})

@@ -112,11 +112,11 @@ func TestLostWrites(t *testing.T) {
 		wantErr(t, "close", h.Flush(), unix.ENOSPC)
 	}
 	got := make([]byte, 12288)
-	if _, err := h.Read(got, 0); !errors.Is(err, unix.EIO) {
+	if _, err := h.Read(ctx, got, 0); !errors.Is(err, unix.EIO) {
 		t.Errorf("what was lost reads with %v", err)
 	}
 	for _, off := range []int64{0, 8192} {
-		if _, err := h.Read(got[:4096], off); err != nil || !bytes.Equal(got[:4096], b[off:off+4096]) {
+		if _, err := h.Read(ctx, got[:4096], off); err != nil || !bytes.Equal(got[:4096], b[off:off+4096]) {
 			t.Errorf("what lies beside it, at %d: %v", off, err)
 		}
 	}
@@ -135,7 +135,7 @@ func TestLostWrites(t *testing.T) {
 	h = w.opened("f")
 	wantErr(t, "write", h.WriteDelayed(ctx, b, 12288), unix.ENOSPC)
 	full.Store(false)
-	if _, err := h.Read(got, 12288); !errors.Is(err, unix.EIO) {
+	if _, err := h.Read(ctx, got, 12288); !errors.Is(err, unix.EIO) {
 		t.Errorf("what was lost behind the end reads with %v", err)
 	}
 	_, err = h.Node().SetAttr(ctx, size(100))

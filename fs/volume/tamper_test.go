@@ -126,7 +126,7 @@ func (v *victim) outcome(name string) string {
 	got := make([]byte, 0, len(v.content[name])+5000)
 	for off := 0; ; off += 1000 {
 		b := make([]byte, 1000)
-		k, err := h.Read(b, int64(off))
+		k, err := h.Read(ctx, b, int64(off))
 		if err != nil {
 			return shown(err) + " when it is read"
 		}

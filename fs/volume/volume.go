@@ -38,6 +38,8 @@ type Options struct {
 	NoPrefetch  bool              // no key is unwrapped before its file is opened
 	Hook        func(Call) error  // for tests: sees each syscall on the tree, and can fail it
 	Done        func(Call, error) // likewise, after it was made
+
+	torn bool // for tests: pages can tear, on a filesystem in memory too
 }
 
 // Volume is an open encrypted tree.
@@ -50,11 +52,11 @@ type Volume struct {
 	vk     *blockcrypt.VolumeKeys
 	ring   *keystore.Ring
 	root   *Node
-	kernel Kernel // nil without a mount
-	rootD  int    // the root's descriptor, and the volume's lock
-	plain  bool   // names mode
-	calm   bool   // a filesystem in memory: pages cannot tear, no S
-	super  bool   // running as root: new files are given to their users
+	kernel atomic.Pointer[Kernel] // nil without a mount
+	rootD  int                    // the root's descriptor, and the volume's lock
+	plain  bool                   // names mode
+	calm   bool                   // a filesystem in memory: pages cannot tear, no S
+	super  bool                   // running as root: new files are given to their users
 
 	session     atomic.Uint64
 	tight       atomic.Bool  // little space is left, see space.go
@@ -123,7 +125,7 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 	if err := errors.Join(v.fstat(v.rootD, &st), unix.Fstatfs(v.rootD, &sfs)); err != nil {
 		return nil, err
 	}
-	v.calm = sfs.Type == unix.TMPFS_MAGIC || sfs.Type == unix.RAMFS_MAGIC
+	v.calm = (sfs.Type == unix.TMPFS_MAGIC || sfs.Type == unix.RAMFS_MAGIC) && !o.torn
 	v.root = &Node{v: v, id: 1, dev: st.Dev, ino: st.Ino, typ: unix.S_IFDIR, dirFD: v.rootD, last: -1, lookups: 1, dirID: u.Config.Volume, hasID: true, idSynced: true}
 	v.nodes[1], v.inodes[inodeKey{st.Dev, st.Ino}] = v.root, v.root
 	v.nextID.Store(1)

@@ -70,12 +70,12 @@ func TestBigAndSparse(t *testing.T) {
 		for _, off := range at {
 			want := fmt.Sprintf("at %d", off)
 			b := make([]byte, len(want))
-			if _, err := h.Read(b, off); err != nil || string(b) != want {
+			if _, err := h.Read(ctx, b, off); err != nil || string(b) != want {
 				t.Errorf("%q, %v", b, err)
 			}
 		}
 		b := make([]byte, 1<<20)
-		if n, err := h.Read(b, 1<<30); err != nil || n != len(b) || !blockcrypt.IsHole(b) {
+		if n, err := h.Read(ctx, b, 1<<30); err != nil || n != len(b) || !blockcrypt.IsHole(b) {
 			t.Errorf("a hole reads as %d bytes, %v", n, err)
 		}
 	}
@@ -119,7 +119,7 @@ func TestUnlinkedOpen(t *testing.T) {
 		t.Fatal(err)
 	}
 	got := make([]byte, 20000)
-	if n, err := h.Read(got, 0); err != nil || !bytes.Equal(got[:n], want) {
+	if n, err := h.Read(ctx, got, 0); err != nil || !bytes.Equal(got[:n], want) {
 		t.Error(n, err)
 	}
 	if _, err := h.Node().SetAttr(ctx, size(7)); err != nil {
@@ -330,7 +330,7 @@ func TestConcurrent(t *testing.T) {
 						}
 					} else {
 						b := make([]byte, per)
-						if _, err = h.Read(b, k*per); err == nil && bytes.Count(b, b[:1]) != per {
+						if _, err = h.Read(ctx, b, k*per); err == nil && bytes.Count(b, b[:1]) != per {
 							err = fmt.Errorf("a write was torn: %v", b[:10])
 						}
 					}

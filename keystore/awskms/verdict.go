@@ -36,8 +36,7 @@ const (
 // Options.Attempt. The error is a verdict.
 func call[T any](ctx context.Context, s *Store, op, name string, f func(context.Context, *kms.Client, func(*kms.Options)) (T, error)) (T, error) {
 	keystore.Waits(ctx)
-	total, cancel := context.WithTimeout(ctx, s.c.o.Total)
-	defer cancel()
+	total := ctx // until the first attempt: to wait for the gate is no outage
 	purpose := keystore.PurposeOf(ctx)
 	// The user agent says what a call was for, and so does CloudTrail.
 	agent := func(o *kms.Options) { o.AppID = "kmsfs-" + purpose.String() }
@@ -53,6 +52,11 @@ func call[T any](ctx context.Context, s *Store, op, name string, f func(context.
 		if err := gate.enter(total); err != nil {
 			v, _ := s.verdict(ctx, k, op, err)
 			return out, v
+		}
+		if total == ctx {
+			var cancel context.CancelFunc
+			total, cancel = context.WithTimeout(ctx, s.c.o.Total)
+			defer cancel()
 		}
 		begun := time.Now()
 		attempt, done := context.WithTimeout(total, s.c.o.Attempt)

@@ -1,0 +1,163 @@
+package volume
+
+import (
+	"context"
+	"errors"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/keystore"
+)
+
+// Create makes a regular file, or opens the one that is there unless excl is
+// set, and opens it for writing, or reading only.
+func (v *Volume) Create(ctx context.Context, dir *Node, name string, mode uint32, c Caller, excl, write bool) (*Node, Attr, *Handle, error) {
+	if v.o.ReadOnly {
+		return nil, Attr{}, nil, unix.EROFS
+	}
+	// Before the file is there: a refusal leaves nothing behind.
+	key, err := v.ring.NewKey(ctx)
+	if err != nil {
+		v.report("new file", "no data key", err)
+		return nil, Attr{}, nil, err
+	}
+	for range maxRaces {
+		var n *Node
+		var st Attr
+		var h *Handle
+		if n, st, h, err = v.create(ctx, dir, name, mode, c, excl, write, &key); !errors.Is(err, unix.ENOENT) || excl {
+			return n, st, h, err
+		}
+		// Somebody had made it, and it went before it was opened.
+		if key == nil {
+			if key, err = v.ring.NewKey(ctx); err != nil {
+				return nil, Attr{}, nil, err
+			}
+		}
+	}
+	return nil, Attr{}, nil, unix.ENOENT
+}
+
+// maxRaces is how often making a file begins again while others remove it.
+const maxRaces = 100
+
+// create is one attempt of Create. It uses the data key, or gives it back and
+// leaves nil.
+func (v *Volume) create(ctx context.Context, dir *Node, name string, mode uint32, c Caller, excl, write bool, k **keystore.DataKey) (*Node, Attr, *Handle, error) {
+	key := *k
+	*k = nil
+	created := -1
+	n, st, err := v.make(ctx, dir, name, c, mode|unix.S_IFREG, func(fd int, cname string, mode uint32) (err error) {
+		created, err = v.open(fd, cname, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|fileFlags, mode&^unix.S_IFMT)
+		return err
+	})
+	if errors.Is(err, unix.EEXIST) && !excl && created < 0 {
+		v.ring.PutBack(key)
+		n, _, _, err = v.Lookup(ctx, dir, name)
+		if err != nil {
+			return nil, Attr{}, nil, err
+		}
+		h, err := n.Open(ctx, write)
+		if err == nil {
+			if st, err = n.Attr(); err != nil {
+				h.Release()
+			}
+		}
+		if err != nil {
+			v.Forget(n.id, 1)
+			return nil, st, nil, err
+		}
+		return n, st, h, nil
+	}
+	if err != nil {
+		if created >= 0 {
+			v.disk.close(created)
+		}
+		v.ring.PutBack(key)
+		return nil, Attr{}, nil, err
+	}
+	return n, st, n.adopt(created, &st, key, write), nil
+}
+
+// Tmpfile makes a regular file in dir that has no name, and opens it; see [Volume.Link].
+func (v *Volume) Tmpfile(ctx context.Context, dir *Node, mode uint32, c Caller, write bool) (*Node, Attr, *Handle, error) {
+	if v.o.ReadOnly {
+		return nil, Attr{}, nil, unix.EROFS
+	}
+	key, err := v.ring.NewKey(ctx)
+	if err != nil {
+		v.report("new file", "no data key", err)
+		return nil, Attr{}, nil, err
+	}
+	st, fd, last, err := v.tmpfile(dir, mode, c)
+	if err != nil {
+		v.ring.PutBack(key)
+		return nil, Attr{}, nil, err
+	}
+	v.mu.Lock()
+	n := v.newNode(&st)
+	n.lookups, n.gone, n.last = 1, true, last
+	v.mu.Unlock()
+	h := n.adopt(fd, &st, key, write)
+	n.fill(&st, -1, "")
+	return n, st, h, nil
+}
+
+// tmpfile makes the ciphertext file of Tmpfile, and a descriptor that stays as
+// long as the node is known.
+func (v *Volume) tmpfile(dir *Node, mode uint32, c Caller) (st Attr, fd, last int, err error) {
+	d, err := dir.enter()
+	if err != nil {
+		return st, -1, -1, err
+	}
+	defer dir.leave()
+	mode = dir.masked(d, mode, c) &^ unix.S_IFMT
+	if fd, err = v.disk.open(d, ".", unix.O_TMPFILE|unix.O_RDWR, mode); err != nil {
+		return st, -1, -1, err
+	}
+	if uid, gid, ok := v.owners(d, c); ok {
+		if err = v.chown(fd, uid, gid); err == nil && mode&(unix.S_ISUID|unix.S_ISGID) != 0 {
+			err = v.chmod(fd, mode) // chown took the bits
+		}
+	}
+	if err == nil {
+		err = v.fstat(fd, &st)
+	}
+	if err == nil {
+		last, err = v.reopen(fd, unix.O_PATH)
+	}
+	if err != nil {
+		v.disk.close(fd)
+	}
+	return st, fd, last, err
+}
+
+// adopt opens a file that was made just now, empty, by its descriptor.
+func (n *Node) adopt(fd int, st *Attr, key *keystore.DataKey, write bool) *Handle {
+	n.openMu.Lock()
+	defer n.openMu.Unlock()
+	n.sound = true
+	f := n.file.Load()
+	if f == nil {
+		f = n.newFile(fd, true, st)
+		f.handles, f.next = 1, key
+		if write {
+			f.writers = 1
+		}
+		n.attach(f)
+		return &Handle{f, write}
+	}
+	n.v.disk.close(fd) // another has opened it already
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.handles++
+	if write {
+		f.writers++
+	}
+	if f.next == nil && f.size == 0 {
+		f.next = key
+	} else {
+		n.v.ring.PutBack(key)
+	}
+	return &Handle{f, write}
+}

@@ -1,0 +1,239 @@
+package volume_test
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume"
+	"kmsfs/keystore"
+)
+
+// service is a store that has to be waited for.
+type service struct {
+	keystore.Store // of a local key
+	wait           atomic.Pointer[chan struct{}]
+	waiting        atomic.Int32
+}
+
+func (s *service) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
+	if c := s.wait.Load(); c != nil {
+		s.waiting.Add(1)
+		select {
+		case <-*c:
+		case <-ctx.Done():
+			return nil, &keystore.Error{Kind: keystore.Canceled, URI: s.URI(), Op: "unwrap", Err: ctx.Err()}
+		}
+	}
+	return s.Store.Unwrap(ctx, b, w)
+}
+
+// hidden makes a store's optional interfaces invisible.
+type hidden struct{ keystore.Store }
+
+// lockWorld is a volume under a service.
+func lockWorld(t *testing.T, o volume.Options) (*world, *service) {
+	w := &world{t: t, dir: t.TempDir(), log: &logBuffer{}, quiet: true}
+	s := &service{Store: hidden{newStore(t)[0]}}
+	w.store = s
+	if _, err := volume.Init(ctx, w.dir, []keystore.Store{s}, blockcrypt.NewID(), volume.InitOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	w.open(o)
+	t.Cleanup(func() {
+		if w.v != nil {
+			w.close()
+		}
+	})
+	return w, s
+}
+
+// kernel is a mount's kernel, which writes what it holds back when it is told to.
+type kernel struct{ held func() }
+
+func (k *kernel) WriteBack(uint64) error {
+	if k.held != nil {
+		f := k.held
+		k.held = nil
+		f()
+	}
+	return nil
+}
+
+func refusedLocked(t *testing.T, what string, err error) {
+	t.Helper()
+	if keystore.KindOf(err) != keystore.Credentials {
+		t.Errorf("%s while it is locked: %v", what, err)
+	}
+}
+
+// A read that waits for its key when the volume is locked is refused, though the
+// key comes.
+func TestLockWhileReadWaits(t *testing.T) {
+	w, s := lockWorld(t, volume.Options{})
+	w.write("f", []byte("secret"))
+	h := w.opened("f")
+	w.v.Lock()
+	_, err := h.Read(ctx, make([]byte, 6), 0)
+	refusedLocked(t, "a read", err)
+	w.v.Unlock()
+	// Its key was asked for again, since it is open for writing; of one that is read
+	// only it is when it is read.
+	w.do("close", h.Release())
+	h, err = w.must("f").Open(ctx, false)
+	w.do("open", err)
+	defer h.Release()
+	w.v.Lock()
+	w.v.Unlock()
+	gate := make(chan struct{})
+	s.wait.Store(&gate)
+	got := make(chan error)
+	go func() {
+		_, err := h.Read(ctx, make([]byte, 6), 0)
+		got <- err
+	}()
+	for s.waiting.Load() == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	w.v.Lock()
+	s.wait.Store(nil)
+	close(gate)
+	refusedLocked(t, "a read that waited", <-got)
+	if h.HasKeys() {
+		t.Error("it has its keys while it is locked")
+	}
+	w.v.Unlock()
+	b := make([]byte, 6)
+	if _, err := h.Read(ctx, b, 0); err != nil || string(b) != "secret" {
+		t.Errorf("unlocked: %q, %v", b, err)
+	}
+	// Who waits can go away.
+	w.v.Lock()
+	w.v.Unlock()
+	gate = make(chan struct{})
+	s.wait.Store(&gate)
+	short, cancel := context.WithTimeout(ctx, 20*time.Millisecond)
+	defer cancel()
+	if _, err := h.Read(short, b, 0); keystore.KindOf(err) != keystore.Canceled {
+		t.Errorf("a reader that went away: %v", err)
+	}
+	s.wait.Store(nil)
+	close(gate)
+}
+
+// What the kernel holds back is written, also where the file's key was wiped before
+// and nothing has asked for it since.
+func TestLockTwice(t *testing.T) {
+	w, _ := lockWorld(t, volume.Options{})
+	k := &kernel{}
+	w.v.AttachKernel(k)
+	w.write("f", []byte("old content"))
+	h := w.opened("f")
+	w.v.Lock()
+	w.v.Unlock()
+	k.held = func() { w.do("what was held back", h.WriteDelayed(ctx, []byte("new"), 0)) }
+	w.v.Lock()
+	w.v.Unlock()
+	w.do("close", h.Release())
+	w.want("f", []byte("new content"))
+}
+
+// What is fsynced while the volume is locked is confirmed: growth announces itself.
+func TestFsyncWhileLocked(t *testing.T) {
+	var ops []string
+	w, _ := lockWorld(t, volume.Options{Hook: func(c volume.Call) error { ops = append(ops, c.Op); return nil }})
+	h, err := w.create("f")
+	w.do("create", err)
+	_, err = h.Write(ctx, noise(5000), 0)
+	w.do("write", err)
+	w.v.Lock()
+	w.do("fsync", h.Fsync())
+	w.v.Unlock()
+	ops = nil
+	_, err = h.Write(ctx, noise(5000), 5000)
+	w.do("write", err)
+	if !slices.Contains(ops, "fdatasync") || !slices.Contains(ops, "ftruncate") {
+		t.Errorf("a confirmed file grows by %v", ops)
+	}
+	w.do("close", h.Release())
+}
+
+// A file without a name is one node, also for who looks its name up as it gets it.
+func TestLinkIsOneNode(t *testing.T) {
+	var w *world
+	var seen uint64
+	w = newWorld(t, volume.Options{Done: func(c volume.Call, err error) {
+		if c.Op == "linkat" && err == nil {
+			n, _, _, err := w.v.Lookup(ctx, w.v.Root(), "f")
+			w.do("lookup", err)
+			seen = n.ID()
+		}
+	}})
+	n, _, h, err := w.v.Tmpfile(ctx, w.v.Root(), 0o644, volume.Caller{}, true)
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		t.Skip("the backing filesystem has no O_TMPFILE")
+	}
+	w.do("O_TMPFILE", err)
+	linked, _, err := w.v.Link(ctx, n, w.v.Root(), "f")
+	w.do("link", err)
+	if seen != n.ID() || linked != n {
+		t.Errorf("node %d, looked up as %d", n.ID(), seen)
+	}
+	w.do("close", h.Release())
+}
+
+// What cannot be walked keeps nobody waiting, and can be mended.
+func TestWalkThatCannot(t *testing.T) {
+	w := newWorld(t, volume.Options{})
+	w.quiet = true
+	w.mkdir("d")
+	w.write("d/f", []byte("x"))
+	w.mkdir("empty")
+	w.write("empty/f", nil)
+	w.do("unlink", w.v.Unlink(w.must("empty"), "f"))
+	empty := filepath.Join(w.dir, w.v.CipherName(w.v.Root(), "empty"))
+	d := filepath.Join(w.dir, w.v.CipherName(w.v.Root(), "d"))
+	w.crash()
+	for _, dir := range []string{d, empty} {
+		id, err := os.Readlink(dir + "/kmsfs.dir")
+		w.do("readlink", err)
+		w.do("remove", os.Remove(dir+"/kmsfs.dir"))
+		if dir == d {
+			w.do("remove", os.Remove(dir+"/kmsfs.dir."+id))
+		}
+	}
+	w.do("setxattr", unix.Setxattr(d, "user.foreign", []byte("x"), 0)) // a mount does not show it
+	fs, _ := w.fsck()
+	if got := summary(fs); !strings.Contains(got, "damaged/directory-id") || !strings.Contains(got, "mendable/directory-id") || strings.Contains(got, "value") {
+		t.Fatal(got)
+	}
+	w.open(volume.Options{})
+	short, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	w.do("wait", w.v.Wait(short))
+	for _, r := range w.v.Repair(ctx, fs, func(volume.Finding) bool { return false }) {
+		w.do("repair "+r.Path, r.Err)
+	}
+	w.close()
+	w.reopenWell()
+	if fs, _ := w.fsck(); len(fs) != 0 {
+		t.Errorf("afterwards: %+v", fs)
+	}
+}
+
+// reopenWell mounts once more, and ends well.
+func (w *world) reopenWell() {
+	w.t.Helper()
+	w.open(volume.Options{})
+	w.do("wait", w.v.Wait(ctx))
+	w.close()
+}
