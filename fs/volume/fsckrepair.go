@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"path"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -87,7 +88,7 @@ func (v *Volume) mendDirID(cpath string) (string, error) {
 	var places []string
 	encoded := "" // a name that the right one decodes
 	add := func(s string) {
-		if id, ok := blockcrypt.ParseID(s); ok {
+		if id, ok := blockcrypt.ParseID(s); ok && !slices.Contains(candidates, id) {
 			candidates = append(candidates, id)
 		}
 	}
@@ -106,7 +107,7 @@ func (v *Volume) mendDirID(cpath string) (string, error) {
 			}
 		case !isOwn(e.name):
 			encoded = e.name
-			if hdr, err := v.headerOf(fd, e.name); err == nil {
+			if hdr, err := v.headerOf(fd, e.name); err == nil && !slices.Contains(candidates, hdr.Dir) {
 				candidates = append(candidates, hdr.Dir)
 			}
 		}

@@ -76,6 +76,12 @@ func refusedLocked(t *testing.T, what string, err error) {
 	}
 }
 
+// relock wipes all keys and lets them be asked for again.
+func (w *world) relock() {
+	w.v.Lock()
+	defer w.v.Unlock()
+}
+
 // A read that waits for its key when the volume is locked is refused, though the
 // key comes.
 func TestLockWhileReadWaits(t *testing.T) {
@@ -92,8 +98,7 @@ func TestLockWhileReadWaits(t *testing.T) {
 	h, err = w.must("f").Open(ctx, false)
 	w.do("open", err)
 	defer h.Release()
-	w.v.Lock()
-	w.v.Unlock()
+	w.relock()
 	gate := make(chan struct{})
 	s.wait.Store(&gate)
 	got := make(chan error)
@@ -117,8 +122,7 @@ func TestLockWhileReadWaits(t *testing.T) {
 		t.Errorf("unlocked: %q, %v", b, err)
 	}
 	// Who waits can go away.
-	w.v.Lock()
-	w.v.Unlock()
+	w.relock()
 	gate = make(chan struct{})
 	s.wait.Store(&gate)
 	short, cancel := context.WithTimeout(ctx, 20*time.Millisecond)
@@ -138,11 +142,9 @@ func TestLockTwice(t *testing.T) {
 	w.v.AttachKernel(k)
 	w.write("f", []byte("old content"))
 	h := w.opened("f")
-	w.v.Lock()
-	w.v.Unlock()
+	w.relock()
 	k.held = func() { w.do("what was held back", h.WriteDelayed(ctx, []byte("new"), 0)) }
-	w.v.Lock()
-	w.v.Unlock()
+	w.relock()
 	w.do("close", h.Release())
 	w.want("f", []byte("new content"))
 }
