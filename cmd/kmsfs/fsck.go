@@ -66,6 +66,9 @@ func (f *fsckFlags) run(ctx context.Context, args []string) error {
 	}
 	for _, path := range args {
 		st, err := os.Stat(path)
+		if errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("%s does not exist", path)
+		}
 		if err != nil {
 			return err
 		}
@@ -131,7 +134,7 @@ func (f *fsckFlags) volume(ctx context.Context, dir string) error {
 	defer l.Close()
 	if l.Writer() {
 		if f.repair {
-			return volume.ErrLocked
+			return hint(fmt.Errorf("%s: %w", dir, volume.ErrLocked), "kmsfs umount it first; without --repair it is checked as it is")
 		}
 		say("%s is mounted for writing: what is being written now may be reported", dir)
 	}
@@ -279,7 +282,7 @@ func (f *fsckFlags) report() error {
 			return err
 		}
 	} else {
-		fmt.Printf("%d directories, %d files, %d blocks, %d MiB: ", f.total.Dirs, f.total.Files, f.total.Blocks, f.total.Bytes>>20)
+		fmt.Printf("%d directories, %d files, %d blocks, %d KiB: ", f.total.Dirs, f.total.Files, f.total.Blocks, f.total.Bytes>>10)
 		if len(f.findings) == 0 {
 			fmt.Println("nothing is wrong")
 		} else {
