@@ -239,7 +239,7 @@ func TestInodes(t *testing.T) {
 	needRoot(t)
 	needTool(t, "lsattr", "python3")
 	base := openBase(t)
-	disk := loopDisk(t, base, "64M", "mkfs.ext4", "-q")
+	disk := loopDisk(t, base, "400M", "mkfs.ext4", "-q")
 	m := newVolumeOn(t, base, disk, "--allow-other")
 	m.run(`cd "$M"; echo x >f; mkdir d; ln -s f l
 		for i in f d l; do b=$(stat -c %W $i); now=$(date +%s); test "$b" -gt 0 && test $((now - b)) -lt 60; done
@@ -247,7 +247,7 @@ func TestInodes(t *testing.T) {
 		! chattr +a f 2>/dev/null
 		chattr +i f; ! (echo y >>f) 2>/dev/null; ! rm -f f 2>/dev/null; ! mv f g 2>/dev/null; chattr -i f; echo y >>f; test "$(cat f)" = 'x
 y'
-		exec 5<>f; seq 5000 >&5; chattr +i f; ! (echo y >>f) 2>/dev/null; sync f; seq 5000 | cmp - f; chattr -i f; exec 5>&-; seq 5000 | cmp - f
+		exec 5<>f; seq 5000 >&5; chattr +i f; ! (echo y >>f) 2>/dev/null; sync f; seq 5000 | cmp - f; echo late >&5; ! sync f 2>/dev/null; seq 5000 | cmp - f; chattr -i f; exec 5>&-; seq 5000 | cmp - f
 		python3 - <<'P'
 import os, fcntl, struct, errno
 fd = os.open(".", os.O_TMPFILE | os.O_RDWR, 0o640)

@@ -497,7 +497,8 @@ func (f *file) syncPath() error {
 // failed logs that an operation on the file failed, unless what was asked for
 // cannot be.
 func (f *file) failed(op string, err error) error {
-	if err != nil && !errors.Is(err, unix.EFBIG) {
+	asked := errors.Is(err, unix.EFBIG) || errors.Is(err, unix.EPERM) && f.n.immutable.Load()
+	if err != nil && !asked {
 		f.v.report(f.n.where(), op+" failed", err)
 	}
 	return err

@@ -279,8 +279,11 @@ type lost struct {
 // again or cut off.
 func (h *Handle) WriteDelayed(ctx context.Context, b []byte, off int64) error {
 	_, err := h.put(ctx, b, off, true)
+	n := h.f.n
+	if errors.Is(err, unix.EPERM) && n.immutable.Load() {
+		return err // it was not taken from anything: the file has what it is to keep
+	}
 	if err != nil && len(b) > 0 {
-		n := h.f.n
 		n.lostMu.Lock()
 		n.lost.bytes, n.lost.err = n.lost.bytes.with(off, off+int64(len(b))-1), err
 		n.lostMu.Unlock()
