@@ -39,14 +39,14 @@ func (h *Handle) Read(ctx context.Context, b []byte, off int64) (int, error) {
 		f.mu.RUnlock() // just now
 	}
 	defer f.mu.RUnlock()
+	if f.n.lostIn(off, off+int64(len(b))) != nil {
+		return 0, unix.EIO // which the log has said when it was lost
+	}
 	n, err := f.read(b, off)
 	return n, f.failed("read", err)
 }
 
 func (f *file) read(b []byte, off int64) (int, error) {
-	if f.n.lostIn(off, off+int64(len(b))) != nil {
-		return 0, unix.EIO
-	}
 	if off >= f.size || len(b) == 0 {
 		return 0, nil
 	}

@@ -280,12 +280,16 @@ type lost struct {
 func (h *Handle) WriteDelayed(ctx context.Context, b []byte, off int64) error {
 	_, err := h.put(ctx, b, off, true)
 	n := h.f.n
+	from := off
 	if errors.Is(err, unix.EPERM) && n.immutable.Load() {
-		return err // it was not taken from anything: the file has what it is to keep
+		// The file has what it is to keep. Behind its end the kernel believes in more.
+		h.f.mu.RLock()
+		from = max(off, h.f.size)
+		h.f.mu.RUnlock()
 	}
-	if err != nil && len(b) > 0 {
+	if err != nil && from < off+int64(len(b)) {
 		n.lostMu.Lock()
-		n.lost.bytes, n.lost.err = n.lost.bytes.with(off, off+int64(len(b))-1), err
+		n.lost.bytes, n.lost.err = n.lost.bytes.with(from, off+int64(len(b))-1), err
 		n.lostMu.Unlock()
 		n.anyLost.Store(true)
 	}
