@@ -91,6 +91,10 @@ func (r *Ring) NewKey(ctx context.Context) (*DataKey, error) {
 		r.mu.Unlock()
 		return nil, e
 	}
+	if !r.waits { // a key costs less than handing one over
+		r.mu.Unlock()
+		return r.make(ctx)
+	}
 	if n := len(p.keys); n > 0 {
 		k := p.keys[n-1]
 		p.keys = p.keys[:n-1]

@@ -21,6 +21,7 @@ type Ring struct {
 	stores []*standing
 	o      RingOptions
 	report func(error)
+	waits  bool // any store is a service that has to be waited for
 	ctx    context.Context
 	stop   context.CancelFunc
 	wg     sync.WaitGroup
@@ -82,7 +83,6 @@ func NewRing(volume [16]byte, stores []Store, o RingOptions) *Ring {
 	}
 	r.slab = newSlab(maxCached + 2*MaxPool + poolCalls)
 	r.cache = newCache(r.slab, maxCached)
-	watch := false
 	for _, s := range stores {
 		_, immediate := s.(Immediate)
 		st := &standing{Store: s, immediate: immediate, proven: o.Now()}
@@ -92,13 +92,16 @@ func NewRing(volume [16]byte, stores []Store, o RingOptions) *Ring {
 			}
 		}
 		r.stores = append(r.stores, st)
-		watch = watch || !immediate
+		r.waits = r.waits || !immediate
+	}
+	if !r.waits {
+		r.pool.base = 0
 	}
 	r.ctx, r.stop = context.WithCancel(context.Background())
 	r.mu.Lock()
 	r.refill()
 	r.mu.Unlock()
-	if watch {
+	if r.waits {
 		r.wg.Go(r.watch)
 	}
 	return r
@@ -406,9 +409,7 @@ func (r *Ring) finish(s *standing, id [32]byte, b Binding, w Wrapped, c *call, k
 }
 
 // Waits reports whether any store is a service that has to be waited for.
-func (r *Ring) Waits() bool {
-	return slices.ContainsFunc(r.stores, func(s *standing) bool { return !s.immediate })
-}
+func (r *Ring) Waits() bool { return r.waits }
 
 // Counts are what a ring has done so far, and what it holds.
 type Counts struct {
