@@ -73,7 +73,7 @@ func (l *Lone) Unlock(dataKey []byte) (incomplete bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	v := &Volume{o: Options{ReadOnly: true}, geo: l.Header.Geometry, log: slog.New(slog.DiscardHandler), reported: map[string]bool{}}
+	v := &Volume{o: Options{ReadOnly: true}, geo: l.Header.Geometry, log: slog.New(slog.DiscardHandler)}
 	v.root = &Node{v: v, typ: unix.S_IFREG, last: -1}
 	l.f = &file{n: v.root, v: v, fd: l.fd, hdr: l.Header, keys: keys, tailK: -1}
 	err = l.f.takeState(l.Length)

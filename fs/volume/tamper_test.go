@@ -400,6 +400,14 @@ func (m *tamperer) names() {
 	}())
 }
 
+// other returns another string of the length, of digits.
+func other(s string) string {
+	if now := strings.Repeat("0", len(s)); now != s {
+		return now
+	}
+	return strings.Repeat("1", len(s))
+}
+
 func (m *tamperer) longNames() {
 	v := m.victim()
 	long := "d/" + strings.Repeat("n", 240)
@@ -418,7 +426,7 @@ func (m *tamperer) longNames() {
 			return "it is not listed; the log says so"
 		})
 	}
-	for what, now := range map[string]string{"a character": "_" + target[1:], "cut": target[:100], "longer": target + "AAAA", "nothing of ours": "hello"} {
+	for what, now := range map[string]string{"a character": other(target[:1]) + target[1:], "cut": target[:100], "longer": target + "AAAA", "nothing of ours": "hello"} {
 		v.do("remove", os.Remove(name))
 		v.do("symlink", os.Symlink(now, name))
 		m.one(what, listed())
@@ -426,7 +434,7 @@ func (m *tamperer) longNames() {
 	v.do("remove", os.Remove(name))
 	m.one("lost", listed())
 	v.do("symlink", os.Symlink(target, name))
-	v.do("rename", os.Rename(path, path[:len(path)-2]+"__"))
+	v.do("rename", os.Rename(path, path[:len(path)-2]+other(path[len(path)-2:])))
 	m.one("another hash", listed())
 }
 
@@ -446,7 +454,7 @@ func (m *tamperer) dirIDs() {
 		v.do("write", os.WriteFile(d+"/kmsfs.dir."+id, nil, 0o644))
 	}
 	for what, f := range map[string]func(){
-		"a digit of the symlink": func() { os.Remove(d + "/kmsfs.dir"); os.Symlink("0"+id[1:]+"", d+"/kmsfs.dir") },
+		"a digit of the symlink": func() { os.Remove(d + "/kmsfs.dir"); os.Symlink(other(id[:1])+id[1:], d+"/kmsfs.dir") },
 		"a malformed symlink":    func() { os.Remove(d + "/kmsfs.dir"); os.Symlink("/etc/passwd", d+"/kmsfs.dir") },
 		"a digit of the file":    func() { os.Rename(d+"/kmsfs.dir."+id, d+"/kmsfs.dir."+strings.Repeat("1", 32)) },
 		"two files and no symlink": func() {
@@ -469,7 +477,7 @@ func (m *tamperer) targets() {
 	v.seal()
 	target, err := os.Readlink(path)
 	v.do("readlink", err)
-	for what, now := range map[string]string{"a character": "A" + target[1:], "the last": target[:len(target)-2] + "AA", "cut": target[:20], "readable": "/etc/passwd"} {
+	for what, now := range map[string]string{"a character": other(target[:1]) + target[1:], "the last": target[:len(target)-2] + other(target[len(target)-2:]), "cut": target[:20], "readable": "/etc/passwd"} {
 		if now == target {
 			continue
 		}
@@ -591,7 +599,7 @@ func (m *tamperer) markers() {
 	v.do("readlink", err)
 	theirs, err := os.Readlink(filepath.Join(w.dir, "kmsfs.mounted"))
 	v.do("readlink", err)
-	for what, now := range map[string]string{"a character": "A" + target[1:], "the last": target[:len(target)-1] + "A", "cut": target[:20], "another volume's": theirs, "readable": "hello"} {
+	for what, now := range map[string]string{"a character": other(target[:1]) + target[1:], "the last": target[:len(target)-1] + other(target[len(target)-1:]), "cut": target[:20], "another volume's": theirs, "readable": "hello"} {
 		if now == target {
 			continue
 		}

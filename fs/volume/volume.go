@@ -76,16 +76,18 @@ type Volume struct {
 	tree sync.RWMutex
 
 	// mu guards the fields below and Node.lookups, holds, links and gone.
-	mu       sync.Mutex
-	nodes    map[uint64]*Node
-	inodes   map[inodeKey]*Node
-	bad      map[uint64]bool // sessions not known to have ended well
-	mine     []uint64        // sessions of this mount that the marker names
-	reported map[string]bool // faults that the log has, each once
+	mu     sync.Mutex
+	nodes  map[uint64]*Node
+	inodes map[inodeKey]*Node
+	bad    map[uint64]bool // sessions not known to have ended well
+	mine   []uint64        // sessions of this mount that the marker names
 
 	// fdMu guards dirLRU and Node.dirFD, dirRefs, dirElem.
 	fdMu   sync.Mutex
 	dirLRU dirLRU
+
+	reportMu sync.Mutex
+	reported map[string]bool // faults that the log has, each once
 
 	// markerMu is held while the marker and mine change. It comes before mu.
 	markerMu sync.Mutex
@@ -105,7 +107,7 @@ type inodeKey struct{ dev, ino uint64 }
 // lock and the ring, which Close closes.
 func (u *Unlocked) Open(o Options) (*Volume, error) {
 	v := &Volume{disk: disk{o.Hook, o.Done}, o: o, log: o.Logger, cfg: u.Config, vk: u.keys, rootD: u.root, plain: u.Config.Names == blockcrypt.NamesPlain,
-		super: unix.Geteuid() == 0, nodes: map[uint64]*Node{}, inodes: map[inodeKey]*Node{}, bad: map[uint64]bool{}, reported: map[string]bool{}, quit: make(chan struct{}), walked: make(chan struct{})}
+		super: unix.Geteuid() == 0, nodes: map[uint64]*Node{}, inodes: map[inodeKey]*Node{}, bad: map[uint64]bool{}, quit: make(chan struct{}), walked: make(chan struct{})}
 	if v.log == nil {
 		v.log = slog.New(slog.DiscardHandler)
 	}
@@ -207,19 +209,22 @@ func (v *Volume) Close() error {
 	return err
 }
 
-// report logs a fault once for each what and error.
+// report logs a fault once for each what and error. When it returns the log has
+// it, whoever wrote it.
 func (v *Volume) report(what, msg string, err error) {
-	key := what + "\x00" + err.Error()
-	v.mu.Lock()
-	seen := v.reported[key]
-	if len(v.reported) >= 10000 {
-		clear(v.reported)
-	}
-	v.reported[key] = true
-	v.mu.Unlock()
-	if seen || keystore.KindOf(err) == keystore.Canceled {
+	if keystore.KindOf(err) == keystore.Canceled {
 		return
 	}
+	key := what + "\x00" + err.Error()
+	v.reportMu.Lock()
+	defer v.reportMu.Unlock()
+	if v.reported[key] {
+		return
+	}
+	if len(v.reported) >= 10000 || v.reported == nil {
+		v.reported = map[string]bool{}
+	}
+	v.reported[key] = true
 	attrs := []any{"at", what, "error", err}
 	if e, ok := errors.AsType[*keystore.Error](err); ok {
 		attrs = append(attrs, "kind", e.Kind.String())
