@@ -51,6 +51,7 @@ type pool struct {
 	burst   int
 	last    time.Duration // when the last was taken, by the ring's clock
 	making  int
+	filling bool // from where a part of the target is gone until it is reached
 	failing bool // what makes keys ahead failed; it stops until a NewKey succeeds
 	waiting []chan made
 }
@@ -79,6 +80,15 @@ func (p *pool) taken(now time.Duration) {
 	p.burst++
 	p.peak = min(max(p.peak, busyPool, p.burst), MaxPool)
 	p.last = now
+}
+
+// wants reports whether another key is to be made ahead. A few creations do not
+// begin that: most programs that make one file take its key and give it back, as
+// git does with its lock.
+func (p *pool) wants(target int) bool {
+	has := len(p.keys) + p.making - len(p.waiting)
+	p.filling = has < target && (p.filling || has <= target*3/4)
+	return p.filling
 }
 
 // NewKey returns a data key for a new file: from the pool, or as soon as one is
@@ -159,7 +169,7 @@ func (r *Ring) refill() {
 		purpose := ForCreate
 		if p.making >= len(p.waiting) {
 			purpose = ForPool
-			if p.failing || r.locked != nil || r.creates() != nil || len(p.keys)+p.making-len(p.waiting) >= p.target(r.o.Now()) {
+			if p.failing || r.locked != nil || r.creates() != nil || !p.wants(p.target(r.o.Now())) {
 				return
 			}
 		}

@@ -1,6 +1,9 @@
 package keystore
 
-import "context"
+import (
+	"context"
+	"sync"
+)
 
 // Purpose is what a call to a key service is made for, the most urgent first.
 type Purpose int
@@ -28,8 +31,29 @@ func WithPurpose(ctx context.Context, p Purpose) context.Context {
 	return context.WithValue(ctx, purposeKey{}, p)
 }
 
+type raisedKey struct{}
+
+// WithRaise is [WithPurpose] for calls that a program may come to wait for: raise
+// makes their purpose [ForOpen].
+func WithRaise(ctx context.Context, p Purpose) (_ context.Context, raise func()) {
+	c := make(chan struct{})
+	return context.WithValue(WithPurpose(ctx, p), raisedKey{}, c), sync.OnceFunc(func() { close(c) })
+}
+
+// Raised returns a channel that is closed when the purpose of calls under ctx is
+// raised, nil if it cannot be.
+func Raised(ctx context.Context) <-chan struct{} {
+	c, _ := ctx.Value(raisedKey{}).(chan struct{})
+	return c
+}
+
 // PurposeOf returns what calls under ctx are made for.
 func PurposeOf(ctx context.Context) Purpose {
+	select {
+	case <-Raised(ctx):
+		return ForOpen
+	default:
+	}
 	p, _ := ctx.Value(purposeKey{}).(Purpose)
 	return p
 }

@@ -57,8 +57,9 @@ const maxCached = 16384
 
 // call is one unwrapping that several may wait for.
 type call struct {
-	done chan struct{}
-	err  error
+	done  chan struct{}
+	raise func() // tells that a program waits; nil where one did from the start
+	err   error
 }
 
 // NewRing makes the ring of a volume. The stores are taken to have just proven
@@ -256,10 +257,11 @@ func (r *Ring) Prefetch(file [16]byte, ws []Wrapped) (began bool) {
 		return false
 	}
 	r.counts.Prefetched++
-	x := &call{done: make(chan struct{})}
+	ctx, raise := WithRaise(r.ctx, ForPrefetch)
+	x := &call{done: make(chan struct{}), raise: raise}
 	r.calls[id] = x
 	r.wg.Go(func() {
-		key, err := watched{r, c.s}.Unwrap(WithPurpose(r.ctx, ForPrefetch), b, c.w)
+		key, err := watched{r, c.s}.Unwrap(ctx, b, c.w)
 		r.finish(c.s, id, b, c.w, x, key, err, true)
 		clear(key)
 	})
@@ -379,6 +381,9 @@ func (r *Ring) unwrap(ctx context.Context, s *standing, b Binding, w Wrapped) ([
 				return nil, e
 			}
 			return key, err
+		}
+		if c.raise != nil {
+			c.raise()
 		}
 		Waits(ctx)
 		select {

@@ -2,77 +2,148 @@ package tests
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"os"
-	"path/filepath"
+	"os/exec"
+	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/keystore/keystoretest"
 )
 
-// BenchmarkKMS is what a key service at 20 ms a call costs, beside a local key on
-// the same machine in the same run: see issue figures in README.md.
+// BenchmarkKMS is what a key service at 20 ms a call costs beside a local key, in
+// one run: the KMS volume after the local one, each step on both.
 func BenchmarkKMS(b *testing.B) {
-	const files = 2000
-	flat := `i=0; while [ $i -lt 2000 ]; do head -c 4096 /dev/zero >"$M/flat/f$i"; i=$((i+1)); done`
-	_ = flat
-	tree := func(root string) {
-		for i := range files {
-			d := filepath.Join(root, fmt.Sprint("t", i%15), fmt.Sprint("s", i%150))
-			if err := os.MkdirAll(d, 0o755); err != nil {
-				b.Fatal(err)
-			}
-			if err := os.WriteFile(filepath.Join(d, fmt.Sprint("f", i)), noise(2000), 0o644); err != nil {
-				b.Fatal(err)
-			}
-		}
-	}
-	create := func(root, dir string) {
-		d := filepath.Join(root, dir)
-		if err := os.Mkdir(d, 0o755); err != nil {
-			b.Fatal(err)
-		}
-		data := noise(4096)
-		for i := range files {
-			if err := os.WriteFile(filepath.Join(d, fmt.Sprint("f", i)), data, 0o644); err != nil {
-				b.Fatal(err)
-			}
-		}
-	}
-	type volume interface {
-		remount()
-		run(string) string
-	}
-	measure := func(v volume, root string, rest time.Duration) map[string]time.Duration {
-		out := map[string]time.Duration{}
-		timed := func(what string, f func()) {
-			begun := time.Now()
-			f()
-			out[what] = time.Since(begun)
-		}
-		v.remount()
-		timed("create, cold pool", func() { create(root, "cold") })
-		time.Sleep(rest)
-		timed("create, filled pool", func() { create(root, "warm") })
-		tree(filepath.Join(root, "tree"))
-		v.remount()
-		timed("cat in order", func() { v.run(`find "$M/warm" -type f -print0 | xargs -0 cat | wc -c`) })
-		v.remount()
-		timed("grep -r", func() { v.run(`grep -rc xyz "$M/tree" >/dev/null || true`) })
-		v.remount()
-		timed("ls -lR", func() { v.run(`ls -lR "$M/tree" >/dev/null`) })
-		return out
-	}
+	const (
+		files   = 2000
+		latency = 20 * time.Millisecond
+		ideal   = files * latency / 64 // as many calls at once
+	)
 	for b.Loop() {
 		local := newVolume(b)
-		ref := measure(local, local.dir, 0)
+		ref := kmsSteps(b, local, files)
 		kms := newKMSVolume(b, "--kms-rps", "1000000")
-		kms.srv.SetLatency(20 * time.Millisecond)
-		got := measure(kms, kms.dir, 2*time.Second)
-		ideal := files * 20 * time.Millisecond / 64
-		for what, d := range got {
-			b.Logf("%-20s local %7.0f ms, KMS %7.0f ms, ratio %.2f, without the local part %.2f of the ideal %v", what, ms(ref[what]), ms(d), float64(ref[what])/float64(d), float64(d-ref[what])/float64(ideal), ideal)
+		kms.srv.SetLatency(latency)
+		got := kmsSteps(b, kms.mounted, files)
+		for _, what := range []string{"create, cold pool", "create, filled pool"} {
+			b.Logf("%-20s local %5.0f ms, KMS %5.0f ms: %.2f of the local rate, %.2f of the ideal %v", what, ms(ref[what]), ms(got[what]), float64(ref[what])/float64(got[what]), float64(got[what])/float64(ideal), ideal)
 		}
+		for _, what := range []string{"cat in order", "grep -r"} {
+			b.Logf("%-20s local %5.0f ms, KMS %5.0f ms: the local time and %.2f of the ideal %v", what, ms(ref[what]), ms(got[what]), float64(got[what]-ref[what])/float64(ideal), ideal)
+		}
+
+		kms.remount()
+		calls := kms.srv.Calls("")
+		kms.run(`ls -lR "$M/tree" >/dev/null; find "$M/tree" -newer "$M" >/dev/null; du -s "$M/tree" >/dev/null`)
+		b.Logf("%-20s %d calls, of which the pool's first 8", "ls -lR, find, du", kms.srv.Calls("")-calls)
+		kms.run(`cd "$M/tree"; git init -q; git add -A; git commit -qm x; git status --short`)
+		time.Sleep(time.Second)
+		calls = kms.srv.Calls("")
+		kms.run(`cd "$M/tree"; git status --short`)
+		b.Logf("%-20s %d calls", "git status again", kms.srv.Calls("")-calls)
+
+		kms.srv.Fail(throttle(0.3))
+		throttled := kmsSteps(b, kms.mounted, files)
+		kms.srv.Fail(nil)
+		for what, d := range throttled {
+			b.Logf("30%% throttled: %-20s %5.0f ms, %.2f times as long", what, ms(d), float64(d)/float64(got[what]))
+		}
+
+		one := kms.path("one")
+		write(b, one, noise(1<<20))
+		kms.remount()
+		free := readOver(one, time.Second)
+		kms.srv.Fail(func(string) *keystoretest.Failure { return &keystoretest.Failure{Hang: true} })
+		var blocked []*exec.Cmd
+		for i := range 4 {
+			c := exec.Command("cat", kms.path("warm", fmt.Sprint("f", i*97)))
+			if err := c.Start(); err != nil {
+				b.Fatal(err)
+			}
+			blocked = append(blocked, c)
+		}
+		time.Sleep(200 * time.Millisecond)
+		beside := readOver(one, time.Second)
+		b.Logf("4 opens blocked in KMS: %d reads of a MiB, %d without: %.2f", beside, free, float64(beside)/float64(free))
+		for _, c := range blocked {
+			c.Process.Kill()
+			c.Wait()
+		}
+
+		kms.srv.Fail(nil)
+		kms.remount()
+		kms.srv.Fail(func(string) *keystoretest.Failure { return &keystoretest.Failure{Hang: true} })
+		kms.faults = true
+		begun := time.Now()
+		exec.Command("sh", "-c", `cd "$1"; grep -c x f1???`, "sh", kms.path("warm")).Run()
+		b.Logf("outage: grep of 1000 cold files ends after %.1f s", time.Since(begun).Seconds())
+		kms.srv.Fail(nil)
+		eventually(b, "after the outage", readErr(kms.path("warm", "f1"), nil))
 		b.Logf("%s", kms.kmsfs("stats", kms.dir))
 	}
+}
+
+// kmsSteps creates and reads files in a volume of either kind, and says how long
+// each step took.
+func kmsSteps(b *testing.B, v *mounted, files int) map[string]time.Duration {
+	took := map[string]time.Duration{}
+	timed := func(what string, f func()) {
+		begun := time.Now()
+		f()
+		took[what] = time.Since(begun)
+	}
+	data := noise(4096)
+	create := func(path func(i int) string) {
+		for i := range files {
+			write(b, path(i), data)
+		}
+	}
+	v.run(`rm -rf "$M"/*; mkdir "$M/cold" "$M/warm"; for i in $(seq 0 14); do for j in $(seq 0 9); do mkdir -p "$M/tree/$i/$j"; done; done`)
+	v.remount()
+	timed("create, cold pool", func() { create(func(i int) string { return v.path("cold", fmt.Sprint("f", i)) }) })
+	time.Sleep(2 * time.Second) // the pause in which the pool fills
+	timed("create, filled pool", func() { create(func(i int) string { return v.path("warm", fmt.Sprint("f", i)) }) })
+	create(func(i int) string { return v.path("tree", fmt.Sprint(i%15), fmt.Sprint(i/15%10), fmt.Sprint("f", i)) })
+	v.remount()
+	timed("cat in order", func() { v.run(`find "$M/warm" -type f -print0 | xargs -0 cat | wc -c`) })
+	v.remount()
+	timed("grep -r", func() { v.run(`grep -rc xyz "$M/tree" >/dev/null || true`) })
+	return took
+}
+
+// throttle lets a part of the calls fail as throttled.
+func throttle(part float64) func(string) *keystoretest.Failure {
+	var mu sync.Mutex
+	r := rand.New(rand.NewPCG(3, 4))
+	return func(string) *keystoretest.Failure {
+		mu.Lock()
+		defer mu.Unlock()
+		if r.Float64() < part {
+			return &keystoretest.Failure{Status: 400, Code: "ThrottlingException"}
+		}
+		return nil
+	}
+}
+
+// readOver reads a file again and again, past the kernel's cache.
+func readOver(path string, d time.Duration) (n int) {
+	for end := time.Now().Add(d); time.Now().Before(end); n++ {
+		f, err := os.Open(path)
+		if err != nil {
+			return n
+		}
+		unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)
+		buf := make([]byte, 1<<20)
+		_, err = f.ReadAt(buf, 0)
+		f.Close()
+		if err != nil {
+			return n
+		}
+	}
+	return n
 }
 
 func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }

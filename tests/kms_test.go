@@ -381,16 +381,7 @@ func TestManyOpenOne(t *testing.T) {
 // A third of the calls throttled: no error reaches anybody.
 func TestThrottled(t *testing.T) {
 	v := newKMSVolume(t)
-	var mu sync.Mutex
-	r := rand.New(rand.NewPCG(3, 4))
-	v.srv.Fail(func(string) *keystoretest.Failure {
-		mu.Lock()
-		defer mu.Unlock()
-		if r.IntN(10) < 3 {
-			return &keystoretest.Failure{Status: 400, Code: "ThrottlingException"}
-		}
-		return nil
-	})
+	v.srv.Fail(throttle(0.3))
 	for i := range 400 {
 		write(t, v.path(fmt.Sprint(i)), []byte("content"))
 	}

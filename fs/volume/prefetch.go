@@ -37,7 +37,8 @@ type event struct {
 const (
 	maxScans    = 8
 	firstWindow = 4
-	maxWindow   = 64
+	fullWindow  = 64 // up to here it doubles
+	maxWindow   = 256
 	hotWindow   = 16 // from here on a scan is followed into another directory
 	scanPause   = 2 * time.Second
 	maxListed   = 20000 // entries of a directory that is looked through
@@ -128,7 +129,11 @@ func (p *prefetcher) follow(at place, cold bool) {
 		if s.ahead[at] {
 			delete(s.ahead, at)
 			p.active.Add(-1)
-			s.window = min(2*s.window, maxWindow)
+			if s.window < fullWindow {
+				s.window *= 2
+			} else { // more than are asked for at once: one that comes late holds up few
+				s.window = min(s.window+1, maxWindow)
+			}
 			p.touch(i, at)
 			p.extend(s)
 			return

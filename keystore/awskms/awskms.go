@@ -80,8 +80,8 @@ func (c *Clients) client(ctx context.Context, region string) (*kms.Client, strin
 		return k, region, nil
 	}
 	hc := awshttp.NewBuildableClient().WithTransportOptions(func(t *http.Transport) {
-		t.MaxIdleConnsPerHost = firstAtOnce // the default of 10 makes most parallel calls open a connection
-		t.MaxIdleConns = firstAtOnce
+		t.MaxIdleConnsPerHost = mostAtOnce // the default of 10 makes most parallel calls open a connection
+		t.MaxIdleConns = mostAtOnce
 	})
 	opts := []func(*config.LoadOptions) error{
 		config.WithRetryer(func() aws.Retryer { return aws.NopRetryer{} }), // retry is below

@@ -2,6 +2,7 @@ package awskms
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"time"
 
@@ -43,33 +44,43 @@ func newGate(rate float64) *gate {
 
 // enter waits for the right to make a call; leave gives it back.
 func (g *gate) enter(ctx context.Context) error {
-	p := keystore.PurposeOf(ctx)
-	c := make(chan struct{})
-	g.mu.Lock()
-	g.waiting[p] = append(g.waiting[p], c)
-	g.admit()
-	g.mu.Unlock()
-	select {
-	case <-c:
-		return nil
-	case <-ctx.Done():
-	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	for i, w := range g.waiting[p] {
-		if w == c {
-			g.waiting[p] = append(g.waiting[p][:i:i], g.waiting[p][i+1:]...)
+	c, raised := make(chan struct{}), keystore.Raised(ctx)
+	for {
+		p := keystore.PurposeOf(ctx)
+		g.mu.Lock()
+		g.waiting[p] = append(g.waiting[p], c)
+		g.admit()
+		g.mu.Unlock()
+		select {
+		case <-c:
+			return nil
+		case <-raised:
+			raised = nil
+		case <-ctx.Done():
+		}
+		if !g.withdraw(p, c) {
+			return nil // it was let in just now
+		}
+		if ctx.Err() != nil {
 			return ctx.Err()
 		}
 	}
-	g.flying-- // it was let in just now
-	g.admit()
-	return ctx.Err()
+}
+
+// withdraw reports whether c was still waiting; it does not any more.
+func (g *gate) withdraw(p keystore.Purpose, c chan struct{}) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	i := slices.Index(g.waiting[p], c)
+	if i >= 0 {
+		g.waiting[p] = slices.Delete(g.waiting[p], i, i+1)
+	}
+	return i >= 0
 }
 
 // leave ends a call. Half as many at once are made where more than half of the
-// last ones were throttled, one more otherwise.
-func (g *gate) leave(throttled bool) {
+// last ones were throttled, which it returns, one more otherwise.
+func (g *gate) leave(throttled bool) (crowded bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.flying--
@@ -81,13 +92,15 @@ func (g *gate) leave(throttled bool) {
 	}
 	g.at = (g.at + 1) % len(g.recent)
 	g.seen = min(g.seen+1, len(g.recent))
+	crowded = g.throttle > len(g.recent)/2
 	switch {
-	case g.throttle > len(g.recent)/2 && g.seen == len(g.recent):
+	case crowded && g.seen == len(g.recent):
 		g.limit, g.seen = max(leastAtOnce, g.limit/2), 0
-	case !throttled && g.limit < mostAtOnce && g.throttle <= len(g.recent)/2 && g.at == 0:
+	case !throttled && g.limit < mostAtOnce && !crowded && g.at == 0:
 		g.limit++
 	}
 	g.admit()
+	return crowded
 }
 
 // admit lets in who can be. mu is held.

@@ -48,7 +48,27 @@ func TestGateOrder(t *testing.T) {
 			g.leave(false)
 			synctest.Wait()
 		}
-		want := []keystore.Purpose{keystore.ForOpen, keystore.ForCreate, keystore.ForPool, keystore.ForPrefetch, keystore.ForRewrap}
+		if len(order) != 5 {
+			t.Fatalf("let in %v", order)
+		}
+		raised, raise := keystore.WithRaise(ctx, keystore.ForRewrap) // a program waits for it now
+		for _, c := range []context.Context{keystore.WithPurpose(ctx, keystore.ForCreate), raised} {
+			go func() {
+				if g.enter(c) == nil {
+					mu.Lock()
+					order = append(order, keystore.PurposeOf(c))
+					mu.Unlock()
+				}
+			}()
+		}
+		synctest.Wait()
+		raise()
+		synctest.Wait()
+		for range 2 {
+			g.leave(false)
+			synctest.Wait()
+		}
+		want := []keystore.Purpose{keystore.ForOpen, keystore.ForCreate, keystore.ForPool, keystore.ForPrefetch, keystore.ForRewrap, keystore.ForOpen, keystore.ForCreate}
 		for i, p := range want {
 			if i >= len(order) || order[i] != p {
 				t.Fatalf("let in %v, want %v", order, want)

@@ -37,11 +37,8 @@ const (
 func call[T any](ctx context.Context, s *Store, op, name string, f func(context.Context, *kms.Client, func(*kms.Options)) (T, error)) (T, error) {
 	keystore.Waits(ctx)
 	total := ctx // until the first attempt: to wait for the gate is no outage
-	purpose := keystore.PurposeOf(ctx)
-	// The user agent says what a call was for, and so does CloudTrail.
-	agent := func(o *kms.Options) { o.AppID = "kmsfs-" + purpose.String() }
-	once := map[second]bool{}
-	for pause := firstPause; ; pause = min(2*pause, longPause) {
+	once, raised := map[second]bool{}, keystore.Raised(ctx)
+	for pause := firstPause; ; {
 		k, _, err := s.c.client(ctx, s.region)
 		if err != nil {
 			var none T
@@ -58,12 +55,15 @@ func call[T any](ctx context.Context, s *Store, op, name string, f func(context.
 			total, cancel = context.WithTimeout(ctx, s.c.o.Total)
 			defer cancel()
 		}
+		purpose := keystore.PurposeOf(ctx)
+		// The user agent says what a call was for, and so does CloudTrail.
+		agent := func(o *kms.Options) { o.AppID = "kmsfs-" + purpose.String() }
 		begun := time.Now()
 		attempt, done := context.WithTimeout(total, s.c.o.Attempt)
 		out, err = f(attempt, k, agent)
 		done()
 		took := time.Since(begun)
-		gate.leave(throttled(err))
+		crowded := gate.leave(throttled(err))
 		if err == nil {
 			s.c.o.Meter.Record(name, purpose, 0, took)
 			return out, nil
@@ -78,8 +78,15 @@ func call[T any](ctx context.Context, s *Store, op, name string, f func(context.
 		}
 		select {
 		case <-time.After(pause/2 + rand.N(pause)):
+		case <-raised: // a program has begun to wait
+			raised = nil
 		case <-total.Done():
 			return out, v
+		}
+		// Where only some are throttled the next attempt has every chance: longer pauses
+		// would only make the others wait that come after this one.
+		if crowded || !throttled(err) {
+			pause = min(2*pause, longPause)
 		}
 	}
 }
