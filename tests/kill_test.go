@@ -1,16 +1,18 @@
 package tests
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	mrand "math/rand/v2"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"kmsfs/tests/cutdisk"
 )
 
 // killed is what a file may be after a SIGKILL: its versions since the last that
@@ -48,7 +50,8 @@ func (k *killed) allows(got []byte) error {
 
 // killWriter does things to its own files until the daemon is dead.
 type killWriter struct {
-	m     *mounted
+	path  func(...string) string
+	power func() bool // whether the power has failed; nil where only the daemon dies
 	r     *mrand.Rand
 	name  string
 	files map[string]*killed
@@ -74,7 +77,7 @@ func (w *killWriter) step() bool {
 	f := w.open[name]
 	if f == nil {
 		var err error
-		if f, err = os.OpenFile(w.m.path(name), os.O_RDWR|os.O_CREATE, 0o644); err != nil {
+		if f, err = os.OpenFile(w.path(name), os.O_RDWR|os.O_CREATE, 0o644); err != nil {
 			return false
 		}
 		w.open[name] = f
@@ -92,7 +95,8 @@ func (w *killWriter) step() bool {
 	}
 	confirm := func(what string, err error) bool {
 		k.history = append(k.history, fmt.Sprintf("%s: %v", what, err))
-		if err == nil {
+		switch {
+		case err == nil && w.power == nil, err == nil && what == "fsync" && !w.power():
 			k.confirmed, k.versions = true, [][]byte{k.now()}
 			w.bytes += int64(len(k.now()))
 		}
@@ -121,65 +125,145 @@ func (w *killWriter) step() bool {
 	case x < 90:
 		delete(w.open, name)
 		return confirm("close", f.Close())
-	default: // replaced by another that was closed
+	default: // replaced by another that is whole
 		delete(w.open, name)
 		if f.Close() != nil {
 			return false
 		}
-		k.versions = [][]byte{k.now()}
+		if w.power == nil {
+			k.versions = [][]byte{k.now()}
+		}
 		data := noise(w.r.IntN(20000))
-		if os.WriteFile(w.m.path(w.name+"-new"), data, 0o644) != nil {
+		next, err := os.Create(w.path(w.name + "-new"))
+		if err != nil {
 			return false
 		}
-		return change(data, "rename", func() error { return os.Rename(w.m.path(w.name+"-new"), w.m.path(name)) }) && confirm("renamed", nil)
+		_, err = next.Write(data)
+		if w.power != nil {
+			err = errors.Join(err, next.Sync())
+		}
+		if errors.Join(err, next.Close()) != nil {
+			return false
+		}
+		return change(data, "rename", func() error { return os.Rename(w.path(w.name+"-new"), w.path(name)) }) && confirm("renamed", nil)
 	}
 }
 
-// The daemon is killed while programs write: everything that fsync or close has
-// answered for is there after the next mount, nothing is unreadable, and nothing
-// is there that was never written.
-func TestKilledWhileWriting(t *testing.T) {
-	rounds := 10
-	fmt.Sscan(os.Getenv("KMSFS_KILL_ROUNDS"), &rounds)
-	m := newVolume(t)
+// judge compares the writer's files with what they may be, and says which are not.
+func (w *killWriter) judge() (looked int, faults []string) {
+	for name, k := range w.files {
+		got, err := os.ReadFile(w.path(name))
+		looked++
+		if errors.Is(err, os.ErrNotExist) && !k.confirmed {
+			delete(w.files, name)
+			continue
+		}
+		if err == nil {
+			err = k.allows(got)
+		}
+		if err != nil {
+			faults = append(faults, fmt.Sprintf("%.30s, confirmed %v, of %d versions: %v; %s", name, k.confirmed, len(k.versions), err, strings.Join(k.history, "; ")))
+			os.Remove(w.path(name))
+			delete(w.files, name)
+			continue
+		}
+		k.versions = [][]byte{got}
+	}
+	return looked, faults
+}
+
+// killable is a filesystem in a daemon.
+type killable interface {
+	path(...string) string
+	mount()
+	kill()
+}
+
+// crashes is what became of a filesystem that was killed again and again.
+type crashes struct {
+	looked    int
+	confirmed int64 // bytes
+	faults    []string
+}
+
+// crash lets four writers work, and kills v while they do; with a disk under it,
+// its power fails first. v is mounted, before and after.
+func crash(v killable, disk *cutdisk.Disk, rounds int) (c crashes) {
 	writers := make([]*killWriter, 4)
 	for i := range writers {
-		writers[i] = &killWriter{m: m, name: fmt.Sprint("w", i), files: map[string]*killed{}}
+		writers[i] = &killWriter{path: v.path, name: fmt.Sprint("w", i), files: map[string]*killed{}}
+		if disk != nil {
+			writers[i].power = disk.Dead
+		}
 	}
-	checked := 0
 	for round := range rounds {
 		var wg sync.WaitGroup
 		for i, w := range writers {
 			w.r, w.open = mrand.New(mrand.NewPCG(uint64(round), uint64(i))), map[string]*os.File{}
 			wg.Go(w.run)
 		}
+		stop := make(chan struct{})
+		if disk != nil {
+			wg.Go(func() {
+				disk.Writeback(mrand.New(mrand.NewPCG(uint64(round), 9)), filepath.Join(disk.Dir, "cipher", "*"), stop)
+			})
+		}
 		time.Sleep(time.Duration(100+mrand.IntN(500)) * time.Millisecond)
-		m.kill()
+		if disk != nil {
+			disk.Cut()
+		}
+		v.kill()
+		close(stop)
 		wg.Wait()
-		m.mount()
+		if disk != nil {
+			disk.Umount()
+			disk.Mount()
+		}
+		v.mount()
 		for _, w := range writers {
-			for name, k := range w.files {
-				got, err := os.ReadFile(m.path(name))
-				checked++
-				if errors.Is(err, os.ErrNotExist) && !k.confirmed {
-					delete(w.files, name)
-					continue
-				}
-				if err == nil {
-					err = k.allows(got)
-				}
-				if err != nil {
-					t.Fatalf("round %d: %.30s, confirmed %v, of %d versions: %v; %s", round, name, k.confirmed, len(k.versions), err, strings.Join(k.history, "; "))
-				}
-				k.versions = [][]byte{bytes.Clone(got)}
+			looked, faults := w.judge()
+			c.looked += looked
+			for _, f := range faults {
+				c.faults = append(c.faults, fmt.Sprintf("round %d: %s", round, f))
 			}
 		}
 	}
-	var total int64
 	for _, w := range writers {
-		total += w.bytes
+		c.confirmed += w.bytes
 	}
-	t.Logf("%d rounds, %d files looked at after them, %d MiB confirmed", rounds, checked, total>>20)
+	return c
+}
+
+func crashRounds(n int) int {
+	fmt.Sscan(os.Getenv("KMSFS_KILL_ROUNDS"), &n)
+	return n
+}
+
+// The daemon is killed while programs write: everything that fsync or close has
+// answered for is there after the next mount, nothing is unreadable, and nothing
+// is there that was never written.
+func TestKilledWhileWriting(t *testing.T) {
+	wantWhole(t, newVolume(t), nil, crashRounds(10))
+}
+
+// The power fails while programs write: everything that fsync has answered for is
+// there after the next mount.
+func TestPowerCutWhileWriting(t *testing.T) {
+	needRoot(t)
+	disk := cutdisk.New(t, "ext4")
+	disk.Mount()
+	m := newVolumeOn(t, t.TempDir(), disk.Dir)
+	m.faults = true // the disk's
+	wantWhole(t, m, disk, crashRounds(5))
+	disk.Umount()
+}
+
+func wantWhole(t *testing.T, m *mounted, disk *cutdisk.Disk, rounds int) {
+	c := crash(m, disk, rounds)
+	t.Logf("%d rounds, %d files looked at after them, %d MiB confirmed", rounds, c.looked, c.confirmed>>20)
+	for _, f := range c.faults {
+		t.Error(f)
+	}
 	m.umount()
 	if out, err := m.try("fsck", m.cipher); err != nil {
 		t.Errorf("fsck: %v\n%s", err, out)

@@ -5,19 +5,17 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
 	"kmsfs/fs/volume"
 	"kmsfs/keystore/keystoretest"
+	"kmsfs/tests/cutdisk"
 )
 
 // Power cuts on real filesystems: random operations and writeback, then, at any
@@ -37,120 +35,28 @@ func TestPowerCut(t *testing.T) {
 }
 
 func powerCuts(t *testing.T, kind string, rounds int) {
-	d := newCutDisk(t, kind)
-	d.mount()
-	p := &powerTest{t: t, disk: d, world: newWorldIn(t, d.mkdir("v"), volume.Options{}, true), truth: map[string]*truth{}}
+	d := cutdisk.New(t, kind)
+	d.Mount()
+	p := &powerTest{t: t, disk: d, world: newWorldIn(t, d.Mkdir("v"), volume.Options{}, true), truth: map[string]*truth{}}
 	p.quiet = true
 	p.close()
-	d.umount()
+	d.Umount()
 	for round := range rounds {
 		p.r = rand.New(rand.NewPCG(uint64(round), 11))
-		d.mount()
+		d.Mount()
 		p.round = round
 		p.session()
-		d.umount()
+		d.Umount()
 		if t.Failed() {
 			t.Fatalf("in round %d; the log: %s", round, p.log)
 		}
 	}
-	d.mount()
+	d.Mount()
 	p.world.open(volume.Options{})
 	p.verify()
 	p.close()
-	d.umount()
+	d.Umount()
 	t.Logf("%d cuts, %d files looked up after them, %d never confirmed that are gone", rounds, p.looked, p.missing)
-}
-
-// cutDisk is a filesystem on a loop device.
-type cutDisk struct {
-	t              testing.TB
-	kind           string
-	dir, img, loop string
-	dead           atomic.Bool
-	copied         bool // the disk, at the cut
-}
-
-func newCutDisk(t testing.TB, kind string) *cutDisk {
-	d := &cutDisk{t: t, kind: kind, dir: filepath.Join(t.TempDir(), "mnt"), img: filepath.Join(t.TempDir(), "disk")}
-	d.run("truncate", "-s", "512M", d.img)
-	switch fs, _, _ := strings.Cut(kind, "-"); fs {
-	case "ext4":
-		d.run("mkfs.ext4", "-q", "-F", "-b", "4096", d.img)
-	default:
-		d.run("mkfs."+fs, "-q", "-f", d.img)
-	}
-	d.attach()
-	t.Cleanup(func() {
-		unix.Unmount(d.dir, unix.MNT_DETACH) // where a failure left it
-		d.run("losetup", "-d", d.loop)
-	})
-	if err := os.Mkdir(d.dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	return d
-}
-
-func (d *cutDisk) attach() {
-	d.loop = d.run("losetup", "-f", "--show", d.img)
-	// Or the loop device itself would keep pages from tearing.
-	os.WriteFile(filepath.Join("/sys/block", filepath.Base(d.loop), "queue/stable_writes"), []byte("0"), 0)
-}
-
-func (d *cutDisk) run(args ...string) string {
-	d.t.Helper()
-	out, err := exec.Command(args[0], args[1:]...).CombinedOutput()
-	if err != nil {
-		d.t.Fatalf("%v: %v\n%s", args, err, out)
-	}
-	return strings.TrimSpace(string(out))
-}
-
-func (d *cutDisk) mkdir(name string) string {
-	p := filepath.Join(d.dir, name)
-	if err := os.MkdirAll(p, 0o755); err != nil {
-		d.t.Fatal(err)
-	}
-	return p
-}
-
-func (d *cutDisk) mount() {
-	opts := "rw"
-	if _, mode, ok := strings.Cut(d.kind, "-"); ok {
-		opts = "data=" + mode
-	}
-	d.run("mount", "-o", opts, d.loop, d.dir)
-	d.dead.Store(false)
-}
-
-// umount unmounts; after a cut of btrfs the disk is the copy from then on.
-func (d *cutDisk) umount() {
-	d.run("umount", d.dir)
-	if d.copied {
-		d.copied = false
-		d.run("losetup", "-d", d.loop)
-		d.run("mv", d.img+".copy", d.img)
-		d.attach()
-	}
-}
-
-// cut shuts the filesystem down without flushing its journal.
-func (d *cutDisk) cut() {
-	if d.kind == "btrfs" {
-		// The superblock first, which leads to trees that are not overwritten soon.
-		d.dead.Store(true)
-		d.run("cp", "--sparse=always", d.img, d.img+".copy")
-		d.copied = true
-		return
-	}
-	f, err := os.Open(d.dir)
-	if err != nil {
-		return
-	}
-	defer f.Close()
-	d.dead.Store(true)
-	const shutdown, noLogFlush = 0x8004587d, 2 // EXT4_IOC_SHUTDOWN, XFS_IOC_GOINGDOWN
-	how := uint32(noLogFlush)
-	unix.Syscall(unix.SYS_IOCTL, f.Fd(), shutdown, uintptr(unsafe.Pointer(&how)))
 }
 
 // truth is all that a file may be after a cut: its versions since the last
@@ -171,7 +77,7 @@ func (x *truth) now() []byte { return x.versions[len(x.versions)-1] }
 type powerTest struct {
 	*world
 	t               *testing.T
-	disk            *cutDisk
+	disk            *cutdisk.Disk
 	r               *rand.Rand
 	truth           map[string]*truth
 	round           int
@@ -184,54 +90,21 @@ func (p *powerTest) session() {
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
 	seed := p.r.Uint64()
-	wg.Go(func() { p.flush(rand.New(rand.NewPCG(seed, 1)), stop) })
+	wg.Go(func() { p.disk.Writeback(rand.New(rand.NewPCG(seed, 1)), filepath.Join(p.dir, "f*"), stop) })
 	after := time.Duration(20+p.r.IntN(400)) * time.Millisecond
 	wg.Go(func() {
 		select {
 		case <-stop:
 		case <-time.After(after):
 		}
-		p.disk.cut()
+		p.disk.Cut()
 	})
 	open := map[string]*volume.Handle{}
-	for p.step(open) && !p.disk.dead.Load() {
+	for p.step(open) && !p.disk.Dead() {
 	}
 	close(stop)
 	wg.Wait()
 	p.crash()
-}
-
-// flush is what the kernel does at any time: it writes some pages of a file, and
-// commits its journal.
-func (p *powerTest) flush(r *rand.Rand, stop chan struct{}) {
-	other, err := os.Create(filepath.Join(p.disk.dir, "other"))
-	if err != nil {
-		return
-	}
-	defer other.Close()
-	for {
-		select {
-		case <-stop:
-			return
-		case <-time.After(time.Duration(r.IntN(4)) * time.Millisecond):
-		}
-		files, _ := filepath.Glob(filepath.Join(p.dir, "f*"))
-		if len(files) == 0 {
-			continue
-		}
-		if f, err := os.OpenFile(files[r.IntN(len(files))], os.O_RDWR, 0); err == nil {
-			if st, err := f.Stat(); err == nil {
-				pages := st.Size()/4096 + 1
-				at := []int64{0, pages - 1, r.Int64N(pages)}[r.IntN(3)]
-				unix.SyncFileRange(int(f.Fd()), at*4096, 4096*(1+r.Int64N(3)), unix.SYNC_FILE_RANGE_WRITE)
-			}
-			f.Close()
-		}
-		if r.IntN(3) == 0 {
-			other.WriteAt(noise(100), 0)
-			other.Sync()
-		}
-	}
 }
 
 // step does something to some file; false after the cut.
@@ -259,7 +132,7 @@ func (p *powerTest) step(open map[string]*volume.Handle) bool {
 	// ext4 with data=journal replays a freed block of an extent tree over data that was
 	// written where it was, once there are holes (seen on Linux 6.18: the page begins
 	// with 0xF30A, the magic of such a block). There is no rule against that.
-	spaces := p.disk.kind != "ext4-journal"
+	spaces := p.disk.Kind != "ext4-journal"
 	switch k := p.r.IntN(100); {
 	case k < 45: // append, or over a gap
 		at := len(old)
@@ -298,7 +171,7 @@ func (p *powerTest) step(open map[string]*volume.Handle) bool {
 		x.did("fsync: %v", err)
 		// An fsync during which the power fails gives no answer. This one gives one,
 		// and a wrong one: ext4 does not say that it could not convert extents.
-		if err != nil || p.disk.dead.Load() {
+		if err != nil || p.disk.Dead() {
 			return false
 		}
 		x.confirmed, x.versions = true, [][]byte{old}
