@@ -1,6 +1,7 @@
 package volume
 
 import (
+	"errors"
 	"os"
 	"strconv"
 	"unsafe"
@@ -30,10 +31,15 @@ type disk struct {
 	done func(Call, error)
 }
 
+// ErrSkip is what a hook returns for a call that is not to be made, and to succeed.
+var ErrSkip = errors.New("skip this call")
+
 // do makes a call.
 func (d *disk) do(c Call, f func() error) error {
 	if d.hook != nil {
-		if err := d.hook(c); err != nil {
+		if err := d.hook(c); err == ErrSkip {
+			return nil
+		} else if err != nil {
 			return err
 		}
 	}

@@ -36,7 +36,7 @@ type Options struct {
 	Grace       time.Duration     // how long known keys are used while a key service cannot be reached; 1 h if zero
 	FileLease   bool              // each open file's key is proven by itself
 	NoPrefetch  bool              // no key is unwrapped before its file is opened
-	Hook        func(Call) error  // for tests: sees each syscall on the tree, and can fail it
+	Hook        func(Call) error  // for tests: sees each syscall on the tree, and can fail it, or skip it by [ErrSkip]
 	Done        func(Call, error) // likewise, after it was made
 
 	torn bool // for tests: pages can tear, on a filesystem in memory too

@@ -62,6 +62,13 @@ func (d *Disk) run(args ...string) string {
 	return strings.TrimSpace(string(out))
 }
 
+// Stable makes the disk one that wants pages to stay as they are while it writes them.
+func (d *Disk) Stable() {
+	if err := os.WriteFile(filepath.Join("/sys/block", filepath.Base(d.loop), "queue/stable_writes"), []byte("1"), 0); err != nil {
+		d.t.Fatal(err)
+	}
+}
+
 // Mkdir makes a directory in it.
 func (d *Disk) Mkdir(name string) string {
 	p := filepath.Join(d.Dir, name)
