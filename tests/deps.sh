@@ -29,6 +29,7 @@ if [ "${1:-}" = test ]; then
 fi
 if [ "${1:-}" = soak ]; then
 	want stress-ng stress-ng
+	want qemu-utils qemu-img
 	want xfsprogs mkfs.xfs
 	[ -n "$(ls /usr/lib/postgresql/*/bin/pg_ctl 2>/dev/null)" ] || need="$need postgresql"
 fi

@@ -45,6 +45,24 @@ func TestPostgres(t *testing.T) {
 	m.remount()
 }
 
+// Images of virtual machines: converted to and fro they stay sparse and the same,
+// and writes past the cache, discards and zeroing do what they do elsewhere.
+func TestQemuImages(t *testing.T) {
+	needSoak(t)
+	needTool(t, "qemu-img", "qemu-io")
+	m := newVolume(t)
+	m.run(`cd "$M"; truncate -s 1G raw
+		for at in 0 100 300 900; do head -c 5M /dev/urandom | dd of=raw bs=1M seek=$at conv=notrunc status=none; done
+		qemu-img convert -O qcow2 raw a.qcow2; qemu-img convert -O raw a.qcow2 back; qemu-img convert -O raw -S 4k raw again
+		cmp raw back; cmp raw again; qemu-img compare -q raw a.qcow2; qemu-img check -q a.qcow2
+		for f in back again a.qcow2; do test "$(du -m $f | cut -f1)" -lt 25; done
+		qemu-img create -q -f raw -o preallocation=falloc full 50M; test "$(du -m full | cut -f1)" -ge 50
+		qemu-io -f qcow2 -t none -c "write -P 7 1M 4M" -c "discard 2M 1M" -c "read -P 7 1M 1M" -c "read -P 0 2M 1M" a.qcow2
+		qemu-io -f raw -t none -c "write -P 9 3M 64k" -c "write -z -u 0 1M" -c "discard 100M 1M" -c "read -P 9 3M 64k" -c "read -P 0 0 1M" -c "read -P 0 100M 1M" raw`)
+	m.remount()
+	m.run(`cd "$M"; qemu-img check -q a.qcow2; qemu-io -f raw -c "read -P 9 3M 64k" raw`)
+}
+
 // stress-ng's stressors of files and of input and output, each verifying what
 // it wrote. What fails on the backing filesystem too does not count.
 func TestStressNG(t *testing.T) {
