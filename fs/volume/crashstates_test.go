@@ -813,7 +813,7 @@ func (k *crashChecker) record(work func(*crashRun, *rand.Rand), round uint64) {
 	s = newSim(t, dir)
 	c := &crashRun{world: w, sim: s, expect: map[string]*expectation{"old": {truth: truth{confirmed: true, versions: [][]byte{[]byte("an old file, settled")}}}}}
 	k.run = c
-	w.open(volume.Options{Done: done})
+	w.open(volume.Options{Done: done}.Torn())
 	work(c, rand.New(rand.NewPCG(round, 5)))
 	k.busy = true
 	w.crash()
