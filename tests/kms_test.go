@@ -405,6 +405,46 @@ func TestThrottled(t *testing.T) {
 	}
 }
 
+// The key server is started anew in the middle of the work: what was under way is
+// tried again, and no error reaches anybody.
+func TestServerRestarts(t *testing.T) {
+	v := newKMSVolume(t)
+	const files = 300
+	for i := range files {
+		write(t, v.path(fmt.Sprint(i)), []byte("content"))
+	}
+	v.remount()
+	v.srv.SetLatency(20 * time.Millisecond)
+	before := v.srv.Calls("Decrypt")
+	read := make(chan error)
+	go func() {
+		for i := range files {
+			if b, err := os.ReadFile(v.path(fmt.Sprint(i))); err != nil || string(b) != "content" {
+				read <- fmt.Errorf("file %d: %q, %v", i, b, err)
+				return
+			}
+			if err := os.WriteFile(v.path(fmt.Sprint("new", i)), []byte("x"), 0o644); err != nil {
+				read <- err
+				return
+			}
+		}
+		read <- nil
+	}()
+	eventually(t, "the first calls", func() error {
+		if v.srv.Calls("Decrypt")-before < 20 {
+			return errors.New("too few")
+		}
+		return nil
+	})
+	v.srv.Restart(t, time.Second)
+	if err := <-read; err != nil {
+		t.Error(err)
+	}
+	if n := v.srv.Calls("Decrypt") - before; n < files {
+		t.Errorf("%d calls: the restart came too late to be noticed", n)
+	}
+}
+
 // Credentials that expire while mounted, and are renewed.
 func TestCredentialsRenewed(t *testing.T) {
 	v := newKMSVolume(t, "--audit", "strict")

@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -34,6 +35,7 @@ const (
 type Server struct {
 	URL string // of KMS, and of STS
 
+	http    *httptest.Server
 	mu      sync.Mutex
 	keys    map[string]*key   // by ID
 	aliases map[string]string // alias/… to ID
@@ -78,10 +80,26 @@ func NewServer(t testing.TB) *Server {
 func Start(t testing.TB) *Server {
 	s := &Server{keys: map[string]*key{}, aliases: map[string]string{}, calls: map[string]int{}, denied: map[string]bool{}}
 	s.agents, s.refused = map[string]bool{}, map[string]string{}
-	h := httptest.NewServer(http.HandlerFunc(s.serve))
-	t.Cleanup(h.Close)
-	s.URL = h.URL
+	s.http = httptest.NewServer(http.HandlerFunc(s.serve))
+	t.Cleanup(func() { s.http.Close() })
+	s.URL = s.http.URL
 	return s
+}
+
+// Restart takes the server away, with the calls that are under way, and begins it
+// again at its address after the pause.
+func (s *Server) Restart(t testing.TB, pause time.Duration) {
+	t.Helper()
+	s.http.Listener.Close()
+	s.http.CloseClientConnections()
+	time.Sleep(pause)
+	l, err := net.Listen("tcp", s.http.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.http.Close()
+	s.http = &httptest.Server{Listener: l, Config: &http.Server{Handler: http.HandlerFunc(s.serve)}}
+	s.http.Start()
 }
 
 // Env is the environment in which the SDK, or the aws command line, talks to a
