@@ -64,15 +64,16 @@ type scan struct {
 
 // level is a directory of a scan.
 type level struct {
-	dir     *Node // held
-	entries []scanEntry
-	next    int // the first entry that is not predicted yet
+	dir     *Node       // held
+	listed  []scanEntry // in the order of the listing
+	named   []scanEntry // by name, files first; nil until it is asked for
+	entries []scanEntry // one of these
+	next    int         // the first entry that is not predicted yet
 }
 
 type scanEntry struct {
 	cname, name string
 	dir         bool
-	at          int // in the listing
 }
 
 func (p *prefetcher) start(v *Volume) {
@@ -201,12 +202,12 @@ func (s *scan) pop() {
 func (p *prefetcher) restart(s *scan, at, last place) {
 	p.forget(s)
 	old := s.top()
-	if old.dir != at.dir || old.entries == nil {
+	if old.dir != at.dir || old.listed == nil {
 		for len(s.levels) > 0 {
 			s.pop()
 		}
 		at.dir.hold()
-		old = &level{dir: at.dir, entries: p.list(at.dir)}
+		old = &level{dir: at.dir, listed: p.list(at.dir)}
 		s.levels = []*level{old}
 	}
 	if last.dir == nil {
@@ -224,18 +225,19 @@ func (p *prefetcher) restart(s *scan, at, last place) {
 	}
 }
 
-// sort puts the entries into the order of the listing, or of the names, files first.
+// sort takes the entries in the order of the listing, or of the names.
 func (l *level) sort(byName bool) {
-	if byName {
-		slices.SortFunc(l.entries, func(a, b scanEntry) int {
-			if a.dir != b.dir {
-				return cmp.Compare(btoi(a.dir), btoi(b.dir))
-			}
-			return cmp.Compare(a.name, b.name)
-		})
+	if !byName {
+		l.entries = l.listed
 		return
 	}
-	slices.SortFunc(l.entries, func(a, b scanEntry) int { return cmp.Compare(a.at, b.at) })
+	if l.named == nil {
+		l.named = slices.Clone(l.listed)
+		slices.SortFunc(l.named, func(a, b scanEntry) int {
+			return cmp.Or(cmp.Compare(btoi(a.dir), btoi(b.dir)), cmp.Compare(a.name, b.name))
+		})
+	}
+	l.entries = l.named
 }
 
 func btoi(b bool) int {
@@ -300,7 +302,7 @@ func (p *prefetcher) down(s *scan, at place) {
 	defer p.v.Forget(n.id, 1)
 	if n.IsDir() {
 		n.hold()
-		l := &level{dir: n, entries: p.list(n)}
+		l := &level{dir: n, listed: p.list(n)}
 		l.sort(s.byName)
 		s.levels = append(s.levels, l)
 	}
@@ -318,7 +320,7 @@ func (p *prefetcher) up(s *scan) bool {
 		return false
 	}
 	at.dir.hold()
-	above := &level{dir: at.dir, entries: p.list(at.dir)}
+	above := &level{dir: at.dir, listed: p.list(at.dir)}
 	above.sort(s.byName)
 	above.next = above.find(at.cname) + 1
 	s.pop()
@@ -343,7 +345,7 @@ func (p *prefetcher) list(n *Node) []scanEntry {
 			return nil
 		}
 		if name, ok, err := n.decode(fd, id, e.name); err == nil && ok {
-			out = append(out, scanEntry{cname: e.name, name: name, dir: e.typ == unix.S_IFDIR, at: len(out)})
+			out = append(out, scanEntry{cname: e.name, name: name, dir: e.typ == unix.S_IFDIR})
 		}
 		if len(out) > maxListed {
 			return unix.E2BIG
