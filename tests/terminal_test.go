@@ -1,0 +1,136 @@
+package tests
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// terminal is a program that runs on a pseudo-terminal of its own.
+type terminal struct {
+	t    testing.TB
+	ptmx *os.File
+	c    *exec.Cmd
+	out  bytes.Buffer
+}
+
+func (m *mounted) onTerminal(args ...string) *terminal {
+	m.t.Helper()
+	ptmx, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	m.t.Cleanup(func() { ptmx.Close() })
+	n, err := unix.IoctlGetInt(int(ptmx.Fd()), unix.TIOCGPTN)
+	if err == nil {
+		err = unix.IoctlSetPointerInt(int(ptmx.Fd()), unix.TIOCSPTLCK, 0)
+	}
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	unix.SetNonblock(int(ptmx.Fd()), true) // Fd made it blocking, and deadlines need it not to be
+	tty, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	defer tty.Close()
+	c := exec.Command(binary, args...)
+	c.Env, c.Stdin, c.Stdout, c.Stderr = m.env, tty, tty, tty
+	c.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
+	if err := c.Start(); err != nil {
+		m.t.Fatal(err)
+	}
+	return &terminal{t: m.t, ptmx: ptmx, c: c}
+}
+
+// expect waits for a text to be shown, and types an answer.
+func (x *terminal) expect(text, answer string) {
+	x.t.Helper()
+	for buf := make([]byte, 4096); !strings.Contains(x.out.String(), text); {
+		x.ptmx.SetReadDeadline(time.Now().Add(20 * time.Second))
+		n, err := x.ptmx.Read(buf)
+		x.out.Write(buf[:n])
+		if err != nil {
+			x.t.Fatalf("waiting for %q: %v; it shows %q", text, err, x.out.String())
+		}
+	}
+	x.out.Reset()
+	if _, err := x.ptmx.WriteString(answer); err != nil {
+		x.t.Fatal(err)
+	}
+}
+
+// end waits for the program's end, and returns its exit code and what it showed
+// since the last answer.
+func (x *terminal) end() (code int, shown string) {
+	x.t.Helper()
+	x.ptmx.SetReadDeadline(time.Now().Add(20 * time.Second))
+	if _, err := x.out.ReadFrom(x.ptmx); err != nil && !errors.Is(err, unix.EIO) { // EIO: nobody has the terminal any more
+		x.t.Fatalf("%v; it shows %q", err, x.out.String())
+	}
+	x.c.Wait()
+	return x.c.ProcessState.ExitCode(), x.out.String()
+}
+
+// Passphrases are asked for on the terminal and not shown there; what goes wrong
+// is said in a line.
+func TestPassphraseOnTerminal(t *testing.T) {
+	m := newVolume(t)
+	m.umount()
+	m.run(`rm -rf "$C"; mkdir "$C"`)
+
+	x := m.onTerminal("init", "--key", "passphrase", m.cipher)
+	x.expect("Passphrase: ", "correct horse\n")
+	x.expect("again: ", "another\n")
+	if code, shown := x.end(); code == 0 || !strings.Contains(shown, "the passphrases differ") || strings.Contains(shown, "another") {
+		t.Errorf("differing ones: exit %d, %q", code, shown)
+	}
+	x = m.onTerminal("init", "--key", "passphrase", m.cipher)
+	x.expect("Passphrase: ", "correct horse\n")
+	x.expect("again: ", "correct horse\n")
+	if code, shown := x.end(); code != 0 || strings.Contains(shown, "correct horse") {
+		t.Errorf("init: exit %d, %q", code, shown)
+	}
+
+	x = m.onTerminal("mount", m.cipher, m.dir)
+	x.expect("Passphrase: ", "wrong\n")
+	if code, shown := x.end(); code != 4 || strings.Count(strings.TrimSpace(shown), "\n") > 1 || strings.Contains(shown, "wrong\r") {
+		t.Errorf("a wrong one: exit %d, %q", code, shown)
+	}
+	x = m.onTerminal("mount", m.cipher, m.dir)
+	x.expect("Passphrase: ", "\x03") // Ctrl-C
+	if code, _ := x.end(); code == 0 || isMount(m.dir) {
+		t.Errorf("given up: exit %d, mounted %v", code, isMount(m.dir))
+	}
+	x = m.onTerminal("mount", m.cipher, m.dir)
+	x.expect("Passphrase: ", "correct horse\n")
+	if code, shown := x.end(); code != 0 || !isMount(m.dir) {
+		t.Fatalf("mount: exit %d, %q", code, shown)
+	}
+	write(t, m.path("f"), []byte("x")) // the terminal is gone, the daemon is not
+	m.umount()
+}
+
+// On a terminal fsck shows how far it is, and takes that away; elsewhere it does not.
+func TestProgressOnTerminal(t *testing.T) {
+	m := newVolume(t)
+	for i := range 20 {
+		write(t, m.path(fmt.Sprint(i)), noise(8<<20))
+	}
+	m.umount()
+	code, shown := m.onTerminal("fsck", m.cipher).end()
+	if code != 0 || !strings.Contains(shown, " files, ") || !strings.Contains(shown, "\x1b[K") {
+		t.Errorf("exit %d, %q", code, shown)
+	}
+	if out := m.kmsfs("fsck", m.cipher); strings.ContainsAny(out, "\r\x1b") {
+		t.Errorf("into a pipe: %q", out)
+	}
+}
