@@ -198,6 +198,16 @@ func readHidden(tty *os.File, prompt string) ([]byte, error) {
 			os.Exit(128 + int(s.(unix.Signal)))
 		}
 	}()
+	// No echo before the prompt shows: who types at once must not be shown it.
+	quiet, err := unix.IoctlGetTermios(fd, unix.TCGETS)
+	if err != nil {
+		return nil, err
+	}
+	quiet.Lflag &^= unix.ECHO
+	if err := unix.IoctlSetTermios(fd, unix.TCSETS, quiet); err != nil {
+		return nil, err
+	}
+	defer term.Restore(fd, was)
 	fmt.Fprint(tty, prompt)
 	p, err := term.ReadPassword(fd)
 	fmt.Fprintln(tty)
