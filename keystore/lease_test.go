@@ -71,6 +71,43 @@ func TestLeaseIsCheap(t *testing.T) {
 	})
 }
 
+// What a store answers from memory, as under a branch's key, proves nothing.
+func TestMemoryIsNoProof(t *testing.T) {
+	s := &branchy{slow: slow{uri: "slow:1"}}
+	bubble(t, []keystore.Store{s}, keystore.RingOptions{}, func(r *keystore.Ring) {
+		k, err := r.NewKey(bg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		k.Wrapped[0].Branch = make([]byte, 16)
+		for _, asks := range []bool{false, true} {
+			time.Sleep(time.Minute)
+			s.asks = asks
+			waited := false
+			if _, err := r.Unwrap(context.WithValue(bg, keystore.WaitsKey{}, func() { waited = true }), k.ID, k.Wrapped); err != nil {
+				t.Fatal(err)
+			}
+			r.Forget(k.ID, k.Wrapped)
+			if proven := r.States()[0].Proven; (proven == 0) != asks || waited != asks {
+				t.Errorf("asked %v: proven %v ago; the caller was told of a wait: %v", asks, proven, waited)
+			}
+		}
+	})
+}
+
+// branchy is a store that does not always ask its service.
+type branchy struct {
+	slow
+	asks bool
+}
+
+func (s *branchy) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
+	if s.asks {
+		keystore.Waits(ctx)
+	}
+	return s.slow.Unwrap(ctx, b, w)
+}
+
 // With traffic the traffic is the proof: no call is made to see.
 func TestTrafficIsTheProof(t *testing.T) {
 	s := &slow{uri: "slow:1"}
