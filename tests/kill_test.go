@@ -25,29 +25,6 @@ type killed struct {
 
 func (k *killed) now() []byte { return k.versions[len(k.versions)-1] }
 
-// allows compares byte by byte: writes that were not confirmed may be there in
-// part.
-func (k *killed) allows(got []byte) error {
-	least, most := len(k.versions[0]), 0
-	for _, v := range k.versions {
-		least, most = min(least, len(v)), max(most, len(v))
-	}
-	if len(got) < least || len(got) > most {
-		return fmt.Errorf("%d bytes, but it had %d to %d", len(got), least, most)
-	}
-	for i, c := range got {
-		ok, grown := false, false
-		for _, v := range k.versions {
-			ok = ok || i < len(v) && v[i] == c
-			grown = grown || i >= len(v)
-		}
-		if !ok && !(c == 0 && grown) {
-			return fmt.Errorf("byte %d of %d is in no version", i, len(got))
-		}
-	}
-	return nil
-}
-
 // killWriter does things to its own files until the daemon is dead.
 type killWriter struct {
 	path  func(...string) string
@@ -159,7 +136,7 @@ func (w *killWriter) judge() (looked int, faults []string) {
 			continue
 		}
 		if err == nil {
-			err = k.allows(got)
+			err = cutdisk.Mixture(k.versions, true, got)
 		}
 		if err != nil {
 			faults = append(faults, fmt.Sprintf("%.30s, confirmed %v, of %d versions: %v; %s", name, k.confirmed, len(k.versions), err, strings.Join(k.history, "; ")))

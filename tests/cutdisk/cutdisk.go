@@ -2,6 +2,7 @@
 package cutdisk
 
 import (
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -153,4 +154,32 @@ func (d *Disk) Writeback(r *rand.Rand, pattern string, stop <-chan struct{}) {
 			other.Sync()
 		}
 	}
+}
+
+// Mixture reports whether content is what a file may be that had these versions
+// since the first: as long as one of them or between two, or shorter if the first
+// was not confirmed, and each byte that of a version, or 0 where one was shorter.
+// Writes that were not confirmed may be there in part.
+func Mixture(versions [][]byte, confirmed bool, got []byte) error {
+	least, most := len(versions[0]), 0
+	for _, v := range versions {
+		least, most = min(least, len(v)), max(most, len(v))
+	}
+	if !confirmed {
+		least = 0
+	}
+	if len(got) < least || len(got) > most {
+		return fmt.Errorf("%d bytes, but it had %d to %d", len(got), least, most)
+	}
+	for i, c := range got {
+		ok, grown := false, false
+		for _, v := range versions {
+			ok = ok || i < len(v) && v[i] == c
+			grown = grown || i >= len(v)
+		}
+		if !ok && !(c == 0 && grown) {
+			return fmt.Errorf("byte %d of %d is in no version", i, len(got))
+		}
+	}
+	return nil
 }
