@@ -19,6 +19,7 @@ var arrows = map[string]string{
 	"kmsfs/fs":                    "kmsfs/fs/volume kmsfs/keystore",
 	"kmsfs/cmd/kmsfs":             "kmsfs/blockcrypt kmsfs/fs kmsfs/fs/volume kmsfs/keystore kmsfs/keystore/awskms kmsfs/keystore/local",
 	"kmsfs/tests":                 "",
+	"kmsfs/tests/cutdisk":         "",
 	"kmsfs/tests/independent":     "",
 }
 
