@@ -211,10 +211,16 @@ func dependents(arn string) (out []string) {
 	for _, p := range records {
 		b, err := os.ReadFile(p)
 		var rec volume.Record
-		if err != nil || json.Unmarshal(b, &rec) != nil || !slices.Contains(rec.Recipients, awskms.Scheme+arn) {
+		if err != nil || json.Unmarshal(b, &rec) != nil {
 			continue
 		}
-		if len(rec.Recipients) == 1 {
+		i := slices.IndexFunc(rec.Recipients, func(r string) bool { return awskms.SameKey(r, awskms.Scheme+arn) })
+		if i < 0 {
+			continue
+		}
+		if rec.Recipients[i] != awskms.Scheme+arn {
+			out = append(out, fmt.Sprintf("The volume %s names its replica %s.", rec.Volume, strings.TrimPrefix(rec.Recipients[i], awskms.Scheme)))
+		} else if len(rec.Recipients) == 1 {
 			out = append(out, fmt.Sprintf("The volume %s depends on it: without it nothing in there can be read.", rec.Volume))
 		} else {
 			out = append(out, fmt.Sprintf("The volume %s names it, and %d other recipients.", rec.Volume, len(rec.Recipients)-1))

@@ -263,9 +263,15 @@ func (s *Store) URI() string { return Scheme + s.arn }
 // Matches implements [keystore.Matcher]: the replicas of a multi-Region key are
 // one recipient, by partition, account and ID.
 func (s *Store) Matches(uri string) bool {
-	a, ok := strings.CutPrefix(uri, Scheme)
-	x, y := arnPattern.FindStringSubmatch(a), arnPattern.FindStringSubmatch(s.arn)
-	return ok && x != nil && y != nil && x[1] == y[1] && x[3] == y[3] && x[4] == "key" && x[5] == y[5] && (x[2] == y[2] || strings.HasPrefix(x[5], "mrk-"))
+	return SameKey(uri, s.URI())
+}
+
+// SameKey reports whether two recipients' URIs name one key, or replicas of one.
+func SameKey(a, b string) bool {
+	a, isA := strings.CutPrefix(a, Scheme)
+	b, isB := strings.CutPrefix(b, Scheme)
+	x, y := arnPattern.FindStringSubmatch(a), arnPattern.FindStringSubmatch(b)
+	return isA && isB && x != nil && y != nil && x[1] == y[1] && x[3] == y[3] && x[4] == "key" && x[5] == y[5] && (x[2] == y[2] || strings.HasPrefix(x[5], "mrk-"))
 }
 
 // Context returns the encryption context of a binding, as CloudTrail shows it.
