@@ -405,6 +405,23 @@ func TestThrottled(t *testing.T) {
 	}
 }
 
+// --kms-rps holds for a mount: a burst of twice as many, then so many a second, and
+// nobody sees more of it than that it takes longer.
+func TestRateLimit(t *testing.T) {
+	v := newKMSVolume(t)
+	for i := range 100 {
+		write(t, v.path(fmt.Sprint(i)), []byte("content"))
+	}
+	v.options = append(v.options, "--kms-rps", "20")
+	v.remount()
+	before, begun := v.srv.Calls(""), time.Now()
+	v.run(`cat "$M"/* | wc -c | grep -qx 700`)
+	calls, took := v.srv.Calls("")-before, time.Since(begun)
+	if most := 40 + 20*took.Seconds() + 1; float64(calls) > most || calls < 100 {
+		t.Errorf("%d calls in %v", calls, took)
+	}
+}
+
 // The key server is started anew in the middle of the work: what was under way is
 // tried again, and no error reaches anybody.
 func TestServerRestarts(t *testing.T) {
