@@ -71,9 +71,21 @@ func umount(dir string) error {
 // isDead reports whether dir is a mount whose daemon has gone. It asks the
 // daemon: what the kernel remembers of the directory may still look fine.
 func isDead(dir string) bool {
-	var s unix.Statfs_t
-	err := unix.Statfs(dir, &s)
-	return errors.Is(err, unix.ENOTCONN) || errors.Is(err, unix.ECONNABORTED) // it is dying just now
+	answer := make(chan error, 1)
+	go func() {
+		var s unix.Statfs_t
+		answer <- unix.Statfs(dir, &s)
+	}()
+	for {
+		select {
+		case err := <-answer:
+			return errors.Is(err, unix.ENOTCONN) || errors.Is(err, unix.ECONNABORTED) // it is dying just now
+		case <-time.After(100 * time.Millisecond):
+			if isStuck(dir) {
+				abort(dir)
+			}
+		}
+	}
 }
 
 // mountAt returns the volume that is mounted at dir. Not even root may look into
@@ -259,44 +271,89 @@ type daemon struct {
 
 func daemonOf(mountPoint, cipherDir string) *daemon {
 	d := &daemon{fd: -1, cipherDir: cipherDir}
-	path, err := markPath(mountPoint)
-	if err != nil {
-		return d
-	}
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return d // of another user, perhaps
-	}
-	first, _, _ := strings.Cut(string(b), "\n")
-	id, start, _ := strings.Cut(first, " ")
-	pid, err := strconv.Atoi(id)
-	if err != nil {
+	mark, pid, start, ok := marked(mountPoint)
+	if !ok {
 		return d
 	}
 	fd, err := unix.PidfdOpen(pid, 0)
 	if err != nil {
 		return d
 	}
-	if startOf(pid) != start { // the number is another process's by now
+	if _, now := statOf(pid); now != start { // the number is another process's by now
 		unix.Close(fd)
 		return d
 	}
-	d.fd, d.mark = fd, path
+	d.fd, d.mark = fd, mark
 	return d
+}
+
+// marked returns which process a mount's mark names, and when that was started.
+func marked(mountPoint string) (mark string, pid int, start string, ok bool) {
+	mark, err := markPath(mountPoint)
+	if err != nil {
+		return "", 0, "", false
+	}
+	b, err := os.ReadFile(mark)
+	if err != nil {
+		return "", 0, "", false // of another user, perhaps
+	}
+	first, _, _ := strings.Cut(string(b), "\n")
+	id, start, _ := strings.Cut(first, " ")
+	pid, err = strconv.Atoi(id)
+	return mark, pid, start, err == nil
 }
 
 // startOf returns when a process was started, in the kernel's ticks.
 func startOf(pid int) string {
+	_, start := statOf(pid)
+	return start
+}
+
+// statOf returns a process's state, as in ps, and when it was started.
+func statOf(pid int) (state, start string) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
-		return ""
+		return "", ""
 	}
 	// The name, in parentheses, may hold anything.
 	f := strings.Fields(string(b[strings.LastIndexByte(string(b), ')')+1:]))
 	if len(f) < 20 {
-		return ""
+		return "", ""
 	}
-	return f[19]
+	return f[0], f[19]
+}
+
+// isStuck reports whether dir's daemon was killed while the kernel kept one of its
+// threads: it does where the thread told it to drop a page that was on its way to
+// the daemon (fuse_reverse_inval_inode waits for it). The mount then never comes to
+// know that its daemon is dead, and who asks it waits for ever.
+func isStuck(dir string) bool {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return false
+	}
+	m, err := findMount(dir)
+	if err != nil || m == nil || m.fstype != "fuse.kmsfs" {
+		return false
+	}
+	_, pid, start, ok := marked(dir)
+	if !ok {
+		return false
+	}
+	state, now := statOf(pid)
+	return state == "Z" && now == start
+}
+
+// abort ends a mount's connection: who waits for its daemon gets an error.
+func abort(dir string) {
+	if os.Geteuid() == 0 { // it stays mounted, for it is in use
+		unix.Unmount(dir, unix.MNT_FORCE|unix.UMOUNT_NOFOLLOW)
+		return
+	}
+	if m, err := findMount(dir); err == nil && m != nil {
+		_, minor, _ := strings.Cut(m.dev, ":")
+		os.WriteFile(filepath.Join("/sys/fs/fuse/connections", minor, "abort"), []byte("1"), 0)
+	}
 }
 
 // awaitEnd returns when the daemon has ended, and whether everything is on the disk.
