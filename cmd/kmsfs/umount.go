@@ -341,7 +341,19 @@ func isStuck(dir string) bool {
 		return false
 	}
 	state, now := statOf(pid)
-	return state == "Z" && now == start
+	return now == start && (state == "Z" || isKilled(pid))
+}
+
+// isKilled reports whether a process has yet to end of a SIGKILL.
+func isKilled(pid int) bool {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return false
+	}
+	_, rest, _ := strings.Cut(string(b), "\nSigPnd:")
+	line, _, _ := strings.Cut(rest, "\n")
+	pending, err := strconv.ParseUint(strings.TrimSpace(line), 16, 64)
+	return err == nil && pending&(1<<(unix.SIGKILL-1)) != 0
 }
 
 // abort ends a mount's connection: who waits for its daemon gets an error.
