@@ -153,7 +153,18 @@ func (m *mounted) kill() {
 	if err := syscall.Kill(m.pid(), syscall.SIGKILL); err != nil {
 		m.t.Fatal(err)
 	}
-	m.kmsfs("umount", m.dir) // who looked at the mount could wait for a daemon that is stuck: see cmd/kmsfs
+	// Who looked at the mount could wait for a daemon that is stuck: see cmd/kmsfs. It
+	// may answer once more before it is dead; then the mount is busy.
+	eventually(m.t, "the mount outlives its daemon", func() error {
+		if !isMount(m.dir) {
+			return nil
+		}
+		out, err := m.try("umount", m.dir)
+		if err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		return nil
+	})
 }
 
 func (m *mounted) log() string {
