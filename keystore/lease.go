@@ -352,13 +352,12 @@ func (w watched) Wrap(ctx context.Context, b Binding, key []byte) (Wrapped, erro
 	return out, err
 }
 
-func (w watched) Unwrap(outer context.Context, b Binding, x Wrapped) ([]byte, error) {
-	ctx := outer
-	asked := len(x.Branch) == 0
+func (w watched) Unwrap(ctx context.Context, b Binding, x Wrapped) ([]byte, error) {
+	call, asked := ctx, len(x.Branch) == 0
 	if !asked { // a store can know the branch's key, which proves nothing
-		ctx = context.WithValue(ctx, WaitsKey{}, func() { asked = true; Waits(outer) })
+		call = context.WithValue(ctx, WaitsKey{}, func() { asked = true; Waits(ctx) })
 	}
-	out, err := w.s.Unwrap(ctx, b, x)
+	out, err := w.s.Unwrap(call, b, x)
 	if asked || err != nil {
 		w.noted("unwrap", err)
 	}

@@ -56,6 +56,77 @@ func (s *slow) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrappe
 	return keystore.UnwrapLocal(s.kek[:], b, [16]byte{}, w.Blob)
 }
 
+// What is taken and given back costs no call.
+func TestPoolLeavesFewAlone(t *testing.T) {
+	s := &slow{uri: "slow:1"}
+	r := keystore.NewRing([16]byte{1}, []keystore.Store{s}, keystore.RingOptions{Pool: 8})
+	defer r.Close()
+	for until := time.Now().Add(10 * time.Second); r.Counts().Pool < 8; time.Sleep(time.Millisecond) {
+		if time.Now().After(until) {
+			t.Fatalf("%d of 8 keys", r.Counts().Pool)
+		}
+	}
+	k, err := r.NewKey(t.Context()) // the pool grows after the first creation
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.PutBack(k)
+	for until := time.Now().Add(10 * time.Second); r.Counts().Pool < r.Counts().PoolTarget; time.Sleep(time.Millisecond) {
+		if time.Now().After(until) {
+			t.Fatalf("%d of %d keys", r.Counts().Pool, r.Counts().PoolTarget)
+		}
+	}
+	// Those that are under way when the target has sunk to what is there come too.
+	made := int32(-1)
+	for made != s.wraps.Load() {
+		made = s.wraps.Load()
+		time.Sleep(100 * time.Millisecond)
+	}
+	var ks []*keystore.DataKey
+	for range 5 { // one would not show: the target sinks all the time
+		if k, err = r.NewKey(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		ks = append(ks, k)
+	}
+	time.Sleep(50 * time.Millisecond)
+	for _, k := range ks {
+		r.PutBack(k)
+	}
+	if n := s.wraps.Load() - made; n != 0 {
+		t.Errorf("taking some keys and giving them back makes %d", n)
+	}
+}
+
+// A program that comes to wait for a key on its way makes that urgent.
+func TestOpenRaisesPrefetch(t *testing.T) {
+	s := &patient{}
+	r := keystore.NewRing([16]byte{1}, []keystore.Store{s}, keystore.RingOptions{})
+	defer r.Close()
+	k, err := keystore.New(t.Context(), []keystore.Store{&s.slow}, keystore.Binding{Use: keystore.ForFile, Volume: [16]byte{1}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !r.Prefetch(k.ID, k.Wrapped) {
+		t.Fatal("no prefetch")
+	}
+	if _, err := r.Unwrap(t.Context(), k.ID, k.Wrapped); err != nil {
+		t.Error(err)
+	}
+}
+
+// patient is a store that answers a prefetch when it has become urgent.
+type patient struct{ slow }
+
+func (s *patient) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
+	select {
+	case <-keystore.Raised(ctx):
+	case <-time.After(10 * time.Second):
+		return nil, errors.New("nobody waits")
+	}
+	return s.slow.Unwrap(ctx, b, w)
+}
+
 func TestPoolRefills(t *testing.T) {
 	s := &slow{uri: "slow:1", delay: 5 * time.Millisecond}
 	r := keystore.NewRing([16]byte{1}, []keystore.Store{s}, keystore.RingOptions{Pool: 8})

@@ -219,7 +219,7 @@ func dependents(arn string) (out []string) {
 			continue
 		}
 		if rec.Recipients[i] != awskms.Scheme+arn {
-			out = append(out, fmt.Sprintf("The volume %s names its replica %s.", rec.Volume, strings.TrimPrefix(rec.Recipients[i], awskms.Scheme)))
+			out = append(out, fmt.Sprintf("The volume %s names its replica %s, which has a state of its own.", rec.Volume, strings.TrimPrefix(rec.Recipients[i], awskms.Scheme)))
 		} else if len(rec.Recipients) == 1 {
 			out = append(out, fmt.Sprintf("The volume %s depends on it: without it nothing in there can be read.", rec.Volume))
 		} else {

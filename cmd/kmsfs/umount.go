@@ -81,8 +81,8 @@ func isDead(dir string) bool {
 		case err := <-answer:
 			return errors.Is(err, unix.ENOTCONN) || errors.Is(err, unix.ECONNABORTED) // it is dying just now
 		case <-time.After(100 * time.Millisecond):
-			if isStuck(dir) {
-				abort(dir)
+			if isStuck(dir) && abort(dir) != nil {
+				return true // it can still be taken out of sight
 			}
 		}
 	}
@@ -279,7 +279,7 @@ func daemonOf(mountPoint, cipherDir string) *daemon {
 	if err != nil {
 		return d
 	}
-	if _, now := statOf(pid); now != start { // the number is another process's by now
+	if startOf(pid) != start { // the number is another process's by now
 		unix.Close(fd)
 		return d
 	}
@@ -305,22 +305,16 @@ func marked(mountPoint string) (mark string, pid int, start string, ok bool) {
 
 // startOf returns when a process was started, in the kernel's ticks.
 func startOf(pid int) string {
-	_, start := statOf(pid)
-	return start
-}
-
-// statOf returns a process's state, as in ps, and when it was started.
-func statOf(pid int) (state, start string) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
-		return "", ""
+		return ""
 	}
 	// The name, in parentheses, may hold anything.
 	f := strings.Fields(string(b[strings.LastIndexByte(string(b), ')')+1:]))
 	if len(f) < 20 {
-		return "", ""
+		return ""
 	}
-	return f[0], f[19]
+	return f[19]
 }
 
 // isStuck reports whether dir's daemon was killed while the kernel kept one of its
@@ -337,35 +331,40 @@ func isStuck(dir string) bool {
 		return false
 	}
 	_, pid, start, ok := marked(dir)
-	if !ok {
-		return false
-	}
-	state, now := statOf(pid)
-	return now == start && (state == "Z" || isKilled(pid))
+	return ok && startOf(pid) == start && isKilled(pid)
 }
 
-// isKilled reports whether a process has yet to end of a SIGKILL.
+// isKilled reports whether a process was killed and is not gone yet: its first
+// thread has ended, or has a SIGKILL before it.
 func isKilled(pid int) bool {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	if err != nil {
 		return false
 	}
-	_, rest, _ := strings.Cut(string(b), "\nSigPnd:")
-	line, _, _ := strings.Cut(rest, "\n")
-	pending, err := strconv.ParseUint(strings.TrimSpace(line), 16, 64)
-	return err == nil && pending&(1<<(unix.SIGKILL-1)) != 0
+	field := func(name string) string {
+		_, rest, _ := strings.Cut(string(b), "\n"+name+":")
+		line, _, _ := strings.Cut(rest, "\n")
+		return strings.TrimSpace(line)
+	}
+	pending, err := strconv.ParseUint(field("SigPnd"), 16, 64)
+	return err == nil && pending&(1<<(unix.SIGKILL-1)) != 0 || strings.HasPrefix(field("State"), "Z")
 }
 
 // abort ends a mount's connection: who waits for its daemon gets an error.
-func abort(dir string) {
-	if os.Geteuid() == 0 { // it stays mounted, for it is in use
-		unix.Unmount(dir, unix.MNT_FORCE|unix.UMOUNT_NOFOLLOW)
-		return
+func abort(dir string) error {
+	if os.Geteuid() == 0 {
+		err := unix.Unmount(dir, unix.MNT_FORCE|unix.UMOUNT_NOFOLLOW)
+		if errors.Is(err, unix.EBUSY) {
+			return nil // it stays mounted where it is in use
+		}
+		return err
 	}
-	if m, err := findMount(dir); err == nil && m != nil {
-		_, minor, _ := strings.Cut(m.dev, ":")
-		os.WriteFile(filepath.Join("/sys/fs/fuse/connections", minor, "abort"), []byte("1"), 0)
+	m, err := findMount(dir)
+	if err != nil || m == nil {
+		return err
 	}
+	_, minor, _ := strings.Cut(m.dev, ":")
+	return os.WriteFile(filepath.Join("/sys/fs/fuse/connections", minor, "abort"), []byte("1"), 0)
 }
 
 // awaitEnd returns when the daemon has ended, and whether everything is on the disk.

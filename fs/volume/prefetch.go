@@ -19,8 +19,9 @@ import (
 //
 // Only opens that had to wait for a key begin a scan, so that nothing is done
 // where keys are known or nobody is to be asked. A scan predicts twice as many
-// files with each one that it has predicted rightly: what one wrong guess costs is
-// bounded, and random opens begin no scan.
+// files with each one that it has predicted rightly, from fullWindow on one more,
+// maxWindow at most: that is what a scan that breaks off costs. Random opens begin
+// no scan.
 type prefetcher struct {
 	v      *Volume
 	events chan event

@@ -150,6 +150,24 @@ func TestRetries(t *testing.T) {
 	}
 }
 
+// While most calls are answered a throttled one is tried again soon, and ever later
+// once most are throttled.
+func TestThrottledPauses(t *testing.T) {
+	srv := keystoretest.NewServer(t)
+	s := open(t, srv.AddKey(""))
+	srv.Fail(func(string) *keystoretest.Failure {
+		return &keystoretest.Failure{Status: 400, Code: "ThrottlingException"}
+	})
+	before := srv.Calls("GenerateDataKey")
+	if _, _, err := s.Generate(t.Context(), keystore.Binding{Use: keystore.ForFile}); keystore.KindOf(err) != keystore.Outage {
+		t.Errorf("throttled all the time: %v", err)
+	}
+	// Doubling from the first would make 8 in the 2 s, not doubling at all 80.
+	if n := srv.Calls("GenerateDataKey") - before; n < 15 || n > 65 {
+		t.Errorf("%d attempts", n)
+	}
+}
+
 func TestDeadlines(t *testing.T) {
 	srv := keystoretest.NewServer(t)
 	s := open(t, srv.AddKey(""))

@@ -32,8 +32,9 @@ const (
 )
 
 // call makes one call with its retries: those that a repetition can help, with
-// jittered growing pauses, until Options.Total is over. Each attempt ends after
-// Options.Attempt. The error is a verdict.
+// jittered pauses, which grow unless only some calls are throttled, until
+// Options.Total is over. Each attempt ends after Options.Attempt. The error is a
+// verdict.
 func call[T any](ctx context.Context, s *Store, op, name string, f func(context.Context, *kms.Client, func(*kms.Options)) (T, error)) (T, error) {
 	keystore.Waits(ctx)
 	total := ctx // until the first attempt: to wait for the gate is no outage
