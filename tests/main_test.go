@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -150,11 +149,26 @@ func (m *mounted) pid() int {
 
 func (m *mounted) kill() {
 	m.t.Helper()
-	if err := syscall.Kill(m.pid(), syscall.SIGKILL); err != nil {
+	daemon, err := unix.PidfdOpen(m.pid(), 0)
+	if err == nil {
+		defer unix.Close(daemon)
+		err = unix.PidfdSendSignal(daemon, unix.SIGKILL, nil, 0)
+	}
+	if err != nil {
 		m.t.Fatal(err)
 	}
-	// Who looked at the mount could wait for a daemon that is stuck: see cmd/kmsfs. It
-	// may answer once more before it is dead; then the mount is busy.
+	// A daemon can be stuck in the kernel: see cmd/kmsfs. Then a command that we begin
+	// would be too, since exec closes our files on the mount.
+	if os.Geteuid() == 0 {
+		unix.Unmount(m.dir, unix.MNT_FORCE)
+	}
+	// It may answer once more, and has the ciphertext's files, before it is dead.
+	eventually(m.t, "the daemon", func() error {
+		if n, err := unix.Poll([]unix.PollFd{{Fd: int32(daemon), Events: unix.POLLIN}}, 0); n != 1 {
+			return fmt.Errorf("it is still there: %v", err)
+		}
+		return nil
+	})
 	eventually(m.t, "the mount outlives its daemon", func() error {
 		if !isMount(m.dir) {
 			return nil
