@@ -56,7 +56,7 @@ type place struct {
 type scan struct {
 	levels []*level // from where it came to where it is, all held
 	window int
-	ahead  map[place]bool // predicted, and not opened yet
+	ahead  map[place]bool // predicted, and not opened yet; the directories are held
 	last   place
 	seen   time.Time
 	deep   bool // it goes from one directory to the next
@@ -129,8 +129,7 @@ func (n *Node) place() (place, bool) {
 func (p *prefetcher) follow(at place, cold bool) {
 	for i, s := range p.scans {
 		if s.ahead[at] {
-			delete(s.ahead, at)
-			p.active.Add(-1)
+			p.drop(s, at)
 			if s.window < fullWindow {
 				s.window *= 2
 			} else { // more than are asked for at once: one that comes late holds up few
@@ -186,8 +185,16 @@ func (p *prefetcher) end(i int) {
 
 // forget gives up what was predicted.
 func (p *prefetcher) forget(s *scan) {
-	p.active.Add(-int64(len(s.ahead)))
-	clear(s.ahead)
+	for at := range s.ahead {
+		p.drop(s, at)
+	}
+}
+
+// drop takes back one prediction.
+func (p *prefetcher) drop(s *scan, at place) {
+	delete(s.ahead, at)
+	p.active.Add(-1)
+	at.dir.release()
 }
 
 func (s *scan) top() *level { return s.levels[len(s.levels)-1] }
@@ -266,6 +273,7 @@ func (p *prefetcher) extend(s *scan) {
 		if !ok {
 			return
 		}
+		at.dir.hold() // that it is the same node when a program comes to it
 		s.ahead[at] = true
 		p.active.Add(1)
 		p.fetch(at)
