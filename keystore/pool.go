@@ -34,12 +34,13 @@ func (k *DataKey) Wipe() {
 const (
 	// MaxPool bounds the data keys made ahead, and with them those that a
 	// crash wastes.
-	MaxPool   = 256
-	busyPool  = 64 // how many are made ahead once files are created
-	poolCalls = 64 // how many are made at the same time
+	MaxPool   = 2048
+	busyPool  = 64  // how many are made ahead once files are created
+	poolCalls = 256 // how many are made at the same time
 
-	burstPause = 2 * time.Second  // creations further apart are not of one burst
-	poolDecay  = 10 * time.Minute // in which the target sinks to what it was at first
+	burstQuiet = 250 * time.Millisecond // after which the pool is filled
+	burstPause = 2 * time.Second        // creations further apart are not of one burst
+	poolDecay  = 10 * time.Minute       // in which the target sinks to what it was at first
 )
 
 // pool holds data keys made ahead: as many as the last burst of creations took.
@@ -50,6 +51,8 @@ type pool struct {
 	peak    int // what the last burst took
 	burst   int
 	last    time.Duration // when the last was taken, by the ring's clock
+	count   int           // how many were taken in all
+	pace    int           // how many were taken while a call was made, at most, of late
 	making  int
 	filling bool // from where a part of the target is gone until it is reached
 	failing bool // what makes keys ahead failed; it stops until a NewKey succeeds
@@ -76,18 +79,26 @@ func (p *pool) taken(now time.Duration) {
 	if p.burst > 0 && now-p.last > burstPause {
 		p.peak = min(max(busyPool, p.burst), MaxPool)
 		p.burst = 0
+		p.pace -= p.pace / 4
 	}
 	p.burst++
+	p.count++
 	p.peak = min(max(p.peak, busyPool, p.burst), MaxPool)
 	p.last = now
 }
 
-// wants reports whether another key is to be made ahead. A few creations do not
-// begin that: most programs that make one file take its key and give it back, as
-// git does with its lock.
-func (p *pool) wants(target int) bool {
+// wants reports whether another key is to be made ahead. During a burst it is so
+// for twice the keys that go while one is made: creations then do not wait, and
+// the calls that fill the pool take no time from them. A few creations begin
+// nothing: most programs that make one file take its key and give it back, as git
+// does with its lock.
+func (p *pool) wants(now time.Duration) bool {
+	most := p.target(now)
+	if p.burst > 0 && now-p.last < burstQuiet {
+		most = min(most, max(busyPool, 2*p.pace))
+	}
 	has := len(p.keys) + p.making - len(p.waiting)
-	p.filling = has < target && (p.filling || has <= target*3/4)
+	p.filling = has < most && (p.filling || has <= most*3/4)
 	return p.filling
 }
 
@@ -169,15 +180,17 @@ func (r *Ring) refill() {
 		purpose := ForCreate
 		if p.making >= len(p.waiting) {
 			purpose = ForPool
-			if p.failing || r.locked != nil || r.creates() != nil || !p.wants(p.target(r.o.Now())) {
+			if p.failing || r.locked != nil || r.creates() != nil || !p.wants(r.o.Now()) {
 				return
 			}
 		}
 		p.making++
+		begun := p.count
 		r.wg.Go(func() {
 			k, err := r.make(WithPurpose(r.ctx, purpose))
 			r.mu.Lock()
 			p.making--
+			p.pace = max(p.pace, p.count-begun)
 			told := r.arrived(k, err)
 			r.refill()
 			r.mu.Unlock()

@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -15,7 +16,7 @@ import (
 )
 
 // BenchmarkKMS is what a key service at 20 ms a call costs beside a local key, in
-// one run: the KMS volume after the local one, each step on both.
+// one run: six rounds of steps on both volumes in turn, of which the medians count.
 func BenchmarkKMS(b *testing.B) {
 	const (
 		files   = 2000
@@ -24,10 +25,22 @@ func BenchmarkKMS(b *testing.B) {
 	)
 	for b.Loop() {
 		local := newVolume(b)
-		ref := kmsSteps(b, local, files)
 		kms := newKMSVolume(b, "--kms-rps", "1000000")
 		kms.srv.SetLatency(latency)
-		got := kmsSteps(b, kms.mounted, files)
+		var refs, gots, bad []map[string]time.Duration
+		for i := range 6 {
+			if i%2 == 0 { // what comes first is the faster, whichever it is
+				refs = append(refs, kmsSteps(b, local, files))
+			}
+			gots = append(gots, kmsSteps(b, kms.mounted, files))
+			if i%2 == 1 {
+				refs = append(refs, kmsSteps(b, local, files))
+			}
+			kms.srv.Fail(throttle(0.3))
+			bad = append(bad, kmsSteps(b, kms.mounted, files))
+			kms.srv.Fail(nil)
+		}
+		ref, got, throttled := medians(refs), medians(gots), medians(bad)
 		for _, what := range []string{"create, cold pool", "create, filled pool"} {
 			b.Logf("%-20s local %5.0f ms, KMS %5.0f ms: %.2f of the local rate, %.2f of the ideal %v", what, ms(ref[what]), ms(got[what]), float64(ref[what])/float64(got[what]), float64(got[what])/float64(ideal), ideal)
 		}
@@ -45,9 +58,6 @@ func BenchmarkKMS(b *testing.B) {
 		kms.run(`cd "$M/tree"; git status --short`)
 		b.Logf("%-20s %d calls", "git status again", kms.srv.Calls("")-calls)
 
-		kms.srv.Fail(throttle(0.3))
-		throttled := kmsSteps(b, kms.mounted, files)
-		kms.srv.Fail(nil)
 		for what, d := range throttled {
 			b.Logf("30%% throttled: %-20s %5.0f ms, %.2f times as long", what, ms(d), float64(d)/float64(got[what]))
 		}
@@ -112,6 +122,20 @@ func kmsSteps(b *testing.B, v *mounted, files int) map[string]time.Duration {
 	v.remount()
 	timed("grep -r", func() { v.run(`grep -rc xyz "$M/tree" >/dev/null || true`) })
 	return took
+}
+
+// medians returns the median of each step.
+func medians(rounds []map[string]time.Duration) map[string]time.Duration {
+	out := map[string]time.Duration{}
+	for what := range rounds[0] {
+		var ds []time.Duration
+		for _, r := range rounds {
+			ds = append(ds, r[what])
+		}
+		slices.Sort(ds)
+		out[what] = ds[len(ds)/2]
+	}
+	return out
 }
 
 // throttle lets a part of the calls fail as throttled.

@@ -263,7 +263,7 @@ func (s *Store) URI() string { return Scheme + s.arn }
 // Matches implements [keystore.Matcher]: the replicas of a multi-Region key are
 // one recipient, by partition, account and ID.
 func (s *Store) Matches(uri string) bool {
-	return SameKey(uri, s.URI())
+	return uri == s.URI() || SameKey(uri, s.URI())
 }
 
 // SameKey reports whether two recipients' URIs name one key, or replicas of one.

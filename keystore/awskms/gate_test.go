@@ -15,7 +15,7 @@ func TestGateOrder(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGate(1e6)
 		ctx := context.Background()
-		for range firstAtOnce {
+		for range mostAtOnce {
 			if err := g.enter(ctx); err != nil {
 				t.Fatal(err)
 			}
@@ -108,7 +108,7 @@ func TestGateThrottled(t *testing.T) {
 			}
 		}
 		call(100, true)
-		if g.limit != firstAtOnce/2 {
+		if g.limit != mostAtOnce/2 {
 			t.Errorf("%d at once after 100 throttled calls", g.limit)
 		}
 		call(2000, true)
@@ -116,7 +116,7 @@ func TestGateThrottled(t *testing.T) {
 			t.Errorf("%d at once after 2,000", g.limit)
 		}
 		call(2000, false)
-		if g.limit < leastAtOnce+10 || g.limit > mostAtOnce {
+		if g.limit < leastAtOnce+10 || g.limit > leastAtOnce+30 {
 			t.Errorf("%d at once after 2,000 good ones", g.limit)
 		}
 	})

@@ -78,7 +78,7 @@ func call[T any](ctx context.Context, s *Store, op, name string, f func(context.
 			return out, v
 		}
 		select {
-		case <-time.After(pause/2 + rand.N(pause)):
+		case <-time.After(rand.N(pause)):
 		case <-raised: // a program has begun to wait
 			raised = nil
 		case <-total.Done():
