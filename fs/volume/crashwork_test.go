@@ -1,0 +1,259 @@
+package volume_test
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"strings"
+
+	"kmsfs/fs/volume"
+)
+
+// expectation is what must be true of a file after a cut.
+type expectation struct {
+	truth
+	whole bool // it is one of its versions, not a mix of them
+}
+
+// crashRun is a workload under way, with what it expects at each call.
+type crashRun struct {
+	*world
+	sim    *sim
+	expect map[string]*expectation
+}
+
+func (c *crashRun) file(name string) *expectation {
+	x := c.expect[name]
+	if x == nil {
+		x = &expectation{truth: truth{versions: [][]byte{nil}}}
+		c.expect[name] = x
+	}
+	return x
+}
+
+// change does f, by which the file becomes now.
+func (c *crashRun) change(name string, now []byte, f func() error) {
+	c.t.Helper()
+	x := c.file(name)
+	x.versions = append(x.versions, now)
+	c.do("change", f())
+}
+
+func (c *crashRun) fsync(name string, h *volume.Handle) {
+	c.t.Helper()
+	c.do("fsync", h.Fsync())
+	x := c.file(name)
+	x.confirmed, x.versions = true, [][]byte{x.now()}
+}
+
+func (c *crashRun) write(name string, h *volume.Handle, b []byte, off int) {
+	c.t.Helper()
+	old := c.file(name).now()
+	now := append([]byte(nil), old...)
+	if grown := off + len(b); grown > len(now) {
+		now = append(now, make([]byte, grown-len(now))...)
+	}
+	copy(now[off:], b)
+	c.change(name, now, func() error { _, err := h.Write(ctx, b, int64(off)); return err })
+}
+
+func (c *crashRun) truncate(name string, h *volume.Handle, n int) {
+	c.t.Helper()
+	now := make([]byte, n)
+	copy(now, c.file(name).now())
+	c.change(name, now, func() error { _, err := h.Node().SetAttr(ctx, size(int64(n))); return err })
+}
+
+func (c *crashRun) open(name string) *volume.Handle {
+	c.t.Helper()
+	h, err := c.create(name)
+	c.do("create "+name, err)
+	c.file(name)
+	return h
+}
+
+// workloads are what is recorded; each ends with its files open or closed as it
+// likes.
+var workloads = map[string]func(c *crashRun, r *rand.Rand){
+	"append log with fsync": func(c *crashRun, r *rand.Rand) {
+		h := c.open("log")
+		for i := range 14 {
+			c.write("log", h, noise(1+r.IntN(900)), len(c.file("log").now()))
+			if i%2 == 0 {
+				c.fsync("log", h)
+			}
+		}
+	},
+	"overwrite at random with fsync": func(c *crashRun, r *rand.Rand) {
+		h := c.open("db")
+		c.write("db", h, noise(30000), 0)
+		c.fsync("db", h)
+		for range 10 {
+			c.write("db", h, noise(1+r.IntN(5000)), r.IntN(25000))
+			c.write("db", h, noise(1+r.IntN(50)), r.IntN(25000))
+			if r.IntN(2) == 0 {
+				c.fsync("db", h)
+			}
+		}
+	},
+	"large appends": func(c *crashRun, r *rand.Rand) {
+		h := c.open("big")
+		for range 4 {
+			c.write("big", h, noise(300000+r.IntN(100)), len(c.file("big").now()))
+		}
+		c.fsync("big", h)
+		c.write("big", h, noise(300000), len(c.file("big").now()))
+		c.do("close", h.Release())
+	},
+	"replace by rename": func(c *crashRun, r *rand.Rand) {
+		x := c.file("f")
+		x.whole = true
+		for i := range 5 {
+			tmp := fmt.Sprint("tmp", i)
+			h := c.open(tmp)
+			b := noise(1 + r.IntN(9000))
+			c.write(tmp, h, b, 0)
+			c.fsync(tmp, h)
+			c.do("close", h.Release())
+			delete(c.expect, tmp)
+			x.versions = append(x.versions, b)
+			c.do("rename", c.v.Rename(c.v.Root(), tmp, c.v.Root(), "f", 0))
+			c.syncDir("")
+			x.confirmed, x.versions = true, [][]byte{b}
+		}
+	},
+	"rollback journal": func(c *crashRun, r *rand.Rand) { // as SQLite does
+		db := c.open("db")
+		c.write("db", db, noise(20000), 0)
+		c.fsync("db", db)
+		for i := range 4 {
+			journal := fmt.Sprint("journal", i)
+			j := c.open(journal)
+			c.write(journal, j, noise(512), 0)
+			c.write(journal, j, c.file("db").now()[:8192], 512)
+			c.fsync(journal, j)
+			c.write("db", db, noise(4096), 4096*r.IntN(2))
+			c.write("db", db, noise(4096), 4096*(2+r.IntN(2)))
+			c.fsync("db", db)
+			c.truncate(journal, j, 0)
+			c.do("close", j.Release())
+			delete(c.expect, journal)
+			c.do("unlink", c.v.Unlink(c.v.Root(), journal))
+		}
+	},
+	"write-ahead log": func(c *crashRun, r *rand.Rand) {
+		db, wal := c.open("db"), c.open("wal")
+		c.write("db", db, noise(20000), 0)
+		c.fsync("db", db)
+		for range 3 {
+			for range 3 {
+				c.write("wal", wal, noise(4120), len(c.file("wal").now()))
+				c.fsync("wal", wal)
+			}
+			c.write("db", db, noise(4096), 4096*r.IntN(4))
+			c.fsync("db", db)
+			c.write("wal", wal, noise(4120), 0) // from the beginning
+			c.fsync("wal", wal)
+		}
+	},
+	"directories": func(c *crashRun, r *rand.Rand) {
+		for i := range 4 {
+			d := fmt.Sprint("d", i)
+			c.mkdir(d)
+			c.mkdir(d + "/sub")
+			name := d + "/sub/f"
+			h := c.open(name)
+			c.write(name, h, noise(1+r.IntN(5000)), 0)
+			if i%2 == 0 {
+				c.fsync(name, h)
+			}
+			c.syncDir(d + "/sub")
+			c.do("close", h.Release())
+		}
+	},
+	"truncate up and down": func(c *crashRun, r *rand.Rand) {
+		h := c.open("f")
+		c.write("f", h, noise(30000), 0)
+		c.fsync("f", h)
+		for range 8 {
+			c.truncate("f", h, 1+r.IntN(40000))
+			if r.IntN(2) == 0 {
+				c.write("f", h, noise(3000), r.IntN(20000))
+			}
+			if r.IntN(3) == 0 {
+				c.fsync("f", h)
+			}
+		}
+		c.truncate("f", h, 3040)
+		c.fsync("f", h)
+		c.truncate("f", h, 0)
+		c.write("f", h, noise(10), 0)
+		c.fsync("f", h)
+	},
+	"long names": func(c *crashRun, r *rand.Rand) {
+		long := func(i int) string { return strings.Repeat(fmt.Sprint(i), 230) }
+		for i := range 4 {
+			h := c.open(long(i))
+			c.write(long(i), h, noise(100), 0)
+			c.fsync(long(i), h)
+			c.do("close", h.Release())
+		}
+		x := c.file(long(7))
+		x.versions, x.whole = append(x.versions, c.file(long(1)).now()), true
+		c.file(long(1)).confirmed = false // it may be under either name
+		c.do("rename", c.v.Rename(c.v.Root(), long(1), c.v.Root(), long(7), 0))
+		c.syncDir("")
+		x.confirmed, x.versions = true, x.versions[1:]
+		c.expect[long(2)].confirmed = false
+		c.do("unlink", c.v.Unlink(c.v.Root(), long(2)))
+	},
+	"closed and never fsynced": func(c *crashRun, r *rand.Rand) {
+		for i := range 8 {
+			name := fmt.Sprint("f", i)
+			h := c.open(name)
+			c.write(name, h, noise(1+r.IntN(12000)), 0)
+			c.do("close", h.Release())
+		}
+		c.v.Settle()
+		h := c.open("f3")
+		c.write("f3", h, noise(100), len(c.file("f3").now()))
+		c.do("close", h.Release())
+	},
+	"holes": func(c *crashRun, r *rand.Rand) {
+		h := c.open("f")
+		c.write("f", h, noise(60000), 0)
+		c.fsync("f", h)
+		for range 5 {
+			at, n := r.IntN(50000), 5000+r.IntN(20000)
+			now := append([]byte(nil), c.file("f").now()...)
+			clear(now[at:min(at+n, len(now))])
+			c.change("f", now, func() error { return h.Fallocate(ctx, punch, int64(at), int64(n)) })
+			if r.IntN(2) == 0 {
+				c.write("f", h, noise(2000), r.IntN(55000))
+				c.fsync("f", h)
+			}
+		}
+	},
+	"settling and sessions": func(c *crashRun, r *rand.Rand) {
+		for range 3 {
+			h := c.open("f")
+			c.write("f", h, noise(5000+r.IntN(4000)), len(c.file("f").now()))
+			c.v.Age()
+			if r.IntN(2) == 0 {
+				c.fsync("f", h)
+			}
+			c.do("close", h.Release())
+			c.v.Settle()
+			c.do("session", c.v.NextSession())
+			x := c.file("f") // a session's end is a sync
+			x.confirmed, x.versions = true, [][]byte{x.now()}
+		}
+	},
+}
+
+func (c *crashRun) syncDir(path string) {
+	c.t.Helper()
+	d, err := c.must(path).OpenDir()
+	c.do("open directory", err)
+	defer d.Close()
+	c.do("fsync of a directory", d.Sync())
+}
