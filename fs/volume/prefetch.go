@@ -14,14 +14,14 @@ import (
 
 // prefetcher unwraps ahead the keys of files that a program is about to open. It
 // follows scans: opens of one file of a directory after the other, in the order
-// of its listing or of its names, into subdirectories too. One goroutine owns all
+// of its listing, its names or its inode numbers, into subdirectories too. One goroutine owns all
 // but events and active.
 //
 // Only opens that had to wait for a key begin a scan, so that nothing is done
 // where keys are known or nobody is to be asked. A scan predicts twice as many
 // files with each one that it has predicted rightly, from fullWindow on one more,
 // maxWindow at most: that is what a scan that breaks off costs. Random opens begin
-// no scan.
+// no scan, and take over none.
 type prefetcher struct {
 	v      *Volume
 	events chan event
@@ -40,7 +40,7 @@ const (
 	firstWindow = 4
 	fullWindow  = 64 // up to here it doubles
 	maxWindow   = 256
-	hotWindow   = 16 // from here on a scan is followed into another directory
+	hotWindow   = 16 // from here on a scan may lead into another directory
 	scanPause   = 2 * time.Second
 	maxListed   = 20000 // entries of a directory that is looked through
 	maxDepth    = 64
@@ -60,20 +60,30 @@ type scan struct {
 	last   place
 	seen   time.Time
 	deep   bool // it goes from one directory to the next
-	byName bool
+	order  order
 }
+
+// order is one in which programs go through a directory.
+type order int
+
+const (
+	byListing order = iota // grep, find, tar
+	byName                 // a shell, rsync: files first
+	byInode                // cp
+	orders    int   = iota
+)
 
 // level is a directory of a scan.
 type level struct {
-	dir     *Node       // held
-	listed  []scanEntry // in the order of the listing
-	named   []scanEntry // by name, files first; nil until it is asked for
-	entries []scanEntry // one of these
-	next    int         // the first entry that is not predicted yet
+	dir     *Node               // held
+	sorted  [orders][]scanEntry // by order; nil until it is asked for
+	entries []scanEntry         // one of these
+	next    int                 // the first entry that is not predicted yet
 }
 
 type scanEntry struct {
 	cname, name string
+	ino         uint64
 	dir         bool
 }
 
@@ -144,18 +154,12 @@ func (p *prefetcher) follow(at place, cold bool) {
 		return
 	}
 	for i, s := range p.scans {
-		near := s.last.dir == at.dir
-		if !near && (s.window < hotWindow || time.Since(s.seen) > scanPause) {
+		if near := s.last.dir == at.dir; near {
+			p.restart(s, at)
+		} else if !p.leads(s, at) {
 			continue
 		}
-		last := s.last
 		p.touch(i, at)
-		if !near {
-			s.deep = true
-			p.restart(s, at, place{})
-		} else {
-			p.restart(s, at, last)
-		}
 		p.extend(s)
 		return
 	}
@@ -164,6 +168,20 @@ func (p *prefetcher) follow(at place, cold bool) {
 	}
 	at.dir.hold()
 	p.scans = slices.Insert(p.scans, 0, &scan{levels: []*level{{dir: at.dir}}, ahead: map[place]bool{}, last: at, seen: time.Now()})
+}
+
+// leads reports whether a scan that has come to the end of a directory goes on at
+// this place in another one.
+func (p *prefetcher) leads(s *scan, at place) bool {
+	if s.deep || len(s.ahead) > 0 || s.window < hotWindow || time.Since(s.seen) > scanPause {
+		return false
+	}
+	s.deep = true
+	next, ok := p.predict(s)
+	if ok && next != at {
+		p.expect(s, next)
+	}
+	return ok && next == at
 }
 
 // touch makes scan i the most recent one, at this place.
@@ -190,6 +208,13 @@ func (p *prefetcher) forget(s *scan) {
 	}
 }
 
+// expect notes a prediction.
+func (p *prefetcher) expect(s *scan, at place) {
+	at.dir.hold() // that it is the same node when a program comes to it
+	s.ahead[at] = true
+	p.active.Add(1)
+}
+
 // drop takes back one prediction.
 func (p *prefetcher) drop(s *scan, at place) {
 	delete(s.ahead, at)
@@ -204,48 +229,42 @@ func (s *scan) pop() {
 	s.levels = s.levels[:len(s.levels)-1]
 }
 
-// restart lets a scan go on behind at. Where last, the open before, is in the
-// same directory, at must be the next one by one of the two orders; else the
-// scan predicts nothing.
-func (p *prefetcher) restart(s *scan, at, last place) {
+// restart lets a scan go on behind at, in the directory of its last open. By one of
+// the orders at must be the next one; else the scan predicts nothing.
+func (p *prefetcher) restart(s *scan, at place) {
 	p.forget(s)
 	old := s.top()
-	if old.dir != at.dir || old.listed == nil {
+	if old.dir != at.dir || old.sorted[byListing] == nil {
 		for len(s.levels) > 0 {
 			s.pop()
 		}
 		at.dir.hold()
-		old = &level{dir: at.dir, listed: p.list(at.dir)}
+		old = p.level(at.dir, byListing)
 		s.levels = []*level{old}
 	}
-	if last.dir == nil {
-		old.sort(s.byName)
-		old.next = old.find(at.cname) + 1
-		return
-	}
 	s.window = 0
-	for _, byName := range []bool{false, true} {
-		old.sort(byName)
-		if i, j := old.find(last.cname), old.find(at.cname); i >= 0 && old.nextFile(i) == j {
-			s.byName, s.window, old.next = byName, firstWindow, j+1
+	for o := range order(orders) {
+		old.sort(o)
+		if i, j := old.find(s.last.cname), old.find(at.cname); i >= 0 && old.nextFile(i) == j {
+			s.order, s.window, old.next = o, firstWindow, j+1
 			return
 		}
 	}
 }
 
-// sort takes the entries in the order of the listing, or of the names.
-func (l *level) sort(byName bool) {
-	if !byName {
-		l.entries = l.listed
-		return
-	}
-	if l.named == nil {
-		l.named = slices.Clone(l.listed)
-		slices.SortFunc(l.named, func(a, b scanEntry) int {
+// sort takes the entries in an order.
+func (l *level) sort(o order) {
+	if l.sorted[o] == nil {
+		es := slices.Clone(l.sorted[byListing])
+		slices.SortFunc(es, func(a, b scanEntry) int {
+			if o == byInode {
+				return cmp.Compare(a.ino, b.ino)
+			}
 			return cmp.Or(cmp.Compare(btoi(a.dir), btoi(b.dir)), cmp.Compare(a.name, b.name))
 		})
+		l.sorted[o] = es
 	}
-	l.entries = l.named
+	l.entries = l.sorted[o]
 }
 
 func btoi(b bool) int {
@@ -273,9 +292,7 @@ func (p *prefetcher) extend(s *scan) {
 		if !ok {
 			return
 		}
-		at.dir.hold() // that it is the same node when a program comes to it
-		s.ahead[at] = true
-		p.active.Add(1)
+		p.expect(s, at)
 		p.fetch(at)
 	}
 }
@@ -311,9 +328,7 @@ func (p *prefetcher) down(s *scan, at place) {
 	defer p.v.Forget(n.id, 1)
 	if n.IsDir() {
 		n.hold()
-		l := &level{dir: n, listed: p.list(n)}
-		l.sort(s.byName)
-		s.levels = append(s.levels, l)
+		s.levels = append(s.levels, p.level(n, s.order))
 	}
 }
 
@@ -329,12 +344,19 @@ func (p *prefetcher) up(s *scan) bool {
 		return false
 	}
 	at.dir.hold()
-	above := &level{dir: at.dir, listed: p.list(at.dir)}
-	above.sort(s.byName)
+	above := p.level(at.dir, s.order)
 	above.next = above.find(at.cname) + 1
 	s.pop()
 	s.levels = []*level{above}
 	return above.next > 0
+}
+
+// level returns a directory, which is held, in an order.
+func (p *prefetcher) level(dir *Node, o order) *level {
+	l := &level{dir: dir}
+	l.sorted[byListing] = p.list(dir)
+	l.sort(o)
+	return l
 }
 
 // list returns the files and directories of a directory.
@@ -354,7 +376,7 @@ func (p *prefetcher) list(n *Node) []scanEntry {
 			return nil
 		}
 		if name, ok, err := n.decode(fd, id, e.name); err == nil && ok {
-			out = append(out, scanEntry{cname: e.name, name: name, dir: e.typ == unix.S_IFDIR})
+			out = append(out, scanEntry{cname: e.name, name: name, ino: e.ino, dir: e.typ == unix.S_IFDIR})
 		}
 		if len(out) > maxListed {
 			return unix.E2BIG

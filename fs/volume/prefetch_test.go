@@ -3,6 +3,8 @@ package volume_test
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -11,12 +13,16 @@ import (
 	"kmsfs/keystore"
 )
 
-// distant is a store that takes its time.
-type distant struct{ keystore.Store }
+// distant is a store that takes its time, and counts.
+type distant struct {
+	keystore.Store
+	calls *atomic.Int32
+}
 
 const farAway = 20 * time.Millisecond
 
 func (s distant) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
+	s.calls.Add(1)
 	time.Sleep(farAway)
 	return s.Store.Unwrap(ctx, b, w)
 }
@@ -36,7 +42,7 @@ func TestScanWaits(t *testing.T) {
 			}
 		}
 		w.close()
-		w.store = distant{hidden{w.store}}
+		w.store = distant{hidden{w.store}, new(atomic.Int32)}
 		synctest.Test(t, func(t *testing.T) {
 			w.open(volume.Options{})
 			defer w.close()
@@ -54,4 +60,50 @@ func TestScanWaits(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Files opened at random, after a scan or beside one, cost no guesses, and do not
+// hold the scan up.
+func TestRandomBesideScan(t *testing.T) {
+	const dirs, files = 20, 100
+	w := newWorld(t, volume.Options{})
+	w.mkdir("scan")
+	for i := range 10 * files {
+		w.write(fmt.Sprint("scan/f", i), []byte("x"))
+	}
+	for i := range dirs {
+		w.mkdir(fmt.Sprint("d", i))
+		for j := range files {
+			w.write(fmt.Sprintf("d%d/f%d", i, j), []byte("x"))
+		}
+	}
+	w.close()
+	var calls atomic.Int32
+	w.store = distant{hidden{w.store}, &calls}
+	synctest.Test(t, func(t *testing.T) {
+		w.open(volume.Options{})
+		defer w.close()
+		r, random := rand.New(rand.NewPCG(7, 8)), 0
+		one := func() {
+			w.want(fmt.Sprintf("d%d/f%d", random%dirs, r.IntN(files)), []byte("x"))
+			random++
+		}
+		begun := time.Now()
+		for i, f := range w.list("scan") {
+			w.want("scan/"+f, []byte("x"))
+			if i%25 == 24 {
+				one()
+			}
+		}
+		if n := int(time.Since(begun)/farAway) - random; n > 20 {
+			t.Errorf("a scan beside random opens waited for %d calls", n)
+		}
+		for range dirs {
+			one()
+		}
+		if n := int(calls.Load()) - 10*files; n > 2*random {
+			t.Errorf("%d opens at random cost %d calls", random, n)
+		}
+		t.Logf("%d opens at random, %d calls beside the scan's", random, int(calls.Load())-10*files)
+	})
 }
