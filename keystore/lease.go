@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -28,6 +29,12 @@ type standing struct {
 
 	samples []sample // what a probe unwraps, in turn
 	turn    int
+
+	mayNot *Error        // why new keys are not wrapped by it
+	again  time.Duration // when that is tried again
+
+	calls  context.Context // of those that are made; ends when they are for nothing
+	giveUp context.CancelCauseFunc
 }
 
 type sample struct {
@@ -41,6 +48,7 @@ const (
 	longRetry   = 30 * time.Second
 	probeAtMost = 20 * time.Second
 	watchEvery  = time.Second
+	remembered  = time.Minute // a refusal to wrap new keys
 )
 
 // now is CLOCK_BOOTTIME, which goes on while the machine sleeps.
@@ -76,9 +84,10 @@ func (s *standing) stale(now, maxAge time.Duration) bool {
 	return !s.immediate && s.down == nil && now-s.proven > maxAge
 }
 
-// learn keeps a wrapped key for probes to unwrap. mu is held.
+// learn keeps a wrapped key for probes to unwrap: none under a branch key, which
+// the store may know. mu is held.
 func (s *standing) learn(b Binding, w Wrapped) {
-	if s.immediate {
+	if s.immediate || len(w.Branch) > 0 {
 		return
 	}
 	if len(s.samples) < maxSamples {
@@ -93,37 +102,91 @@ func (s *standing) learn(b Binding, w Wrapped) {
 func (r *Ring) note(s *standing, op string, probe bool, err error) {
 	t := r.o.Now()
 	e, _ := errors.AsType[*Error](err)
+	defer r.noted()
 	switch {
 	case s.immediate || err != nil && e == nil:
 		return
 	case err == nil && op != "wrap":
 		s.proven = t
 		if s.bad == nil || probe || op == "unwrap" {
+			if s.wrong() != nil {
+				r.pool.failing = false
+			}
 			s.bad, s.down, s.suspect, s.pause = nil, nil, false, 0
 		}
 		return
 	case err == nil:
 		return
 	}
-	switch e.Kind {
-	case Revoked:
+	switch {
+	case e.Kind == Revoked:
 		s.bad, s.down = e, nil
-	case Denied:
-		if !probe {
-			// Perhaps this file alone, or new keys alone, are not allowed.
-			s.suspect = s.suspect || op == "unwrap"
-			return
-		}
+	case e.Kind == Denied && !probe:
+		// Perhaps this file alone, or new keys alone, are not allowed.
+		s.suspect = s.suspect || op == "unwrap"
+		return
+	case e.Kind == Denied:
 		s.bad, s.down = e, nil
-	case Outage, Credentials:
+	case e.Kind == Outage || e.Kind == Credentials:
 		s.down = e
+	case probe && e.Kind != Canceled: // what has been unwrapped before: the service does not answer sensibly
+		s.down = &Error{Kind: Outage, URI: e.URI, Op: e.Op, RequestID: e.RequestID, Err: e.Err}
 	default:
 		return
 	}
+	r.giveUp(s, s.wrong()) // who waits need not wait for a deadline of his own
 	if s.pause = min(max(2*s.pause, firstRetry), longRetry); !probe {
 		s.pause = firstRetry
 	}
-	s.next = t + s.pause/2 + rand.N(s.pause)
+	s.next = t + min(max(s.pause/2+rand.N(s.pause), firstRetry), longRetry)
+}
+
+// giveUp ends the calls to a store that are under way, with a verdict. mu is held.
+func (r *Ring) giveUp(s *standing, verdict *Error) {
+	if s.giveUp != nil {
+		s.giveUp(verdict)
+	}
+	s.calls, s.giveUp = context.WithCancelCause(r.ctx)
+}
+
+// noted wakes who waits for a proof. mu is held.
+func (r *Ring) noted() {
+	close(r.proof)
+	r.proof = make(chan struct{})
+}
+
+// Prove returns nil when a proof that keys may be used is not too old, else why
+// they may not. After a long sleep it waits for one.
+func (r *Ring) Prove(ctx context.Context) error {
+	if !r.waits {
+		return nil
+	}
+	for {
+		r.mu.Lock()
+		e, stale, c := r.verdict(), r.stale(), r.proof
+		r.mu.Unlock()
+		switch {
+		case e != nil:
+			return e
+		case !stale:
+			return nil
+		}
+		r.kick()
+		Waits(ctx)
+		select {
+		case <-c:
+		case <-r.ctx.Done():
+			return &Error{Kind: Canceled, Op: "unwrap", Err: r.ctx.Err()}
+		case <-ctx.Done():
+			return &Error{Kind: Canceled, Op: "unwrap", Err: ctx.Err()}
+		}
+	}
+}
+
+// stale reports whether every store's last proof is too old. mu is held.
+func (r *Ring) stale() bool {
+	t := r.o.Now()
+	return !slices.ContainsFunc(r.stores, func(s *standing) bool { return !s.stale(t, r.o.MaxAge) })
 }
 
 // watch probes the stores that are due, and tells of changes, until the ring closes.
@@ -166,7 +229,7 @@ func (r *Ring) due(s *standing) bool {
 		s.next = s.proven + half - rand.N(half/5+1) // not all volumes at once
 		return false
 	}
-	return t >= s.next
+	return t >= s.next || s.stale(t, r.o.MaxAge)
 }
 
 // probe unwraps one key, to see whether that is still allowed.
@@ -234,7 +297,7 @@ func (r *Ring) tellChange() {
 	defer r.tellMu.Unlock()
 	r.mu.Lock()
 	v := r.verdict()
-	changed := (v == nil) != (r.told == nil)
+	changed := (v == nil) != (r.told == nil) || v != nil && v.Kind != r.told.Kind
 	r.told = v
 	r.mu.Unlock()
 	if !changed {
@@ -257,6 +320,9 @@ func (r *Ring) tellChange() {
 func (r *Ring) Lock(err *Error) {
 	r.mu.Lock()
 	r.locked = err
+	for _, s := range r.stores {
+		r.giveUp(s, err)
+	}
 	r.mu.Unlock()
 	r.tellChange()
 }
@@ -277,7 +343,7 @@ func (r *Ring) Unlock() {
 func (r *Ring) Retry() {
 	r.mu.Lock()
 	for _, s := range r.stores {
-		s.next = 0
+		s.next, s.again = 0, 0
 	}
 	r.pool.failing = false
 	r.mu.Unlock()
@@ -329,7 +395,7 @@ func (r *Ring) refuses(s *standing) error {
 	return nil
 }
 
-// watched is a store whose calls are noted.
+// watched is a store whose calls are noted, and end when they are for nothing.
 type watched struct {
 	r *Ring
 	s *standing
@@ -337,36 +403,60 @@ type watched struct {
 
 func (w watched) URI() string { return w.s.URI() }
 
-func (w watched) noted(op string, err error) {
+// call makes a call; f reports whether the service was asked.
+func (w watched) call(ctx context.Context, op string, f func(context.Context) (asked bool, err error)) error {
 	w.r.mu.Lock()
-	w.r.note(w.s, op, false, err)
+	calls, locked := w.s.calls, w.r.locked
 	w.r.mu.Unlock()
+	if locked != nil {
+		return locked
+	}
+	parent := ctx
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(calls, cancel)()
+	asked, err := f(ctx)
+	if KindOf(err) == Canceled && parent.Err() == nil && calls.Err() != nil {
+		if e, ok := errors.AsType[*Error](context.Cause(calls)); ok {
+			return e
+		}
+	}
+	if asked || err != nil {
+		w.r.mu.Lock()
+		w.r.note(w.s, op, false, err)
+		w.r.mu.Unlock()
+	}
 	if err != nil {
 		w.r.kick()
 	}
+	return err
 }
 
-func (w watched) Wrap(ctx context.Context, b Binding, key []byte) (Wrapped, error) {
-	out, err := w.s.Wrap(ctx, b, key)
-	w.noted("wrap", err)
+func (w watched) Wrap(ctx context.Context, b Binding, key []byte) (out Wrapped, err error) {
+	err = w.call(ctx, "wrap", func(ctx context.Context) (bool, error) {
+		out, err = w.s.Wrap(ctx, b, key)
+		return true, err
+	})
 	return out, err
 }
 
-func (w watched) Unwrap(ctx context.Context, b Binding, x Wrapped) ([]byte, error) {
-	call, asked := ctx, len(x.Branch) == 0
-	if !asked { // a store can know the branch's key, which proves nothing
-		call = context.WithValue(ctx, WaitsKey{}, func() { asked = true; Waits(ctx) })
-	}
-	out, err := w.s.Unwrap(call, b, x)
-	if asked || err != nil {
-		w.noted("unwrap", err)
-	}
+func (w watched) Unwrap(ctx context.Context, b Binding, x Wrapped) (out []byte, err error) {
+	err = w.call(ctx, "unwrap", func(ctx context.Context) (bool, error) {
+		call, asked := ctx, len(x.Branch) == 0
+		if !asked { // a store can know the branch's key, which proves nothing
+			call = context.WithValue(ctx, WaitsKey{}, func() { asked = true; Waits(ctx) })
+		}
+		out, err = w.s.Unwrap(call, b, x)
+		return asked, err
+	})
 	return out, err
 }
 
-func (w watched) Generate(ctx context.Context, b Binding) ([]byte, Wrapped, error) {
-	key, out, err := w.s.Store.(Generator).Generate(ctx, b)
-	w.noted("generate", err)
+func (w watched) Generate(ctx context.Context, b Binding) (key []byte, out Wrapped, err error) {
+	err = w.call(ctx, "generate", func(ctx context.Context) (bool, error) {
+		key, out, err = w.s.Store.(Generator).Generate(ctx, b)
+		return true, err
+	})
 	return key, out, err
 }
 

@@ -99,11 +99,15 @@ func TestMemoryIsNoProof(t *testing.T) {
 type branchy struct {
 	slow
 	asks bool
+	down atomic.Bool // its service; what is in memory is known
 }
 
 func (s *branchy) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
 	if s.asks {
 		keystore.Waits(ctx)
+	}
+	if s.down.Load() && len(w.Branch) == 0 {
+		return nil, &keystore.Error{Kind: keystore.Outage, URI: s.uri, Op: "unwrap", Err: errors.New("away")}
 	}
 	return s.slow.Unwrap(ctx, b, w)
 }

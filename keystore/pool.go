@@ -87,6 +87,12 @@ func (p *pool) taken(now time.Duration) {
 	p.last = now
 }
 
+// returned takes back one creation that came to nothing.
+func (p *pool) returned() {
+	p.burst = max(0, p.burst-1)
+	p.count--
+}
+
 // wants reports whether another key is to be made ahead. During a burst it is so
 // for twice the keys that go while one is made: creations then do not wait, and
 // the calls that fill the pool take no time from them. A few creations begin
@@ -106,8 +112,7 @@ func (p *pool) wants(now time.Duration) bool {
 // made.
 func (r *Ring) NewKey(ctx context.Context) (*DataKey, error) {
 	r.mu.Lock()
-	p, now := &r.pool, r.o.Now()
-	p.taken(now)
+	p := &r.pool
 	if e := r.verdict(); e != nil {
 		r.mu.Unlock()
 		return nil, e
@@ -116,7 +121,8 @@ func (r *Ring) NewKey(ctx context.Context) (*DataKey, error) {
 		r.mu.Unlock()
 		return r.make(ctx)
 	}
-	if n := len(p.keys); n > 0 {
+	if n := len(p.keys); n > 0 && !r.stale() {
+		p.taken(r.o.Now())
 		k := p.keys[n-1]
 		p.keys = p.keys[:n-1]
 		r.refill()
@@ -127,6 +133,7 @@ func (r *Ring) NewKey(ctx context.Context) (*DataKey, error) {
 		r.mu.Unlock()
 		return nil, err
 	}
+	p.taken(r.o.Now())
 	c := make(chan made, 1)
 	p.waiting = append(p.waiting, c)
 	r.refill()
@@ -141,6 +148,7 @@ func (r *Ring) NewKey(ctx context.Context) (*DataKey, error) {
 	i := slices.Index(p.waiting, c)
 	if i >= 0 {
 		p.waiting = slices.Delete(p.waiting, i, i+1)
+		p.returned()
 	}
 	r.mu.Unlock()
 	if i < 0 { // it came just now
@@ -155,6 +163,7 @@ func (r *Ring) NewKey(ctx context.Context) (*DataKey, error) {
 func (r *Ring) PutBack(k *DataKey) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.pool.returned()
 	if p := &r.pool; r.verdict() == nil && p.base > 0 && len(p.keys) < max(p.base, p.peak) && r.ctx.Err() == nil {
 		p.keys = append(p.keys, k)
 		return
@@ -237,7 +246,7 @@ func (r *Ring) make(ctx context.Context) (*DataKey, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, err := range missing {
+	for _, err := range missing { // there is a key all the same
 		r.report(err)
 	}
 	r.mu.Lock()
@@ -269,70 +278,114 @@ func (r *Ring) free(k *DataKey) {
 
 // wrapForAll makes a data key for every store that can be had now. One that
 // cannot is left out, as long as there is another: a key's file can be read by
-// those that it names, and fsck tells which lack.
+// those that it names, and fsck tells which lack. That a store may not wrap new
+// keys is remembered for a while.
 func (r *Ring) wrapForAll(ctx context.Context, b Binding) (k *DataKey, missing []error, err error) {
 	var usable []Store
+	var which []*standing
 	for _, s := range r.stores {
-		if err := r.refuses(s); err != nil {
+		err := r.refuses(s)
+		if err == nil && len(r.stores) > 1 {
+			err = r.forbidden(s)
+		}
+		if err != nil {
 			missing = append(missing, err)
 			continue
 		}
-		usable = append(usable, watched{r, s})
+		usable, which = append(usable, watched{r, s}), append(which, s)
 	}
-	for len(usable) > 0 {
-		k, failed, err := newKey(ctx, usable, b)
-		if err == nil {
-			return k, missing, nil
+	if len(usable) == 0 {
+		if len(missing) == 0 {
+			return nil, nil, &Error{Kind: Invalid, Op: "generate", Err: errors.New("no recipient")}
 		}
-		if KindOf(err) == Canceled || failed < 0 {
-			return nil, nil, err
+		return nil, nil, missing[0]
+	}
+	k, errs, err := newKey(ctx, usable, b)
+	for i, e := range errs {
+		if e != nil {
+			missing = append(missing, e)
+			r.forbid(which[i], e)
 		}
-		missing = append(missing, err)
-		usable = slices.Delete(usable, failed, failed+1)
 	}
-	if len(missing) == 0 {
-		return nil, nil, &Error{Kind: Invalid, Op: "generate", Err: errors.New("no recipient")}
+	if err != nil && KindOf(err) != Canceled {
+		err = missing[0]
 	}
-	return nil, nil, missing[0]
+	return k, missing, err
+}
+
+// forbidden returns why a store is known not to wrap new keys, nil if it may.
+func (r *Ring) forbidden(s *standing) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if s.mayNot != nil && r.o.Now() < s.again {
+		return s.mayNot
+	}
+	return nil
+}
+
+// forbid remembers a refusal that no second attempt will change.
+func (r *Ring) forbid(s *standing, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if e, ok := errors.AsType[*Error](err); ok && (e.Kind == Denied || e.Kind == Invalid) {
+		s.mayNot, s.again = e, r.o.Now()+remembered
+	}
 }
 
 // New makes a data key and wraps it for every store: the first that can
 // generate makes it, the others wrap it.
 func New(ctx context.Context, stores []Store, b Binding) (*DataKey, error) {
-	k, _, err := newKey(ctx, stores, b)
+	k, errs, err := newKey(ctx, stores, b)
+	for _, e := range errs {
+		if err == nil && e != nil {
+			k.Wipe()
+			k, err = nil, e
+		}
+	}
 	return k, err
 }
 
-// newKey is New; failed is the store that an error is from, -1 if it is from none.
-func newKey(ctx context.Context, stores []Store, b Binding) (k *DataKey, failed int, err error) {
+// newKey is New, but that a store may fail where another does not: errs are by
+// store, err says that there is no key.
+func newKey(ctx context.Context, stores []Store, b Binding) (k *DataKey, errs []error, err error) {
 	if len(stores) == 0 {
-		return nil, -1, &Error{Kind: Invalid, Op: "generate", Err: errors.New("no recipient")}
+		return nil, nil, &Error{Kind: Invalid, Op: "generate", Err: errors.New("no recipient")}
 	}
-	k = &DataKey{ID: b.ID, Wrapped: make([]Wrapped, len(stores))}
+	k = &DataKey{ID: b.ID}
+	wrapped, errs := make([]Wrapped, len(stores)), make([]error, len(stores))
 	made := -1
 	for i, s := range stores {
 		g, ok := s.(Generator)
 		if !ok || !generates(s) {
 			continue
 		}
-		if k.Key, k.Wrapped[i], err = g.Generate(ctx, b); err != nil {
-			return nil, i, err
+		if k.Key, wrapped[i], errs[i] = g.Generate(ctx, b); errs[i] == nil {
+			made = i
+			break
 		}
-		made = i
-		break
+		if KindOf(errs[i]) == Canceled {
+			return nil, nil, errs[i]
+		}
 	}
 	if made < 0 {
 		k.Key = make([]byte, KeySize)
 		rand.Read(k.Key)
 	}
 	for i, s := range stores {
-		if i == made {
-			continue
+		if i != made && errs[i] == nil {
+			wrapped[i], errs[i] = s.Wrap(ctx, b, k.Key)
 		}
-		if k.Wrapped[i], err = s.Wrap(ctx, b, k.Key); err != nil {
+		switch {
+		case errs[i] == nil:
+			k.Wrapped = append(k.Wrapped, wrapped[i])
+		case KindOf(errs[i]) == Canceled:
 			clear(k.Key)
-			return nil, i, err
+			return nil, nil, errs[i]
 		}
 	}
-	return k, -1, nil
+	if len(k.Wrapped) == 0 {
+		clear(k.Key)
+		return nil, errs, errs[0]
+	}
+	return k, errs, nil
 }

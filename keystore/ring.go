@@ -36,8 +36,9 @@ type Ring struct {
 	cache  *cache
 	calls  map[[32]byte]*call
 	pool   pool
-	locked *Error // by Lock
-	told   *Error // to Changed
+	locked *Error        // by Lock
+	told   *Error        // to Changed
+	proof  chan struct{} // closed, and another one, whenever a call has ended
 	counts Counts
 }
 
@@ -45,7 +46,7 @@ type Ring struct {
 type RingOptions struct {
 	Pool    int                  // data keys made ahead at first; grows with use up to MaxPool
 	MaxAge  time.Duration        // how long a proof that a key may be used is good for; 5 min if zero
-	Grace   time.Duration        // how long cached keys are used while a service cannot be reached; 1 h if zero
+	Grace   time.Duration        // how long cached keys are used while a service cannot be reached; 1 h if zero, not at all if negative
 	EachKey bool                 // a key is used for MaxAge only, whatever was proven of others
 	Sample  []Wrapped            // of the volume key: what a probe unwraps before there are files
 	Report  func(error)          // told of what failed in the background
@@ -77,7 +78,8 @@ func NewRing(volume [16]byte, stores []Store, o RingOptions) *Ring {
 	if o.Changed == nil {
 		o.Changed = func(error) {}
 	}
-	r := &Ring{volume: volume, o: o, report: o.Report, calls: map[[32]byte]*call{}, wake: make(chan struct{}, 1)}
+	r := &Ring{volume: volume, o: o, report: o.Report, calls: map[[32]byte]*call{}, wake: make(chan struct{}, 1), proof: make(chan struct{})}
+	r.ctx, r.stop = context.WithCancel(context.Background())
 	r.pool.base = min(o.Pool, MaxPool)
 	if r.report == nil {
 		r.report = func(error) {}
@@ -92,13 +94,13 @@ func NewRing(volume [16]byte, stores []Store, o RingOptions) *Ring {
 				st.learn(Binding{Use: ForVolume, Volume: volume}, w)
 			}
 		}
+		r.giveUp(st, nil)
 		r.stores = append(r.stores, st)
 		r.waits = r.waits || !immediate
 	}
 	if !r.waits {
 		r.pool.base = 0
 	}
-	r.ctx, r.stop = context.WithCancel(context.Background())
 	r.mu.Lock()
 	r.refill()
 	r.mu.Unlock()
@@ -234,11 +236,16 @@ func (r *Ring) UnwrapNow(file [16]byte, ws []Wrapped) (key []byte, ok bool, err 
 	if refused > 0 && refused == len(cs) { // one that can be asked suffices
 		return nil, true, first
 	}
-	if len(cs) > 0 && !cs[0].s.immediate {
-		return nil, false, nil
+	err = untrusted(ws)
+	for _, c := range cs {
+		if !c.s.immediate {
+			return nil, false, nil
+		}
+		if key, err = r.unwrap(context.Background(), c.s, Binding{ForFile, r.volume, file}, c.w); err == nil {
+			return key, true, nil
+		}
 	}
-	key, err = r.Unwrap(context.Background(), file, ws)
-	return key, true, err
+	return nil, true, err
 }
 
 // Prefetch begins to unwrap a file's key, so that Unwrap finds it. It does
@@ -320,7 +327,7 @@ func (r *Ring) cachedKey(s *standing, id [32]byte) ([]byte, error) {
 	if s.stale(r.o.Now(), r.o.MaxAge) {
 		return nil, nil
 	}
-	if r.o.EachKey && r.o.Now()-r.cache.since(id) > r.o.MaxAge {
+	if r.o.EachKey && s.down == nil && r.o.Now()-r.cache.since(id) > r.o.MaxAge {
 		return nil, nil
 	}
 	key, ahead := r.cache.get(id)
@@ -369,7 +376,11 @@ func (r *Ring) unwrap(ctx context.Context, s *standing, b Binding, w Wrapped) ([
 			r.calls[id] = c
 			r.counts.Misses++
 		}
+		stale := s.stale(r.o.Now(), r.o.MaxAge)
 		r.mu.Unlock()
+		if f, ok := s.Store.(Forgetter); ok && mine && stale {
+			f.Forget() // a branch key from before a long sleep is no proof
+		}
 		if mine {
 			key, err := watched{r, s}.Unwrap(ctx, b, w)
 			r.finish(s, id, b, w, c, key, err, false)
@@ -412,6 +423,10 @@ func (r *Ring) finish(s *standing, id [32]byte, b Binding, w Wrapped, c *call, k
 	}
 	close(c.done)
 }
+
+// MemoryLocked reports whether the keys that the ring keeps cannot be swapped out:
+// RLIMIT_MEMLOCK can be too low for it.
+func (r *Ring) MemoryLocked() bool { return r.slab.locked }
 
 // Waits reports whether any store is a service that has to be waited for.
 func (r *Ring) Waits() bool { return r.waits }

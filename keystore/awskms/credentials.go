@@ -5,6 +5,8 @@ import (
 	"errors"
 	"net/http"
 	"os"
+	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
@@ -20,6 +22,7 @@ import (
 const (
 	roleSession  = time.Hour
 	renewEarly   = 5 * time.Minute
+	renewAgain   = 15 * time.Second // after a renewal that failed
 	reloadPause  = 10 * time.Second // a reload that a refusal asks for, at most so often
 	clockIsWrong = 4 * time.Minute
 )
@@ -34,7 +37,37 @@ func (c *Clients) assume(cfg *aws.Config) {
 		o.RoleSessionName = sessionName("kmsfs-" + host)
 		o.Duration = roleSession
 	})
-	cfg.Credentials = aws.NewCredentialsCache(p, func(o *aws.CredentialsCacheOptions) { o.ExpiryWindow = renewEarly })
+	cfg.Credentials = aws.NewCredentialsCache(&role{AssumeRoleProvider: p}, func(o *aws.CredentialsCacheOptions) { o.ExpiryWindow = renewEarly })
+}
+
+// role is a role's sessions, of which the old one is used while it lasts when a new
+// one cannot be had.
+type role struct {
+	*stscreds.AssumeRoleProvider
+	end atomic.Pointer[time.Time] // of the last session
+}
+
+// Retrieve implements [aws.CredentialsProvider].
+func (r *role) Retrieve(ctx context.Context) (aws.Credentials, error) {
+	c, err := r.AssumeRoleProvider.Retrieve(ctx)
+	if err == nil {
+		r.end.Store(&c.Expires)
+	}
+	return c, err
+}
+
+// HandleFailToRefresh implements [aws.HandleFailRefreshCredentialsCacheStrategy].
+func (r *role) HandleFailToRefresh(_ context.Context, old aws.Credentials, err error) (aws.Credentials, error) {
+	now, end := time.Now(), r.end.Load()
+	if !old.HasKeys() || end == nil || !now.Before(*end) {
+		return aws.Credentials{}, err
+	}
+	old.Expires = now.Add(renewAgain)
+	if old.Expires.After(*end) {
+		old.Expires = *end
+	}
+	old.Expires = old.Expires.Add(renewEarly) // which the cache takes off
+	return old, nil
 }
 
 // sessionName leaves what STS takes in a name: [\w+=,.@-], 2 to 64.
@@ -84,6 +117,15 @@ func (c *Clients) reloadOnce(failed *kms.Client, region string) bool {
 	return true
 }
 
+// renew makes the next calls use another client than k.
+func (c *Clients) renew(k *kms.Client, region string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.clients[region] == k {
+		delete(c.clients, region)
+	}
+}
+
 func (c *Clients) gate(region string) *gate {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -104,8 +146,11 @@ func (s *Store) secondLook(ctx context.Context, k *kms.Client, v *keystore.Error
 	if v.Kind != keystore.Denied && v.Kind != keystore.Credentials || ctx.Err() != nil {
 		return false
 	}
-	if !once[clockSkew] && skewed(err) {
+	if !once[clockSkew] && (skewed(err) || unsigned(err)) {
 		once[clockSkew] = true
+		if !skewed(err) {
+			s.c.renew(k, s.region) // with what the SDK knew of another clock
+		}
 		return true
 	}
 	if once[reload] || !s.c.reloadOnce(k, s.region) {
@@ -113,6 +158,13 @@ func (s *Store) secondLook(ctx context.Context, k *kms.Client, v *keystore.Error
 	}
 	once[reload], once[clockSkew] = true, false
 	return true
+}
+
+// unsigned reports whether a signature was refused. Where the clocks agree that can be
+// because they did not before.
+func unsigned(err error) bool {
+	c, ok := errors.AsType[coded](err)
+	return ok && slices.Contains([]string{"InvalidSignatureException", "SignatureDoesNotMatch", "RequestExpired"}, c.ErrorCode())
 }
 
 // skewed reports whether the service's clock is another than ours.

@@ -35,6 +35,18 @@ func TestClockSkew(t *testing.T) {
 	}
 }
 
+// A clock that jumps there and back, again and again.
+func TestClockJumps(t *testing.T) {
+	srv := keystoretest.NewServer(t)
+	s := open(t, srv.AddKey(""))
+	for i := range 10 {
+		srv.SetClock(time.Duration(i%2) * 10 * time.Minute)
+		if _, _, err := s.Generate(t.Context(), fileKey); err != nil {
+			t.Errorf("jump %d: %v", i, err)
+		}
+	}
+}
+
 // Credentials in a file that is written anew.
 func TestReload(t *testing.T) {
 	srv := keystoretest.NewServer(t)
@@ -109,6 +121,63 @@ func TestRole(t *testing.T) {
 	host, _ := os.Hostname()
 	if !slices.ContainsFunc(srv.Agents(), func(a string) bool { return strings.HasPrefix(a, "session kmsfs-") }) {
 		t.Errorf("no session is named after %s: %q", host, srv.Agents())
+	}
+}
+
+// A role's session is renewed early; where STS does not answer then, the old one is
+// used while it lasts, and after that it is an outage, no lack of credentials.
+func TestRoleRenewal(t *testing.T) {
+	srv := keystoretest.NewServer(t)
+	srv.SetSession(5*time.Minute + 2*time.Second) // to be renewed after 2 s
+	o := quick
+	o.RoleARN = "arn:aws:iam::111122223333:role/kmsfs"
+	s, err := awskms.New(o).Open(t.Context(), srv.AddKey(""))
+	if err != nil {
+		t.Fatal(err)
+	}
+	generate := func() error { _, _, err := s.Generate(t.Context(), fileKey); return err }
+	if err := generate(); err != nil {
+		t.Fatal(err)
+	}
+	away := func(op string) *keystoretest.Failure {
+		if op == "AssumeRole" {
+			return &keystoretest.Failure{Status: 503, Body: "<html>away</html>"}
+		}
+		return nil
+	}
+	srv.Fail(away)
+	time.Sleep(2500 * time.Millisecond)
+	for range 5 {
+		if err := generate(); err != nil {
+			t.Errorf("while the session lasts: %v", err)
+		}
+	}
+	if n := srv.Calls("AssumeRole"); n != 2 {
+		t.Errorf("%d sessions were asked for, and not one before and one after", n)
+	}
+	// Without any session.
+	if s, err = awskms.New(o).Open(t.Context(), s.ARN()); err != nil {
+		t.Fatal(err)
+	}
+	begun := time.Now()
+	if err := generate(); keystore.KindOf(err) != keystore.Outage || time.Since(begun) < time.Second {
+		t.Errorf("after %v: %v", time.Since(begun), err)
+	}
+	time.AfterFunc(time.Second, func() { srv.Fail(nil) })
+	if err := generate(); err != nil {
+		t.Errorf("STS came back: %v", err)
+	}
+	srv.Fail(func(op string) *keystoretest.Failure {
+		if op == "AssumeRole" {
+			return &keystoretest.Failure{Status: 403, Body: `<ErrorResponse><Error><Code>AccessDenied</Code><Message>no</Message></Error></ErrorResponse>`}
+		}
+		return nil
+	})
+	if s, err = awskms.New(o).Open(t.Context(), s.ARN()); err != nil {
+		t.Fatal(err)
+	}
+	if err := generate(); keystore.KindOf(err) != keystore.Credentials {
+		t.Errorf("a role that may not be assumed: %v", err)
 	}
 }
 

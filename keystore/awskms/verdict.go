@@ -6,10 +6,12 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/service/kms"
 	"github.com/aws/aws-sdk-go-v2/service/kms/types"
+	"github.com/aws/smithy-go"
 
 	"kmsfs/keystore"
 )
@@ -146,8 +148,15 @@ func (s *Store) verdict(ctx context.Context, k *kms.Client, op string, err error
 		e.Kind = keystore.Canceled
 		return e, false
 	}
+	if v, ok := errors.AsType[*keystore.Error](err); ok { // an answer that cannot be
+		return v, v.Kind == keystore.Outage
+	}
 	// First: what the services behind credentials answer looks like KMS's answers.
-	if s.credentialsMissing(ctx, k) {
+	if cerr := s.credentials(ctx, k); cerr != nil {
+		if passing(cerr) {
+			e.Hint = "the service that gives the credentials does not answer"
+			return e, true
+		}
 		e.Kind, e.Hint, e.Err = keystore.Credentials, credentialsHint, noCredentials{err}
 		return e, false
 	}
@@ -155,7 +164,7 @@ func (s *Store) verdict(ctx context.Context, k *kms.Client, op string, err error
 		if v, known := verdicts[c.ErrorCode()]; known {
 			e.Kind, e.Hint = v.kind, v.hint
 			if c.ErrorCode() == "KMSInvalidStateException" {
-				e.Kind = s.invalidState(ctx, k)
+				e.Kind = s.invalidState(ctx, k, err)
 			}
 			return e, v.again
 		}
@@ -198,9 +207,15 @@ type noCredentials struct{ error }
 func (n noCredentials) Unwrap() error { return n.error }
 func (noCredentials) Error() string   { return "there are no AWS credentials that can be used" }
 
-// invalidState asks what KMSInvalidStateException is about: revoked where the
-// key is disabled or waiting for deletion or import, else an outage.
-func (s *Store) invalidState(ctx context.Context, k *kms.Client) keystore.Kind {
+// invalidState finds what KMSInvalidStateException is about: revoked where the
+// key is disabled or waiting for deletion or import, else an outage. The message
+// says it ("… is pending deletion."); where it does not, KMS is asked.
+func (s *Store) invalidState(ctx context.Context, k *kms.Client, err error) keystore.Kind {
+	for _, state := range []string{"pending deletion", "pending import", "pending replica deletion", "disabled"} {
+		if strings.Contains(strings.ToLower(err.Error()), state) {
+			return keystore.Revoked
+		}
+	}
 	ctx, cancel := context.WithTimeout(ctx, s.c.o.Attempt)
 	defer cancel()
 	out, err := k.DescribeKey(ctx, &kms.DescribeKeyInput{KeyId: &s.arn})
@@ -223,16 +238,30 @@ func stateKind(st types.KeyState) keystore.Kind {
 	return 0
 }
 
-// credentialsMissing reports whether the SDK had no credentials to sign with.
-func (s *Store) credentialsMissing(ctx context.Context, k *kms.Client) bool {
+// credentials returns why the SDK had no credentials to sign with, nil if it had.
+func (s *Store) credentials(ctx context.Context, k *kms.Client) error {
 	ctx, cancel := context.WithTimeout(ctx, s.c.o.Attempt)
 	defer cancel()
 	creds := k.Options().Credentials
 	if creds == nil {
-		return true
+		return errors.New("none are configured")
 	}
 	_, err := creds.Retrieve(ctx)
-	return err != nil
+	return err
+}
+
+// passing reports whether credentials lack because a service that gives them (STS,
+// SSO, a container's or a machine's) could not be reached, or failed. Where no
+// machine's service is there at all, there are none.
+func passing(err error) bool {
+	op, ok := errors.AsType[*smithy.OperationError](err)
+	if !ok {
+		return false
+	}
+	if h, ok := errors.AsType[httpCoded](err); ok && h.HTTPStatusCode() != 0 {
+		return h.HTTPStatusCode() >= 500 || throttled(err)
+	}
+	return op.Service() != "ec2imds"
 }
 
 func requestID(err error) string {

@@ -4,6 +4,7 @@
 package keystoretest
 
 import (
+	"cmp"
 	"crypto/aes"
 	"crypto/cipher"
 	"crypto/rand"
@@ -50,6 +51,8 @@ type Server struct {
 	refused map[string]string // access key IDs, with the error code
 	noFile  string            // a file ID that a policy forbids
 	clock   time.Duration     // how wrong the client's clock is, as the server sees it
+	session time.Duration     // of a role, an hour if zero
+	number  int               // of the last request
 	keep    bool
 	made    [][]byte // data keys
 }
@@ -226,6 +229,13 @@ func (s *Server) SetClock(ahead time.Duration) {
 	s.clock = ahead
 }
 
+// SetSession sets how long the sessions of a role last, an hour if zero.
+func (s *Server) SetSession(d time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.session = d
+}
+
 // KeepKeys makes the server remember the data keys that it makes, for [Server.Keys].
 func (s *Server) KeepKeys() {
 	s.mu.Lock()
@@ -276,6 +286,8 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	s.active++
 	s.most = max(s.most, s.active)
 	s.agents[r.UserAgent()] = true
+	s.number++
+	id := fmt.Sprintf("0123-test-%d", s.number)
 	latency, fail, clock := s.latency, s.fail, s.clock
 	s.mu.Unlock()
 	now := time.Now().Add(clock)
@@ -293,7 +305,7 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	w.Header().Set("Content-Type", "application/x-amz-json-1.1")
-	w.Header().Set("X-Amzn-RequestId", "0123-test")
+	w.Header().Set("X-Amzn-RequestId", id)
 	if signed, err := time.Parse("20060102T150405Z", r.Header.Get("X-Amz-Date")); err == nil && now.Sub(signed).Abs() > 5*time.Minute {
 		s.answerFailure(w, r, &Failure{Status: 400, Code: "InvalidSignatureException"})
 		return
@@ -318,8 +330,7 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 }
 
 // serveSTS answers GetCallerIdentity and AssumeRole, in the query protocol. A
-// session's access key ID is SESSION and how many there were before; it ends
-// with an hour.
+// session's access key ID is SESSION and how many there were before.
 func (s *Server) serveSTS(w http.ResponseWriter, r *http.Request, body string) {
 	q, _ := url.ParseQuery(body)
 	op := q.Get("Action")
@@ -327,13 +338,20 @@ func (s *Server) serveSTS(w http.ResponseWriter, r *http.Request, body string) {
 	n := s.calls[op]
 	s.calls[op]++
 	s.agents["session "+q.Get("RoleSessionName")] = true
+	fail, lasts := s.fail, cmp.Or(s.session, time.Hour)
 	s.mu.Unlock()
+	if fail != nil {
+		if f := fail(op); f != nil {
+			s.answerFailure(w, r, f)
+			return
+		}
+	}
 	switch op {
 	case "GetCallerIdentity":
 		fmt.Fprintf(w, `<GetCallerIdentityResponse><GetCallerIdentityResult><Arn>arn:aws:iam::%s:user/test</Arn><UserId>X</UserId><Account>%[1]s</Account></GetCallerIdentityResult></GetCallerIdentityResponse>`, Account)
 	case "AssumeRole":
 		fmt.Fprintf(w, `<AssumeRoleResponse><AssumeRoleResult><Credentials><AccessKeyId>SESSION%d</AccessKeyId><SecretAccessKey>s</SecretAccessKey><SessionToken>t</SessionToken><Expiration>%s</Expiration></Credentials></AssumeRoleResult></AssumeRoleResponse>`,
-			n, time.Now().Add(time.Hour).UTC().Format(time.RFC3339))
+			n, time.Now().Add(lasts).UTC().Format(time.RFC3339))
 	default:
 		w.WriteHeader(http.StatusBadRequest)
 	}
@@ -425,7 +443,8 @@ func (s *Server) operate(op, credential string, q *request) (any, error) {
 	case "Disabled":
 		return nil, &kmsError{"DisabledException", arn(k.id) + " is disabled."}
 	default:
-		return nil, &kmsError{"KMSInvalidStateException", arn(k.id) + " is " + k.state + "."}
+		said := map[string]string{"PendingDeletion": "pending deletion", "PendingImport": "pending import"}[k.state]
+		return nil, &kmsError{"KMSInvalidStateException", arn(k.id) + " is " + cmp.Or(said, k.state) + "."}
 	}
 	if k.spec != "SYMMETRIC_DEFAULT" {
 		return nil, &kmsError{"InvalidKeyUsageException", "the key is of type " + k.spec}
