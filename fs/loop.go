@@ -38,6 +38,8 @@ type loop struct {
 	mu     sync.Mutex
 	places []*place
 
+	requests requests
+
 	gate   sync.RWMutex // held for reading by who writes notifications
 	closed atomic.Bool
 
@@ -130,6 +132,9 @@ func (l *loop) work(p *place) {
 		if err != nil {
 			l.end.Do(func() { close(l.done) })
 			return
+		}
+		if l.interrupt(in[:n]) {
+			continue
 		}
 		if time.Since(begun) < quickRead && l.more() {
 			score = max(score, -manyMore) + 1
@@ -271,9 +276,10 @@ func (l *loop) look(last map[*place]uint64) (busy bool) {
 	return busy
 }
 
-// Opcodes of the kernel's fuse.h that may wait for the disk.
+// Opcodes of the kernel's fuse.h: of what may wait for the disk, and of who gives up.
 const (
 	opRead, opWrite, opFsync, opFsyncDir, opCopyFileRange = 15, 16, 20, 30, 47
+	opInterrupt                                           = 36
 )
 
 // takesLong reports whether a request is expected to take longer than handing
@@ -312,14 +318,18 @@ func (l *loop) read(b []byte) (int, error) {
 
 // answer handles a request and writes the reply.
 func (l *loop) answer(in, out []byte) {
+	h := (*fuse.InHeader)(unsafe.Pointer(&in[0]))
+	unique := h.Unique
+	l.requests.begin(h)
 	n, s := l.ps.HandleRequest([][]byte{in}, [][]byte{out})
+	l.requests.end(unique)
 	if n == 0 {
 		if s.Ok() {
 			return // FORGET and the like
 		}
-		h := (*fuse.OutHeader)(unsafe.Pointer(&out[0]))
-		*h = fuse.OutHeader{Length: uint32(unsafe.Sizeof(*h)), Status: -int32(s), Unique: (*fuse.InHeader)(unsafe.Pointer(&in[0])).Unique}
-		n = int(h.Length)
+		o := (*fuse.OutHeader)(unsafe.Pointer(&out[0]))
+		*o = fuse.OutHeader{Length: uint32(unsafe.Sizeof(*o)), Status: -int32(s), Unique: unique}
+		n = int(o.Length)
 	}
 	for {
 		_, err := unix.Write(l.fd, out[:n])
@@ -327,7 +337,7 @@ func (l *loop) answer(in, out []byte) {
 		case errors.Is(err, unix.EINTR):
 			continue
 		case err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENODEV): // whoever asked is gone
-			l.log.Error("answering a request failed", "opcode", (*fuse.InHeader)(unsafe.Pointer(&in[0])).Opcode, "error", err)
+			l.log.Error("answering a request failed", "opcode", h.Opcode, "error", err)
 		}
 		return
 	}

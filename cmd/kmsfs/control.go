@@ -104,7 +104,11 @@ func (c *control) start(mountPoint string) (err error) {
 	c.since = time.Now()
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /stats", func(w http.ResponseWriter, _ *http.Request) { json.NewEncoder(w).Encode(c.stats()) })
-	mux.HandleFunc("POST /lock", func(http.ResponseWriter, *http.Request) { c.v.Lock() })
+	mux.HandleFunc("POST /lock", func(w http.ResponseWriter, _ *http.Request) {
+		if err := c.v.Lock(); err != nil {
+			http.Error(w, fmt.Sprintf("it is locked, but what programs had written is not all on the disk: %v; see the log", err), http.StatusInternalServerError)
+		}
+	})
 	mux.HandleFunc("POST /unlock", func(http.ResponseWriter, *http.Request) { c.v.Unlock() })
 	mux.HandleFunc("POST /reload", func(http.ResponseWriter, *http.Request) { c.reloadNow() })
 	c.srv = &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, ErrorLog: slog.NewLogLogger(c.log.Handler(), slog.LevelWarn)}

@@ -2,6 +2,7 @@ package volume
 
 import (
 	"errors"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -24,6 +25,9 @@ func (v *Volume) Crash() {
 	v.dirLRU.closeAll()
 	unix.Close(v.rootD)
 }
+
+// SealWithin sets how long a disk may take before keys are wiped.
+func (v *Volume) SealWithin(d time.Duration) { v.sealWithin = d }
 
 // Settle settles all closed files now.
 func (v *Volume) Settle() { v.settler.settle(v.settler.due(0)) }

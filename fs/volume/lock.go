@@ -3,10 +3,11 @@ package volume
 import (
 	"context"
 	"errors"
+	"fmt"
+	"maps"
+	"slices"
 	"sync"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
 	"kmsfs/keystore"
@@ -35,16 +36,38 @@ type refusal struct {
 	sealed bool // what the kernel held back is written; its writes are refused too
 }
 
-// sealWithin is how long the kernel has to write what it holds back.
-const sealWithin = 30 * time.Second
+const (
+	sealWithin = 30 * time.Second       // in which the kernel writes what it holds back, and the disk takes it
+	fileWithin = 100 * time.Millisecond // for each file that a disk that does not answer holds
+)
+
+// within runs f; ok is false where it goes on for longer than d, alone.
+func within[T any](d time.Duration, f func() T) (out T, ok bool) {
+	done := make(chan T, 1)
+	go func() { done <- f() }()
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case out = <-done:
+		return out, true
+	case <-t.C:
+		return out, false
+	}
+}
 
 // Lock makes all content unreadable until Unlock: what was accepted is written,
 // the kernel forgets what it knows, the data keys are wiped. Everything that is
-// asked meanwhile is EKEYEXPIRED.
-func (v *Volume) Lock() {
-	v.keysForWriters() // for what the kernel holds back
+// asked meanwhile, or waits, is EKEYEXPIRED. The error says what could not be
+// written before; the volume is locked all the same.
+func (v *Volume) Lock() error {
 	v.locked.Store(true)
+	v.keysForWriters(v.sealWithin / 6) // for what the kernel holds back
+	v.unsealed.Store(nil)
 	v.ring.Lock(errLocked)
+	if e := v.unsealed.Load(); e != nil {
+		return *e
+	}
+	return nil
 }
 
 // Unlock ends Lock.
@@ -91,7 +114,7 @@ func (v *Volume) keysChanged(verdict error) {
 	if verdict == nil {
 		v.refusal.Store(nil)
 		v.log.Info("the volume's keys can be used again")
-		v.keysForWriters()
+		v.keysForWriters(v.sealWithin)
 		return
 	}
 	v.refusal.Store(&refusal{err: verdict})
@@ -100,54 +123,53 @@ func (v *Volume) keysChanged(verdict error) {
 	} else {
 		v.report("keys", "the volume's keys may not be used any more; its files answer with the verdict until they may", verdict)
 	}
-	v.letKernelWrite()
+	err := v.letKernelWrite()
 	v.refusal.Store(&refusal{verdict, true})
-	if err := v.dropKeys(v.files()); err != nil {
-		v.report(".", "before the keys were wiped, not everything could be settled", err)
+	if err = errors.Join(err, v.dropKeys(v.files())); err != nil {
+		v.report(".", "before the keys were wiped, not everything could be written or settled", err)
+		v.unsealed.Store(&err)
 	}
 }
 
 // keysForWriters asks again for the wiped keys of files that somebody has open for
 // writing: what the kernel's cache takes shows here only when it is written, and
-// then the keys may be gone again.
-func (v *Volume) keysForWriters() {
-	ctx, cancel := context.WithTimeout(context.Background(), sealWithin)
+// then the keys may be gone again. It takes so long at most, whatever disk and key
+// service do.
+func (v *Volume) keysForWriters(atMost time.Duration) {
+	ctx, cancel := context.WithTimeout(context.Background(), atMost)
 	defer cancel()
-	var wg sync.WaitGroup
-	slots := make(chan struct{}, renewAtOnce)
-	for _, f := range v.files() {
-		f.mu.RLock()
-		needs := f.keyless() && f.writers > 0
-		f.mu.RUnlock()
-		if !needs {
-			continue
+	within(atMost, func() (_ struct{}) {
+		var wg sync.WaitGroup
+		slots := make(chan struct{}, renewAtOnce)
+		for _, f := range v.files() {
+			f.mu.RLock()
+			needs := f.keyless() && f.writers > 0
+			f.mu.RUnlock()
+			if !needs {
+				continue
+			}
+			slots <- struct{}{}
+			wg.Go(func() {
+				defer func() { <-slots }()
+				f.ready(ctx, false) // what fails is tried again when it is needed
+			})
 		}
-		slots <- struct{}{}
-		wg.Go(func() {
-			defer func() { <-slots }()
-			f.ready(ctx, false) // what fails is tried again when it is needed
-		})
-	}
-	wg.Wait()
+		wg.Wait()
+		return
+	})
 }
 
 // letKernelWrite makes the kernel write what it holds back of every file, and
-// forget the rest. A disk that does not answer does not keep the keys alive.
-func (v *Volume) letKernelWrite() {
+// forget the rest, and what it knows of directories. A disk that does not answer
+// does not keep the keys alive.
+func (v *Volume) letKernelWrite() error {
 	if v.kernel.Load() == nil {
-		return
+		return nil
 	}
 	v.mu.Lock()
-	var ids []uint64
-	for id, n := range v.nodes {
-		if n.typ == unix.S_IFREG {
-			ids = append(ids, id)
-		}
-	}
+	ids := slices.Collect(maps.Keys(v.nodes))
 	v.mu.Unlock()
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
+	_, ok := within(v.sealWithin, func() (_ struct{}) {
 		var wg sync.WaitGroup
 		queue := make(chan uint64)
 		for range 4 {
@@ -162,52 +184,66 @@ func (v *Volume) letKernelWrite() {
 		}
 		close(queue)
 		wg.Wait()
-	}()
-	select {
-	case <-done:
-	case <-time.After(sealWithin):
-		v.report(".", "the kernel does not write what it holds back; the keys are wiped without", context.DeadlineExceeded)
+		return
+	})
+	if !ok {
+		return fmt.Errorf("the kernel does not write what it holds back: %w", context.DeadlineExceeded)
 	}
+	return nil
 }
 
-// dropKeys brings files into their final form and wipes their keys.
+// dropKeys brings files into their final form and wipes their keys. Those that a
+// disk that does not answer holds are wiped when it lets them go.
 func (v *Volume) dropKeys(files []*file) error {
+	end := time.Now().Add(v.sealWithin)
+	left := func() time.Duration { return max(time.Until(end), fileWithin) }
 	changes := make([]uint64, len(files))
 	for i, f := range files {
-		f.mu.RLock()
-		changes[i] = f.changes
-		f.mu.RUnlock()
+		changes[i], _ = within(left(), func() uint64 {
+			f.mu.RLock()
+			defer f.mu.RUnlock()
+			return f.changes
+		})
 	}
 	var err error
 	if !v.o.ReadOnly {
-		err = v.syncWithin(sealWithin)
+		err = v.syncWithin(left())
 	}
 	for i, f := range files {
-		f.mu.Lock()
-		if err == nil && f.rw && !f.closed && !f.broken {
-			err = errors.Join(f.rest(), f.settle(changes[i]))
+		settle := err == nil
+		ferr, ok := within(left(), func() error { return f.settleAndWipe(settle, changes[i]) })
+		if !ok {
+			v.stuck.Store(true)
+			ferr = context.DeadlineExceeded
 		}
-		if f.hdr != nil && f.rw && f.flags()&(blockcrypt.Dirty|blockcrypt.Cut) != 0 {
-			v.stuck.Store(true) // it cannot be settled without its key: the next mount does
-		}
-		f.wipe()
-		f.mu.Unlock()
+		err = errors.Join(err, ferr)
 	}
+	return err
+}
+
+// settleAndWipe settles the file, if it is as it was, and wipes its keys.
+func (f *file) settleAndWipe(settle bool, changes uint64) (err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if settle && f.rw && !f.closed && !f.broken {
+		err = errors.Join(f.rest(), f.settle(changes))
+	}
+	if f.hdr != nil && f.rw && f.flags()&(blockcrypt.Dirty|blockcrypt.Cut) != 0 {
+		f.v.stuck.Store(true) // it cannot be settled without its key: the next mount does
+	}
+	f.wipe()
 	return err
 }
 
 // syncWithin is syncAll for so long at most: a disk that does not answer does not
 // keep the keys alive.
 func (v *Volume) syncWithin(d time.Duration) error {
-	done := make(chan error, 1)
-	go func() { done <- v.syncAll() }()
-	select {
-	case err := <-done:
-		return err
-	case <-time.After(d):
+	err, ok := within(d, v.syncAll)
+	if !ok {
 		v.stuck.Store(true)
 		return context.DeadlineExceeded
 	}
+	return err
 }
 
 // dropKey is what keysChanged does, for one file.
@@ -238,6 +274,11 @@ func (f *file) ready(ctx context.Context, delayedWrite bool) error {
 	for {
 		if err := f.refuses(delayedWrite); err != nil {
 			return err
+		}
+		if !delayedWrite {
+			if err := f.v.ring.Prove(ctx); err != nil {
+				return err
+			}
 		}
 		f.mu.RLock()
 		hdr, has := f.hdr, f.keys != nil

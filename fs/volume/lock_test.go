@@ -149,6 +149,56 @@ func TestLockTwice(t *testing.T) {
 	w.want("f", []byte("new content"))
 }
 
+// A disk that does not answer keeps neither the volume from being locked nor the keys
+// of other files in memory; its own file's go when it lets it go.
+func TestLockBehindStalledDisk(t *testing.T) {
+	stalled, at := make(chan struct{}), make(chan struct{}, 9)
+	var stall atomic.Bool
+	w, _ := lockWorld(t, volume.Options{Hook: func(c volume.Call) error {
+		if stall.Load() && (c.Op == "pwrite" || c.Op == "syncfs") {
+			at <- struct{}{}
+			<-stalled
+		}
+		return nil
+	}})
+	w.v.SealWithin(time.Second)
+	w.write("a", noise(5000))
+	w.write("b", noise(5000))
+	a, b := w.opened("a"), w.opened("b")
+	stall.Store(true)
+	wrote := make(chan error)
+	go func() {
+		_, err := a.Write(ctx, noise(5000), 0)
+		wrote <- err
+	}()
+	<-at
+	begun := time.Now()
+	if err := w.v.Lock(); err == nil {
+		t.Error("all is said to be written")
+	}
+	if d := time.Since(begun); d > 10*time.Second {
+		t.Errorf("it took %v", d)
+	}
+	_, err := b.Read(ctx, make([]byte, 10), 0)
+	refusedLocked(t, "a read beside", err)
+	if b.HasKeys() {
+		t.Error("another file's keys are in memory")
+	}
+	stall.Store(false)
+	close(stalled)
+	<-wrote
+	for until := time.Now().Add(10 * time.Second); a.HasKeys(); time.Sleep(time.Millisecond) {
+		if time.Now().After(until) {
+			t.Fatal("the file's keys are in memory though the disk answered")
+		}
+	}
+	w.v.Unlock()
+	if _, err := a.Read(ctx, make([]byte, 10), 0); err != nil {
+		t.Error("unlocked:", err)
+	}
+	w.do("close", errors.Join(a.Release(), b.Release()))
+}
+
 // What is fsynced while the volume is locked is confirmed: growth announces itself.
 func TestFsyncWhileLocked(t *testing.T) {
 	var ops []string

@@ -64,8 +64,10 @@ type Volume struct {
 	spaceFailed atomic.Int64 // when space was last found wanting, in seconds; 0: never
 	locked      atomic.Bool  // by Lock
 	refusal     atomic.Pointer[refusal]
-	stuck       atomic.Bool // a file could not be brought into order: the marker stays, so that the next mount repairs it
-	wrote       atomic.Bool // something was written in this session
+	sealWithin  time.Duration
+	unsealed    atomic.Pointer[error] // what was not written or settled when keys were wiped last
+	stuck       atomic.Bool           // a file could not be brought into order: the marker stays, so that the next mount repairs it
+	wrote       atomic.Bool           // something was written in this session
 	nextID      atomic.Uint64
 
 	moving atomic.Int64  // changes of places under way
@@ -87,7 +89,7 @@ type Volume struct {
 	dirLRU dirLRU
 
 	reportMu sync.Mutex
-	reported map[string]bool // faults that the log has, each once
+	reported map[string]time.Time // faults that the log has, each once
 
 	// markerMu is held while the marker and mine change. It comes before mu.
 	markerMu sync.Mutex
@@ -106,7 +108,7 @@ type inodeKey struct{ dev, ino uint64 }
 // Open gives the tree of a volume that [Unlock] opened. It takes the volume's
 // lock and the ring, which Close closes.
 func (u *Unlocked) Open(o Options) (*Volume, error) {
-	v := &Volume{disk: disk{o.Hook, o.Done}, o: o, log: o.Logger, cfg: u.Config, vk: u.keys, rootD: u.root, plain: u.Config.Names == blockcrypt.NamesPlain,
+	v := &Volume{disk: disk{o.Hook, o.Done}, o: o, sealWithin: sealWithin, log: o.Logger, cfg: u.Config, vk: u.keys, rootD: u.root, plain: u.Config.Names == blockcrypt.NamesPlain,
 		super: unix.Geteuid() == 0, nodes: map[uint64]*Node{}, inodes: map[inodeKey]*Node{}, bad: map[uint64]bool{}, quit: make(chan struct{}), walked: make(chan struct{})}
 	if v.log == nil {
 		v.log = slog.New(slog.DiscardHandler)
@@ -212,24 +214,31 @@ func (v *Volume) Close() error {
 	return err
 }
 
-// report logs a fault once for each what and error. When it returns the log has
-// it, whoever wrote it.
+// reportAgain is when a key service's failure is told again: it may be another one.
+const reportAgain = time.Minute
+
+// report logs a fault once for each what and error, a key service's again after a
+// while. When it returns the log has it, whoever wrote it.
 func (v *Volume) report(what, msg string, err error) {
-	if keystore.KindOf(err) == keystore.Canceled {
+	e, ok := errors.AsType[*keystore.Error](err)
+	if ok && (e.Kind == keystore.Canceled || e == errLocked) { // no faults
 		return
 	}
 	key := what + "\x00" + err.Error()
+	if ok { // the text has the number of the request
+		key = what + "\x00" + e.URI + "\x00" + e.Op + "\x00" + e.Kind.String()
+	}
 	v.reportMu.Lock()
 	defer v.reportMu.Unlock()
-	if v.reported[key] {
+	if t, known := v.reported[key]; known && (!ok || time.Since(t) < reportAgain) {
 		return
 	}
 	if len(v.reported) >= 10000 || v.reported == nil {
-		v.reported = map[string]bool{}
+		v.reported = map[string]time.Time{}
 	}
-	v.reported[key] = true
+	v.reported[key] = time.Now()
 	attrs := []any{"at", what, "error", err}
-	if e, ok := errors.AsType[*keystore.Error](err); ok {
+	if ok {
 		attrs = append(attrs, "kind", e.Kind.String())
 		if e.Hint != "" {
 			attrs = append(attrs, "hint", e.Hint)

@@ -1,0 +1,101 @@
+package fs
+
+import (
+	"encoding/binary"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+	"unsafe"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+)
+
+// requests are those that are being answered, and who has made each.
+//
+// The kernel sends an INTERRUPT for any signal that comes while a program waits,
+// and does not begin the call anew: a program with a timer, as git's progress has,
+// would see EINTR from open, which on a disk it never sees. So a request ends early
+// only for who is being killed. The kernel tells of the first signal alone; from
+// then on it is looked for.
+type requests struct {
+	mu   sync.Mutex
+	made map[uint64]uint32 // the thread's ID by request, 0 where it is of another PID namespace
+}
+
+const lookAgain = 20 * time.Millisecond
+
+func (r *requests) begin(h *fuse.InHeader) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.made == nil {
+		r.made = map[uint64]uint32{}
+	}
+	r.made[h.Unique] = h.Pid
+}
+
+func (r *requests) end(unique uint64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.made, unique)
+}
+
+func (r *requests) thread(unique uint64) (tid uint32, known bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	tid, known = r.made[unique]
+	return tid, known
+}
+
+// interrupt handles an INTERRUPT, and reports whether in is one.
+func (l *loop) interrupt(in []byte) bool {
+	const at = unsafe.Sizeof(fuse.InHeader{})
+	if h := (*fuse.InHeader)(unsafe.Pointer(&in[0])); h.Opcode != opInterrupt || len(in) < int(at)+8 {
+		return false
+	}
+	in = append([]byte(nil), in...)
+	unique := binary.NativeEndian.Uint64(in[at:])
+	l.workers.Go(func() {
+		for first := true; ; first = false {
+			tid, known := l.requests.thread(unique)
+			switch {
+			case !known && !first:
+				return // answered
+			case known && (tid == 0 || dying(tid)):
+				l.ps.HandleRequest([][]byte{in}, [][]byte{make([]byte, unsafe.Sizeof(fuse.OutHeader{}))})
+				return
+			}
+			time.Sleep(lookAgain)
+		}
+	})
+	return true
+}
+
+// dying reports whether a signal that ends the thread's process waits for it.
+func dying(tid uint32) bool {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", tid))
+	if err != nil {
+		return true
+	}
+	set := map[string]uint64{}
+	for line := range strings.Lines(string(b)) {
+		if name, hex, ok := strings.Cut(line, ":\t"); ok && strings.HasPrefix(name, "S") {
+			set[name], _ = strconv.ParseUint(strings.TrimSpace(hex), 16, 64)
+		}
+	}
+	deadly := (set["SigPnd"] | set["ShdPnd"]) &^ (set["SigBlk"] | set["SigIgn"] | set["SigCgt"] | harmless)
+	return deadly != 0
+}
+
+// harmless are the signals that do not end who has made no provision for them.
+var harmless = signals(unix.SIGCHLD, unix.SIGCONT, unix.SIGURG, unix.SIGWINCH, unix.SIGSTOP, unix.SIGTSTP, unix.SIGTTIN, unix.SIGTTOU)
+
+func signals(ss ...unix.Signal) (set uint64) {
+	for _, s := range ss {
+		set |= 1 << (s - 1)
+	}
+	return set
+}
