@@ -149,6 +149,12 @@ func (r *Ring) store(uri string) *standing {
 	return nil
 }
 
+// Same reports whether two recipients are one: replicas of one key are.
+func (r *Ring) Same(a, b string) bool {
+	s := r.store(a)
+	return a == b || s != nil && s == r.store(b)
+}
+
 // candidate is a recipient of a file with its trusted store.
 type candidate struct {
 	s *standing

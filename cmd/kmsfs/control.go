@@ -212,6 +212,8 @@ type stats struct {
 	P99        float64          `json:"p99_ms"`
 	Keys       keystore.Counts  `json:"keys"`
 	Recipients []recipient      `json:"recipients"`
+	Cost       float64          `json:"cost_dollars"`
+	Monthly    float64          `json:"cost_dollars_a_month"`
 }
 
 type recipient struct {
@@ -252,12 +254,13 @@ func statsCommand() *cobra.Command {
 			if err := ask(args[0], http.MethodGet, "stats", &s); err != nil {
 				return err
 			}
+			s.price(trails)
 			if asJSON {
 				enc := json.NewEncoder(os.Stdout)
 				enc.SetIndent("", "  ")
 				return enc.Encode(s)
 			}
-			s.print(trails)
+			s.print()
 			return nil
 		},
 	}
@@ -266,7 +269,16 @@ func statsCommand() *cobra.Command {
 	return c
 }
 
-func (s *stats) print(trails int) {
+// price puts the dollars in. What the first hour has cost may not be what the next
+// ones do: it counts as a whole one.
+func (s *stats) price(trails int) {
+	for _, c := range s.Calls {
+		s.Cost += float64(c.Count) * (perCall + float64(trails)*perEvent)
+	}
+	s.Monthly = s.Cost / max(s.Hours, 1) * month
+}
+
+func (s *stats) print() {
 	total := uint64(0)
 	fmt.Printf("calls to key services, since %s\n", (time.Duration(s.Hours * float64(time.Hour))).Round(time.Second))
 	for _, c := range s.Calls {
@@ -290,12 +302,7 @@ func (s *stats) print(trails int) {
 		}
 		fmt.Printf("recipient         %s: %s\n", r.URI, state)
 	}
-	cost := float64(total) * (perCall + float64(trails)*perEvent)
-	fmt.Printf("cost so far       $%.4f", cost)
-	if s.Hours > 1 {
-		fmt.Printf(", at this rate $%.2f a month", cost/s.Hours*month)
-	}
-	fmt.Println()
+	fmt.Printf("cost so far       $%.4f, at this rate $%.2f a month\n", s.Cost, s.Monthly)
 	if s.Locked {
 		fmt.Println("The volume is locked.")
 	}

@@ -44,7 +44,9 @@ func keyCommand() *cobra.Command {
 	return c
 }
 
-func (f *keyFlags) admin(c *cobra.Command) (*awskms.Admin, error) { return f.kms().Admin(c.Context()) }
+func (f *keyFlags) admin(c *cobra.Command, key string) (*awskms.Admin, error) {
+	return f.kms().Admin(c.Context(), key)
+}
 
 func (f *keyFlags) createCommand() *cobra.Command {
 	var alias string
@@ -61,7 +63,7 @@ Without --admin, or --user, the account decides by its IAM policies.`,
 			if !strings.HasPrefix(alias, "alias/") || strings.HasPrefix(alias, "alias/aws/") || len(alias) == len("alias/") {
 				return usageError{fmt.Errorf("%q is no name for a key: alias/NAME is", alias), c.CommandPath()}
 			}
-			k, err := f.admin(c)
+			k, err := f.admin(c, "")
 			if err != nil {
 				return err
 			}
@@ -95,7 +97,7 @@ func (f *keyFlags) listCommand() *cobra.Command {
 		Short: "List the account's keys in this Region that have an alias of their own",
 		Args:  cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			k, err := f.admin(c)
+			k, err := f.admin(c, "")
 			if err != nil {
 				return err
 			}
@@ -114,7 +116,7 @@ func (f *keyFlags) showCommand() *cobra.Command {
 		Short: "Show a key, and the volumes known here that depend on it",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
-			k, err := f.admin(c)
+			k, err := f.admin(c, args[0])
 			if err != nil {
 				return err
 			}
@@ -141,7 +143,7 @@ const dangerous = 1
 func (f *keyFlags) changeCommand(use, short string, danger int, do func(*cobra.Command, *awskms.Admin, string) (string, error)) *cobra.Command {
 	var yes bool
 	c := &cobra.Command{Use: use, Short: short, Args: cobra.ExactArgs(1), RunE: func(c *cobra.Command, args []string) error {
-		k, err := f.admin(c)
+		k, err := f.admin(c, args[0])
 		if err != nil {
 			return err
 		}
@@ -201,13 +203,25 @@ func confirm(what string, yes bool) error {
 	return nil
 }
 
-// dependents tells which volumes known on this machine depend on a key.
+// dependents tells which volumes known on this machine depend on a key: this user's
+// and root's, and for root everybody's.
 func dependents(arn string) (out []string) {
-	dir, err := statePath()
-	if err != nil {
-		return nil
+	dirs := []string{"/var/lib/kmsfs"}
+	if dir, err := statePath(); err == nil && dir != dirs[0] {
+		dirs = append(dirs, dir)
 	}
-	records, _ := filepath.Glob(filepath.Join(dir, "*.json"))
+	if os.Geteuid() == 0 {
+		homes, _ := filepath.Glob("/home/*/.local/state/kmsfs")
+		dirs = append(dirs, homes...)
+	}
+	var records []string
+	for _, dir := range dirs {
+		if _, err := os.ReadDir(dir); errors.Is(err, os.ErrPermission) {
+			out = append(out, fmt.Sprintf("Which volumes %s knows cannot be seen by this user.", dir))
+		}
+		found, _ := filepath.Glob(filepath.Join(dir, "*.json"))
+		records = append(records, found...)
+	}
 	for _, p := range records {
 		b, err := os.ReadFile(p)
 		var rec volume.Record

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -158,12 +159,7 @@ func (k *fileCheck) wholeBlocks() int64 {
 // checkRecipients compares the file's recipients with the volume's.
 func (k *fileCheck) checkRecipients() {
 	in := func(uri string, list []string) bool {
-		for _, u := range list {
-			if u == uri {
-				return true
-			}
-		}
-		return false
+		return slices.ContainsFunc(list, func(u string) bool { return u == uri || k.ring != nil && k.ring.Same(u, uri) })
 	}
 	var have, want []string
 	for _, r := range k.hdr.Recipients {

@@ -16,12 +16,16 @@ import (
 	"kmsfs/keystore"
 )
 
-// Admin makes and manages keys in the configured Region.
+// Admin makes and manages keys in one Region.
 type Admin struct{ s *Store }
 
-// Admin returns it.
-func (c *Clients) Admin(ctx context.Context) (*Admin, error) {
-	_, region, err := c.client(ctx, "")
+// Admin returns it: of the Region that an ARN names, else of the configured one.
+func (c *Clients) Admin(ctx context.Context, name string) (*Admin, error) {
+	region := ""
+	if m := arnPattern.FindStringSubmatch(strings.TrimPrefix(name, Scheme)); m != nil {
+		region = m[2]
+	}
+	_, region, err := c.client(ctx, region)
 	if err != nil {
 		return nil, err
 	}

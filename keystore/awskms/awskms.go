@@ -191,11 +191,22 @@ func (c *Clients) Open(ctx context.Context, name string) (*Store, error) {
 }
 
 // OpenURI returns the store of a recipient's URI: a key ARN, nothing else, since
-// what a file names must not be looked up.
+// what a file names must not be looked up. Of a multi-Region key it is the replica
+// in the configured Region, where there is one that can be used.
 func (c *Clients) OpenURI(ctx context.Context, uri string) (*Store, error) {
 	name, ok := strings.CutPrefix(uri, Scheme)
-	if m := arnPattern.FindStringSubmatch(name); !ok || m == nil || m[4] != "key" {
+	m := arnPattern.FindStringSubmatch(name)
+	if !ok || m == nil || m[4] != "key" {
 		return nil, refused(name, "the recipient is no ARN of a KMS key", "")
+	}
+	if _, own, err := c.client(ctx, ""); err == nil && own != m[2] && strings.HasPrefix(m[5], "mrk-") {
+		ctx, cancel := context.WithTimeout(ctx, c.o.Attempt)
+		defer cancel()
+		if s, err := c.Open(ctx, fmt.Sprintf("arn:%s:kms:%s:%s:key/%s", m[1], own, m[3], m[5])); err == nil {
+			if _, err := s.describe(ctx, s.arn); err == nil {
+				return s, nil
+			}
+		}
 	}
 	return c.Open(ctx, name)
 }

@@ -272,6 +272,26 @@ func TestMatches(t *testing.T) {
 	}
 }
 
+// Of a multi-Region key the own Region's replica is used, where there is one.
+func TestOwnRegionFirst(t *testing.T) {
+	srv := keystoretest.NewServer(t)
+	here := srv.AddMultiRegion()
+	there := strings.Replace(here, keystoretest.Region, "us-east-1", 1)
+	c := awskms.New(quick)
+	if s, err := c.OpenURI(t.Context(), "aws-kms:"+there); err != nil || s.ARN() != here || !s.Matches("aws-kms:"+there) {
+		t.Errorf("%v, %v", s, err)
+	}
+	srv.Deny("DescribeKey") // it cannot be seen
+	if s, err := c.OpenURI(t.Context(), "aws-kms:"+there); err != nil || s.ARN() != there {
+		t.Errorf("%v, %v", s, err)
+	}
+	srv.Deny()
+	none := strings.Replace(srv.AddKey(""), keystoretest.Region, "us-east-1", 1)
+	if s, err := c.OpenURI(t.Context(), "aws-kms:"+none); err != nil || s.ARN() != none {
+		t.Errorf("a key of one Region: %v, %v", s, err)
+	}
+}
+
 func TestAnswerOfAnotherKey(t *testing.T) {
 	srv := keystoretest.NewServer(t)
 	s := open(t, srv.AddKey(""))

@@ -254,7 +254,7 @@ func TestBrokenAnswers(t *testing.T) {
 // key and who uses it apart.
 func TestAdmin(t *testing.T) {
 	srv := keystoretest.NewServer(t)
-	a, err := awskms.New(quick).Admin(t.Context())
+	a, err := awskms.New(quick).Admin(t.Context(), "")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -127,6 +127,17 @@ func (s *Server) AddKeyLike(alias, spec, usage, manager string) string {
 	return arn(s.newKey(alias, spec, usage, manager).id)
 }
 
+// AddMultiRegion makes a multi-Region key; the server answers for each replica's ARN.
+func (s *Server) AddMultiRegion() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	k := s.newKey("", "SYMMETRIC_DEFAULT", "ENCRYPT_DECRYPT", "CUSTOMER")
+	delete(s.keys, k.id)
+	k.id = "mrk-" + strings.ReplaceAll(k.id, "-", "")
+	s.keys[k.id] = k
+	return arn(k.id)
+}
+
 func (s *Server) newKey(alias, spec, usage, manager string) *key {
 	var b [16]byte
 	rand.Read(b[:])
