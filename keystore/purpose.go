@@ -10,8 +10,8 @@ type Purpose int
 
 // The purposes. A service's log tells them apart: see keystore/awskms.
 const (
-	ForOpen     Purpose = iota // a program waits for a file's key
-	ForLease                   // to see that the key may still be used
+	ForLease    Purpose = iota // to see that the key may still be used: seldom, and not to be late
+	ForOpen                    // a program waits for a file's key
 	ForCreate                  // a program waits for a new key
 	ForPool                    // new keys made ahead
 	ForPrefetch                // files that a program is likely to open next
@@ -20,7 +20,7 @@ const (
 )
 
 func (p Purpose) String() string {
-	return [...]string{"open", "lease", "create", "pool", "prefetch", "rewrap"}[p]
+	return [...]string{"lease", "open", "create", "pool", "prefetch", "rewrap"}[p]
 }
 
 type purposeKey struct{}
@@ -54,6 +54,8 @@ func PurposeOf(ctx context.Context) Purpose {
 		return ForOpen
 	default:
 	}
-	p, _ := ctx.Value(purposeKey{}).(Purpose)
-	return p
+	if p, ok := ctx.Value(purposeKey{}).(Purpose); ok {
+		return p
+	}
+	return ForOpen
 }

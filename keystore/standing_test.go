@@ -278,3 +278,26 @@ func TestUnwrapNowAsksNobody(t *testing.T) {
 type immediate struct{ slow }
 
 func (*immediate) Immediate() {}
+
+// Of several recipients the one that answered last is asked first.
+func TestLastSuccessFirst(t *testing.T) {
+	a, b := &slow{uri: "slow:a", kek: [32]byte{1}}, &slow{uri: "slow:b", kek: [32]byte{2}}
+	bubble(t, []keystore.Store{a, b}, keystore.RingOptions{MaxAge: time.Hour}, func(r *keystore.Ring) {
+		k := fill(t, r, 1)[0]
+		forget := func() { r.Forget(k.ID, k.Wrapped) }
+		forget()
+		if _, err := r.Unwrap(bg, k.ID, k.Wrapped); err != nil || a.opens.Load() != 1 || b.opens.Load() != 0 {
+			t.Errorf("at first: %d and %d calls, %v", a.opens.Load(), b.opens.Load(), err)
+		}
+		time.Sleep(5 * time.Minute)
+		if err := r.Renew(bg, k.ID, k.Wrapped[1:]); err != nil { // b answers
+			t.Fatal(err)
+		}
+		forget()
+		a.opens.Store(0)
+		b.opens.Store(0)
+		if _, err := r.Unwrap(bg, k.ID, k.Wrapped); err != nil || a.opens.Load() != 0 || b.opens.Load() != 1 {
+			t.Errorf("when the second has answered: %d and %d calls, %v", a.opens.Load(), b.opens.Load(), err)
+		}
+	})
+}

@@ -272,6 +272,27 @@ func TestMatches(t *testing.T) {
 	}
 }
 
+// Calls are made on the connections of those before them.
+func TestConnectionsKept(t *testing.T) {
+	srv := keystoretest.NewServer(t)
+	s := open(t, srv.AddKey(""))
+	srv.SetLatency(5 * time.Millisecond)
+	for range 20 {
+		var wg sync.WaitGroup
+		for range 100 {
+			wg.Go(func() {
+				if _, _, err := s.Generate(t.Context(), keystore.Binding{Use: keystore.ForFile}); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+	}
+	if n := srv.Connections(); n > 150 || srv.MostAtOnce() < 20 {
+		t.Errorf("%d connections for 2,000 calls, %d at once", n, srv.MostAtOnce())
+	}
+}
+
 // Of a multi-Region key the own Region's replica is used, where there is one.
 func TestOwnRegionFirst(t *testing.T) {
 	srv := keystoretest.NewServer(t)

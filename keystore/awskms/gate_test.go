@@ -22,7 +22,7 @@ func TestGateOrder(t *testing.T) {
 		}
 		var mu sync.Mutex
 		var order []keystore.Purpose
-		for _, p := range []keystore.Purpose{keystore.ForRewrap, keystore.ForPrefetch, keystore.ForPool, keystore.ForCreate, keystore.ForOpen} {
+		for _, p := range []keystore.Purpose{keystore.ForRewrap, keystore.ForPrefetch, keystore.ForPool, keystore.ForCreate, keystore.ForOpen, keystore.ForLease} {
 			go func() {
 				if g.enter(keystore.WithPurpose(ctx, p)) == nil {
 					mu.Lock()
@@ -44,11 +44,11 @@ func TestGateOrder(t *testing.T) {
 		if len(order) != 0 {
 			t.Errorf("%d too many are let in", len(order))
 		}
-		for range 5 {
+		for range 6 {
 			g.leave(false)
 			synctest.Wait()
 		}
-		if len(order) != 5 {
+		if len(order) != 6 {
 			t.Fatalf("let in %v", order)
 		}
 		raised, raise := keystore.WithRaise(ctx, keystore.ForRewrap) // a program waits for it now
@@ -68,7 +68,7 @@ func TestGateOrder(t *testing.T) {
 			g.leave(false)
 			synctest.Wait()
 		}
-		want := []keystore.Purpose{keystore.ForOpen, keystore.ForCreate, keystore.ForPool, keystore.ForPrefetch, keystore.ForRewrap, keystore.ForOpen, keystore.ForCreate}
+		want := []keystore.Purpose{keystore.ForLease, keystore.ForOpen, keystore.ForCreate, keystore.ForPool, keystore.ForPrefetch, keystore.ForRewrap, keystore.ForOpen, keystore.ForCreate}
 		for i, p := range want {
 			if i >= len(order) || order[i] != p {
 				t.Fatalf("let in %v, want %v", order, want)

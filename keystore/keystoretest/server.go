@@ -43,6 +43,7 @@ type Server struct {
 	calls   map[string]int    // by operation
 	active  int
 	most    int
+	opened  int             // connections
 	denied  map[string]bool // operations
 	fail    func(op string) *Failure
 	latency time.Duration
@@ -83,7 +84,15 @@ func NewServer(t testing.TB) *Server {
 func Start(t testing.TB) *Server {
 	s := &Server{keys: map[string]*key{}, aliases: map[string]string{}, calls: map[string]int{}, denied: map[string]bool{}}
 	s.agents, s.refused = map[string]bool{}, map[string]string{}
-	s.http = httptest.NewServer(http.HandlerFunc(s.serve))
+	s.http = httptest.NewUnstartedServer(http.HandlerFunc(s.serve))
+	s.http.Config.ConnState = func(_ net.Conn, st http.ConnState) {
+		if st == http.StateNew {
+			s.mu.Lock()
+			s.opened++
+			s.mu.Unlock()
+		}
+	}
+	s.http.Start()
 	t.Cleanup(func() { s.http.Close() })
 	s.URL = s.http.URL
 	return s
@@ -208,6 +217,13 @@ func (s *Server) MostAtOnce() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.most
+}
+
+// Connections returns how many connections were opened.
+func (s *Server) Connections() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.opened
 }
 
 // Agents returns the user agents that have called.
