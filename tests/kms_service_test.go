@@ -2,13 +2,19 @@ package tests
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
+	"os/exec"
+	"os/signal"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"kmsfs/keystore/keystoretest"
 )
@@ -209,4 +215,99 @@ func TestKeyQuestionOnTerminal(t *testing.T) {
 		t.Errorf("yes: exit %d, %q", code, shown)
 	}
 	v.kmsfs("key", "enable", v.arn)
+}
+
+// A signal that the program handles does not end an open that waits for KMS; one
+// that kills it does.
+func TestSignalsWhileWaiting(t *testing.T) {
+	v := newKMSVolume(t)
+	for _, name := range []string{"a", "b"} {
+		write(t, v.path(name), []byte("content"))
+	}
+	v.remount()
+	v.srv.SetLatency(time.Second)
+	c := make(chan os.Signal, 99)
+	signal.Notify(c, syscall.SIGUSR1)
+	defer signal.Stop(c)
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	tid, begun := unix.Gettid(), time.Now()
+	go func() {
+		for range 5 {
+			time.Sleep(100 * time.Millisecond)
+			unix.Tgkill(os.Getpid(), tid, unix.SIGUSR1)
+		}
+	}()
+	fd, err := unix.Open(v.path("a"), unix.O_RDONLY, 0)
+	if err != nil || time.Since(begun) < time.Second {
+		t.Errorf("open, with signals: %v, after %v", err, time.Since(begun))
+	}
+	unix.Close(fd)
+	if len(c) == 0 {
+		t.Error("no signal came")
+	}
+	// It is told of the first signal alone.
+	v.srv.Fail(func(string) *keystoretest.Failure { return &keystoretest.Failure{Hang: true} })
+	cat := exec.Command("sh", "-c", `trap : USR1; exec 3<"$1"`, "sh", v.path("b"))
+	if err := cat.Start(); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(300 * time.Millisecond)
+	cat.Process.Signal(syscall.SIGUSR1)
+	time.Sleep(300 * time.Millisecond)
+	begun = time.Now()
+	cat.Process.Kill()
+	cat.Wait()
+	if d := time.Since(begun); d > 2*time.Second {
+		t.Errorf("it was gone %v after it was killed", d)
+	}
+	v.srv.Fail(nil)
+	want(t, v.path("b"), []byte("content"))
+}
+
+// lock ends what waits for KMS, and then everything is refused, also what the kernel
+// knew.
+func TestLockEndsWaiting(t *testing.T) {
+	v := newKMSVolume(t)
+	v.run(`mkdir "$M/d"; echo x >"$M/d/f"; echo x >"$M/g"`)
+	v.remount()
+	v.run(`ls -l "$M/d" >/dev/null; stat "$M/d" "$M/g" >/dev/null`)
+	v.srv.Fail(func(string) *keystoretest.Failure { return &keystoretest.Failure{Hang: true} })
+	got := make(chan error, 2)
+	go func() { got <- readErr(v.path("g"), syscall.EKEYEXPIRED)() }()
+	go func() {
+		for i := 0; ; i++ { // more than are made ahead
+			f, err := os.Create(v.path(fmt.Sprint("new", i)))
+			if err != nil {
+				if !errors.Is(err, syscall.EKEYEXPIRED) {
+					got <- err
+				} else {
+					got <- nil
+				}
+				return
+			}
+			f.WriteString("x")
+			f.Close()
+		}
+	}()
+	time.Sleep(500 * time.Millisecond)
+	begun := time.Now()
+	v.kmsfs("lock", v.dir)
+	for range 2 {
+		if err := <-got; err != nil {
+			t.Error("who waited:", err)
+		}
+	}
+	if d := time.Since(begun); d > 3*time.Second {
+		t.Errorf("it took %v", d)
+	}
+	for what, err := range map[string]error{"stat of a file": statErr(v.path("g")), "of a directory": statErr(v.path("d")), "a listing": listErr(v.path("d"))} {
+		if !errors.Is(err, syscall.EKEYEXPIRED) {
+			t.Errorf("%s, locked: %v", what, err)
+		}
+	}
+	v.srv.Fail(nil)
+	v.kmsfs("unlock", v.dir)
+	want(t, v.path("d/f"), []byte("x\n"))
+	want(t, v.path("g"), []byte("x\n"))
 }
