@@ -26,7 +26,10 @@ type requests struct {
 	made map[uint64]uint32 // the thread's ID by request, 0 where it is of another PID namespace
 }
 
-const lookAgain = 20 * time.Millisecond
+const (
+	lookAgain  = 20 * time.Millisecond
+	lookAtMost = time.Second // for a request that is not there yet: who has read it is slow, or has answered
+)
 
 func (r *requests) begin(h *fuse.InHeader) {
 	r.mu.Lock()
@@ -59,16 +62,18 @@ func (l *loop) interrupt(in []byte) bool {
 	in = append([]byte(nil), in...)
 	unique := binary.NativeEndian.Uint64(in[at:])
 	l.workers.Go(func() {
-		for first := true; ; first = false {
+		met := false
+		for begun := time.Now(); ; time.Sleep(lookAgain) {
 			tid, known := l.requests.thread(unique)
+			met = met || known
 			switch {
-			case !known && !first:
-				return // answered
+			case !known && (met || time.Since(begun) > lookAtMost):
+				return // it is answered
 			case known && (tid == 0 || dying(tid)):
-				l.ps.HandleRequest([][]byte{in}, [][]byte{make([]byte, unsafe.Sizeof(fuse.OutHeader{}))})
-				return
+				if n, _ := l.ps.HandleRequest([][]byte{in}, [][]byte{make([]byte, unsafe.Sizeof(fuse.OutHeader{}))}); n == 0 {
+					return
+				} // else it was not yet begun, or has just ended
 			}
-			time.Sleep(lookAgain)
 		}
 	})
 	return true

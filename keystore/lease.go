@@ -98,8 +98,9 @@ func (s *standing) learn(b Binding, w Wrapped) {
 }
 
 // note draws the conclusions from the outcome of a call: op is "generate" or
-// "unwrap", probe says that it was made to see. mu is held.
-func (r *Ring) note(s *standing, op string, probe bool, err error) {
+// "unwrap", probe says that it was made to see. One that failed though others that
+// ended since have not was unlucky, and says nothing of the service. mu is held.
+func (r *Ring) note(s *standing, op string, probe bool, begun time.Duration, err error) {
 	t := r.o.Now()
 	e, _ := errors.AsType[*Error](err)
 	defer r.noted()
@@ -127,6 +128,8 @@ func (r *Ring) note(s *standing, op string, probe bool, err error) {
 		return
 	case e.Kind == Denied:
 		s.bad, s.down = e, nil
+	case e.Kind == Outage && !probe && s.proven > begun:
+		return
 	case e.Kind == Outage || e.Kind == Credentials:
 		s.down = e
 	case probe && e.Kind != Canceled: // what has been unwrapped before: the service does not answer sensibly
@@ -240,6 +243,7 @@ func (r *Ring) probe(s *standing) {
 	r.mu.Unlock()
 	ctx, cancel := context.WithTimeout(WithPurpose(r.ctx, ForLease), probeAtMost)
 	defer cancel()
+	begun := r.o.Now()
 	key, err := s.Unwrap(ctx, x.b, x.w)
 	clear(key)
 	if KindOf(err) == Denied {
@@ -259,7 +263,7 @@ func (r *Ring) probe(s *standing) {
 	}
 	r.mu.Lock()
 	s.probing, s.suspect = false, false
-	r.note(s, "unwrap", true, err)
+	r.note(s, "unwrap", true, begun, err)
 	r.mu.Unlock()
 	r.kick()
 }
@@ -323,6 +327,7 @@ func (r *Ring) Lock(err *Error) {
 	for _, s := range r.stores {
 		r.giveUp(s, err)
 	}
+	r.noted() // who waits for a proof
 	r.mu.Unlock()
 	r.tellChange()
 }
@@ -411,7 +416,7 @@ func (w watched) call(ctx context.Context, op string, f func(context.Context) (a
 	if locked != nil {
 		return locked
 	}
-	parent := ctx
+	parent, begun := ctx, w.r.o.Now()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(calls, cancel)()
@@ -423,7 +428,7 @@ func (w watched) call(ctx context.Context, op string, f func(context.Context) (a
 	}
 	if asked || err != nil {
 		w.r.mu.Lock()
-		w.r.note(w.s, op, false, err)
+		w.r.note(w.s, op, false, begun, err)
 		w.r.mu.Unlock()
 	}
 	if err != nil {

@@ -141,6 +141,11 @@ func (r *Ring) NewKey(ctx context.Context) (*DataKey, error) {
 	Waits(ctx)
 	select {
 	case m := <-c:
+		if m.key == nil {
+			r.mu.Lock()
+			p.returned()
+			r.mu.Unlock()
+		}
 		return m.key, m.err
 	case <-ctx.Done():
 	}
@@ -154,6 +159,10 @@ func (r *Ring) NewKey(ctx context.Context) (*DataKey, error) {
 	if i < 0 { // it came just now
 		if m := <-c; m.key != nil {
 			r.PutBack(m.key)
+		} else {
+			r.mu.Lock()
+			p.returned()
+			r.mu.Unlock()
 		}
 	}
 	return nil, &Error{Kind: Canceled, Op: "generate", Err: ctx.Err()}
@@ -231,7 +240,8 @@ func (r *Ring) arrived(k *DataKey, err error) (told error) {
 		if !p.failing && r.ctx.Err() == nil && r.locked == nil {
 			told = err
 		}
-		p.failing = p.failing || r.locked == nil
+		unlucky := KindOf(err) == Outage && r.creates() == nil // others were not
+		p.failing = r.locked == nil && (p.failing || !unlucky)
 	default:
 		p.keys = append(p.keys, k)
 	}

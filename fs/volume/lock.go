@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"slices"
 	"sync"
 	"time"
 
@@ -60,6 +59,8 @@ func within[T any](d time.Duration, f func() T) (out T, ok bool) {
 // asked meanwhile, or waits, is EKEYEXPIRED. The error says what could not be
 // written before; the volume is locked all the same.
 func (v *Volume) Lock() error {
+	v.lockMu.Lock()
+	defer v.lockMu.Unlock()
 	v.locked.Store(true)
 	v.keysForWriters(v.sealWithin / 6) // for what the kernel holds back
 	v.unsealed.Store(nil)
@@ -70,8 +71,10 @@ func (v *Volume) Lock() error {
 	return nil
 }
 
-// Unlock ends Lock.
+// Unlock ends Lock, after one that is under way.
 func (v *Volume) Unlock() {
+	v.lockMu.Lock()
+	defer v.lockMu.Unlock()
 	v.locked.Store(false)
 	v.ring.Unlock()
 }
@@ -143,15 +146,19 @@ func (v *Volume) keysForWriters(atMost time.Duration) {
 		slots := make(chan struct{}, renewAtOnce)
 		for _, f := range v.files() {
 			f.mu.RLock()
-			needs := f.keyless() && f.writers > 0
+			needs, empty := f.writers > 0 && f.keyless(), f.writers > 0 && f.hdr == nil && f.next == nil
 			f.mu.RUnlock()
-			if !needs {
+			if !needs && !empty {
 				continue
 			}
 			slots <- struct{}{}
 			wg.Go(func() {
 				defer func() { <-slots }()
-				f.ready(ctx, false) // what fails is tried again when it is needed
+				if empty {
+					f.takeKey(ctx)
+				} else {
+					f.ready(ctx, false) // what fails is tried again when it is needed
+				}
 			})
 		}
 		wg.Wait()
@@ -167,7 +174,7 @@ func (v *Volume) letKernelWrite() error {
 		return nil
 	}
 	v.mu.Lock()
-	ids := slices.Collect(maps.Keys(v.nodes))
+	nodes := maps.Clone(v.nodes)
 	v.mu.Unlock()
 	_, ok := within(v.sealWithin, func() (_ struct{}) {
 		var wg sync.WaitGroup
@@ -179,7 +186,7 @@ func (v *Volume) letKernelWrite() error {
 				}
 			})
 		}
-		for _, id := range ids {
+		for id := range nodes {
 			queue <- id
 		}
 		close(queue)
@@ -189,7 +196,11 @@ func (v *Volume) letKernelWrite() error {
 	if !ok {
 		return fmt.Errorf("the kernel does not write what it holds back: %w", context.DeadlineExceeded)
 	}
-	return nil
+	var err error
+	for _, n := range nodes {
+		err = errors.Join(err, n.anyLostErr())
+	}
+	return err
 }
 
 // dropKeys brings files into their final form and wipes their keys. Those that a
@@ -225,6 +236,9 @@ func (v *Volume) dropKeys(files []*file) error {
 func (f *file) settleAndWipe(settle bool, changes uint64) (err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if f.refuses(false) == nil {
+		return nil // it took so long that it may be used again
+	}
 	if settle && f.rw && !f.closed && !f.broken {
 		err = errors.Join(f.rest(), f.settle(changes))
 	}

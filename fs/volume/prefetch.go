@@ -210,6 +210,9 @@ func (p *prefetcher) forget(s *scan) {
 
 // expect notes a prediction.
 func (p *prefetcher) expect(s *scan, at place) {
+	if s.ahead[at] {
+		return
+	}
 	at.dir.hold() // that it is the same node when a program comes to it
 	s.ahead[at] = true
 	p.active.Add(1)

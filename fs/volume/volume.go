@@ -64,6 +64,7 @@ type Volume struct {
 	spaceFailed atomic.Int64 // when space was last found wanting, in seconds; 0: never
 	locked      atomic.Bool  // by Lock
 	refusal     atomic.Pointer[refusal]
+	lockMu      sync.Mutex // for Lock and Unlock
 	sealWithin  time.Duration
 	unsealed    atomic.Pointer[error] // what was not written or settled when keys were wiped last
 	stuck       atomic.Bool           // a file could not be brought into order: the marker stays, so that the next mount repairs it

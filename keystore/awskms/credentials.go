@@ -37,18 +37,21 @@ func (c *Clients) assume(cfg *aws.Config) {
 		o.RoleSessionName = sessionName("kmsfs-" + host)
 		o.Duration = roleSession
 	})
-	cfg.Credentials = aws.NewCredentialsCache(&role{AssumeRoleProvider: p}, func(o *aws.CredentialsCacheOptions) { o.ExpiryWindow = renewEarly })
+	cfg.Credentials = aws.NewCredentialsCache(&role{AssumeRoleProvider: p, atMost: c.o.Attempt * 2 / 3}, func(o *aws.CredentialsCacheOptions) { o.ExpiryWindow = renewEarly })
 }
 
 // role is a role's sessions, of which the old one is used while it lasts when a new
 // one cannot be had.
 type role struct {
 	*stscreds.AssumeRoleProvider
-	end atomic.Pointer[time.Time] // of the last session
+	atMost time.Duration
+	end    atomic.Pointer[time.Time] // of the last session
 }
 
 // Retrieve implements [aws.CredentialsProvider].
 func (r *role) Retrieve(ctx context.Context) (aws.Credentials, error) {
+	ctx, cancel := context.WithTimeout(ctx, r.atMost)
+	defer cancel()
 	c, err := r.AssumeRoleProvider.Retrieve(ctx)
 	if err == nil {
 		r.end.Store(&c.Expires)

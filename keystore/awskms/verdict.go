@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/aws/aws-sdk-go-v2/aws"
 	"github.com/aws/aws-sdk-go-v2/service/kms"
 	"github.com/aws/aws-sdk-go-v2/service/kms/types"
 	"github.com/aws/smithy-go"
@@ -153,6 +154,10 @@ func (s *Store) verdict(ctx context.Context, k *kms.Client, op string, err error
 	}
 	// First: what the services behind credentials answer looks like KMS's answers.
 	if cerr := s.credentials(ctx, k); cerr != nil {
+		if ctx.Err() != nil {
+			e.Kind = keystore.Canceled
+			return e, false
+		}
 		if passing(cerr) {
 			e.Hint = "the service that gives the credentials does not answer"
 			return e, true
@@ -256,7 +261,7 @@ func (s *Store) credentials(ctx context.Context, k *kms.Client) error {
 func passing(err error) bool {
 	op, ok := errors.AsType[*smithy.OperationError](err)
 	if !ok {
-		return false
+		return errors.As(err, new(*aws.RequestCanceledError)) || errors.Is(err, context.DeadlineExceeded) // one that is silent
 	}
 	if h, ok := errors.AsType[httpCoded](err); ok && h.HTTPStatusCode() != 0 {
 		return h.HTTPStatusCode() >= 500 || throttled(err)
