@@ -17,6 +17,7 @@ import (
 	"regexp"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
@@ -127,6 +128,9 @@ type Store struct {
 	region string
 	arn    string
 
+	named  *Store       // of the replica that was named, where this one was taken for its Region
+	chosen atomic.Int32 // of the two, by the first call that was answered: ownReplica, namedReplica
+
 	mu       sync.Mutex
 	branches map[string]branchKey // by branch field, bounded
 }
@@ -204,7 +208,8 @@ func (c *Clients) OpenURI(ctx context.Context, uri string) (*Store, error) {
 		defer cancel()
 		if s, err := c.Open(ctx, fmt.Sprintf("arn:%s:kms:%s:%s:key/%s", m[1], own, m[3], m[5])); err == nil {
 			if _, err := s.describe(ctx, s.arn); err == nil {
-				return s, nil
+				s.named, err = c.Open(ctx, name)
+				return s, err
 			}
 		}
 	}
@@ -295,8 +300,44 @@ func Context(b keystore.Binding) map[string]string {
 	return m
 }
 
+const (
+	ownReplica = iota + 1
+	namedReplica
+)
+
+// replicas makes a call with this key; where its policy forbids that, and another
+// replica was named, with that one. The first answer decides, for good: else
+// taking a right away would not show before it is taken away everywhere.
+func replicas[T any](s *Store, f func(*Store) (T, error)) (T, error) {
+	if s.named == nil || s.chosen.Load() == ownReplica {
+		return f(s)
+	}
+	if s.chosen.Load() == namedReplica {
+		return f(s.named)
+	}
+	out, err := f(s)
+	switch {
+	case err == nil:
+		s.chosen.CompareAndSwap(0, ownReplica)
+	case keystore.KindOf(err) == keystore.Denied:
+		if out, nerr := f(s.named); nerr == nil {
+			s.chosen.CompareAndSwap(0, namedReplica)
+			return out, nil
+		}
+	}
+	return out, err
+}
+
 // Generate implements [keystore.Generator] by GenerateDataKey.
-func (s *Store) Generate(ctx context.Context, b keystore.Binding) ([]byte, keystore.Wrapped, error) {
+func (s *Store) Generate(ctx context.Context, b keystore.Binding) (key []byte, w keystore.Wrapped, err error) {
+	w, err = replicas(s, func(s *Store) (w keystore.Wrapped, err error) {
+		key, w, err = s.generate(ctx, b)
+		return w, err
+	})
+	return key, w, err
+}
+
+func (s *Store) generate(ctx context.Context, b keystore.Binding) ([]byte, keystore.Wrapped, error) {
 	out, err := call(ctx, s, "generate", "GenerateDataKey", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.GenerateDataKeyOutput, error) {
 		out, err := k.GenerateDataKey(ctx, &kms.GenerateDataKeyInput{KeyId: &s.arn, KeySpec: types.DataKeySpecAes256, EncryptionContext: Context(b)}, o)
 		if err == nil {
@@ -312,6 +353,10 @@ func (s *Store) Generate(ctx context.Context, b keystore.Binding) ([]byte, keyst
 
 // Wrap implements [keystore.Store] by Encrypt.
 func (s *Store) Wrap(ctx context.Context, b keystore.Binding, key []byte) (keystore.Wrapped, error) {
+	return replicas(s, func(s *Store) (keystore.Wrapped, error) { return s.wrap(ctx, b, key) })
+}
+
+func (s *Store) wrap(ctx context.Context, b keystore.Binding, key []byte) (keystore.Wrapped, error) {
 	out, err := call(ctx, s, "wrap", "Encrypt", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.EncryptOutput, error) {
 		out, err := k.Encrypt(ctx, &kms.EncryptInput{KeyId: &s.arn, Plaintext: key, EncryptionContext: Context(b)}, o)
 		if err == nil {
@@ -387,6 +432,10 @@ func (s *Store) forget() {
 }
 
 func (s *Store) decrypt(ctx context.Context, b keystore.Binding, blob []byte) ([]byte, error) {
+	return replicas(s, func(s *Store) ([]byte, error) { return s.decryptHere(ctx, b, blob) })
+}
+
+func (s *Store) decryptHere(ctx context.Context, b keystore.Binding, blob []byte) ([]byte, error) {
 	if len(blob) == 0 || len(blob) > 6144 { // the bounds of the API
 		return nil, &keystore.Error{Kind: keystore.Damaged, URI: s.URI(), Op: "unwrap", Err: errors.New("the wrapped key has an impossible length")}
 	}

@@ -302,6 +302,32 @@ func TestOwnRegionFirst(t *testing.T) {
 	if s, err := c.OpenURI(t.Context(), "aws-kms:"+there); err != nil || s.ARN() != here || !s.Matches("aws-kms:"+there) {
 		t.Errorf("%v, %v", s, err)
 	}
+	// It has a policy of its own.
+	s, err := c.OpenURI(t.Context(), "aws-kms:"+there)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, w, err := s.Generate(t.Context(), fileKey)
+	if err != nil || w.URI != "aws-kms:"+here {
+		t.Fatal(w.URI, err)
+	}
+	srv.DenyARN(here)
+	if _, err := s.Unwrap(t.Context(), fileKey, w); keystore.KindOf(err) != keystore.Denied {
+		t.Errorf("the right to the replica that was used is taken away: %v", err)
+	}
+	if s, err = c.OpenURI(t.Context(), "aws-kms:"+there); err != nil {
+		t.Fatal(err)
+	}
+	before := srv.Calls("Decrypt")
+	for range 3 {
+		if _, err := s.Unwrap(t.Context(), fileKey, w); err != nil {
+			t.Errorf("the replica here may not be used: %v", err)
+		}
+	}
+	if n := srv.Calls("Decrypt") - before; n != 4 && n != 5 { // one denial, perhaps looked at twice
+		t.Errorf("%d calls", n)
+	}
+	srv.DenyARN("")
 	srv.Deny("DescribeKey") // it cannot be seen
 	if s, err := c.OpenURI(t.Context(), "aws-kms:"+there); err != nil || s.ARN() != there {
 		t.Errorf("%v, %v", s, err)

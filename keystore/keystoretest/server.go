@@ -51,6 +51,7 @@ type Server struct {
 	agents  map[string]bool
 	refused map[string]string // access key IDs, with the error code
 	noFile  string            // a file ID that a policy forbids
+	noARN   string            // an ARN whose policy forbids all
 	clock   time.Duration     // how wrong the client's clock is, as the server sees it
 	session time.Duration     // of a role, an hour if zero
 	number  int               // of the last request
@@ -248,6 +249,14 @@ func (s *Server) DenyFile(id string) {
 	s.noFile = id
 }
 
+// DenyARN makes calls for a key by this ARN be denied, as a replica's policy does; ""
+// allows all.
+func (s *Server) DenyARN(arn string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.noARN = arn
+}
+
 // SetClock makes the server's clock go wrong, or the client's: it refuses what was
 // signed more than 5 minutes ago.
 func (s *Server) SetClock(ahead time.Duration) {
@@ -443,7 +452,7 @@ func (s *Server) operate(op, credential string, q *request) (any, error) {
 	} else {
 		k = s.find(q.KeyId)
 	}
-	if s.denied[op] || s.noFile != "" && q.EncryptionContext["kmsfs:file"] == s.noFile {
+	if s.denied[op] || op != "DescribeKey" && q.KeyId == s.noARN && q.KeyId != "" || s.noFile != "" && q.EncryptionContext["kmsfs:file"] == s.noFile {
 		return nil, &kmsError{"AccessDeniedException", "User: arn:aws:iam::" + Account + ":user/test is not authorized to perform: kms:" + op}
 	}
 	if k == nil {
@@ -513,6 +522,9 @@ func (s *Server) find(name string) *key {
 	name = strings.TrimPrefix(name, "arn:aws:kms:"+Region+":"+Account+":")
 	if id, ok := s.aliases[name]; ok {
 		return s.keys[id]
+	}
+	if _, id, ok := strings.Cut(name, ":"+Account+":key/mrk-"); ok { // a replica
+		name = "mrk-" + id
 	}
 	return s.keys[strings.TrimPrefix(name, "key/")]
 }
