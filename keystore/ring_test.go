@@ -17,6 +17,7 @@ type slow struct {
 	uri    string
 	kek    [32]byte
 	delay  time.Duration
+	more   atomic.Int64 // nanoseconds, of delay
 	wraps  atomic.Int32
 	opens  atomic.Int32
 	active atomic.Int32
@@ -32,7 +33,7 @@ func (s *slow) wait(ctx context.Context) error {
 		return e
 	}
 	select {
-	case <-time.After(s.delay):
+	case <-time.After(s.delay + time.Duration(s.more.Load())):
 		return nil
 	case <-ctx.Done():
 		return &keystore.Error{Kind: keystore.Canceled, URI: s.uri, Err: ctx.Err()}

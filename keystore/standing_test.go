@@ -44,6 +44,50 @@ func TestWaitingEnds(t *testing.T) {
 	}
 }
 
+// A call that fails though others are answered says nothing of the service, and ends
+// none of them.
+func TestUnluckyCall(t *testing.T) {
+	s := &unlucky{slow: slow{uri: "slow:1", delay: 100 * time.Millisecond}}
+	bubble(t, []keystore.Store{s}, keystore.RingOptions{}, func(r *keystore.Ring) {
+		k := fill(t, r, 1)[0]
+		bad, good := make(chan error), make(chan error, 4)
+		go func() {
+			_, err := r.Unwrap(bg, [16]byte{9}, []keystore.Wrapped{{URI: s.uri, Blob: []byte("unlucky")}})
+			bad <- err
+		}()
+		for range 4 {
+			go func() {
+				var err error
+				for range 200 {
+					err = errors.Join(err, r.Renew(bg, k.ID, k.Wrapped))
+				}
+				good <- err
+			}()
+		}
+		if err := <-bad; keystore.KindOf(err) != keystore.Outage {
+			t.Errorf("the unlucky one: %v", err)
+		}
+		for range 4 {
+			if err := <-good; err != nil {
+				t.Fatal("the others:", err)
+			}
+		}
+		if st := r.States()[0]; st.Error != nil {
+			t.Error("the store:", st.Error)
+		}
+	})
+}
+
+type unlucky struct{ slow }
+
+func (s *unlucky) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
+	if string(w.Blob) == "unlucky" {
+		time.Sleep(15*time.Second + time.Millisecond)
+		return nil, &keystore.Error{Kind: keystore.Outage, URI: s.uri, Op: "unwrap", Err: errors.New("throttled")}
+	}
+	return s.slow.Unwrap(ctx, b, w)
+}
+
 // A grace below zero is none: the first failure takes the keys away.
 func TestNoGrace(t *testing.T) {
 	s := &slow{uri: "slow:1"}
@@ -175,9 +219,21 @@ func TestSleepAndPool(t *testing.T) {
 		if err := r.Prove(bg); keystore.KindOf(err) != keystore.Revoked {
 			t.Errorf("a proof: %v", err)
 		}
+		// A lock ends the waiting, however long the probe takes.
+		refuse(s, 0)
+		time.Sleep(time.Minute)
+		s.more.Store(int64(10 * time.Second))
+		asleep.Store(int64(4 * time.Hour))
+		begun = time.Now()
+		time.AfterFunc(time.Second, func() { r.Lock(&keystore.Error{Kind: keystore.Credentials, Err: errors.New("locked")}) })
+		if err := r.Prove(bg); keystore.KindOf(err) != keystore.Credentials || time.Since(begun) != time.Second {
+			t.Errorf("locked, after %v: %v", time.Since(begun), err)
+		}
+		r.Unlock()
+		time.Sleep(time.Minute)
+		s.more.Store(0)
 		short, cancel := context.WithCancel(bg)
 		cancel()
-		refuse(s, 0)
 		asleep.Store(int64(5 * time.Hour))
 		time.Sleep(time.Minute)
 		asleep.Store(int64(7 * time.Hour))

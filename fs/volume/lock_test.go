@@ -152,6 +152,11 @@ func TestLockTwice(t *testing.T) {
 // A disk that does not answer keeps neither the volume from being locked nor the keys
 // of other files in memory; its own file's go when it lets it go.
 func TestLockBehindStalledDisk(t *testing.T) {
+	t.Run("unlocked when it has answered", func(t *testing.T) { lockBehindStalledDisk(t, false) })
+	t.Run("unlocked before", func(t *testing.T) { lockBehindStalledDisk(t, true) })
+}
+
+func lockBehindStalledDisk(t *testing.T, early bool) {
 	stalled, at := make(chan struct{}), make(chan struct{}, 9)
 	var stall atomic.Bool
 	w, _ := lockWorld(t, volume.Options{Hook: func(c volume.Call) error {
@@ -185,6 +190,15 @@ func TestLockBehindStalledDisk(t *testing.T) {
 		t.Error("another file's keys are in memory")
 	}
 	stall.Store(false)
+	if early {
+		w.v.Unlock()
+		close(stalled)
+		<-wrote
+		time.Sleep(300 * time.Millisecond) // in which what was given up comes to its end
+		w.do("fsync", a.Fsync())
+		w.do("close", errors.Join(a.Release(), b.Release()))
+		return
+	}
 	close(stalled)
 	<-wrote
 	for until := time.Now().Add(10 * time.Second); a.HasKeys(); time.Sleep(time.Millisecond) {
@@ -197,6 +211,44 @@ func TestLockBehindStalledDisk(t *testing.T) {
 		t.Error("unlocked:", err)
 	}
 	w.do("close", errors.Join(a.Release(), b.Release()))
+}
+
+// What an empty file was given between two locks is written.
+func TestLockWithEmptyFile(t *testing.T) {
+	w, _ := lockWorld(t, volume.Options{})
+	k := &kernel{}
+	w.v.AttachKernel(k)
+	h, err := w.create("f")
+	w.do("create", err)
+	w.relock()
+	k.held = func() { w.do("what was held back", h.WriteDelayed(ctx, []byte("content"), 0)) }
+	w.do("lock", w.v.Lock())
+	w.v.Unlock()
+	w.do("close", h.Release())
+	w.want("f", []byte("content"))
+}
+
+// Where something was lost, lock says so.
+func TestLockTellsOfLoss(t *testing.T) {
+	var full atomic.Bool
+	w, _ := lockWorld(t, volume.Options{Hook: func(c volume.Call) error {
+		if full.Load() && c.Op == "pwrite" {
+			return unix.ENOSPC
+		}
+		return nil
+	}})
+	k := &kernel{}
+	w.v.AttachKernel(k)
+	w.write("f", []byte("content"))
+	h := w.opened("f")
+	full.Store(true)
+	k.held = func() { h.WriteDelayed(ctx, noise(9000), 0) }
+	if err := w.v.Lock(); !errors.Is(err, unix.ENOSPC) {
+		t.Errorf("lock says %v", err)
+	}
+	full.Store(false)
+	w.v.Unlock()
+	h.Release() // which tells it too
 }
 
 // What is fsynced while the volume is locked is confirmed: growth announces itself.

@@ -163,9 +163,22 @@ func TestRoleRenewal(t *testing.T) {
 	if err := generate(); keystore.KindOf(err) != keystore.Outage || time.Since(begun) < time.Second {
 		t.Errorf("after %v: %v", time.Since(begun), err)
 	}
-	time.AfterFunc(time.Second, func() { srv.Fail(nil) })
-	if err := generate(); err != nil {
-		t.Errorf("STS came back: %v", err)
+	// One that is silent is no other than one that fails.
+	silent := func(op string) *keystoretest.Failure {
+		if op == "AssumeRole" {
+			return &keystoretest.Failure{Hang: true}
+		}
+		return nil
+	}
+	for _, how := range []func(string) *keystoretest.Failure{away, silent} {
+		srv.Fail(how)
+		time.AfterFunc(time.Second, func() { srv.Fail(nil) })
+		if s, err = awskms.New(o).Open(t.Context(), s.ARN()); err != nil {
+			t.Fatal(err)
+		}
+		if err := generate(); err != nil {
+			t.Errorf("STS came back: %v", err)
+		}
 	}
 	srv.Fail(func(op string) *keystoretest.Failure {
 		if op == "AssumeRole" {
