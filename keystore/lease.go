@@ -1,6 +1,7 @@
 package keystore
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"math/rand/v2"
@@ -49,6 +50,7 @@ const (
 	probeAtMost = 20 * time.Second
 	watchEvery  = time.Second
 	remembered  = time.Minute // a refusal to wrap new keys
+	lockWaits   = 500         // milliseconds, for calls that are under way
 )
 
 // now is CLOCK_BOOTTIME, which goes on while the machine sleeps.
@@ -330,6 +332,15 @@ func (r *Ring) Lock(err *Error) {
 	r.noted() // who waits for a proof
 	r.mu.Unlock()
 	r.tellChange()
+	for range lockWaits { // for what calls bring that are given up, that it is wiped too
+		r.mu.Lock()
+		n := r.flying
+		r.mu.Unlock()
+		if n == 0 {
+			return
+		}
+		time.Sleep(time.Millisecond)
+	}
 }
 
 // Unlock ends Lock.
@@ -400,7 +411,8 @@ func (r *Ring) refuses(s *standing) error {
 	return nil
 }
 
-// watched is a store whose calls are noted, and end when they are for nothing.
+// watched is a store whose calls are noted, and not waited for when they are for
+// nothing.
 type watched struct {
 	r *Ring
 	s *standing
@@ -408,61 +420,98 @@ type watched struct {
 
 func (w watched) URI() string { return w.s.URI() }
 
-// call makes a call; f reports whether the service was asked.
-func (w watched) call(ctx context.Context, op string, f func(context.Context) (asked bool, err error)) error {
-	w.r.mu.Lock()
-	calls, locked := w.s.calls, w.r.locked
-	w.r.mu.Unlock()
-	if locked != nil {
-		return locked
+// answer is what a call has returned; asked says that the service was.
+type answer struct {
+	key   []byte
+	w     Wrapped
+	asked bool
+	err   error
+}
+
+// call makes a call. One that is given up is left to end by itself, and what it
+// brings is wiped: who cancels it may leave a key in the memory of the SDK.
+func (w watched) call(ctx context.Context, op string, f func(context.Context) answer) answer {
+	r := w.r
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	switch {
+	case r.locked != nil:
+		return answer{err: r.locked}
+	case r.ctx.Err() != nil:
+		return answer{err: &Error{Kind: Canceled, URI: w.URI(), Op: op, Err: r.ctx.Err()}}
 	}
-	parent, begun := ctx, w.r.o.Now()
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	defer context.AfterFunc(calls, cancel)()
-	asked, err := f(ctx)
-	if KindOf(err) == Canceled && parent.Err() == nil && calls.Err() != nil {
-		if e, ok := errors.AsType[*Error](context.Cause(calls)); ok {
-			return e
+	if w.s.immediate {
+		r.mu.Unlock()
+		defer r.mu.Lock()
+		return f(ctx)
+	}
+	c, calls, begun := make(chan answer), w.s.calls, r.o.Now()
+	r.flying++
+	r.wg.Go(func() {
+		defer func() {
+			r.mu.Lock()
+			r.flying--
+			r.mu.Unlock()
+		}()
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		defer context.AfterFunc(r.ctx, cancel)()
+		a := f(ctx)
+		if a.asked || a.err != nil {
+			r.mu.Lock()
+			r.note(w.s, op, false, begun, a.err)
+			r.mu.Unlock()
 		}
-	}
-	if asked || err != nil {
-		w.r.mu.Lock()
-		w.r.note(w.s, op, false, begun, err)
-		w.r.mu.Unlock()
-	}
-	if err != nil {
-		w.r.kick()
-	}
-	return err
-}
-
-func (w watched) Wrap(ctx context.Context, b Binding, key []byte) (out Wrapped, err error) {
-	err = w.call(ctx, "wrap", func(ctx context.Context) (bool, error) {
-		out, err = w.s.Wrap(ctx, b, key)
-		return true, err
+		if a.err != nil {
+			r.kick()
+		}
+		select {
+		case c <- a:
+		case <-calls.Done():
+			clear(a.key)
+		}
 	})
-	return out, err
+	r.mu.Unlock()
+	defer r.mu.Lock()
+	select {
+	case a := <-c:
+		return a
+	case <-calls.Done():
+	}
+	if e, ok := errors.AsType[*Error](context.Cause(calls)); ok {
+		return answer{err: e}
+	}
+	return answer{err: &Error{Kind: Canceled, URI: w.URI(), Op: op, Err: calls.Err()}}
 }
 
-func (w watched) Unwrap(ctx context.Context, b Binding, x Wrapped) (out []byte, err error) {
-	err = w.call(ctx, "unwrap", func(ctx context.Context) (bool, error) {
+func (w watched) Wrap(ctx context.Context, b Binding, key []byte) (Wrapped, error) {
+	key = bytes.Clone(key) // who gives up wipes his
+	a := w.call(ctx, "wrap", func(ctx context.Context) answer {
+		defer clear(key)
+		out, err := w.s.Wrap(ctx, b, key)
+		return answer{w: out, asked: true, err: err}
+	})
+	return a.w, a.err
+}
+
+func (w watched) Unwrap(ctx context.Context, b Binding, x Wrapped) ([]byte, error) {
+	a := w.call(ctx, "unwrap", func(ctx context.Context) answer {
 		call, asked := ctx, len(x.Branch) == 0
 		if !asked { // a store can know the branch's key, which proves nothing
 			call = context.WithValue(ctx, WaitsKey{}, func() { asked = true; Waits(ctx) })
 		}
-		out, err = w.s.Unwrap(call, b, x)
-		return asked, err
+		key, err := w.s.Unwrap(call, b, x)
+		return answer{key: key, asked: asked, err: err}
 	})
-	return out, err
+	return a.key, a.err
 }
 
-func (w watched) Generate(ctx context.Context, b Binding) (key []byte, out Wrapped, err error) {
-	err = w.call(ctx, "generate", func(ctx context.Context) (bool, error) {
-		key, out, err = w.s.Store.(Generator).Generate(ctx, b)
-		return true, err
+func (w watched) Generate(ctx context.Context, b Binding) ([]byte, Wrapped, error) {
+	a := w.call(ctx, "generate", func(ctx context.Context) answer {
+		key, out, err := w.s.Store.(Generator).Generate(ctx, b)
+		return answer{key: key, w: out, asked: true, err: err}
 	})
-	return key, out, err
+	return a.key, a.w, a.err
 }
 
 // generates reports whether a store makes keys itself.

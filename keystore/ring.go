@@ -38,6 +38,7 @@ type Ring struct {
 	pool   pool
 	locked *Error        // by Lock
 	told   *Error        // to Changed
+	flying int           // calls to services that have not ended
 	proof  chan struct{} // closed, and another one, whenever a call has ended
 	counts Counts
 }

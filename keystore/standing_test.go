@@ -27,7 +27,12 @@ func TestWaitingEnds(t *testing.T) {
 			time.Sleep(time.Second)
 			begun := time.Now()
 			if how == keystore.Credentials {
-				r.Lock(&keystore.Error{Kind: how, Err: errors.New("locked")})
+				locked := make(chan struct{})
+				defer func() { <-locked }()
+				go func() {
+					r.Lock(&keystore.Error{Kind: how, Err: errors.New("locked")})
+					close(locked)
+				}()
 			} else {
 				refuse(s, how)
 				r.Unwrap(bg, [16]byte{3}, w)

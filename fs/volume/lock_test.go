@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -58,11 +59,15 @@ func lockWorld(t *testing.T, o volume.Options) (*world, *service) {
 }
 
 // kernel is a mount's kernel, which writes what it holds back when it is told to.
-type kernel struct{ held func() }
+type kernel struct {
+	mu   sync.Mutex
+	held func()
+}
 
 func (k *kernel) WriteBack(uint64) error {
-	if k.held != nil {
-		f := k.held
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if f := k.held; f != nil {
 		k.held = nil
 		f()
 	}
