@@ -123,6 +123,26 @@ func TestVerdicts(t *testing.T) {
 	}
 }
 
+// A deadline in the middle of an attempt does not hide what the service has said.
+func TestDeadlineTellsWhy(t *testing.T) {
+	srv := keystoretest.NewServer(t)
+	s, err := awskms.New(awskms.Options{Attempt: time.Second, Total: 700 * time.Millisecond}).Open(t.Context(), srv.AddKey(""))
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	srv.Fail(func(string) *keystoretest.Failure {
+		if n++; n < 3 {
+			return &keystoretest.Failure{Status: 400, Code: "KMSInternalException"}
+		}
+		return &keystoretest.Failure{Hang: true}
+	})
+	_, _, err = s.Generate(t.Context(), fileKey)
+	if keystore.KindOf(err) != keystore.Outage || !strings.Contains(err.Error(), "KMSInternalException") {
+		t.Error(err)
+	}
+}
+
 func TestRetries(t *testing.T) {
 	srv := keystoretest.NewServer(t)
 	s := open(t, srv.AddKey(""))

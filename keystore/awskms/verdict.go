@@ -42,6 +42,7 @@ func call[T any](ctx context.Context, s *Store, op, name string, f func(context.
 	keystore.Waits(ctx)
 	total := ctx // until the first attempt: to wait for the gate is no outage
 	once, raised := map[second]bool{}, keystore.Raised(ctx)
+	var told *keystore.Error
 	for pause := firstPause; ; {
 		k, _, err := s.c.client(ctx, s.region)
 		if err != nil {
@@ -73,6 +74,10 @@ func call[T any](ctx context.Context, s *Store, op, name string, f func(context.
 			return out, nil
 		}
 		v, again := s.verdict(ctx, k, op, err)
+		if told != nil && v.Kind == keystore.Outage && v.RequestID == "" && total.Err() != nil {
+			v = told // the deadline came in the middle of an attempt: this is what the service had said
+		}
+		told = v
 		s.c.o.Meter.Record(name, purpose, v.Kind, took)
 		if s.secondLook(ctx, k, v, err, once) {
 			continue
