@@ -170,6 +170,7 @@ func TestRoleRenewal(t *testing.T) {
 		}
 		return nil
 	}
+	o.Total = 10 * time.Second // more than the longest pause
 	for _, how := range []func(string) *keystoretest.Failure{away, silent} {
 		srv.Fail(how)
 		time.AfterFunc(time.Second, func() { srv.Fail(nil) })
