@@ -51,6 +51,7 @@ const (
 	watchEvery  = time.Second
 	remembered  = time.Minute // a refusal to wrap new keys
 	lockWaits   = 500         // milliseconds, for calls that are under way
+	justNow     = time.Second // for an answer to others
 )
 
 // now is CLOCK_BOOTTIME, which goes on while the machine sleeps.
@@ -100,9 +101,9 @@ func (s *standing) learn(b Binding, w Wrapped) {
 }
 
 // note draws the conclusions from the outcome of a call: op is "generate" or
-// "unwrap", probe says that it was made to see. One that failed though others that
-// ended since have not was unlucky, and says nothing of the service. mu is held.
-func (r *Ring) note(s *standing, op string, probe bool, begun time.Duration, err error) {
+// "unwrap", probe says that it was made to see. One that failed where another has just
+// been answered was unlucky, and says nothing of the service. mu is held.
+func (r *Ring) note(s *standing, op string, probe bool, err error) {
 	t := r.o.Now()
 	e, _ := errors.AsType[*Error](err)
 	defer r.noted()
@@ -130,7 +131,7 @@ func (r *Ring) note(s *standing, op string, probe bool, begun time.Duration, err
 		return
 	case e.Kind == Denied:
 		s.bad, s.down = e, nil
-	case e.Kind == Outage && !probe && s.proven > begun:
+	case e.Kind == Outage && !probe && t-s.proven < justNow && s.wrong() == nil:
 		return
 	case e.Kind == Outage || e.Kind == Credentials:
 		s.down = e
@@ -245,7 +246,6 @@ func (r *Ring) probe(s *standing) {
 	r.mu.Unlock()
 	ctx, cancel := context.WithTimeout(WithPurpose(r.ctx, ForLease), probeAtMost)
 	defer cancel()
-	begun := r.o.Now()
 	key, err := s.Unwrap(ctx, x.b, x.w)
 	clear(key)
 	if KindOf(err) == Denied {
@@ -265,7 +265,7 @@ func (r *Ring) probe(s *standing) {
 	}
 	r.mu.Lock()
 	s.probing, s.suspect = false, false
-	r.note(s, "unwrap", true, begun, err)
+	r.note(s, "unwrap", true, err)
 	r.mu.Unlock()
 	r.kick()
 }
@@ -445,7 +445,7 @@ func (w watched) call(ctx context.Context, op string, f func(context.Context) an
 		defer r.mu.Lock()
 		return f(ctx)
 	}
-	c, calls, begun := make(chan answer), w.s.calls, r.o.Now()
+	c, calls := make(chan answer), w.s.calls
 	r.flying++
 	r.wg.Go(func() {
 		defer func() {
@@ -459,7 +459,7 @@ func (w watched) call(ctx context.Context, op string, f func(context.Context) an
 		a := f(ctx)
 		if a.asked || a.err != nil {
 			r.mu.Lock()
-			r.note(w.s, op, false, begun, a.err)
+			r.note(w.s, op, false, a.err)
 			r.mu.Unlock()
 		}
 		if a.err != nil {

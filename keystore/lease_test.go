@@ -404,6 +404,7 @@ func TestMissingRecipient(t *testing.T) {
 		if k := fill(t, r, 1)[0]; len(k.Wrapped) != 2 {
 			t.Errorf("%d recipients", len(k.Wrapped))
 		}
+		time.Sleep(2 * time.Second) // its last answer is not just now
 		refuse(b, keystore.Outage)
 		for range 5 {
 			if k := fill(t, r, 1)[0]; len(k.Wrapped) != 1 || k.Wrapped[0].URI != "slow:a" {

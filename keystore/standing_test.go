@@ -83,6 +83,18 @@ func TestUnluckyCall(t *testing.T) {
 	})
 }
 
+// One that fails long after the last answer is an outage, though it was begun before.
+func TestOutageAfterAnswer(t *testing.T) {
+	s := &unlucky{slow: slow{uri: "slow:1", delay: 100 * time.Millisecond}}
+	bubble(t, []keystore.Store{s}, keystore.RingOptions{}, func(r *keystore.Ring) {
+		time.AfterFunc(time.Second, func() { r.NewKey(bg) })
+		_, err := r.Unwrap(bg, [16]byte{9}, []keystore.Wrapped{{URI: s.uri, Blob: []byte("unlucky")}})
+		if keystore.KindOf(err) != keystore.Outage || r.States()[0].Error == nil {
+			t.Errorf("%v, and the store is %v", err, r.States()[0].Error)
+		}
+	})
+}
+
 type unlucky struct{ slow }
 
 func (s *unlucky) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
