@@ -85,14 +85,23 @@ func dying(tid uint32) bool {
 	if err != nil {
 		return true
 	}
-	set := map[string]uint64{}
+	var waiting, met uint64
 	for line := range strings.Lines(string(b)) {
-		if name, hex, ok := strings.Cut(line, ":\t"); ok && strings.HasPrefix(name, "S") {
-			set[name], _ = strconv.ParseUint(strings.TrimSpace(hex), 16, 64)
+		name, hex, _ := strings.Cut(line, ":\t")
+		set, err := strconv.ParseUint(strings.TrimSpace(hex), 16, 64)
+		switch name {
+		case "SigPnd", "ShdPnd":
+			waiting |= set
+		case "SigBlk", "SigIgn", "SigCgt":
+			met |= set
+		default:
+			continue
+		}
+		if err != nil {
+			return true // as where nothing is known of it
 		}
 	}
-	deadly := (set["SigPnd"] | set["ShdPnd"]) &^ (set["SigBlk"] | set["SigIgn"] | set["SigCgt"] | harmless)
-	return deadly != 0
+	return waiting&^(met|harmless) != 0
 }
 
 // harmless are the signals that do not end who has made no provision for them.

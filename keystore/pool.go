@@ -141,11 +141,6 @@ func (r *Ring) NewKey(ctx context.Context) (*DataKey, error) {
 	Waits(ctx)
 	select {
 	case m := <-c:
-		if m.key == nil {
-			r.mu.Lock()
-			p.returned()
-			r.mu.Unlock()
-		}
 		return m.key, m.err
 	case <-ctx.Done():
 	}
@@ -159,10 +154,6 @@ func (r *Ring) NewKey(ctx context.Context) (*DataKey, error) {
 	if i < 0 { // it came just now
 		if m := <-c; m.key != nil {
 			r.PutBack(m.key)
-		} else {
-			r.mu.Lock()
-			p.returned()
-			r.mu.Unlock()
 		}
 	}
 	return nil, &Error{Kind: Canceled, Op: "generate", Err: ctx.Err()}
@@ -235,6 +226,9 @@ func (r *Ring) arrived(k *DataKey, err error) (told error) {
 	case len(p.waiting) > 0:
 		c := p.waiting[0]
 		p.waiting = p.waiting[1:]
+		if err != nil {
+			p.returned()
+		}
 		c <- made{k, err}
 	case err != nil:
 		if !p.failing && r.ctx.Err() == nil && r.locked == nil {

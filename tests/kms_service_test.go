@@ -44,8 +44,8 @@ func TestAWSOptions(t *testing.T) {
 		}
 		v.umount()
 	}
-	if agents := strings.Join(v.srv.Agents(), "\n"); !strings.Contains(agents, "session kmsfs-") {
-		t.Errorf("no session is named after the machine: %s", agents)
+	if agents := strings.Join(v.srv.Agents(), "\n"); !strings.Contains(agents, "session kmsfs-") || !strings.Contains(agents, "region "+keystoretest.Region) || strings.Contains(agents, "region eu-west-3") {
+		t.Errorf("no session is named after the machine, or another Region was called: %s", agents)
 	}
 	v.options = []string{"--aws-profile", "nowhere"}
 	if out, err := v.try(append(append([]string{"mount"}, v.options...), v.cipher, v.dir)...); err == nil || !strings.Contains(out, "nowhere") {
@@ -73,11 +73,15 @@ func TestHangup(t *testing.T) {
 	if err := readErr(v.path("f"), syscall.EKEYEXPIRED)(); err != nil {
 		t.Error(err)
 	}
+	refused := time.Now()
 	put("AKIDNEW")
 	if err := syscall.Kill(v.pid(), syscall.SIGHUP); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "after SIGHUP", readErr(v.path("f"), nil))
+	if d := time.Since(refused); d > 9*time.Second { // after 10 s it looks again by itself
+		t.Errorf("SIGHUP did nothing for %v", d)
+	}
 }
 
 // What no program sees: a clock that is wrong and jumps, answers without a key.

@@ -106,7 +106,8 @@ func (c *control) start(mountPoint string) (err error) {
 	mux.HandleFunc("GET /stats", func(w http.ResponseWriter, _ *http.Request) { json.NewEncoder(w).Encode(c.stats()) })
 	mux.HandleFunc("POST /lock", func(w http.ResponseWriter, _ *http.Request) {
 		if err := c.v.Lock(); err != nil {
-			http.Error(w, fmt.Sprintf("it is locked, but what programs had written is not all on the disk: %v; see the log", err), http.StatusInternalServerError)
+			first, _, _ := strings.Cut(err.Error(), "\n")
+			http.Error(w, fmt.Sprintf("it is locked, but what programs had written is not all on the disk: %s; the log names the files", first), http.StatusInternalServerError)
 		}
 	})
 	mux.HandleFunc("POST /unlock", func(http.ResponseWriter, *http.Request) { c.v.Unlock() })

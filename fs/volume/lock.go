@@ -210,7 +210,7 @@ func (v *Volume) dropKeys(files []*file) error {
 	left := func() time.Duration { return max(time.Until(end), fileWithin) }
 	changes := make([]uint64, len(files))
 	for i, f := range files {
-		changes[i], _ = within(left(), func() uint64 {
+		changes[i], _ = within(left(), func() uint64 { // 0 if it is held: then it is not settled if it has changed
 			f.mu.RLock()
 			defer f.mu.RUnlock()
 			return f.changes

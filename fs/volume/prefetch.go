@@ -14,8 +14,8 @@ import (
 
 // prefetcher unwraps ahead the keys of files that a program is about to open. It
 // follows scans: opens of one file of a directory after the other, in the order
-// of its listing, its names or its inode numbers, into subdirectories too. One goroutine owns all
-// but events and active.
+// of its listing, its names or its inode numbers, into subdirectories too. One
+// goroutine owns all but events and active.
 //
 // Only opens that had to wait for a key begin a scan, so that nothing is done
 // where keys are known or nobody is to be asked. A scan predicts twice as many
@@ -154,7 +154,7 @@ func (p *prefetcher) follow(at place, cold bool) {
 		return
 	}
 	for i, s := range p.scans {
-		if near := s.last.dir == at.dir; near {
+		if s.last.dir == at.dir {
 			p.restart(s, at)
 		} else if !p.leads(s, at) {
 			continue

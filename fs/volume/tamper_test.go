@@ -98,17 +98,10 @@ func (v *victim) path(name string) string {
 
 // outcome opens the volume and reads name: how what was done to it shows.
 func (v *victim) outcome(name string) string {
-	u, err := v.unlockWith(v.record)
-	if err != nil {
-		return "mount refuses"
-	}
-	v.log = &logBuffer{}
-	if v.v, err = u.Open(volume.Options{Logger: v.log.logger()}); err != nil {
-		u.Close()
-		v.v = nil
-		return "mount refuses"
-	}
-	defer func() { v.v.Crash(); v.v = nil }()
+	return v.with(func() string { return v.shows(name) })
+}
+
+func (v *victim) shows(name string) string {
 	n, err := v.node(name)
 	switch {
 	case errors.Is(err, unix.ENOENT) && !slices.Contains(v.list(filepath.Dir(name)), filepath.Base(name)) && strings.Contains(v.log.String(), "not shown"):

@@ -90,7 +90,7 @@ type Volume struct {
 	dirLRU dirLRU
 
 	reportMu sync.Mutex
-	reported map[string]time.Time // faults that the log has, each once
+	reported map[string]time.Time // faults that the log has, and since when
 
 	// markerMu is held while the marker and mine change. It comes before mu.
 	markerMu sync.Mutex

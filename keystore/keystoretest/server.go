@@ -227,7 +227,8 @@ func (s *Server) Connections() int {
 	return s.opened
 }
 
-// Agents returns the user agents that have called.
+// Agents returns the user agents that have called, "region " and what Region a call was
+// signed for, and "session " and the names of a role's sessions.
 func (s *Server) Agents() []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -322,6 +323,9 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	s.active++
 	s.most = max(s.most, s.active)
 	s.agents[r.UserAgent()] = true
+	if scope := strings.Split(r.Header.Get("Authorization"), "/"); len(scope) > 2 {
+		s.agents["region "+scope[2]] = true
+	}
 	s.number++
 	id := fmt.Sprintf("0123-test-%d", s.number)
 	latency, fail, clock := s.latency, s.fail, s.clock
