@@ -181,6 +181,23 @@ func (m *mounted) kill() {
 	})
 }
 
+// ciphertexts are the n files of the volume's topmost directory, as stored. An
+// encrypted name may begin with any letter: only kmsfs's own have the prefix.
+func (m *mounted) ciphertexts(n int) []string {
+	m.t.Helper()
+	es, err := os.ReadDir(m.cipher)
+	var files []string
+	for _, e := range es {
+		if !strings.HasPrefix(e.Name(), "kmsfs.") {
+			files = append(files, filepath.Join(m.cipher, e.Name()))
+		}
+	}
+	if err != nil || len(files) != n {
+		m.t.Fatalf("%d files are wanted, these are there: %q, %v", n, files, err)
+	}
+	return files
+}
+
 func (m *mounted) log() string {
 	logs, _ := filepath.Glob(filepath.Join(m.base, "state", "kmsfs", "*.log"))
 	var out []byte

@@ -73,15 +73,6 @@ func (w *walk) createKey(alias string) key {
 	return k
 }
 
-func (w *walk) cipherFile() string {
-	w.t.Helper()
-	es, err := filepath.Glob(filepath.Join(w.cipher, "[^k]*"))
-	if err != nil || len(es) != 1 {
-		w.t.Fatal(es, err)
-	}
-	return es[0]
-}
-
 type fileInfo struct {
 	Volume     string            `json:"volume"`
 	Context    map[string]string `json:"encryption_context"`
@@ -104,7 +95,7 @@ func TestWalkMoto(t *testing.T) {
 	write(t, w.path("text"), []byte(text))
 	want(t, w.path("text"), []byte(text))
 	w.umount()
-	file := w.cipherFile()
+	file := w.ciphertexts(1)[0]
 	plainKey := w.openByHand(file)
 	// Neither a plaintext nor a plaintext key is on the disk, anywhere.
 	w.nowhere([]byte("休みがほしい"), plainKey, []byte(base64.StdEncoding.EncodeToString(plainKey)), []byte(fmt.Sprintf("%x", plainKey)))

@@ -1,12 +1,11 @@
 package keystoretest
 
 import (
-	"bytes"
-	"fmt"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"regexp"
 	"testing"
 	"time"
 )
@@ -29,19 +28,13 @@ func Moto(t testing.TB) string {
 	t.Helper()
 	bin, err := exec.LookPath("moto_server")
 	Need(t, "moto_server: make test installs it", err == nil)
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	said, err := os.Create(filepath.Join(t.TempDir(), "moto.log"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	port := l.Addr().(*net.TCPAddr).Port
-	l.Close()
-	url := fmt.Sprintf("http://127.0.0.1:%d", port)
-	for k, v := range Env(url) {
-		t.Setenv(k, v)
-	}
-	c := exec.Command(bin, "-p", fmt.Sprint(port))
-	var out bytes.Buffer
-	c.Stdout, c.Stderr = &out, &out
+	defer said.Close()
+	c := exec.Command(bin, "-p", "0") // a free port, which it says
+	c.Stdout, c.Stderr = said, said
 	if err := c.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -49,13 +42,21 @@ func Moto(t testing.TB) string {
 		c.Process.Kill()
 		c.Wait()
 		if t.Failed() {
-			t.Logf("moto_server: %s", &out)
+			out, _ := os.ReadFile(said.Name())
+			t.Logf("moto_server: %s", out)
 		}
 	})
 	for range 300 {
-		if r, err := http.Get(url + "/moto-api/"); err == nil {
-			r.Body.Close()
-			return url
+		out, _ := os.ReadFile(said.Name())
+		if m := regexp.MustCompile(`Running on (http://127\.0\.0\.1:\d+)\s`).FindSubmatch(out); m != nil {
+			url := string(m[1])
+			for k, v := range Env(url) {
+				t.Setenv(k, v)
+			}
+			if r, err := http.Get(url + "/moto-api/"); err == nil {
+				r.Body.Close()
+				return url
+			}
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
