@@ -84,11 +84,12 @@ func (c *Clients) client(ctx context.Context, region string) (*kms.Client, strin
 	hc := awshttp.NewBuildableClient().WithTransportOptions(func(t *http.Transport) {
 		t.MaxIdleConnsPerHost = mostAtOnce // the default of 10 makes most parallel calls open a connection
 		t.MaxIdleConns = mostAtOnce
-	})
+	}).WithTimeout(c.o.Attempt) // also for who gives credentials, whom the SDK asks without a deadline
 	opts := []func(*config.LoadOptions) error{
 		config.WithRetryer(func() aws.Retryer { return aws.NopRetryer{} }), // retry is below
 		config.WithHTTPClient(hc),
 		config.WithLogger(logging.Nop{}), // every error is ours to tell
+		inSession,
 	}
 	if c.o.Profile != "" {
 		opts = append(opts, config.WithSharedConfigProfile(c.o.Profile))

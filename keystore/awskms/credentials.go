@@ -1,6 +1,7 @@
 package awskms
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"net/http"
@@ -27,50 +28,78 @@ const (
 	clockIsWrong = 4 * time.Minute
 )
 
-// assume makes the configuration use the role of the options.
-func (c *Clients) assume(cfg *aws.Config) {
-	if c.o.RoleARN == "" {
-		return
+// inSession makes the SDK's chain ask for sessions of a role as [Clients.assume] does,
+// where the configuration does not say otherwise.
+func inSession(o *config.LoadOptions) error {
+	for _, f := range []config.LoadOptionsFunc{
+		config.WithAssumeRoleCredentialOptions(session),
+		config.WithWebIdentityRoleCredentialOptions(func(o *stscreds.WebIdentityRoleOptions) {
+			o.RoleSessionName = cmp.Or(o.RoleSessionName, thisMachine())
+		}),
+		config.WithCredentialsCacheOptions(early),
+	} {
+		if err := f(o); err != nil {
+			return err
+		}
 	}
-	p := stscreds.NewAssumeRoleProvider(sts.NewFromConfig(*cfg), c.o.RoleARN, func(o *stscreds.AssumeRoleOptions) {
-		host, _ := os.Hostname()
-		o.RoleSessionName = sessionName("kmsfs-" + host)
-		o.Duration = roleSession
-	})
-	cfg.Credentials = aws.NewCredentialsCache(&role{AssumeRoleProvider: p, atMost: c.o.Attempt * 2 / 3}, func(o *aws.CredentialsCacheOptions) { o.ExpiryWindow = renewEarly })
+	return nil
 }
 
-// role is a role's sessions, of which the old one is used while it lasts when a new
-// one cannot be had.
-type role struct {
-	*stscreds.AssumeRoleProvider
-	atMost time.Duration
-	end    atomic.Pointer[time.Time] // of the last session
+func session(o *stscreds.AssumeRoleOptions) {
+	o.RoleSessionName = cmp.Or(o.RoleSessionName, thisMachine())
+	o.Duration = cmp.Or(o.Duration, roleSession)
+}
+
+// thisMachine names a role's sessions.
+func thisMachine() string {
+	host, _ := os.Hostname()
+	return sessionName("kmsfs-" + host)
+}
+
+func early(o *aws.CredentialsCacheOptions) { o.ExpiryWindow = renewEarly }
+
+// assume makes the configuration use the role of the options, and any credentials for
+// as long as they last.
+func (c *Clients) assume(cfg *aws.Config) {
+	p := cfg.Credentials
+	if c.o.RoleARN != "" {
+		p = aws.NewCredentialsCache(stscreds.NewAssumeRoleProvider(sts.NewFromConfig(*cfg), c.o.RoleARN, session), early)
+	}
+	if p != nil {
+		cfg.Credentials = aws.NewCredentialsCache(&lasting{CredentialsProvider: p, atMost: c.o.Attempt * 2 / 3})
+	}
+}
+
+// lasting are credentials that are renewed early; where that fails the old ones are
+// used while they last.
+type lasting struct {
+	aws.CredentialsProvider // by [early]
+	atMost                  time.Duration
+	old                     atomic.Pointer[aws.Credentials]
 }
 
 // Retrieve implements [aws.CredentialsProvider].
-func (r *role) Retrieve(ctx context.Context) (aws.Credentials, error) {
-	ctx, cancel := context.WithTimeout(ctx, r.atMost)
+func (l *lasting) Retrieve(ctx context.Context) (aws.Credentials, error) {
+	ctx, cancel := context.WithTimeout(ctx, l.atMost)
 	defer cancel()
-	c, err := r.AssumeRoleProvider.Retrieve(ctx)
+	c, err := l.CredentialsProvider.Retrieve(ctx)
 	if err == nil {
-		r.end.Store(&c.Expires)
+		l.old.Store(&c)
+		return c, nil
 	}
-	return c, err
-}
-
-// HandleFailToRefresh implements [aws.HandleFailRefreshCredentialsCacheStrategy].
-func (r *role) HandleFailToRefresh(_ context.Context, old aws.Credentials, err error) (aws.Credentials, error) {
-	now, end := time.Now(), r.end.Load()
-	if !old.HasKeys() || end == nil || !now.Before(*end) {
+	old := l.old.Load()
+	if old == nil || !old.CanExpire {
 		return aws.Credentials{}, err
 	}
-	old.Expires = now.Add(renewAgain)
-	if old.Expires.After(*end) {
-		old.Expires = *end
+	now, end := time.Now(), old.Expires.Add(renewEarly)
+	if !now.Before(end) {
+		return aws.Credentials{}, err
 	}
-	old.Expires = old.Expires.Add(renewEarly) // which the cache takes off
-	return old, nil
+	c = *old
+	if c.Expires = now.Add(renewAgain); c.Expires.After(end) {
+		c.Expires = end
+	}
+	return c, nil
 }
 
 // sessionName leaves what STS takes in a name: [\w+=,.@-], 2 to 64.

@@ -100,97 +100,109 @@ func TestReload(t *testing.T) {
 	}
 }
 
-// A role is assumed once, under a name that says who.
-func TestRole(t *testing.T) {
-	srv := keystoretest.NewServer(t)
-	o := quick
-	o.RoleARN = "arn:aws:iam::111122223333:role/kmsfs"
-	s, err := awskms.New(o).Open(t.Context(), srv.AddKey(""))
-	if err != nil {
-		t.Fatal(err)
-	}
-	srv.Refuse("AKIDTEST", "AccessDeniedException") // only the session may
-	for range 3 {
-		if _, _, err := s.Generate(t.Context(), fileKey); err != nil {
+// asRole runs a test with a role that is named by an option, and with one of a profile.
+func asRole(t *testing.T, test func(*testing.T, *keystoretest.Server, awskms.Options)) {
+	const arn = "arn:aws:iam::111122223333:role/kmsfs"
+	t.Run("Option", func(t *testing.T) {
+		srv, o := keystoretest.NewServer(t), quick
+		o.RoleARN = arn
+		test(t, srv, o)
+	})
+	t.Run("Profile", func(t *testing.T) {
+		srv, o := keystoretest.NewServer(t), quick
+		path := filepath.Join(t.TempDir(), "config")
+		if err := os.WriteFile(path, []byte("[profile base]\naws_access_key_id=AKIDTEST\naws_secret_access_key=s\n[profile role]\nrole_arn="+arn+"\nsource_profile=base\n"), 0o600); err != nil {
 			t.Fatal(err)
 		}
-	}
-	if n := srv.Calls("AssumeRole"); n != 1 {
-		t.Errorf("the role was assumed %d times", n)
-	}
-	host, _ := os.Hostname()
-	if !slices.ContainsFunc(srv.Agents(), func(a string) bool { return strings.HasPrefix(a, "session kmsfs-") }) {
-		t.Errorf("no session is named after %s: %q", host, srv.Agents())
-	}
+		t.Setenv("AWS_CONFIG_FILE", path)
+		t.Setenv("AWS_ACCESS_KEY_ID", "")
+		t.Setenv("AWS_SECRET_ACCESS_KEY", "")
+		o.Profile = "role"
+		test(t, srv, o)
+	})
 }
 
-// A role's session is renewed early; where STS does not answer then, the old one is
+// A role is assumed once, for an hour, under a name that says who.
+func TestRole(t *testing.T) {
+	asRole(t, func(t *testing.T, srv *keystoretest.Server, o awskms.Options) {
+		srv.Refuse("AKIDTEST", "AccessDeniedException") // only the session may
+		s, err := awskms.New(o).Open(t.Context(), srv.AddKey(""))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 3 {
+			if _, _, err := s.Generate(t.Context(), fileKey); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if n := srv.Calls("AssumeRole"); n != 1 {
+			t.Errorf("the role was assumed %d times", n)
+		}
+		named := func(a string) bool { return strings.HasPrefix(a, "session kmsfs-") && strings.HasSuffix(a, " 3600") }
+		if !slices.ContainsFunc(srv.Agents(), named) {
+			t.Errorf("no session is named after this machine, for an hour: %q", srv.Agents())
+		}
+	})
+}
+
+// A role's session is renewed early; where STS fails or is silent then, the old one is
 // used while it lasts, and after that it is an outage, no lack of credentials.
-func TestRoleRenewal(t *testing.T) {
-	srv := keystoretest.NewServer(t)
-	srv.SetSession(5*time.Minute + 2*time.Second) // to be renewed after 2 s
-	o := quick
-	o.RoleARN = "arn:aws:iam::111122223333:role/kmsfs"
-	s, err := awskms.New(o).Open(t.Context(), srv.AddKey(""))
-	if err != nil {
-		t.Fatal(err)
-	}
-	generate := func() error { _, _, err := s.Generate(t.Context(), fileKey); return err }
-	if err := generate(); err != nil {
-		t.Fatal(err)
-	}
-	away := func(op string) *keystoretest.Failure {
-		if op == "AssumeRole" {
-			return &keystoretest.Failure{Status: 503, Body: "<html>away</html>"}
+func TestRoleRenewal(t *testing.T) { asRole(t, testRoleRenewal) }
+
+func testRoleRenewal(t *testing.T, srv *keystoretest.Server, o awskms.Options) {
+	arn := srv.AddKey("")
+	open := func() func() error {
+		t.Helper()
+		s, err := awskms.New(o).Open(t.Context(), arn)
+		if err != nil {
+			t.Fatal(err)
 		}
-		return nil
+		return func() error { _, _, err := s.Generate(t.Context(), fileKey); return err }
 	}
-	srv.Fail(away)
-	time.Sleep(2500 * time.Millisecond)
-	for range 5 {
+	sts := func(f keystoretest.Failure) func(string) *keystoretest.Failure {
+		return func(op string) *keystoretest.Failure {
+			if op == "AssumeRole" {
+				return &f
+			}
+			return nil
+		}
+	}
+	away, silent := sts(keystoretest.Failure{Status: 503, Body: "<html>away</html>"}), sts(keystoretest.Failure{Hang: true})
+	for _, how := range []func(string) *keystoretest.Failure{away, silent} {
+		srv.Fail(nil)
+		srv.SetSession(5*time.Minute + 2*time.Second) // to be renewed after 2 s
+		generate := open()
 		if err := generate(); err != nil {
-			t.Errorf("while the session lasts: %v", err)
+			t.Fatal(err)
 		}
-	}
-	if n := srv.Calls("AssumeRole"); n != 2 {
-		t.Errorf("%d sessions were asked for, and not one before and one after", n)
+		before := srv.Calls("AssumeRole")
+		srv.Fail(how)
+		time.Sleep(2500 * time.Millisecond)
+		for range 5 {
+			if err := generate(); err != nil {
+				t.Errorf("while the session lasts: %v", err)
+			}
+		}
+		if n := srv.Calls("AssumeRole") - before; n != 1 {
+			t.Errorf("%d sessions were asked for, not one", n)
+		}
 	}
 	// Without any session.
-	if s, err = awskms.New(o).Open(t.Context(), s.ARN()); err != nil {
-		t.Fatal(err)
-	}
+	srv.Fail(away)
 	begun := time.Now()
-	if err := generate(); keystore.KindOf(err) != keystore.Outage || time.Since(begun) < time.Second {
+	if err := open()(); keystore.KindOf(err) != keystore.Outage || time.Since(begun) < time.Second {
 		t.Errorf("after %v: %v", time.Since(begun), err)
-	}
-	// One that is silent is no other than one that fails.
-	silent := func(op string) *keystoretest.Failure {
-		if op == "AssumeRole" {
-			return &keystoretest.Failure{Hang: true}
-		}
-		return nil
 	}
 	o.Total = 10 * time.Second // more than the longest pause
 	for _, how := range []func(string) *keystoretest.Failure{away, silent} {
 		srv.Fail(how)
 		time.AfterFunc(time.Second, func() { srv.Fail(nil) })
-		if s, err = awskms.New(o).Open(t.Context(), s.ARN()); err != nil {
-			t.Fatal(err)
-		}
-		if err := generate(); err != nil {
+		if err := open()(); err != nil {
 			t.Errorf("STS came back: %v", err)
 		}
 	}
-	srv.Fail(func(op string) *keystoretest.Failure {
-		if op == "AssumeRole" {
-			return &keystoretest.Failure{Status: 403, Body: `<ErrorResponse><Error><Code>AccessDenied</Code><Message>no</Message></Error></ErrorResponse>`}
-		}
-		return nil
-	})
-	if s, err = awskms.New(o).Open(t.Context(), s.ARN()); err != nil {
-		t.Fatal(err)
-	}
-	if err := generate(); keystore.KindOf(err) != keystore.Credentials {
+	srv.Fail(sts(keystoretest.Failure{Status: 403, Body: `<ErrorResponse><Error><Code>AccessDenied</Code><Message>no</Message></Error></ErrorResponse>`}))
+	if err := open()(); keystore.KindOf(err) != keystore.Credentials {
 		t.Errorf("a role that may not be assumed: %v", err)
 	}
 }

@@ -228,7 +228,7 @@ func (s *Server) Connections() int {
 }
 
 // Agents returns the user agents that have called, "region " and what Region a call was
-// signed for, and "session " and the names of a role's sessions.
+// signed for, and "session ", the name of a role's session, and its seconds.
 func (s *Server) Agents() []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -377,7 +377,9 @@ func (s *Server) serveSTS(w http.ResponseWriter, r *http.Request, body string) {
 	s.mu.Lock()
 	n := s.calls[op]
 	s.calls[op]++
-	s.agents["session "+q.Get("RoleSessionName")] = true
+	if op == "AssumeRole" {
+		s.agents["session "+q.Get("RoleSessionName")+" "+q.Get("DurationSeconds")] = true
+	}
 	fail, lasts := s.fail, cmp.Or(s.session, time.Hour)
 	s.mu.Unlock()
 	if fail != nil {
