@@ -62,31 +62,43 @@ func (l *loop) interrupt(in []byte) bool {
 	in = append([]byte(nil), in...)
 	unique := binary.NativeEndian.Uint64(in[at:])
 	l.workers.Go(func() {
-		met := false
-		for begun := time.Now(); ; time.Sleep(lookAgain) {
-			tid, known := l.requests.thread(unique)
-			met = met || known
-			switch {
-			case !known && (met || time.Since(begun) > lookAtMost):
-				return // it is answered
-			case known && (tid == 0 || dying(tid)):
-				if n, _ := l.ps.HandleRequest([][]byte{in}, [][]byte{make([]byte, unsafe.Sizeof(fuse.OutHeader{}))}); n == 0 {
-					return
-				} // else it was not yet begun, or has just ended
-			}
-		}
+		l.requests.interrupt(unique, dying, func() bool {
+			n, _ := l.ps.HandleRequest([][]byte{in}, [][]byte{make([]byte, unsafe.Sizeof(fuse.OutHeader{}))})
+			return n == 0
+		})
 	})
 	return true
+}
+
+// interrupt waits for a request to be answered, and ends it once its thread is dying.
+// end reports whether that is done: it is not where the request is not yet begun, or
+// has just ended.
+func (r *requests) interrupt(unique uint64, dying func(tid uint32) bool, end func() bool) {
+	met := false
+	for begun := time.Now(); ; time.Sleep(lookAgain) {
+		tid, known := r.thread(unique)
+		met = met || known
+		switch {
+		case !known && (met || time.Since(begun) > lookAtMost):
+			return // it is answered
+		case known && (tid == 0 || dying(tid)):
+			if end() {
+				return
+			}
+		}
+	}
 }
 
 // dying reports whether a signal that ends the thread's process waits for it.
 func dying(tid uint32) bool {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", tid))
-	if err != nil {
-		return true
-	}
+	return err != nil || deadly(string(b))
+}
+
+// deadly is dying of a thread with this status.
+func deadly(status string) bool {
 	var waiting, met uint64
-	for line := range strings.Lines(string(b)) {
+	for line := range strings.Lines(status) {
 		name, hex, _ := strings.Cut(line, ":\t")
 		set, err := strconv.ParseUint(strings.TrimSpace(hex), 16, 64)
 		switch name {
