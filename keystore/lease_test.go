@@ -1,6 +1,7 @@
 package keystore_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -461,6 +462,40 @@ func TestLockWhileCreating(t *testing.T) {
 		}
 		if c := r.Counts(); c.Pool != 0 {
 			t.Errorf("%d keys were kept", c.Pool)
+		}
+	})
+}
+
+// keeper is a store that remembers where the keys lie that it has given.
+type keeper struct {
+	slow
+	given [][]byte
+}
+
+func (s *keeper) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
+	key, err := s.slow.Unwrap(ctx, b, w)
+	s.given = append(s.given, key)
+	return key, err
+}
+
+// What a call brings that nobody waits for any more is wiped before Lock returns.
+func TestLockWipesWhatComes(t *testing.T) {
+	s := &keeper{slow: slow{uri: "slow:1", delay: 300 * time.Millisecond}}
+	bubble(t, []keystore.Store{s}, keystore.RingOptions{}, func(r *keystore.Ring) {
+		k := fill(t, r, 1)[0]
+		r.Forget(k.ID, k.Wrapped)
+		begun, got := time.Now(), make(chan error)
+		go func() {
+			_, err := r.Unwrap(bg, k.ID, k.Wrapped)
+			got <- err
+		}()
+		time.AfterFunc(100*time.Millisecond, func() { r.Lock(&keystore.Error{Kind: keystore.Credentials, Err: errors.New("locked")}); got <- nil })
+		if err := <-got; keystore.KindOf(err) != keystore.Credentials || time.Since(begun) != 100*time.Millisecond {
+			t.Errorf("after %v: %v", time.Since(begun), err)
+		}
+		<-got
+		if d := time.Since(begun); len(s.given) != 1 || !bytes.Equal(s.given[0], make([]byte, keystore.KeySize)) || d > 310*time.Millisecond {
+			t.Errorf("locked after %v, with the key %x", d, s.given)
 		}
 	})
 }

@@ -221,6 +221,23 @@ func TestKeyQuestionOnTerminal(t *testing.T) {
 	v.kmsfs("key", "enable", v.arn)
 }
 
+// Root is told of the volumes of other users too, wherever they have their homes.
+func TestKeyOfOtherUsers(t *testing.T) {
+	needRoot(t)
+	needTool(t, "unshare")
+	v := newKMSVolume(t)
+	c := exec.Command("unshare", "-m", "bash", "-c", `set -e
+		mount -t tmpfs none /home; mount -t tmpfs none /srv; cp /etc/passwd "$B/passwd"
+		echo "keeper:x:54321:54321::/srv/keeper:/bin/sh" >>"$B/passwd"; mount --bind "$B/passwd" /etc/passwd
+		for h in /home/eve /srv/keeper; do mkdir -p $h/.local/state/kmsfs; done
+		mv "$B"/state/kmsfs/*.json /home/eve/.local/state/kmsfs; "$K" key show alias/k
+		mv /home/eve/.local/state/kmsfs/*.json /srv/keeper/.local/state/kmsfs; "$K" key show alias/k`)
+	c.Env = append(v.env, "B="+v.base, "K="+binary)
+	if out, err := c.CombinedOutput(); err != nil || strings.Count(string(out), "depends on it") != 2 {
+		t.Errorf("%v: %s", err, out)
+	}
+}
+
 // A signal that the program handles does not end an open that waits for KMS; one
 // that kills it does.
 func TestSignalsWhileWaiting(t *testing.T) {

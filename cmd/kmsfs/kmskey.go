@@ -207,15 +207,24 @@ func confirm(what string, yes bool) error {
 // and root's, and for root everybody's.
 func dependents(arn string) (out []string) {
 	dirs := []string{"/var/lib/kmsfs"}
-	if dir, err := statePath(); err == nil && dir != dirs[0] {
+	if dir, err := statePath(); err == nil {
 		dirs = append(dirs, dir)
 	}
 	if os.Geteuid() == 0 {
-		homes, _ := filepath.Glob("/home/*/.local/state/kmsfs")
-		dirs = append(dirs, homes...)
+		homes, _ := filepath.Glob("/home/*")
+		passwd, _ := os.ReadFile("/etc/passwd") // which knows those elsewhere
+		for line := range strings.Lines(string(passwd)) {
+			if f := strings.Split(line, ":"); len(f) == 7 {
+				homes = append(homes, f[5])
+			}
+		}
+		for _, home := range homes {
+			dirs = append(dirs, filepath.Join(home, ".local/state/kmsfs"))
+		}
 	}
+	slices.Sort(dirs)
 	var records []string
-	for _, dir := range dirs {
+	for _, dir := range slices.Compact(dirs) {
 		if _, err := os.ReadDir(dir); errors.Is(err, os.ErrPermission) {
 			out = append(out, fmt.Sprintf("Which volumes %s knows cannot be seen by this user.", dir))
 		}

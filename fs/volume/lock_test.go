@@ -3,6 +3,7 @@ package volume_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -76,7 +77,7 @@ func (k *kernel) WriteBack(uint64) error {
 
 func refusedLocked(t *testing.T, what string, err error) {
 	t.Helper()
-	if keystore.KindOf(err) != keystore.Credentials {
+	if !refused(err) {
 		t.Errorf("%s while it is locked: %v", what, err)
 	}
 }
@@ -138,6 +139,76 @@ func TestLockWhileReadWaits(t *testing.T) {
 	s.wait.Store(nil)
 	close(gate)
 }
+
+// Of lock and unlock that cross each other, and files in use, the last one counts.
+func TestLockAndUnlockCross(t *testing.T) {
+	w, _ := lockWorld(t, volume.Options{})
+	var k kernel
+	w.v.AttachKernel(&k)
+	const files = 4
+	for i := range files {
+		w.write(fmt.Sprint(i), []byte("content"))
+	}
+	for round := range 20 {
+		var users, locks sync.WaitGroup
+		stop := make(chan struct{})
+		for i := range files {
+			users.Go(func() {
+				for n := 0; ; n++ {
+					select {
+					case <-stop:
+						return
+					default:
+					}
+					h, err := w.must(fmt.Sprint(i)).Open(ctx, n%2 == 0)
+					if err == nil {
+						if n%2 == 0 {
+							_, err = h.Write(ctx, []byte("c"), 0)
+						} else {
+							_, err = h.Read(ctx, make([]byte, 7), 0)
+						}
+						err = errors.Join(err, h.Release())
+					}
+					if err != nil && !refused(err) {
+						t.Errorf("file %d: %v", i, err)
+					}
+				}
+			})
+		}
+		for range 3 {
+			locks.Go(func() { w.do("lock", w.v.Lock()) })
+			locks.Go(w.v.Unlock)
+		}
+		locks.Wait()
+		if round%2 == 0 {
+			w.v.Unlock()
+		} else {
+			w.do("lock", w.v.Lock())
+		}
+		if locked := w.v.Locked() != nil; locked != (round%2 == 1) {
+			t.Fatalf("round %d: locked: %v", round, locked)
+		}
+		close(stop)
+		users.Wait()
+		for i := range files {
+			h, err := w.must(fmt.Sprint(i)).Open(ctx, false)
+			if round%2 == 1 {
+				if err == nil {
+					_, err = h.Read(ctx, make([]byte, 7), 0)
+					h.Release()
+				}
+				refusedLocked(t, "a read", err)
+				continue
+			}
+			w.do("open", err)
+			h.Release()
+			w.want(fmt.Sprint(i), []byte("content"))
+		}
+		w.v.Unlock()
+	}
+}
+
+func refused(err error) bool { return keystore.KindOf(err) == keystore.Credentials }
 
 // What the kernel holds back is written, also where the file's key was wiped before
 // and nothing has asked for it since.

@@ -308,8 +308,8 @@ func TestConnectionsKept(t *testing.T) {
 		}
 		wg.Wait()
 	}
-	if n := srv.Connections(); n > 150 || srv.MostAtOnce() < 20 {
-		t.Errorf("%d connections for 2,000 calls, %d at once", n, srv.MostAtOnce())
+	if n, most := srv.Connections(), srv.MostAtOnce(); n > 150 || most < 20 {
+		t.Errorf("%d connections for 2,000 calls, %d at once", n, most)
 	}
 }
 

@@ -213,10 +213,12 @@ func (s *Server) Calls(op string) (n int) {
 	return n
 }
 
-// MostAtOnce returns how many calls were under way at once at most.
+// MostAtOnce returns how many calls were under way at once at most, since it was
+// last asked.
 func (s *Server) MostAtOnce() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	defer func() { s.most = s.active }()
 	return s.most
 }
 
