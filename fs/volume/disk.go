@@ -4,6 +4,8 @@ import (
 	"errors"
 	"os"
 	"strconv"
+	"sync/atomic"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix" // the syscalls that package os hides: *at, xattrs, sync_file_range
@@ -29,12 +31,21 @@ type Call struct {
 type disk struct {
 	hook func(Call) error
 	done func(Call, error)
+
+	// What has lost its last name, and the kernel still knows: how many there are, and
+	// when the last one was removed, Unix nanoseconds. Their space comes back when the
+	// kernel has closed and forgotten them, which it says after it was answered.
+	leaving atomic.Int32
+	removed atomic.Int64
 }
+
+const freedWithin = 500 * time.Millisecond // who forgets, however busy
 
 // ErrSkip is what a hook returns for a call that is not to be made, and to succeed.
 var ErrSkip = errors.New("skip this call")
 
-// do makes a call.
+// do makes a call. One that finds no space is made again where some is about to come
+// back: who removes a file from a full disk can write at once.
 func (d *disk) do(c Call, f func() error) error {
 	if d.hook != nil {
 		if err := d.hook(c); err == ErrSkip {
@@ -44,11 +55,22 @@ func (d *disk) do(c Call, f func() error) error {
 		}
 	}
 	err := f()
+	for pause := time.Millisecond; noSpace(err) && time.Now().UnixNano()-d.removed.Load() < int64(freedWithin); pause *= 2 {
+		waits := d.leaving.Load() > 0
+		if waits {
+			time.Sleep(pause)
+		}
+		if err = f(); !waits {
+			break
+		}
+	}
 	if d.done != nil {
 		d.done(c, err)
 	}
 	return err
 }
+
+func noSpace(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) }
 
 // again repeats what a signal interrupted: Go's own preempt a thread at any time.
 func again(f func() error) error {

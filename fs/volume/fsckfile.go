@@ -194,7 +194,7 @@ func (k *fileCheck) unconfirmed(what, detail, advice string) {
 // told without.
 func (k *fileCheck) checkPages(keys *blockcrypt.FileKeys) error {
 	s := k.hdr.State
-	v := &Volume{disk: k.disk, o: Options{ReadOnly: true}, geo: k.geo, log: slog.New(slog.DiscardHandler)}
+	v := &Volume{disk: disk{hook: k.disk.hook, done: k.disk.done}, o: Options{ReadOnly: true}, geo: k.geo, log: slog.New(slog.DiscardHandler)}
 	v.root = &Node{v: v, typ: unix.S_IFREG, last: -1}
 	f := &file{n: v.root, v: v, fd: k.fd, hdr: k.hdr, keys: keys, size: s.Size, tailK: -1}
 	if k.dirty() || k.bad[s.Session] && s.Floor < s.Size {

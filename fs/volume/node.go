@@ -25,6 +25,7 @@ type Node struct {
 	holds   int    // of children's links, open files and directories
 	links   []link // where it is: none for the root, or when it is gone
 	gone    bool   // the last name went
+	leaving bool   // with the space that it took
 	last    int    // O_PATH, of what lost its last name or is about to; -1 otherwise
 	pending bool   // a file that is still to be repaired: nobody may remember it
 
@@ -198,6 +199,9 @@ func (v *Volume) dropIfUnknown(n *Node) {
 		v.disk.close(n.last)
 		n.last = -1
 	}
+	if n.leaving {
+		v.leaving.Add(-1)
+	}
 }
 
 // keep opens what st describes, at fd/cname, before its last name goes, if the
@@ -266,6 +270,9 @@ func (v *Volume) unlinked(st *unix.Stat_t, dir *Node, cname string) {
 	if st.Nlink <= 1 || n.IsDir() {
 		n.gone = true
 		delete(v.inodes, key)
+		n.leaving = true
+		v.leaving.Add(1)
+		v.removed.Store(time.Now().UnixNano())
 	}
 	n.dropLink(dir, cname)
 	v.dropIfUnknown(n)

@@ -236,7 +236,7 @@ func (f *file) takeSpace(n int64, g func() error) error {
 		v.lookAtSpace()
 	}
 	err := f.asOwner(g)
-	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+	if noSpace(err) {
 		v.spaceFailed.Store(time.Now().Unix())
 		v.tight.Store(true)
 	}

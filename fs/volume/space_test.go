@@ -5,14 +5,17 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
+	"kmsfs/keystore/keystoretest"
 )
 
 const punch = unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_KEEP_SIZE
@@ -145,6 +148,54 @@ func TestLostWrites(t *testing.T) {
 }
 
 // A file without a name gets one by link, or goes.
+// What is removed makes room for who writes next, though the kernel closes and forgets
+// it a moment later; what stays open does not.
+func TestRoomAfterRemoval(t *testing.T) {
+	keystoretest.Need(t, "root", os.Geteuid() == 0)
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=4m"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	w := newWorldIn(t, dir, volume.Options{}, false)
+	w.quiet = true
+	chunk := noise(256 << 10)
+	fill := func() (h *volume.Handle, off int64) {
+		h, err := w.create("big")
+		for w.do("create", err); err == nil; off += int64(len(chunk)) {
+			_, err = h.Write(ctx, chunk, off)
+		}
+		wantErr(t, "a full disk", err, unix.ENOSPC)
+		w.do("unlink", w.v.Unlink(w.v.Root(), "big"))
+		return h, off
+	}
+	for range 3 {
+		h, _ := fill()
+		freed := make(chan struct{})
+		time.AfterFunc(50*time.Millisecond, func() {
+			h.Release()
+			w.v.Forget(h.Node().ID(), 100)
+			close(freed)
+		})
+		b := noise(1 << 20)
+		w.write("after", b)
+		<-freed
+		w.want("after", b)
+		n := w.must("after")
+		w.do("unlink", w.v.Unlink(w.v.Root(), "after"))
+		w.v.Forget(n.ID(), 100)
+	}
+	h, off := fill()
+	_, err := h.Write(ctx, chunk, off)
+	wantErr(t, "what was removed is still open", err, unix.ENOSPC)
+	w.do("close", h.Release())
+	w.v.Forget(h.Node().ID(), 100)
+}
+
 func TestTmpfile(t *testing.T) {
 	w := newWorld(t, volume.Options{})
 	w.mkdir("d")

@@ -185,7 +185,7 @@ func TestThrottledPauses(t *testing.T) {
 		t.Errorf("throttled all the time: %v", err)
 	}
 	// Doubling from the first would make 8 in the 2 s, not doubling at all 80.
-	if n := srv.Calls("GenerateDataKey") - before; n < 15 || n > 65 {
+	if n := srv.Calls("GenerateDataKey") - before; n < 12 || n > 70 {
 		t.Errorf("%d attempts", n)
 	}
 }
