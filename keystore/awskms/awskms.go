@@ -129,8 +129,9 @@ type Store struct {
 	region string
 	arn    string
 
-	named  *Store       // of the replica that was named, where this one was taken for its Region
-	chosen atomic.Int32 // of the two, by the first call that was answered: ownReplica, namedReplica
+	named  *Store                    // of the replica that was named, where this one was taken for its Region
+	chosen atomic.Int32              // of the two, see [replicas]: ownReplica, namedReplica, 0 before the first answer
+	away   atomic.Pointer[time.Time] // when this one's Region was last found to be away, nil if never
 
 	mu       sync.Mutex
 	branches map[string]branchKey // by branch field, bounded
@@ -306,22 +307,48 @@ const (
 	namedReplica
 )
 
-// replicas makes a call with this key; where its policy forbids that, and another
-// replica was named, with that one. The first answer decides, for good: else
-// taking a right away would not show before it is taken away everywhere.
-func replicas[T any](s *Store, f func(*Store) (T, error)) (T, error) {
-	if s.named == nil || s.chosen.Load() == ownReplica {
-		return f(s)
+const homeAgain = 5 * time.Minute // after which a Region that was away is tried again
+
+// replicas makes a call with this key. Where another replica was named that one is
+// asked instead: for good where the first call shows that this one's policy forbids it
+// (later calls do not change it, or taking a right away would not show before it is
+// taken away everywhere), and from the next call on where this Region is away, until it
+// is back.
+func replicas[T any](ctx context.Context, s *Store, f func(context.Context, *Store) (T, error)) (T, error) {
+	if s.named == nil {
+		return f(ctx, s)
 	}
-	if s.chosen.Load() == namedReplica {
-		return f(s.named)
+	chosen := s.chosen.Load()
+	if chosen == namedReplica {
+		away := s.away.Load()
+		if away != nil && time.Since(*away) > homeAgain && s.away.CompareAndSwap(away, aws.Time(time.Now())) {
+			try, cancel := context.WithTimeout(ctx, s.c.o.Attempt)
+			out, err := f(try, s)
+			cancel()
+			if k := keystore.KindOf(err); k != keystore.Outage && k != keystore.Canceled {
+				s.chosen.Store(ownReplica)
+				return out, err
+			}
+		}
+		out, err := f(ctx, s.named)
+		if away != nil && keystore.KindOf(err) == keystore.Outage {
+			s.chosen.CompareAndSwap(namedReplica, ownReplica)
+		}
+		return out, err
 	}
-	out, err := f(s)
-	switch {
-	case err == nil:
+	out, err := f(ctx, s)
+	switch keystore.KindOf(err) {
+	case 0:
 		s.chosen.CompareAndSwap(0, ownReplica)
-	case keystore.KindOf(err) == keystore.Denied:
-		if out, nerr := f(s.named); nerr == nil {
+	case keystore.Outage:
+		if s.chosen.CompareAndSwap(chosen, namedReplica) {
+			s.away.Store(aws.Time(time.Now()))
+		}
+	case keystore.Denied:
+		if chosen != 0 {
+			break
+		}
+		if out, nerr := f(ctx, s.named); nerr == nil {
 			s.chosen.CompareAndSwap(0, namedReplica)
 			return out, nil
 		}
@@ -331,7 +358,7 @@ func replicas[T any](s *Store, f func(*Store) (T, error)) (T, error) {
 
 // Generate implements [keystore.Generator] by GenerateDataKey.
 func (s *Store) Generate(ctx context.Context, b keystore.Binding) (key []byte, w keystore.Wrapped, err error) {
-	w, err = replicas(s, func(s *Store) (w keystore.Wrapped, err error) {
+	w, err = replicas(ctx, s, func(ctx context.Context, s *Store) (w keystore.Wrapped, err error) {
 		key, w, err = s.generate(ctx, b)
 		return w, err
 	})
@@ -354,7 +381,7 @@ func (s *Store) generate(ctx context.Context, b keystore.Binding) ([]byte, keyst
 
 // Wrap implements [keystore.Store] by Encrypt.
 func (s *Store) Wrap(ctx context.Context, b keystore.Binding, key []byte) (keystore.Wrapped, error) {
-	return replicas(s, func(s *Store) (keystore.Wrapped, error) { return s.wrap(ctx, b, key) })
+	return replicas(ctx, s, func(ctx context.Context, s *Store) (keystore.Wrapped, error) { return s.wrap(ctx, b, key) })
 }
 
 func (s *Store) wrap(ctx context.Context, b keystore.Binding, key []byte) (keystore.Wrapped, error) {
@@ -433,7 +460,7 @@ func (s *Store) forget() {
 }
 
 func (s *Store) decrypt(ctx context.Context, b keystore.Binding, blob []byte) ([]byte, error) {
-	return replicas(s, func(s *Store) ([]byte, error) { return s.decryptHere(ctx, b, blob) })
+	return replicas(ctx, s, func(ctx context.Context, s *Store) ([]byte, error) { return s.decryptHere(ctx, b, blob) })
 }
 
 func (s *Store) decryptHere(ctx context.Context, b keystore.Binding, blob []byte) ([]byte, error) {

@@ -359,6 +359,54 @@ func TestOwnRegionFirst(t *testing.T) {
 	}
 }
 
+// Where the own Region is away the replica that was named is asked, until that one is
+// away or the Region is back.
+func TestRegionAway(t *testing.T) {
+	srv := keystoretest.NewServer(t)
+	const far = "us-east-1"
+	here := srv.AddMultiRegion()
+	s, err := awskms.New(quick).OpenURI(t.Context(), "aws-kms:"+strings.Replace(here, keystoretest.Region, far, 1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	in := func(what, region string, want keystore.Kind) {
+		t.Helper()
+		before := srv.Calls("in " + region)
+		if _, _, err := s.Generate(t.Context(), fileKey); keystore.KindOf(err) != want {
+			t.Errorf("%s: %v", what, err)
+		}
+		if srv.Calls("in "+region) == before {
+			t.Errorf("%s: %s was not asked", what, region)
+		}
+	}
+	in("at first", keystoretest.Region, 0)
+	srv.SetAway(keystoretest.Region)
+	in("when it goes away", keystoretest.Region, keystore.Outage)
+	in("while it is away", far, 0)
+	srv.SetAway("")
+	in("just after it is back", far, 0)
+	srv.SetAway(far)
+	in("the other one goes away", far, keystore.Outage)
+	in("then", keystoretest.Region, 0)
+	srv.SetAway(keystoretest.Region)
+	in("away once more", keystoretest.Region, keystore.Outage)
+	awskms.LongAway(s)
+	in("still away after a while", keystoretest.Region, 0)
+	in("then", far, 0)
+	srv.SetAway("")
+	awskms.LongAway(s)
+	in("back after a while", keystoretest.Region, 0)
+	in("then", keystoretest.Region, 0)
+	// What it says when it is back counts.
+	srv.SetAway(keystoretest.Region)
+	in("and away", keystoretest.Region, keystore.Outage)
+	srv.SetAway("")
+	awskms.LongAway(s)
+	srv.DenyARN(here)
+	in("and back, but forbidden", keystoretest.Region, keystore.Denied)
+	in("then", keystoretest.Region, keystore.Denied)
+}
+
 func TestAnswerOfAnotherKey(t *testing.T) {
 	srv := keystoretest.NewServer(t)
 	s := open(t, srv.AddKey(""))

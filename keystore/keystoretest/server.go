@@ -52,6 +52,7 @@ type Server struct {
 	refused map[string]string // access key IDs, with the error code
 	noFile  string            // a file ID that a policy forbids
 	noARN   string            // an ARN whose policy forbids all
+	away    string            // a Region whose calls fail
 	clock   time.Duration     // how wrong the client's clock is, as the server sees it
 	session time.Duration     // of a role, an hour if zero
 	number  int               // of the last request
@@ -201,12 +202,13 @@ func (s *Server) SetLatency(d time.Duration) {
 	s.latency = d
 }
 
-// Calls returns how often an operation was called; "" for all.
+// Calls returns how often an operation was called, or with "in " and its name a
+// Region; "" for all.
 func (s *Server) Calls(op string) (n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for o, c := range s.calls {
-		if op == "" || op == o {
+		if op == "" && !strings.HasPrefix(o, "in ") || op == o {
 			n += c
 		}
 	}
@@ -258,6 +260,13 @@ func (s *Server) DenyARN(arn string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.noARN = arn
+}
+
+// SetAway makes calls that are signed for a Region fail; "" brings it back.
+func (s *Server) SetAway(region string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.away = region
 }
 
 // SetClock makes the server's clock go wrong, or the client's: it refuses what was
@@ -325,8 +334,11 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	s.active++
 	s.most = max(s.most, s.active)
 	s.agents[r.UserAgent()] = true
+	away := false
 	if scope := strings.Split(r.Header.Get("Authorization"), "/"); len(scope) > 2 {
 		s.agents["region "+scope[2]] = true
+		s.calls["in "+scope[2]]++
+		away = scope[2] == s.away
 	}
 	s.number++
 	id := fmt.Sprintf("0123-test-%d", s.number)
@@ -350,6 +362,10 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("X-Amzn-RequestId", id)
 	if signed, err := time.Parse("20060102T150405Z", r.Header.Get("X-Amz-Date")); err == nil && now.Sub(signed).Abs() > 5*time.Minute {
 		s.answerFailure(w, r, &Failure{Status: 400, Code: "InvalidSignatureException"})
+		return
+	}
+	if away {
+		s.answerFailure(w, r, &Failure{Status: http.StatusServiceUnavailable})
 		return
 	}
 	if fail != nil {
