@@ -398,31 +398,18 @@ func TestSignalsAndLocks(t *testing.T) {
 	if err := syscall.Kill(m.pid(), syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
-	for range 1000 {
-		if !isMount(m.dir) {
-			break
+	eventually(t, "SIGTERM did not end the mount well", func() error { // the marker goes at the very end
+		if _, err := os.Lstat(filepath.Join(m.cipher, "kmsfs.mounted")); err == nil || isMount(m.dir) {
+			return errors.New("it is still there")
 		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	for range 500 { // the marker goes at the very end
-		if _, err := os.Lstat(filepath.Join(m.cipher, "kmsfs.mounted")); err != nil {
-			break
+		return nil
+	})
+	eventually(t, "the daemon's lock", func() error {
+		if out, err := m.try("mount", m.cipher, m.dir); err != nil {
+			return errors.New(out)
 		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	if _, err := os.Lstat(filepath.Join(m.cipher, "kmsfs.mounted")); err == nil || isMount(m.dir) {
-		t.Fatal("SIGTERM did not end the mount well")
-	}
-	for i := 0; ; i++ { // until the daemon has let go of the lock
-		out, err := m.try("mount", m.cipher, m.dir)
-		if err == nil {
-			break
-		}
-		if i == 200 {
-			t.Fatal(out)
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
+		return nil
+	})
 	want(t, m.path("f"), []byte("x"))
 }
 

@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -135,10 +134,12 @@ func TestDelayedErrors(t *testing.T) {
 	if n, err := f.ReadAt(got[:4<<20], 0); err != nil || !bytes.Equal(got[:n], b[:4<<20]) {
 		t.Error("what was there before:", err)
 	}
-	time.Sleep(100 * time.Millisecond) // the kernel is told behind the answer's back
-	if _, err := f.ReadAt(got[7<<20:], 7<<20); !errors.Is(err, unix.EIO) {
-		t.Errorf("what could not be written reads with %v", err)
-	}
+	eventually(t, "what could not be written", func() error { // the kernel is told behind the answer's back
+		if _, err := f.ReadAt(got[7<<20:], 7<<20); !errors.Is(err, unix.EIO) {
+			return fmt.Errorf("it reads with %v", err)
+		}
+		return nil
+	})
 	// Now that space is short, write itself fails.
 	if out := m.runs(`echo x >"$M/small"; head -c 100000 /dev/zero >"$M/small2"`); out == nil {
 		t.Error("writing to a full disk succeeds")

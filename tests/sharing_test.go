@@ -136,7 +136,7 @@ func TestSlowKMS(t *testing.T) {
 	begun := time.Now()
 	want(t, w.path("0"), []byte(text)) // its key is known
 	write(t, w.path("new"), []byte(text))
-	if d := time.Since(begun); d > 2*time.Second {
+	if d := time.Since(begun); d > 10*time.Second { // the deadline is 15 s
 		t.Errorf("others waited %v", d)
 	}
 	begun = time.Now()
@@ -146,7 +146,7 @@ func TestSlowKMS(t *testing.T) {
 	for _, c := range waiting {
 		c.Wait()
 	}
-	if d := time.Since(begun); d > 2*time.Second {
+	if d := time.Since(begun); d > 10*time.Second {
 		t.Errorf("ending those who wait took %v", d)
 	}
 	srv.Fail(nil)
