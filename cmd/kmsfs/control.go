@@ -243,9 +243,12 @@ const (
 	month    = 730.0        // hours
 )
 
+// callPrice is what a call costs that so many trails beside the free one record.
+func callPrice(trails uint) float64 { return perCall + float64(trails)*perEvent }
+
 func statsCommand() *cobra.Command {
 	var asJSON bool
-	var trails int
+	var trails uint
 	c := &cobra.Command{
 		Use:   "stats MOUNTPOINT",
 		Short: "Tell what a mounted volume has asked key services, and what that costs",
@@ -266,15 +269,19 @@ func statsCommand() *cobra.Command {
 		},
 	}
 	c.Flags().BoolVar(&asJSON, "json", false, "as JSON")
-	c.Flags().IntVar(&trails, "trails", 0, "how many CloudTrail `TRAILS` beside the free one record these calls")
+	trailsFlag(c, &trails)
 	return c
+}
+
+func trailsFlag(c *cobra.Command, trails *uint) {
+	c.Flags().UintVar(trails, "trails", 0, "how many CloudTrail `TRAILS` beside the free one record these calls")
 }
 
 // price puts the dollars in. What the first hour has cost may not be what the next
 // ones do: it counts as a whole one.
-func (s *stats) price(trails int) {
+func (s *stats) price(trails uint) {
 	for _, c := range s.Calls {
-		s.Cost += float64(c.Count) * (perCall + float64(trails)*perEvent)
+		s.Cost += float64(c.Count) * callPrice(trails)
 	}
 	s.Monthly = s.Cost / max(s.Hours, 1) * month
 }
@@ -310,8 +317,8 @@ func (s *stats) print() {
 }
 
 // estimate says what a new volume under KMS keys will cost.
-func estimate(ms []made) string {
-	n := 0
+func estimate(ms []made, trails uint) string {
+	n := 0.0 // calls for each file
 	for _, m := range ms {
 		if strings.HasPrefix(m.store.URI(), "aws-kms:") {
 			n++
@@ -320,7 +327,11 @@ func estimate(ms []made) string {
 	if n == 0 {
 		return ""
 	}
-	idle := month * 60 / 2.5 * 1.1 // one proof in 2.5 minutes, with jitter
-	return fmt.Sprintf("Cost: $%.2f for each 100,000 files made or first read, and at most $%.2f a month for each mount; each CloudTrail trail but the first adds $%.2f and $%.2f. The keys themselves are $1 a month each.",
-		100000*perCall*float64(n), idle*perCall*float64(n), 100000*perEvent*float64(n), idle*perEvent*float64(n))
+	const files, idle = 100000, month * 60 / 2.5 * 1.1 // one proof in 2.5 minutes, with jitter
+	if trails == 0 {
+		return fmt.Sprintf("Cost: $%.2f for each 100,000 files made or first read, and at most $%.2f a month for each mount; each CloudTrail trail but the first adds $%.2f and $%.2f. The keys themselves are $1 a month each.",
+			n*files*callPrice(0), n*idle*callPrice(0), n*files*perEvent, n*idle*perEvent)
+	}
+	return fmt.Sprintf("Cost with %d more CloudTrail trails than the free one: $%.2f for each 100,000 files made or first read, and at most $%.2f a month for each mount. The keys themselves are $1 a month each.",
+		trails, n*files*callPrice(trails), n*idle*callPrice(trails))
 }

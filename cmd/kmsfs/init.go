@@ -15,6 +15,7 @@ import (
 type initFlags struct {
 	keyFlags
 	plainNames bool
+	trails     uint
 }
 
 const initKeyUsage = "wrap every file's data key under this `KEY` (repeatable); default: a new local key"
@@ -28,6 +29,7 @@ func initCommand() *cobra.Command {
 		RunE:  func(c *cobra.Command, args []string) error { return f.run(c.Context(), args[0]) },
 	}
 	f.add(c, initKeyUsage)
+	trailsFlag(c, &f.trails)
 	c.Flags().BoolVar(&f.plainNames, "plain-names", false, "leave names as they are")
 	return c
 }
@@ -71,7 +73,7 @@ func (f *initFlags) run(ctx context.Context, dir string) error {
 		return err
 	}
 	fmt.Printf("Volume %s made in %s.\n", id, dir)
-	if e := estimate(ms); e != "" {
+	if e := estimate(ms, f.trails); e != "" {
 		fmt.Println(e)
 	}
 	for _, m := range ms {
