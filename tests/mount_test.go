@@ -239,7 +239,7 @@ func TestFullDisk(t *testing.T) {
 	m.faults = true
 	keep := noise(1 << 20)
 	write(t, m.path("keep"), keep)
-	for range 30 {
+	for range 10 {
 		f, err := os.Create(m.path("big"))
 		if err != nil {
 			t.Fatal(err)

@@ -51,7 +51,8 @@ func TestUnprivileged(t *testing.T) {
 			trap '$K umount mnt 2>/dev/null || fusermount3 -uz mnt 2>/dev/null || true' EXIT
 			$K init cipher; $K mount cipher mnt
 			# the daemon's memory is closed, to its own user too
-			pid=$(cut -d' ' -f1 .local/state/kmsfs/mounts/*); test -d /proc/$pid; for f in mem environ maps; do ! head -c 1 /proc/$pid/$f 2>/dev/null | grep -q . || { echo "/proc/PID/$f is open"; exit 1; }; done
+			pid=$(cut -d' ' -f1 .local/state/kmsfs/mounts/*); test -d /proc/$pid; for f in mem environ maps; do
+				(exec 9</proc/$$/$f); ! (exec 9</proc/$pid/$f) 2>/dev/null || { echo "/proc/PID/$f is open"; exit 1; }; done
 			echo x >mnt/f; cat mnt/f; mkdir mnt/d; mv mnt/f mnt/d/g; test "$(stat -c %u mnt/d/g)" = 1
 			echo secret >mnt/ro; chmod 444 mnt/ro; ! (echo y >>mnt/ro) 2>/dev/null; test "$(cat mnt/ro)" = secret
 			echo secret >mnt/wo; chmod 200 mnt/wo; ! cat mnt/wo 2>/dev/null; printf more >>mnt/wo

@@ -33,19 +33,21 @@ type disk struct {
 	done func(Call, error)
 
 	// What has lost its last name, and the kernel still knows: how many there are, and
-	// when the last one was removed, Unix nanoseconds. Their space comes back when the
-	// kernel has closed and forgotten them, which it says after it was answered.
+	// when the last one was removed. Their space comes back when the kernel has closed
+	// and forgotten them, which it says after it was answered.
 	leaving atomic.Int32
-	removed atomic.Int64
+	removed atomic.Pointer[time.Time]
 }
 
-const freedWithin = 500 * time.Millisecond // who forgets, however busy
+const (
+	freedWithin = 500 * time.Millisecond // a removal, and a call that waits for space
+	freedPause  = 32 * time.Millisecond  // between two looks at most
+)
 
 // ErrSkip is what a hook returns for a call that is not to be made, and to succeed.
 var ErrSkip = errors.New("skip this call")
 
-// do makes a call. One that finds no space is made again where some is about to come
-// back: who removes a file from a full disk can write at once.
+// do makes a call.
 func (d *disk) do(c Call, f func() error) error {
 	if d.hook != nil {
 		if err := d.hook(c); err == ErrSkip {
@@ -55,19 +57,31 @@ func (d *disk) do(c Call, f func() error) error {
 		}
 	}
 	err := f()
-	for pause := time.Millisecond; noSpace(err) && time.Now().UnixNano()-d.removed.Load() < int64(freedWithin); pause *= 2 {
-		waits := d.leaving.Load() > 0
-		if waits {
-			time.Sleep(pause)
-		}
-		if err = f(); !waits {
-			break
-		}
-	}
 	if d.done != nil {
 		d.done(c, err)
 	}
 	return err
+}
+
+// take makes a call that takes space. One that finds none is made again where some is
+// about to come back: who removes a file from a full disk can write at once. Calls
+// that sync must not be: the kernel tells once that it could not write.
+func (d *disk) take(c Call, f func() error) error {
+	return d.do(c, func() error {
+		waits := d.leaving.Load() > 0
+		err := f()
+		if t := d.removed.Load(); !noSpace(err) || t == nil || time.Since(*t) > freedWithin {
+			return err
+		}
+		end := time.Now().Add(freedWithin)
+		for pause := time.Millisecond; noSpace(err) && waits && time.Now().Before(end); pause = min(2*pause, freedPause) {
+			if waits = d.leaving.Load() > 0; waits {
+				time.Sleep(pause)
+			}
+			err = f()
+		}
+		return err
+	})
 }
 
 func noSpace(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) }
@@ -87,7 +101,7 @@ const fileFlags = unix.O_NOFOLLOW | unix.O_NONBLOCK | unix.O_CLOEXEC
 
 func (d *disk) open(dir int, name string, flags int, mode uint32) (fd int, err error) {
 	fd = -1
-	err = d.do(Call{Op: "openat", FD: dir, Name: name, Mode: uint32(flags)}, func() error {
+	err = d.take(Call{Op: "openat", FD: dir, Name: name, Mode: uint32(flags)}, func() error {
 		return again(func() error {
 			fd, err = unix.Openat(dir, name, flags|unix.O_NOFOLLOW|unix.O_CLOEXEC, mode)
 			return err
@@ -136,7 +150,7 @@ func (d *disk) pread(fd int, b []byte, off int64) (n int, err error) {
 
 // pwrite writes all of b, in one call where the kernel lets it.
 func (d *disk) pwrite(fd int, b []byte, off int64) error {
-	return d.do(Call{Op: "pwrite", FD: fd, Off: off, Len: int64(len(b)), Data: b}, func() error {
+	return d.take(Call{Op: "pwrite", FD: fd, Off: off, Len: int64(len(b)), Data: b}, func() error {
 		for len(b) > 0 {
 			n := 0
 			err := again(func() (err error) { n, err = unix.Pwrite(fd, b, off); return err })
@@ -160,7 +174,7 @@ func (d *disk) truncate(fd int, size int64) error {
 
 // allocate is fallocate: it reserves space, or makes a hole.
 func (d *disk) allocate(fd int, mode uint32, off, n int64) error {
-	return d.do(Call{Op: "fallocate", FD: fd, Off: off, Len: n, Mode: mode}, func() error {
+	return d.take(Call{Op: "fallocate", FD: fd, Off: off, Len: n, Mode: mode}, func() error {
 		return again(func() error { return unix.Fallocate(fd, mode, off, n) })
 	})
 }
@@ -209,19 +223,19 @@ func (d *disk) waitPages(fd int, off, n int64) error {
 func (d *disk) forgetPages(fd int) { unix.Fadvise(fd, 0, 0, unix.FADV_DONTNEED) }
 
 func (d *disk) mkdir(dir int, name string, mode uint32) error {
-	return d.do(Call{Op: "mkdirat", FD: dir, Name: name}, func() error {
+	return d.take(Call{Op: "mkdirat", FD: dir, Name: name}, func() error {
 		return unix.Mkdirat(dir, name, mode)
 	})
 }
 
 func (d *disk) mknod(dir int, name string, mode uint32, dev int) error {
-	return d.do(Call{Op: "mknodat", FD: dir, Name: name, Mode: mode}, func() error {
+	return d.take(Call{Op: "mknodat", FD: dir, Name: name, Mode: mode}, func() error {
 		return unix.Mknodat(dir, name, mode, dev)
 	})
 }
 
 func (d *disk) symlink(target string, dir int, name string) error {
-	return d.do(Call{Op: "symlinkat", FD: dir, Name: name, To: target}, func() error {
+	return d.take(Call{Op: "symlinkat", FD: dir, Name: name, To: target}, func() error {
 		return unix.Symlinkat(target, dir, name)
 	})
 }
@@ -252,14 +266,14 @@ func (d *disk) rename(od int, oname string, nd int, nname string, flags uint32) 
 }
 
 func (d *disk) link(od int, oname string, nd int, nname string) error {
-	return d.do(Call{Op: "linkat", FD: od, Name: oname, ToFD: nd, To: nname}, func() error {
+	return d.take(Call{Op: "linkat", FD: od, Name: oname, ToFD: nd, To: nname}, func() error {
 		return unix.Linkat(od, oname, nd, nname, 0)
 	})
 }
 
 // linkFD gives a name to what has none.
 func (d *disk) linkFD(fd, nd int, nname string) error {
-	return d.do(Call{Op: "linkat", FD: fd, ToFD: nd, To: nname}, func() error {
+	return d.take(Call{Op: "linkat", FD: fd, ToFD: nd, To: nname}, func() error {
 		return unix.Linkat(unix.AT_FDCWD, procFD(fd), nd, nname, unix.AT_SYMLINK_FOLLOW)
 	})
 }
@@ -318,7 +332,7 @@ func (d *disk) getxattr(fd int, name string) ([]byte, error) {
 }
 
 func (d *disk) setxattr(fd int, name string, value []byte, flags int) error {
-	return d.do(Call{Op: "setxattr", FD: fd, Name: name, Len: int64(len(value))}, func() error {
+	return d.take(Call{Op: "setxattr", FD: fd, Name: name, Len: int64(len(value))}, func() error {
 		return unix.Setxattr(procFD(fd), name, value, flags)
 	})
 }

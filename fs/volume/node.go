@@ -200,6 +200,7 @@ func (v *Volume) dropIfUnknown(n *Node) {
 		n.last = -1
 	}
 	if n.leaving {
+		n.leaving = false
 		v.leaving.Add(-1)
 	}
 }
@@ -258,24 +259,40 @@ func (n *Node) kept() (fd int, ok bool) {
 
 // unlinked notes that dir/cname, which st described, is gone.
 func (v *Volume) unlinked(st *unix.Stat_t, dir *Node, cname string) {
+	n := v.dropName(st, dir, cname)
+	if n == nil || !n.openMu.TryLock() { // who has it will see that it is gone
+		return
+	}
+	defer n.openMu.Unlock()
+	if f := n.file.Load(); f != nil {
+		f.dropIfIdle() // it is not settled any more
+	}
+}
+
+// dropName is unlinked as far as names go, and returns the node that has lost its last
+// one, nil if none has.
+func (v *Volume) dropName(st *unix.Stat_t, dir *Node, cname string) (gone *Node) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	key := inodeKey{st.Dev, st.Ino}
 	n := v.inodes[key]
 	if n == nil {
-		return
+		return nil
 	}
 	// The filesystem gives the number of what has no name to the next file: no
 	// later lookup may find this node by it.
 	if st.Nlink <= 1 || n.IsDir() {
+		gone = n
 		n.gone = true
 		delete(v.inodes, key)
 		n.leaving = true
 		v.leaving.Add(1)
-		v.removed.Store(time.Now().UnixNano())
+		t := time.Now()
+		v.removed.Store(&t)
 	}
 	n.dropLink(dir, cname)
 	v.dropIfUnknown(n)
+	return gone
 }
 
 // moved notes that what st describes went from one name to another.

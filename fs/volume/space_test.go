@@ -189,6 +189,22 @@ func TestRoomAfterRemoval(t *testing.T) {
 		w.do("unlink", w.v.Unlink(w.v.Root(), "after"))
 		w.v.Forget(n.ID(), 100)
 	}
+	// One that would have been settled a moment later.
+	w.write("big", chunk)
+	h := w.opened("big")
+	w.do("fsync", h.Fsync())
+	for i := range int64(11) {
+		_, err := h.Write(ctx, chunk, (i+1)*int64(len(chunk)))
+		w.do("append", err)
+	}
+	w.do("close", h.Release())
+	w.do("unlink", w.v.Unlink(w.v.Root(), "big"))
+	w.v.Forget(h.Node().ID(), 100)
+	w.write("after", noise(2<<20))
+	n := w.must("after")
+	w.do("unlink", w.v.Unlink(w.v.Root(), "after"))
+	w.v.Forget(n.ID(), 100)
+
 	h, off := fill()
 	_, err := h.Write(ctx, chunk, off)
 	wantErr(t, "what was removed is still open", err, unix.ENOSPC)
