@@ -17,7 +17,6 @@ import (
 	"regexp"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
@@ -84,12 +83,12 @@ func (c *Clients) client(ctx context.Context, region string) (*kms.Client, strin
 	hc := awshttp.NewBuildableClient().WithTransportOptions(func(t *http.Transport) {
 		t.MaxIdleConnsPerHost = mostAtOnce // the default of 10 makes most parallel calls open a connection
 		t.MaxIdleConns = mostAtOnce
-	}).WithTimeout(c.o.Attempt) // also for who gives credentials, whom the SDK asks without a deadline
+	}).WithTimeout(c.o.Attempt) // of who gives credentials, whom the SDK asks without a deadline
 	opts := []func(*config.LoadOptions) error{
 		config.WithRetryer(func() aws.Retryer { return aws.NopRetryer{} }), // retry is below
 		config.WithHTTPClient(hc),
 		config.WithLogger(logging.Nop{}), // every error is ours to tell
-		inSession,
+		inSession(hc),
 	}
 	if c.o.Profile != "" {
 		opts = append(opts, config.WithSharedConfigProfile(c.o.Profile))
@@ -129,9 +128,8 @@ type Store struct {
 	region string
 	arn    string
 
-	named  *Store                    // of the replica that was named, where this one was taken for its Region
-	chosen atomic.Int32              // of the two, see [replicas]: ownReplica, namedReplica, 0 before the first answer
-	away   atomic.Pointer[time.Time] // when this one's Region was last found to be away, nil if never
+	named *Store // of the replica that was named, where this one was taken for its Region
+	route route  // between the two
 
 	mu       sync.Mutex
 	branches map[string]branchKey // by branch field, bounded
@@ -300,60 +298,6 @@ func Context(b keystore.Binding) map[string]string {
 		m["kmsfs:"+string(b.Use)] = hex.EncodeToString(b.ID[:])
 	}
 	return m
-}
-
-const (
-	ownReplica = iota + 1
-	namedReplica
-)
-
-const homeAgain = 5 * time.Minute // after which a Region that was away is tried again
-
-// replicas makes a call with this key. Where another replica was named that one is
-// asked instead: for good where the first call shows that this one's policy forbids it
-// (later calls do not change it, or taking a right away would not show before it is
-// taken away everywhere), and from the next call on where this Region is away, until it
-// is back.
-func replicas[T any](ctx context.Context, s *Store, f func(context.Context, *Store) (T, error)) (T, error) {
-	if s.named == nil {
-		return f(ctx, s)
-	}
-	chosen := s.chosen.Load()
-	if chosen == namedReplica {
-		away := s.away.Load()
-		if away != nil && time.Since(*away) > homeAgain && s.away.CompareAndSwap(away, aws.Time(time.Now())) {
-			try, cancel := context.WithTimeout(ctx, s.c.o.Attempt)
-			out, err := f(try, s)
-			cancel()
-			if k := keystore.KindOf(err); k != keystore.Outage && k != keystore.Canceled {
-				s.chosen.Store(ownReplica)
-				return out, err
-			}
-		}
-		out, err := f(ctx, s.named)
-		if away != nil && keystore.KindOf(err) == keystore.Outage {
-			s.chosen.CompareAndSwap(namedReplica, ownReplica)
-		}
-		return out, err
-	}
-	out, err := f(ctx, s)
-	switch keystore.KindOf(err) {
-	case 0:
-		s.chosen.CompareAndSwap(0, ownReplica)
-	case keystore.Outage:
-		if s.chosen.CompareAndSwap(chosen, namedReplica) {
-			s.away.Store(aws.Time(time.Now()))
-		}
-	case keystore.Denied:
-		if chosen != 0 {
-			break
-		}
-		if out, nerr := f(ctx, s.named); nerr == nil {
-			s.chosen.CompareAndSwap(0, namedReplica)
-			return out, nil
-		}
-	}
-	return out, err
 }
 
 // Generate implements [keystore.Generator] by GenerateDataKey.

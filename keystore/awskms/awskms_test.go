@@ -365,7 +365,7 @@ func TestRegionAway(t *testing.T) {
 	srv := keystoretest.NewServer(t)
 	const far = "us-east-1"
 	here := srv.AddMultiRegion()
-	s, err := awskms.New(quick).OpenURI(t.Context(), "aws-kms:"+strings.Replace(here, keystoretest.Region, far, 1))
+	s, err := awskms.New(awskms.Options{Attempt: time.Second, Total: time.Second}).OpenURI(t.Context(), "aws-kms:"+strings.Replace(here, keystoretest.Region, far, 1))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -397,6 +397,13 @@ func TestRegionAway(t *testing.T) {
 	awskms.LongAway(s)
 	in("back after a while", keystoretest.Region, 0)
 	in("then", keystoretest.Region, 0)
+	// A call that is throttled says nothing of the Region.
+	srv.Fail(func(string) *keystoretest.Failure {
+		return &keystoretest.Failure{Status: 400, Code: "ThrottlingException"}
+	})
+	in("throttled", keystoretest.Region, keystore.Outage)
+	srv.Fail(nil)
+	in("then", keystoretest.Region, 0)
 	// What it says when it is back counts.
 	srv.SetAway(keystoretest.Region)
 	in("and away", keystoretest.Region, keystore.Outage)
@@ -405,6 +412,43 @@ func TestRegionAway(t *testing.T) {
 	srv.DenyARN(here)
 	in("and back, but forbidden", keystoretest.Region, keystore.Denied)
 	in("then", keystoretest.Region, keystore.Denied)
+}
+
+// Where one of two replicas may not be used, an outage of the other one's Region is an
+// outage, and nothing else when it is over.
+func TestRegionAwayAndForbidden(t *testing.T) {
+	srv := keystoretest.NewServer(t)
+	here := srv.AddMultiRegion()
+	there := strings.Replace(here, keystoretest.Region, "us-east-1", 1)
+	for _, c := range []struct {
+		forbidden string
+		away      []keystore.Kind // of the calls while the own Region is away
+		back      []keystore.Kind // afterwards, for long
+	}{
+		{there, []keystore.Kind{keystore.Outage, keystore.Outage, keystore.Outage}, []keystore.Kind{0, 0, 0}},
+		{here, []keystore.Kind{keystore.Outage, 0, 0}, []keystore.Kind{0, 0, 0}},
+	} {
+		srv.DenyARN(c.forbidden)
+		s, err := awskms.New(awskms.Options{Attempt: time.Second, Total: time.Second}).OpenURI(t.Context(), "aws-kms:"+there)
+		if err != nil || s.ARN() != here {
+			t.Fatal(err)
+		}
+		srv.SetAway(keystoretest.Region)
+		for i, want := range c.away {
+			if _, _, err := s.Generate(t.Context(), fileKey); keystore.KindOf(err) != want {
+				t.Errorf("%s forbidden, own Region away, call %d: %v", c.forbidden, i, err)
+			}
+		}
+		srv.SetAway("")
+		for i, want := range c.back {
+			if c.forbidden == here {
+				awskms.LongAway(s)
+			}
+			if _, _, err := s.Generate(t.Context(), fileKey); keystore.KindOf(err) != want {
+				t.Errorf("%s forbidden, own Region back, call %d: %v", c.forbidden, i, err)
+			}
+		}
+	}
 }
 
 func TestAnswerOfAnotherKey(t *testing.T) {

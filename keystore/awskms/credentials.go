@@ -7,12 +7,13 @@ import (
 	"net/http"
 	"os"
 	"slices"
-	"sync/atomic"
+	"sync"
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
 	awshttp "github.com/aws/aws-sdk-go-v2/aws/transport/http"
 	"github.com/aws/aws-sdk-go-v2/config"
+	"github.com/aws/aws-sdk-go-v2/credentials/endpointcreds"
 	"github.com/aws/aws-sdk-go-v2/credentials/stscreds" // sessions of a role, as the SDK's chain makes them
 	"github.com/aws/aws-sdk-go-v2/service/kms"
 	"github.com/aws/aws-sdk-go-v2/service/sts"
@@ -23,26 +24,30 @@ import (
 const (
 	roleSession  = time.Hour
 	renewEarly   = 5 * time.Minute
-	renewAgain   = 15 * time.Second // after a renewal that failed
+	renewAgain   = 15 * time.Second // after a renewal that failed, or brought nothing new
 	reloadPause  = 10 * time.Second // a reload that a refusal asks for, at most so often
 	clockIsWrong = 4 * time.Minute
 )
 
 // inSession makes the SDK's chain ask for sessions of a role as [Clients.assume] does,
-// where the configuration does not say otherwise.
-func inSession(o *config.LoadOptions) error {
-	for _, f := range []config.LoadOptionsFunc{
-		config.WithAssumeRoleCredentialOptions(session),
-		config.WithWebIdentityRoleCredentialOptions(func(o *stscreds.WebIdentityRoleOptions) {
-			o.RoleSessionName = cmp.Or(o.RoleSessionName, thisMachine())
-		}),
-		config.WithCredentialsCacheOptions(early),
-	} {
-		if err := f(o); err != nil {
-			return err
+// where the configuration does not say otherwise (it does not tell of 15 minutes, which
+// are its default), and ask a container's agent as it asks all others.
+func inSession(hc *awshttp.BuildableClient) config.LoadOptionsFunc {
+	return func(o *config.LoadOptions) error {
+		for _, f := range []config.LoadOptionsFunc{
+			config.WithAssumeRoleCredentialOptions(session),
+			config.WithWebIdentityRoleCredentialOptions(func(o *stscreds.WebIdentityRoleOptions) {
+				o.RoleSessionName = cmp.Or(o.RoleSessionName, thisMachine())
+			}),
+			config.WithEndpointCredentialOptions(func(o *endpointcreds.Options) { o.HTTPClient = hc }),
+			config.WithCredentialsCacheOptions(early),
+		} {
+			if err := f(o); err != nil {
+				return err
+			}
 		}
+		return nil
 	}
-	return nil
 }
 
 func session(o *stscreds.AssumeRoleOptions) {
@@ -66,41 +71,59 @@ func (c *Clients) assume(cfg *aws.Config) {
 		p = aws.NewCredentialsCache(stscreds.NewAssumeRoleProvider(sts.NewFromConfig(*cfg), c.o.RoleARN, session), early)
 	}
 	if p != nil {
-		cfg.Credentials = aws.NewCredentialsCache(&lasting{CredentialsProvider: p, atMost: c.o.Attempt * 2 / 3})
+		cfg.Credentials = aws.NewCredentialsCache(&lasting{CredentialsProvider: p, atMost: c.o.Attempt * 2 / 3, silence: c.o.Attempt * 30, anew: c.Reload})
 	}
 }
 
 // lasting are credentials that are renewed early; where that fails the old ones are
-// used while they last.
+// used while they last. Where who gives them is silent for so long that an answer cannot
+// be hoped for (a credential_process has a minute) they are asked for anew: whatever asks
+// for them does not while it waits.
 type lasting struct {
 	aws.CredentialsProvider // by [early]
-	atMost                  time.Duration
-	old                     atomic.Pointer[aws.Credentials]
+	atMost, silence         time.Duration
+	anew                    func()
+
+	mu    sync.Mutex
+	old   *aws.Credentials
+	since time.Time // of the silence, zero where there is none
 }
 
 // Retrieve implements [aws.CredentialsProvider].
 func (l *lasting) Retrieve(ctx context.Context) (aws.Credentials, error) {
-	ctx, cancel := context.WithTimeout(ctx, l.atMost)
+	short, cancel := context.WithTimeout(ctx, l.atMost)
 	defer cancel()
-	c, err := l.CredentialsProvider.Retrieve(ctx)
-	if err == nil {
-		l.old.Store(&c)
-		return c, nil
-	}
-	old := l.old.Load()
-	if old == nil || !old.CanExpire {
+	c, err := l.CredentialsProvider.Retrieve(short)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now := time.Now()
+	switch {
+	case err == nil:
+		l.old, l.since = &c, time.Time{}
+	case l.old != nil && l.old.CanExpire && now.Before(ends(l.old)):
+		c = *l.old
+	case short.Err() == nil:
+		l.since = time.Time{}
+		return aws.Credentials{}, err
+	default:
+		if l.since.IsZero() {
+			l.since = now
+		} else if now.Sub(l.since) > l.silence {
+			l.anew()
+		}
 		return aws.Credentials{}, err
 	}
-	now, end := time.Now(), old.Expires.Add(renewEarly)
-	if !now.Before(end) {
-		return aws.Credentials{}, err
-	}
-	c = *old
-	if c.Expires = now.Add(renewAgain); c.Expires.After(end) {
-		c.Expires = end
+	if c.CanExpire && !c.Expires.After(now) { // who has none that last longer is not asked at each call
+		end := ends(&c)
+		if c.Expires = now.Add(renewAgain); c.Expires.After(end) {
+			c.Expires = end
+		}
 	}
 	return c, nil
 }
+
+// ends is when credentials end from which [early] has taken its part.
+func ends(c *aws.Credentials) time.Time { return c.Expires.Add(renewEarly) }
 
 // sessionName leaves what STS takes in a name: [\w+=,.@-], 2 to 64.
 func sessionName(s string) string {

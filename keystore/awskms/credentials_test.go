@@ -9,8 +9,10 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -205,6 +207,74 @@ func testRoleRenewal(t *testing.T, srv *keystoretest.Server, o awskms.Options) {
 	if err := open()(); keystore.KindOf(err) != keystore.Credentials {
 		t.Errorf("a role that may not be assumed: %v", err)
 	}
+}
+
+// process makes a credential_process the only source of credentials, a shell script.
+func process(t *testing.T, script string) (dir string) {
+	dir = t.TempDir()
+	for name, text := range map[string]string{"script": script, "config": "[default]\ncredential_process = sh " + dir + "/script\n"} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for k, v := range map[string]string{"AWS_CONFIG_FILE": dir + "/config", "AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "DIR": dir} {
+		t.Setenv(k, v)
+	}
+	return dir
+}
+
+// Who has no credentials that last for longer than 5 minutes is not asked at each call.
+func TestShortCredentials(t *testing.T) {
+	srv := keystoretest.NewServer(t)
+	dir := process(t, `echo >>$DIR/asked; printf '{"Version":1,"AccessKeyId":"AKIDTEST","SecretAccessKey":"s","SessionToken":"t","Expiration":"%s"}' $(date -u -d "$(cat $DIR/lasts)" +%FT%TZ)`)
+	for lasts, want := range map[string]int{"4 minutes": 1, "3 hours": 1} {
+		if err := os.WriteFile(dir+"/lasts", []byte(lasts), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		os.Remove(dir + "/asked")
+		s := open(t, srv.AddKey(""))
+		for range 5 {
+			if _, _, err := s.Generate(t.Context(), fileKey); err != nil {
+				t.Errorf("%s: %v", lasts, err)
+			}
+		}
+		if b, err := os.ReadFile(dir + "/asked"); len(b) != want {
+			t.Errorf("%s: asked %d times, %v", lasts, len(b), err)
+		}
+	}
+}
+
+// One who gives credentials and is silent for ever is not waited for for ever.
+func TestSilentCredentials(t *testing.T) {
+	srv := keystoretest.NewServer(t)
+	dir := process(t, `if test -e $DIR/silent; then echo $$ >>$DIR/pids; exec sleep 600; fi; echo '{"Version":1,"AccessKeyId":"AKIDTEST","SecretAccessKey":"s"}'`)
+	t.Cleanup(func() {
+		b, _ := os.ReadFile(dir + "/pids")
+		for _, s := range strings.Fields(string(b)) {
+			if pid, err := strconv.Atoi(s); err == nil {
+				syscall.Kill(pid, syscall.SIGKILL)
+			}
+		}
+	})
+	if err := os.WriteFile(dir+"/silent", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	o := awskms.Options{Attempt: 100 * time.Millisecond, Total: 500 * time.Millisecond} // 3 s of silence
+	s, err := awskms.New(o).Open(t.Context(), srv.AddKey(""))
+	if err != nil {
+		t.Fatal(err)
+	}
+	generate := func() error { _, _, err := s.Generate(t.Context(), fileKey); return err }
+	if err := generate(); keystore.KindOf(err) != keystore.Outage {
+		t.Errorf("silent: %v", err)
+	}
+	os.Remove(dir + "/silent")
+	for until := time.Now().Add(30 * time.Second); time.Now().Before(until); {
+		if err = generate(); err == nil {
+			return
+		}
+	}
+	t.Errorf("it answers again: %v", err)
 }
 
 // A role that asks for a code cannot be used by a mount.
