@@ -270,6 +270,11 @@ func (f *file) release(write bool) {
 func (f *file) dropIfIdle() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.dropIfIdleLocked()
+}
+
+// dropIfIdleLocked is dropIfIdle; mu is held too.
+func (f *file) dropIfIdleLocked() {
 	if f.handles > 0 || f.closed {
 		return
 	}

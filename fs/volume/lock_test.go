@@ -146,8 +146,10 @@ func TestLockAndUnlockCross(t *testing.T) {
 	var k kernel
 	w.v.AttachKernel(&k)
 	const files = 4
+	var nodes []*volume.Node
 	for i := range files {
 		w.write(fmt.Sprint(i), []byte("content"))
+		nodes = append(nodes, w.must(fmt.Sprint(i)))
 	}
 	for round := range 20 {
 		var users, locks sync.WaitGroup
@@ -160,7 +162,7 @@ func TestLockAndUnlockCross(t *testing.T) {
 						return
 					default:
 					}
-					h, err := w.must(fmt.Sprint(i)).Open(ctx, n%2 == 0)
+					h, err := nodes[i].Open(ctx, n%2 == 0)
 					if err == nil {
 						if n%2 == 0 {
 							_, err = h.Write(ctx, []byte("c"), 0)
@@ -171,12 +173,17 @@ func TestLockAndUnlockCross(t *testing.T) {
 					}
 					if err != nil && !refused(err) {
 						t.Errorf("file %d: %v", i, err)
+						return
 					}
 				}
 			})
 		}
 		for range 3 {
-			locks.Go(func() { w.do("lock", w.v.Lock()) })
+			locks.Go(func() {
+				if err := w.v.Lock(); err != nil {
+					t.Errorf("lock: %v", err)
+				}
+			})
 			locks.Go(w.v.Unlock)
 		}
 		locks.Wait()

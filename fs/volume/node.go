@@ -260,12 +260,15 @@ func (n *Node) kept() (fd int, ok bool) {
 // unlinked notes that dir/cname, which st described, is gone.
 func (v *Volume) unlinked(st *unix.Stat_t, dir *Node, cname string) {
 	n := v.dropName(st, dir, cname)
-	if n == nil || !n.openMu.TryLock() { // who has it will see that it is gone
+	// What was to be settled is let go. Nobody is waited for: who has the file will see
+	// that it is gone.
+	if n == nil || !n.openMu.TryLock() {
 		return
 	}
 	defer n.openMu.Unlock()
-	if f := n.file.Load(); f != nil {
-		f.dropIfIdle() // it is not settled any more
+	if f := n.file.Load(); f != nil && f.mu.TryLock() {
+		defer f.mu.Unlock()
+		f.dropIfIdleLocked()
 	}
 }
 

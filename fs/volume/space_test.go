@@ -147,7 +147,6 @@ func TestLostWrites(t *testing.T) {
 	w.do("close", h.Release())
 }
 
-// A file without a name gets one by link, or goes.
 // What is removed makes room for who writes next, though the kernel closes and forgets
 // it a moment later; what stays open does not.
 func TestRoomAfterRemoval(t *testing.T) {
@@ -212,6 +211,44 @@ func TestRoomAfterRemoval(t *testing.T) {
 	w.v.Forget(h.Node().ID(), 100)
 }
 
+// A file whose writing hangs can be replaced and removed.
+func TestRemovalWaitsForNobody(t *testing.T) {
+	var hang atomic.Bool
+	hangs, goOn := make(chan struct{}), make(chan struct{})
+	w := newWorld(t, volume.Options{Hook: func(c volume.Call) error {
+		if c.Op == "pwrite" && hang.CompareAndSwap(true, false) {
+			close(hangs)
+			<-goOn
+		}
+		return nil
+	}})
+	w.write("f", []byte("old"))
+	w.write("g", []byte("new"))
+	h := w.opened("f")
+	hang.Store(true)
+	written := make(chan error)
+	go func() {
+		_, err := h.Write(ctx, noise(100000), 0)
+		written <- err
+	}()
+	<-hangs
+	done := make(chan error, 1)
+	go func() {
+		root := w.v.Root()
+		done <- errors.Join(w.v.Rename(root, "g", root, "f", 0), w.v.Unlink(root, "f"))
+	}()
+	select {
+	case err := <-done:
+		w.do("rename and unlink", err)
+	case <-time.After(10 * time.Second):
+		t.Error("they wait for the write")
+	}
+	close(goOn)
+	w.do("write", <-written)
+	w.do("close", h.Release())
+}
+
+// A file without a name gets one by link, or goes.
 func TestTmpfile(t *testing.T) {
 	w := newWorld(t, volume.Options{})
 	w.mkdir("d")
