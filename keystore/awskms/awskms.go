@@ -22,8 +22,10 @@ import (
 	"github.com/aws/aws-sdk-go-v2/aws"
 	awshttp "github.com/aws/aws-sdk-go-v2/aws/transport/http"
 	"github.com/aws/aws-sdk-go-v2/config"
+	"github.com/aws/aws-sdk-go-v2/credentials/stscreds" // sessions of a role, as the SDK's chain makes them
 	"github.com/aws/aws-sdk-go-v2/service/kms"
 	"github.com/aws/aws-sdk-go-v2/service/kms/types"
+	"github.com/aws/aws-sdk-go-v2/service/sts"
 	"github.com/aws/smithy-go/logging" // the SDK's interface of a logger
 
 	"kmsfs/keystore"
@@ -54,6 +56,7 @@ type Clients struct {
 	mu       sync.Mutex
 	clients  map[string]*kms.Client // by Region
 	configs  map[string]aws.Config  // likewise
+	sources  map[string]*source     // likewise
 	gates    map[string]*gate
 	region   string
 	reloaded time.Time
@@ -67,7 +70,7 @@ func New(o Options) *Clients {
 	if o.Total == 0 {
 		o.Total = 15 * time.Second
 	}
-	return &Clients{o: o, clients: map[string]*kms.Client{}, configs: map[string]aws.Config{}, gates: map[string]*gate{}}
+	return &Clients{o: o, clients: map[string]*kms.Client{}, configs: map[string]aws.Config{}, sources: map[string]*source{}, gates: map[string]*gate{}}
 }
 
 // client returns the client of a Region, "" for the configured one.
@@ -80,6 +83,37 @@ func (c *Clients) client(ctx context.Context, region string) (*kms.Client, strin
 	if k := c.clients[region]; k != nil {
 		return k, region, nil
 	}
+	cfg, err := c.load(ctx, region)
+	if err != nil {
+		return nil, "", err
+	}
+	if cfg.Region == "" {
+		return nil, "", &keystore.Error{Kind: keystore.Invalid, URI: Scheme, Op: "open", Err: errors.New("no AWS Region is configured"), Hint: "set AWS_REGION, give --aws-region, or name the key by its ARN"}
+	}
+	if region == "" {
+		region = cfg.Region
+		c.region = region
+	}
+	if c.sources[region] == nil && cfg.Credentials != nil {
+		c.sources[region] = c.newSource(region, cfg.Credentials)
+	}
+	if s := c.sources[region]; s != nil {
+		cfg.Credentials = s.cache
+	}
+	k := kms.NewFromConfig(cfg, func(o *kms.Options) {
+		if c.o.Endpoint != "" {
+			o.BaseEndpoint = &c.o.Endpoint
+		}
+	})
+	c.clients[region], c.configs[region] = k, cfg
+	if c.gates[region] == nil {
+		c.gates[region] = newGate(c.o.RPS)
+	}
+	return k, region, nil
+}
+
+// load loads the SDK's configuration for a Region, "" for the configured one.
+func (c *Clients) load(ctx context.Context, region string) (aws.Config, error) {
 	hc := awshttp.NewBuildableClient().WithTransportOptions(func(t *http.Transport) {
 		t.MaxIdleConnsPerHost = mostAtOnce // the default of 10 makes most parallel calls open a connection
 		t.MaxIdleConns = mostAtOnce
@@ -100,26 +134,12 @@ func (c *Clients) client(ctx context.Context, region string) (*kms.Client, strin
 	}
 	cfg, err := config.LoadDefaultConfig(ctx, opts...)
 	if err != nil {
-		return nil, "", badConfig(err)
+		return cfg, badConfig(err)
 	}
-	c.assume(&cfg)
-	if cfg.Region == "" {
-		return nil, "", &keystore.Error{Kind: keystore.Invalid, URI: Scheme, Op: "open", Err: errors.New("no AWS Region is configured"), Hint: "set AWS_REGION, give --aws-region, or name the key by its ARN"}
+	if c.o.RoleARN != "" {
+		cfg.Credentials = aws.NewCredentialsCache(stscreds.NewAssumeRoleProvider(sts.NewFromConfig(cfg), c.o.RoleARN, session), early)
 	}
-	k := kms.NewFromConfig(cfg, func(o *kms.Options) {
-		if c.o.Endpoint != "" {
-			o.BaseEndpoint = &c.o.Endpoint
-		}
-	})
-	if region == "" {
-		region = cfg.Region
-		c.region = region
-	}
-	c.clients[region], c.configs[region] = k, cfg
-	if c.gates[region] == nil {
-		c.gates[region] = newGate(c.o.RPS)
-	}
-	return k, region, nil
+	return cfg, nil
 }
 
 // Store wraps under one KMS key.

@@ -16,7 +16,6 @@ import (
 	"github.com/aws/aws-sdk-go-v2/credentials/endpointcreds"
 	"github.com/aws/aws-sdk-go-v2/credentials/stscreds" // sessions of a role, as the SDK's chain makes them
 	"github.com/aws/aws-sdk-go-v2/service/kms"
-	"github.com/aws/aws-sdk-go-v2/service/sts"
 
 	"kmsfs/keystore"
 )
@@ -29,7 +28,7 @@ const (
 	clockIsWrong = 4 * time.Minute
 )
 
-// inSession makes the SDK's chain ask for sessions of a role as [Clients.assume] does,
+// inSession makes the SDK's chain ask for sessions of a role as for the role of the options,
 // where the configuration does not say otherwise (it does not tell of 15 minutes, which
 // are its default), and ask a container's agent as it asks all others.
 func inSession(hc *awshttp.BuildableClient) config.LoadOptionsFunc {
@@ -63,55 +62,68 @@ func thisMachine() string {
 
 func early(o *aws.CredentialsCacheOptions) { o.ExpiryWindow = renewEarly }
 
-// assume makes the configuration use the role of the options, and any credentials for
-// as long as they last.
-func (c *Clients) assume(cfg *aws.Config) {
-	p := cfg.Credentials
-	if c.o.RoleARN != "" {
-		p = aws.NewCredentialsCache(stscreds.NewAssumeRoleProvider(sts.NewFromConfig(*cfg), c.o.RoleARN, session), early)
-	}
-	if p != nil {
-		cfg.Credentials = aws.NewCredentialsCache(&lasting{CredentialsProvider: p, atMost: c.o.Attempt * 2 / 3, silence: c.o.Attempt * 30, anew: c.Reload})
-	}
+// source gives the credentials of a Region. They are renewed early; where that fails the
+// old ones are used while they last.
+//
+// Who gives them can be silent for ever, and whatever asks does not ask again while it
+// waits. So after a silence for which no answer can be hoped (a credential_process has a
+// minute) the chain is made anew, as it is when the service has refused what it gave.
+type source struct {
+	cache           *aws.CredentialsCache // what clients use: it asks Retrieve
+	load            func() (aws.CredentialsProvider, error)
+	atMost, silence time.Duration
+
+	again sync.Mutex              // one renewal after a refusal at a time
+	next  aws.CredentialsProvider // guarded by it: the chain that is asked then
+	asked time.Time               // likewise: since when
+
+	mu      sync.Mutex
+	chain   aws.CredentialsProvider // with a cache by [early]
+	old     *aws.Credentials
+	silent  time.Time // since when nobody answers, zero where somebody does
+	refused time.Time // when the last renewal after a refusal was made
 }
 
-// lasting are credentials that are renewed early; where that fails the old ones are
-// used while they last. Where who gives them is silent for so long that an answer cannot
-// be hoped for (a credential_process has a minute) they are asked for anew: whatever asks
-// for them does not while it waits.
-type lasting struct {
-	aws.CredentialsProvider // by [early]
-	atMost, silence         time.Duration
-	anew                    func()
-
-	mu    sync.Mutex
-	old   *aws.Credentials
-	since time.Time // of the silence, zero where there is none
+func (c *Clients) newSource(region string, chain aws.CredentialsProvider) *source {
+	s := &source{chain: chain, atMost: c.o.Attempt * 2 / 3, silence: c.o.Attempt * 30, refused: c.reloaded}
+	s.load = func() (aws.CredentialsProvider, error) {
+		cfg, err := c.load(context.Background(), region)
+		return cfg.Credentials, err
+	}
+	s.cache = aws.NewCredentialsCache(s)
+	return s
 }
 
 // Retrieve implements [aws.CredentialsProvider].
-func (l *lasting) Retrieve(ctx context.Context) (aws.Credentials, error) {
-	short, cancel := context.WithTimeout(ctx, l.atMost)
+func (s *source) Retrieve(ctx context.Context) (aws.Credentials, error) {
+	short, cancel := context.WithTimeout(ctx, s.atMost)
 	defer cancel()
-	c, err := l.CredentialsProvider.Retrieve(short)
-	l.mu.Lock()
-	defer l.mu.Unlock()
+	s.mu.Lock()
+	chain := s.chain
+	s.mu.Unlock()
+	c, err := chain.Retrieve(short)
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	now := time.Now()
 	switch {
 	case err == nil:
-		l.old, l.since = &c, time.Time{}
-	case l.old != nil && l.old.CanExpire && now.Before(ends(l.old)):
-		c = *l.old
+		given := c
+		s.old = &given
+		s.silent = time.Time{}
 	case short.Err() == nil:
-		l.since = time.Time{}
-		return aws.Credentials{}, err
-	default:
-		if l.since.IsZero() {
-			l.since = now
-		} else if now.Sub(l.since) > l.silence {
-			l.anew()
+		s.silent = time.Time{}
+	case s.silent.IsZero():
+		s.silent = now
+	case now.Sub(s.silent) > s.silence:
+		if chain, err := s.load(); err == nil && chain != nil {
+			s.chain, s.silent = chain, time.Time{}
 		}
-		return aws.Credentials{}, err
+	}
+	if err != nil {
+		if s.old == nil || !s.old.CanExpire || !now.Before(ends(s.old)) {
+			return aws.Credentials{}, err
+		}
+		c = *s.old
 	}
 	if c.CanExpire && !c.Expires.After(now) { // who has none that last longer is not asked at each call
 		end := ends(&c)
@@ -124,6 +136,47 @@ func (l *lasting) Retrieve(ctx context.Context) (aws.Credentials, error) {
 
 // ends is when credentials end from which [early] has taken its part.
 func ends(c *aws.Credentials) time.Time { return c.Expires.Add(renewEarly) }
+
+// anew asks for credentials anew after a refusal of those that a call used which began
+// then. It returns whether there is something to try again with: not where that was done
+// just now, nor where none can be had, and then the old ones stay.
+func (s *source) anew(ctx context.Context, begun time.Time) bool {
+	s.again.Lock()
+	defer s.again.Unlock()
+	s.mu.Lock()
+	last := s.refused
+	s.mu.Unlock()
+	if last.After(begun) {
+		return true // another call has
+	}
+	if time.Since(last) < reloadPause {
+		return false
+	}
+	if s.next == nil || time.Since(s.asked) > s.silence {
+		chain, err := s.load()
+		if err != nil || chain == nil {
+			return false
+		}
+		s.next, s.asked = chain, time.Now()
+	}
+	short, cancel := context.WithTimeout(ctx, s.atMost)
+	defer cancel()
+	c, err := s.next.Retrieve(short)
+	if ctx.Err() != nil {
+		return false // who has asked is gone
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.refused = time.Now()
+	if err == nil {
+		s.chain, s.old, s.silent = s.next, &c, time.Time{}
+		s.cache.Invalidate()
+	}
+	if err == nil || short.Err() == nil { // else it can still be on its way
+		s.next = nil
+	}
+	return err == nil
+}
 
 // sessionName leaves what STS takes in a name: [\w+=,.@-], 2 to 64.
 func sessionName(s string) string {
@@ -153,23 +206,8 @@ func (c *Clients) Reload() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	clear(c.clients)
+	clear(c.sources)
 	c.reloaded = time.Now()
-}
-
-// reloadOnce is Reload after a refusal of credentials that failed used; false where that was
-// done just now, and did not help.
-func (c *Clients) reloadOnce(failed *kms.Client, region string) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.clients[region] != failed {
-		return true // another call has
-	}
-	if time.Since(c.reloaded) < reloadPause {
-		return false
-	}
-	clear(c.clients)
-	c.reloaded = time.Now()
-	return true
 }
 
 // renew makes the next calls use another client than k.
@@ -179,6 +217,14 @@ func (c *Clients) renew(k *kms.Client, region string) {
 	if c.clients[region] == k {
 		delete(c.clients, region)
 	}
+}
+
+// anew is [source.anew] of a Region.
+func (c *Clients) anew(ctx context.Context, region string, begun time.Time) bool {
+	c.mu.Lock()
+	s := c.sources[region]
+	c.mu.Unlock()
+	return s != nil && s.anew(ctx, begun)
 }
 
 func (c *Clients) gate(region string) *gate {
@@ -197,7 +243,7 @@ const (
 
 // secondLook reports whether a refusal is to be tried again: with the clock that
 // the service has told, then with credentials that were loaded anew; each once.
-func (s *Store) secondLook(ctx context.Context, k *kms.Client, v *keystore.Error, err error, once map[second]bool) bool {
+func (s *Store) secondLook(ctx context.Context, k *kms.Client, begun time.Time, v *keystore.Error, err error, once map[second]bool) bool {
 	if v.Kind != keystore.Denied && v.Kind != keystore.Credentials || ctx.Err() != nil {
 		return false
 	}
@@ -208,7 +254,7 @@ func (s *Store) secondLook(ctx context.Context, k *kms.Client, v *keystore.Error
 		}
 		return true
 	}
-	if once[reload] || !s.c.reloadOnce(k, s.region) {
+	if once[reload] || !s.c.anew(ctx, s.region, begun) {
 		return false
 	}
 	once[reload], once[clockSkew] = true, false

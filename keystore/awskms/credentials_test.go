@@ -277,6 +277,64 @@ func TestSilentCredentials(t *testing.T) {
 	t.Errorf("it answers again: %v", err)
 }
 
+// A container's agent that is silent once is asked again.
+func TestSilentAgent(t *testing.T) {
+	srv := keystoretest.NewServer(t)
+	var asked atomic.Int32
+	agent := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if asked.Add(1) == 1 {
+			<-r.Context().Done()
+			return
+		}
+		fmt.Fprintf(w, `{"AccessKeyId":"AKIDAGENT","SecretAccessKey":"s","Token":"t","Expiration":%q}`, time.Now().Add(time.Hour).UTC().Format(time.RFC3339))
+	}))
+	defer agent.Close()
+	for k, v := range map[string]string{"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "AWS_CONTAINER_CREDENTIALS_FULL_URI": agent.URL} {
+		t.Setenv(k, v)
+	}
+	o := quick
+	o.Total = 4 * time.Second // less than the SDK would wait
+	s, err := awskms.New(o).Open(t.Context(), srv.AddKey(""))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := s.Generate(t.Context(), fileKey); err != nil {
+		t.Error(err)
+	}
+}
+
+// A refusal asks for credentials anew; where none can be had the old ones, which are good
+// for all else, stay.
+func TestRefusalWithoutSTS(t *testing.T) {
+	asRole(t, func(t *testing.T, srv *keystoretest.Server, o awskms.Options) {
+		s, err := awskms.New(o).Open(t.Context(), srv.AddKey(""))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := s.Generate(t.Context(), fileKey); err != nil {
+			t.Fatal(err)
+		}
+		srv.Fail(func(op string) *keystoretest.Failure {
+			if op == "AssumeRole" {
+				return &keystoretest.Failure{Hang: true}
+			}
+			return nil
+		})
+		other := fileKey
+		other.ID[0] = 1
+		srv.DenyFile(awskms.Context(other)["kmsfs:file"])
+		if _, _, err := s.Generate(t.Context(), other); keystore.KindOf(err) != keystore.Denied {
+			t.Errorf("a file that is forbidden: %v", err)
+		}
+		if _, _, err := s.Generate(t.Context(), fileKey); err != nil {
+			t.Errorf("one that is not: %v", err)
+		}
+		if n := srv.Calls("AssumeRole"); n != 2 {
+			t.Errorf("%d sessions were asked for", n)
+		}
+	})
+}
+
 // A role that asks for a code cannot be used by a mount.
 func TestMFA(t *testing.T) {
 	srv := keystoretest.NewServer(t)

@@ -44,16 +44,18 @@ func call[T any](ctx context.Context, s *Store, op, name string, f func(context.
 	once, raised := map[second]bool{}, keystore.Raised(ctx)
 	var told *keystore.Error
 	for pause := firstPause; ; {
-		k, _, err := s.c.client(ctx, s.region)
-		if err != nil {
-			var none T
-			return none, err
-		}
-		gate := s.c.gate(s.region)
 		var out T
+		gate := s.c.gate(s.region)
 		if err := gate.enter(total); err != nil {
-			v, _ := s.verdict(ctx, k, op, err)
-			return out, v
+			if ctx.Err() == nil && told != nil {
+				return out, told // its deadline came
+			}
+			return out, &keystore.Error{Kind: keystore.Canceled, URI: s.URI(), Op: op, Err: err}
+		}
+		k, _, err := s.c.client(ctx, s.region) // now, or it may be an old one
+		if err != nil {
+			gate.leave(false)
+			return out, err
 		}
 		if total == ctx {
 			var cancel context.CancelFunc
@@ -79,7 +81,7 @@ func call[T any](ctx context.Context, s *Store, op, name string, f func(context.
 		}
 		told = v
 		s.c.o.Meter.Record(name, purpose, v.Kind, took)
-		if s.secondLook(ctx, k, v, err, once) {
+		if s.secondLook(ctx, k, begun, v, err, once) {
 			continue
 		}
 		if !again || total.Err() != nil {
