@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -359,94 +360,170 @@ func TestOwnRegionFirst(t *testing.T) {
 	}
 }
 
-// Where the own Region is away the replica that was named is asked, until that one is
-// away or the Region is back.
-func TestRegionAway(t *testing.T) {
-	srv := keystoretest.NewServer(t)
-	const far = "us-east-1"
-	here := srv.AddMultiRegion()
-	s, err := awskms.New(awskms.Options{Attempt: time.Second, Total: time.Second}).OpenURI(t.Context(), "aws-kms:"+strings.Replace(here, keystoretest.Region, far, 1))
-	if err != nil {
-		t.Fatal(err)
+// regions is a store of a multi-Region key, under its replica far away, with a server.
+func regions(t *testing.T) (srv *keystoretest.Server, s *awskms.Store, here, there string) {
+	srv = keystoretest.NewServer(t)
+	here = srv.AddMultiRegion()
+	there = strings.Replace(here, keystoretest.Region, farRegion, 1)
+	s, err := awskms.New(awskms.Options{Attempt: time.Second, Total: time.Second}).OpenURI(t.Context(), "aws-kms:"+there)
+	if err != nil || s.ARN() != here {
+		t.Fatal(s, err)
 	}
-	in := func(what, region string, want keystore.Kind) {
+	return srv, s, here, there
+}
+
+const farRegion = "us-east-1"
+
+// Where the own Region is away the replica that was named is asked, until that one is
+// away or the Region is back; verdicts are the own one's.
+func TestRegionAway(t *testing.T) {
+	srv, s, here, there := regions(t)
+	const own, far = keystoretest.Region, farRegion
+	asked := func(what string, want keystore.Kind, regions ...string) {
 		t.Helper()
-		before := srv.Calls("in " + region)
+		before := map[string]int{own: srv.Calls("in " + own), far: srv.Calls("in " + far)}
 		if _, _, err := s.Generate(t.Context(), fileKey); keystore.KindOf(err) != want {
 			t.Errorf("%s: %v", what, err)
 		}
-		if srv.Calls("in "+region) == before {
-			t.Errorf("%s: %s was not asked", what, region)
+		for region, n := range before {
+			if is := srv.Calls("in "+region) > n; is != slices.Contains(regions, region) {
+				t.Errorf("%s: asked in %s: %v", what, region, is)
+			}
 		}
 	}
-	in("at first", keystoretest.Region, 0)
-	srv.SetAway(keystoretest.Region)
-	in("when it goes away", keystoretest.Region, keystore.Outage)
-	in("while it is away", far, 0)
+	asked("at first", 0, own)
+	srv.SetAway(own)
+	asked("when it goes away", keystore.Outage, own)
+	asked("while it is away", 0, far)
 	srv.SetAway("")
-	in("just after it is back", far, 0)
+	asked("just after it is back", 0, far)
 	srv.SetAway(far)
-	in("the other one goes away", far, keystore.Outage)
-	in("then", keystoretest.Region, 0)
-	srv.SetAway(keystoretest.Region)
-	in("away once more", keystoretest.Region, keystore.Outage)
-	awskms.LongAway(s)
-	in("still away after a while", keystoretest.Region, 0)
-	in("then", far, 0)
+	asked("the other one goes away", keystore.Outage, far)
+	asked("then", 0, own)
+	srv.SetAway(own)
+	asked("away once more", keystore.Outage, own)
+	asked("the other one was away too", keystore.Outage, own)
+	awskms.LongAgo(s)
+	asked("a while later", keystore.Outage, own)
+	asked("then", 0, far)
+	awskms.LongAgo(s)
+	asked("still away after a while", 0, own, far)
+	asked("then", 0, far)
 	srv.SetAway("")
-	awskms.LongAway(s)
-	in("back after a while", keystoretest.Region, 0)
-	in("then", keystoretest.Region, 0)
-	// A call that is throttled says nothing of the Region.
+	awskms.LongAgo(s)
+	asked("back after a while", 0, own)
+	asked("then", 0, own)
+
+	// The named one's verdicts do not count, also where it has helped before.
+	for _, state := range []string{"denied", "once more"} {
+		srv.SetAway(own)
+		asked(state+", the own one away", keystore.Outage, own)
+		srv.DenyARN(there)
+		asked(state, keystore.Outage, far, own)
+		srv.SetAway("")
+		asked(state+", the own one back", 0, far, own)
+		asked(state+", then", 0, own)
+		srv.DenyARN("")
+	}
+
+	// A call that is throttled says nothing of the Region, nor does one that failed while
+	// others were answered.
 	srv.Fail(func(string) *keystoretest.Failure {
 		return &keystoretest.Failure{Status: 400, Code: "ThrottlingException"}
 	})
-	in("throttled", keystoretest.Region, keystore.Outage)
+	asked("throttled", keystore.Outage, own)
 	srv.Fail(nil)
-	in("then", keystoretest.Region, 0)
+	asked("then", 0, own)
+	_, w, err := s.Generate(t.Context(), fileKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv.Fail(func(op string) *keystoretest.Failure {
+		if op == "Decrypt" {
+			return &keystoretest.Failure{Status: 503}
+		}
+		return nil
+	})
+	unlucky := make(chan error)
+	go func() {
+		_, err := s.Unwrap(t.Context(), fileKey, w)
+		unlucky <- err
+	}()
+	for srv.Calls("Decrypt") == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	asked("beside one that fails", 0, own)
+	if err := <-unlucky; keystore.KindOf(err) != keystore.Outage {
+		t.Errorf("unlucky: %v", err)
+	}
+	asked("then", 0, own)
+	srv.Fail(nil)
+
 	// What it says when it is back counts.
-	srv.SetAway(keystoretest.Region)
-	in("and away", keystoretest.Region, keystore.Outage)
+	srv.SetAway(own)
+	asked("and away", keystore.Outage, own)
 	srv.SetAway("")
-	awskms.LongAway(s)
+	awskms.LongAgo(s)
 	srv.DenyARN(here)
-	in("and back, but forbidden", keystoretest.Region, keystore.Denied)
-	in("then", keystoretest.Region, keystore.Denied)
+	asked("and back, but forbidden", keystore.Denied, own)
+	asked("then", keystore.Denied, own)
 }
 
-// Where one of two replicas may not be used, an outage of the other one's Region is an
-// outage, and nothing else when it is over.
+// Where the own replica may not be used, and its Region is away at first, the named one
+// is for good.
 func TestRegionAwayAndForbidden(t *testing.T) {
-	srv := keystoretest.NewServer(t)
-	here := srv.AddMultiRegion()
-	there := strings.Replace(here, keystoretest.Region, "us-east-1", 1)
-	for _, c := range []struct {
-		forbidden string
-		away      []keystore.Kind // of the calls while the own Region is away
-		back      []keystore.Kind // afterwards, for long
-	}{
-		{there, []keystore.Kind{keystore.Outage, keystore.Outage, keystore.Outage}, []keystore.Kind{0, 0, 0}},
-		{here, []keystore.Kind{keystore.Outage, 0, 0}, []keystore.Kind{0, 0, 0}},
-	} {
-		srv.DenyARN(c.forbidden)
-		s, err := awskms.New(awskms.Options{Attempt: time.Second, Total: time.Second}).OpenURI(t.Context(), "aws-kms:"+there)
-		if err != nil || s.ARN() != here {
-			t.Fatal(err)
+	srv, s, here, _ := regions(t)
+	srv.DenyARN(here)
+	srv.SetAway(keystoretest.Region)
+	for i, want := range []keystore.Kind{keystore.Outage, 0, 0, 0, 0} {
+		if i == 3 {
+			srv.SetAway("")
 		}
-		srv.SetAway(keystoretest.Region)
-		for i, want := range c.away {
-			if _, _, err := s.Generate(t.Context(), fileKey); keystore.KindOf(err) != want {
-				t.Errorf("%s forbidden, own Region away, call %d: %v", c.forbidden, i, err)
-			}
+		if i > 1 {
+			awskms.LongAgo(s)
 		}
-		srv.SetAway("")
-		for i, want := range c.back {
-			if c.forbidden == here {
-				awskms.LongAway(s)
+		if _, _, err := s.Generate(t.Context(), fileKey); keystore.KindOf(err) != want {
+			t.Errorf("call %d: %v", i, err)
+		}
+	}
+}
+
+// Calls at once, while the Regions come and go, fail by an outage or not at all.
+func TestRegionsComeAndGo(t *testing.T) {
+	srv, s, _, there := regions(t)
+	srv.DenyARN(there)
+	if _, _, err := s.Generate(t.Context(), fileKey); err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	stop := make(chan struct{})
+	for range 32 {
+		wg.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				if _, _, err := s.Generate(t.Context(), fileKey); err != nil && keystore.KindOf(err) != keystore.Outage {
+					t.Error(err)
+					return
+				}
 			}
-			if _, _, err := s.Generate(t.Context(), fileKey); keystore.KindOf(err) != want {
-				t.Errorf("%s forbidden, own Region back, call %d: %v", c.forbidden, i, err)
-			}
+		})
+	}
+	for i := range 6 {
+		srv.SetAway([]string{keystoretest.Region, "", farRegion}[i%3])
+		awskms.LongAgo(s)
+		time.Sleep(500 * time.Millisecond)
+	}
+	close(stop)
+	wg.Wait()
+	srv.SetAway("")
+	awskms.LongAgo(s)
+	for range 2 { // perhaps the Region was away just now
+		if _, _, err := s.Generate(t.Context(), fileKey); err != nil {
+			t.Errorf("all is well again: %v", err)
 		}
 	}
 }

@@ -2,9 +2,12 @@ package awskms
 
 import "time"
 
-// LongAway makes it long ago that the store's Region was found to be away.
-func LongAway(s *Store) {
+// LongAgo makes it long ago that a Region was found to be away.
+func LongAgo(s *Store) {
 	s.route.mu.Lock()
 	defer s.route.mu.Unlock()
-	s.route.away = time.Now().Add(-2 * homeAgain)
+	s.route.alone = time.Time{}
+	if !s.route.away.IsZero() {
+		s.route.away = time.Now().Add(-2 * homeAgain)
+	}
 }

@@ -2,136 +2,156 @@ package awskms
 
 import (
 	"context"
+	"fmt"
 	"sync"
 	"time"
 
 	"kmsfs/keystore"
 )
 
-// route says which of two replicas of a multi-Region key is asked: this Region's own,
-// or the one that was named.
+// route says which of two replicas of a multi-Region key is asked: the own Region's, or
+// the one that was named.
 type route struct {
 	mu sync.Mutex
 
-	answered      time.Time // when the own one did last, zero if never
-	namedAnswered bool
-	namedOnly     bool      // the own one's policy forbids what the named one's allows
-	ownOnly       bool      // the named one was asked, and cannot be used
-	away          time.Time // when the own Region was last found to be away, zero if it is not
+	answered  time.Time // when the own one did last, zero if never
+	denied    bool      // it did not before it denied a call
+	namedOnly bool      // it denies what the named one allows
+
+	away   time.Time // when the own Region was last found to be away, zero if it is not
+	helped time.Time // when the named one has answered instead last
+	alone  time.Time // until when the named one is not asked: its Region was away too
 }
 
-const homeAgain = time.Minute // after which a Region that was away is tried again
+const (
+	homeAgain  = 15 * time.Second // after which a Region that was away is tried again
+	aloneAfter = 10 * time.Minute // after which the other one is
+)
 
 // replicas makes a call with s; where another replica was named, perhaps with that one:
-//   - for good where the own one forbids the very first call, and the named one does
-//     not. Later it counts what the own one says, or taking a right away would not show
-//     before it is taken away everywhere;
+//   - for good where the own one denies the very first call that is answered, and the
+//     named one does not. Later the own one's denials count, or taking a right away would
+//     not show before it is taken away everywhere;
 //   - while the own Region is away, from the call on after one that has found that out.
-//     A replica that has never answered has no say then: it may not be for this machine.
+//     The named one can only help then: a verdict comes from the own one, or it is an
+//     outage.
 func replicas[T any](ctx context.Context, s *Store, f func(context.Context, *Store) (T, error)) (T, error) {
 	if s.named == nil {
 		return f(ctx, s)
 	}
-	r := &s.route
-	named, away, try := r.next()
-	if try {
-		short, cancel := context.WithTimeout(ctx, s.c.o.Attempt)
-		out, err := f(short, s)
-		cancel()
-		if named = r.tried(keystore.KindOf(err)); !named {
-			return out, err
-		}
-	}
-	if named {
-		out, err := f(ctx, s.named)
-		if !away || r.namedSaid(keystore.KindOf(err)) {
-			return out, err
-		}
-	}
-	begun := time.Now()
-	out, err := f(ctx, s)
-	if r.said(keystore.KindOf(err), begun, throttled(err)) {
-		if out, nerr := f(ctx, s.named); nerr == nil {
-			r.forbidden()
-			return out, nil
-		}
-	}
-	return out, err
-}
-
-// next returns whether the named replica is asked, whether that is because the own
-// Region is away, and whether that one is to be tried first.
-func (r *route) next() (named, away, try bool) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.namedOnly || r.away.IsZero() {
-		return r.namedOnly, false, false
-	}
-	try = time.Since(r.away) > homeAgain
-	if try {
-		r.away = time.Now() // others do not
-	}
-	return true, true, try
-}
-
-// tried notes what the own Region, which was away, has answered, and reports whether the
-// named replica is asked on.
-func (r *route) tried(k keystore.Kind) (named bool) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	r, begun := &s.route, time.Now()
+	namedOnly, away, try := r.next(begun)
 	switch {
-	case k == keystore.Outage, k == keystore.Canceled:
-		return true
-	case k == keystore.Denied && r.answered.IsZero() && r.namedAnswered:
-		r.namedOnly = true
-		return true
+	case namedOnly:
+		return f(ctx, s.named)
+	case !away:
+		out, err := f(ctx, s)
+		if r.said(err, begun) {
+			if out, nerr := f(ctx, s.named); nerr == nil {
+				r.help()
+				return out, nil
+			}
+		}
+		return out, err
 	}
-	r.away = time.Time{}
-	if k == 0 {
-		r.answered = time.Now()
+	home := func() (out T, err error, is bool) {
+		short, cancel := context.WithTimeout(ctx, s.c.o.Attempt)
+		defer cancel()
+		out, err = f(short, s)
+		return out, err, r.back(err)
+	}
+	if try {
+		if out, err, is := home(); is {
+			return out, err
+		}
+	}
+	out, err := f(ctx, s.named)
+	if r.helps(err, begun) {
+		return out, err
+	}
+	out, oerr, is := home()
+	if is || keystore.KindOf(oerr) == keystore.Denied || ctx.Err() != nil {
+		return out, oerr
+	}
+	return out, &keystore.Error{Kind: keystore.Outage, URI: s.URI(), Op: "ask the replicas", Err: fmt.Errorf("its Region does not answer, and the replica that was named refuses: %v", err)}
+}
+
+// next returns whether the named replica is asked for good, whether the own Region is
+// away, and whether it is to be tried again.
+func (r *route) next(now time.Time) (namedOnly, away, try bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	away = !r.away.IsZero()
+	if try = away && now.Sub(r.away) > homeAgain; try {
+		r.away = now // others do not
+	}
+	return r.namedOnly, away, try
+}
+
+// said notes what the own replica has answered, and reports whether the named one is to
+// be asked too. A call that was throttled, or failed while others were answered, says
+// nothing of the Region.
+func (r *route) said(err error, begun time.Time) (too bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	now := time.Now()
+	switch keystore.KindOf(err) {
+	case 0:
+		r.answered, r.denied = now, false
+	case keystore.Outage:
+		if !throttled(err) && !r.answered.After(begun) && now.After(r.alone) {
+			r.away = now
+		}
+	case keystore.Denied:
+		r.denied = r.answered.IsZero()
+		return r.denied
 	}
 	return false
 }
 
-// namedSaid notes what the named replica has answered while the own Region is away, and
-// reports whether that is the answer.
-func (r *route) namedSaid(k keystore.Kind) bool {
+// back notes what the own replica, whose Region was away, has answered, and reports
+// whether that is the answer to the call.
+func (r *route) back(err error) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	switch {
-	case k == 0:
-		r.namedAnswered = true
-	case k == keystore.Outage:
-		r.away = time.Time{} // the next one asks the own Region
-	case (k == keystore.Denied || k == keystore.Revoked) && !r.namedAnswered:
-		r.away, r.ownOnly = time.Time{}, true
+	switch keystore.KindOf(err) {
+	case keystore.Outage, keystore.Canceled:
+		return false
+	case keystore.Denied:
+		if r.denied = r.answered.IsZero(); r.denied {
+			return false
+		}
+	case 0:
+		r.answered = time.Now()
+	}
+	r.away, r.denied = time.Time{}, false
+	return true
+}
+
+// helps notes what the named replica has answered while the own Region is away, and
+// reports whether that is the answer to the call.
+func (r *route) helps(err error, begun time.Time) bool {
+	if err == nil {
+		r.help()
+		return true
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	switch keystore.KindOf(err) {
+	case keystore.Outage:
+		if !throttled(err) && !r.helped.After(begun) {
+			r.away, r.alone = time.Time{}, time.Now().Add(aloneAfter)
+		}
+	case keystore.Denied, keystore.Revoked:
 		return false
 	}
 	return true
 }
 
-// said notes what the own replica has answered to a call, and reports whether the named
-// one is to be asked instead. A call that was throttled, or failed while others were
-// answered, says nothing of the Region.
-func (r *route) said(k keystore.Kind, begun time.Time, throttled bool) (instead bool) {
+// help notes that the named replica has done what the own one did not.
+func (r *route) help() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	switch k {
-	case 0:
-		r.answered = time.Now()
-	case keystore.Outage:
-		if !throttled && !r.ownOnly && !r.namedOnly && !r.answered.After(begun) {
-			r.away = time.Now()
-		}
-	case keystore.Denied:
-		return r.answered.IsZero()
-	}
-	return false
-}
-
-// forbidden notes that the named replica allows what the own one has forbidden.
-func (r *route) forbidden() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.namedOnly = r.answered.IsZero()
+	r.helped = time.Now()
+	r.namedOnly = r.namedOnly || r.denied
 }
