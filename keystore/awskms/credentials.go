@@ -73,19 +73,18 @@ type source struct {
 	load            func() (aws.CredentialsProvider, error)
 	atMost, silence time.Duration
 
-	again sync.Mutex              // one renewal after a refusal at a time
-	next  aws.CredentialsProvider // guarded by it: the chain that is asked then
-	asked time.Time               // likewise: since when
+	mu     sync.Mutex
+	chain  aws.CredentialsProvider // with a cache by [early]
+	old    *aws.Credentials
+	silent time.Time // since when nobody answers, zero where somebody does
 
-	mu      sync.Mutex
-	chain   aws.CredentialsProvider // with a cache by [early]
-	old     *aws.Credentials
-	silent  time.Time // since when nobody answers, zero where somebody does
-	refused time.Time // when the last renewal after a refusal was made
+	renewing *renewal  // after a refusal, nil if none is under way
+	refused  time.Time // when the last one has come to its end
+	renewed  bool      // what it came to
 }
 
 func (c *Clients) newSource(region string, chain aws.CredentialsProvider) *source {
-	s := &source{chain: chain, atMost: c.o.Attempt * 2 / 3, silence: c.o.Attempt * 30, refused: c.reloaded}
+	s := &source{chain: chain, atMost: c.o.Attempt * 2 / 3, silence: c.o.Attempt * 30, refused: c.reloaded, renewed: true}
 	s.load = func() (aws.CredentialsProvider, error) {
 		cfg, err := c.load(context.Background(), region)
 		return cfg.Credentials, err
@@ -127,7 +126,7 @@ func (s *source) Retrieve(ctx context.Context) (aws.Credentials, error) {
 	}
 	if c.CanExpire && !c.Expires.After(now) { // who has none that last longer is not asked at each call
 		end := ends(&c)
-		if c.Expires = now.Add(renewAgain); c.Expires.After(end) {
+		if c.Expires = now.Add(renewAgain); err != nil && c.Expires.After(end) {
 			c.Expires = end
 		}
 	}
@@ -137,45 +136,58 @@ func (s *source) Retrieve(ctx context.Context) (aws.Credentials, error) {
 // ends is when credentials end from which [early] has taken its part.
 func ends(c *aws.Credentials) time.Time { return c.Expires.Add(renewEarly) }
 
+// renewal is one after a refusal.
+type renewal struct {
+	done chan struct{} // closed when it has come to its end
+	ok   bool          // then: there are new credentials
+}
+
 // anew asks for credentials anew after a refusal of those that a call used which began
 // then. It returns whether there is something to try again with: not where that was done
-// just now, nor where none can be had, and then the old ones stay.
+// just now, nor where none can be had, and then the old ones stay; nor where they take
+// long, and then they are used when they come.
 func (s *source) anew(ctx context.Context, begun time.Time) bool {
-	s.again.Lock()
-	defer s.again.Unlock()
 	s.mu.Lock()
-	last := s.refused
-	s.mu.Unlock()
-	if last.After(begun) {
-		return true // another call has
+	switch {
+	case s.renewing != nil:
+	case s.refused.After(begun):
+		defer s.mu.Unlock()
+		return s.renewed // by another call
+	case time.Since(s.refused) < reloadPause:
+		s.mu.Unlock()
+		return false
+	default:
+		s.renewing = &renewal{done: make(chan struct{})}
+		go s.renew(s.renewing)
 	}
-	if time.Since(last) < reloadPause {
+	r := s.renewing
+	s.mu.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, s.atMost)
+	defer cancel()
+	select {
+	case <-r.done:
+		return r.ok
+	case <-ctx.Done():
 		return false
 	}
-	if s.next == nil || time.Since(s.asked) > s.silence {
-		chain, err := s.load()
-		if err != nil || chain == nil {
-			return false
-		}
-		s.next, s.asked = chain, time.Now()
-	}
-	short, cancel := context.WithTimeout(ctx, s.atMost)
+}
+
+func (s *source) renew(r *renewal) {
+	ctx, cancel := context.WithTimeout(context.Background(), s.silence)
 	defer cancel()
-	c, err := s.next.Retrieve(short)
-	if ctx.Err() != nil {
-		return false // who has asked is gone
+	var c aws.Credentials
+	chain, err := s.load()
+	if err == nil && chain != nil {
+		c, err = chain.Retrieve(ctx)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.refused = time.Now()
-	if err == nil {
-		s.chain, s.old, s.silent = s.next, &c, time.Time{}
+	if r.ok = err == nil && chain != nil; r.ok {
+		s.chain, s.old, s.silent = chain, &c, time.Time{}
 		s.cache.Invalidate()
 	}
-	if err == nil || short.Err() == nil { // else it can still be on its way
-		s.next = nil
-	}
-	return err == nil
+	s.renewing, s.renewed, s.refused = nil, r.ok, time.Now()
+	close(r.done)
 }
 
 // sessionName leaves what STS takes in a name: [\w+=,.@-], 2 to 64.
@@ -222,9 +234,12 @@ func (c *Clients) renew(k *kms.Client, region string) {
 // anew is [source.anew] of a Region.
 func (c *Clients) anew(ctx context.Context, region string, begun time.Time) bool {
 	c.mu.Lock()
-	s := c.sources[region]
+	s, reloaded := c.sources[region], c.reloaded
 	c.mu.Unlock()
-	return s != nil && s.anew(ctx, begun)
+	if s == nil {
+		return reloaded.After(begun) // the next client has others
+	}
+	return s.anew(ctx, begun)
 }
 
 func (c *Clients) gate(region string) *gate {

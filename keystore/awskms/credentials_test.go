@@ -277,6 +277,27 @@ func TestSilentCredentials(t *testing.T) {
 	t.Errorf("it answers again: %v", err)
 }
 
+// New credentials that take longer to come than a call waits are used when they have.
+func TestSlowRotation(t *testing.T) {
+	srv := keystoretest.NewServer(t)
+	dir := process(t, `if test -e $DIR/rotated; then sleep 1; printf '{"Version":1,"AccessKeyId":"SECOND","SecretAccessKey":"s"}'; else printf '{"Version":1,"AccessKeyId":"FIRST","SecretAccessKey":"s"}'; fi`)
+	s := open(t, srv.AddKey(""))
+	generate := func() error { _, _, err := s.Generate(t.Context(), fileKey); return err }
+	if err := generate(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(dir+"/rotated", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	srv.Refuse("FIRST", "UnrecognizedClientException")
+	begun := time.Now()
+	for err := generate(); err != nil; err = generate() {
+		if keystore.KindOf(err) != keystore.Denied || time.Since(begun) > 8*time.Second {
+			t.Fatalf("after %v: %v", time.Since(begun), err)
+		}
+	}
+}
+
 // A container's agent that is silent once is asked again.
 func TestSilentAgent(t *testing.T) {
 	srv := keystoretest.NewServer(t)

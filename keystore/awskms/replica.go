@@ -15,8 +15,7 @@ type route struct {
 	mu sync.Mutex
 
 	answered  time.Time // when the own one did last, zero if never
-	denied    bool      // it did not before it denied a call
-	namedOnly bool      // it denies what the named one allows
+	namedOnly bool      // it denied the first call, which the named one allowed
 
 	away   time.Time // when the own Region was last found to be away, zero if it is not
 	helped time.Time // when the named one has answered instead last
@@ -25,7 +24,7 @@ type route struct {
 
 const (
 	homeAgain  = 15 * time.Second // after which a Region that was away is tried again
-	aloneAfter = 10 * time.Minute // after which the other one is
+	aloneAfter = time.Minute      // after which the other one is
 )
 
 // replicas makes a call with s; where another replica was named, perhaps with that one:
@@ -47,9 +46,9 @@ func replicas[T any](ctx context.Context, s *Store, f func(context.Context, *Sto
 	case !away:
 		out, err := f(ctx, s)
 		if r.said(err, begun) {
-			if out, nerr := f(ctx, s.named); nerr == nil {
-				r.help()
-				return out, nil
+			named, nerr := f(ctx, s.named)
+			if r.helps(nerr, begun, true); nerr == nil {
+				return named, nil
 			}
 		}
 		return out, err
@@ -60,13 +59,16 @@ func replicas[T any](ctx context.Context, s *Store, f func(context.Context, *Sto
 		out, err = f(short, s)
 		return out, err, r.back(err)
 	}
+	denied := false
 	if try {
-		if out, err, is := home(); is {
+		out, err, is := home()
+		if is {
 			return out, err
 		}
+		denied = keystore.KindOf(err) == keystore.Denied
 	}
 	out, err := f(ctx, s.named)
-	if r.helps(err, begun) {
+	if r.helps(err, begun, denied) {
 		return out, err
 	}
 	out, oerr, is := home()
@@ -97,14 +99,13 @@ func (r *route) said(err error, begun time.Time) (too bool) {
 	now := time.Now()
 	switch keystore.KindOf(err) {
 	case 0:
-		r.answered, r.denied = now, false
+		r.answered = now
 	case keystore.Outage:
 		if !throttled(err) && !r.answered.After(begun) && now.After(r.alone) {
 			r.away = now
 		}
 	case keystore.Denied:
-		r.denied = r.answered.IsZero()
-		return r.denied
+		return r.answered.IsZero() && now.After(r.alone)
 	}
 	return false
 }
@@ -118,26 +119,25 @@ func (r *route) back(err error) bool {
 	case keystore.Outage, keystore.Canceled:
 		return false
 	case keystore.Denied:
-		if r.denied = r.answered.IsZero(); r.denied {
+		if r.answered.IsZero() {
 			return false
 		}
 	case 0:
 		r.answered = time.Now()
 	}
-	r.away, r.denied = time.Time{}, false
+	r.away = time.Time{}
 	return true
 }
 
-// helps notes what the named replica has answered while the own Region is away, and
-// reports whether that is the answer to the call.
-func (r *route) helps(err error, begun time.Time) bool {
-	if err == nil {
-		r.help()
-		return true
-	}
+// helps notes what the named replica has answered to a call that the own one has denied,
+// or while its Region is away. It reports whether that is the answer in the second case.
+func (r *route) helps(err error, begun time.Time, denied bool) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	switch keystore.KindOf(err) {
+	case 0:
+		r.helped = time.Now()
+		r.namedOnly = r.namedOnly || denied && r.answered.IsZero()
 	case keystore.Outage:
 		if !throttled(err) && !r.helped.After(begun) {
 			r.away, r.alone = time.Time{}, time.Now().Add(aloneAfter)
@@ -146,12 +146,4 @@ func (r *route) helps(err error, begun time.Time) bool {
 		return false
 	}
 	return true
-}
-
-// help notes that the named replica has done what the own one did not.
-func (r *route) help() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.helped = time.Now()
-	r.namedOnly = r.namedOnly || r.denied
 }
