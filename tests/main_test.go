@@ -32,6 +32,7 @@ func TestMain(m *testing.M) {
 	}
 	if out, err := exec.Command("go", append(args, "../cmd/kmsfs")...).CombinedOutput(); err != nil {
 		fmt.Fprintf(os.Stderr, "building kmsfs: %v\n%s", err, out)
+		os.RemoveAll(dir)
 		os.Exit(1)
 	}
 	code := m.Run()
