@@ -469,6 +469,12 @@ func (w watched) call(ctx context.Context, op string, f func(context.Context) an
 		case c <- a:
 		case <-calls.Done():
 			clear(a.key)
+			if op == "generate" && a.err == nil {
+				r.mu.Lock()
+				r.counts.Made++
+				r.counts.Wasted++
+				r.mu.Unlock()
+			}
 		}
 	})
 	r.mu.Unlock()

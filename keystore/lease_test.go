@@ -478,6 +478,25 @@ func (s *keeper) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrap
 	return key, err
 }
 
+func (s *keeper) Generate(ctx context.Context, b keystore.Binding) ([]byte, keystore.Wrapped, error) {
+	key := bytes.Repeat([]byte{7}, keystore.KeySize)
+	w, err := s.Wrap(ctx, b, key)
+	return key, w, err
+}
+
+// New keys that come too late are counted.
+func TestLockCountsWhatComes(t *testing.T) {
+	s := &keeper{slow: slow{uri: "slow:1", delay: 300 * time.Millisecond}}
+	bubble(t, []keystore.Store{s}, keystore.RingOptions{Pool: 8}, func(r *keystore.Ring) {
+		time.Sleep(100 * time.Millisecond)
+		r.Lock(&keystore.Error{Kind: keystore.Credentials, Err: errors.New("locked")})
+		time.Sleep(time.Second)
+		if c := r.Counts(); c.Made != 8 || c.Wasted != 8 || int(s.wraps.Load()) != 8 {
+			t.Errorf("%+v, %d calls", c, s.wraps.Load())
+		}
+	})
+}
+
 // What a call brings that nobody waits for any more is wiped before Lock returns.
 func TestLockWipesWhatComes(t *testing.T) {
 	s := &keeper{slow: slow{uri: "slow:1", delay: 300 * time.Millisecond}}

@@ -332,6 +332,6 @@ func estimate(ms []made, trails uint) string {
 		return fmt.Sprintf("Cost: $%.2f for each 100,000 files made or first read, and at most $%.2f a month for each mount; each CloudTrail trail but the first adds $%.2f and $%.2f. The keys themselves are $1 a month each.",
 			n*files*callPrice(0), n*idle*callPrice(0), n*files*perEvent, n*idle*perEvent)
 	}
-	return fmt.Sprintf("Cost with %d more CloudTrail trails than the free one: $%.2f for each 100,000 files made or first read, and at most $%.2f a month for each mount. The keys themselves are $1 a month each.",
+	return fmt.Sprintf("Cost where CloudTrail trails record each call, %d beside the free one: $%.2f for each 100,000 files made or first read, and at most $%.2f a month for each mount. The keys themselves are $1 a month each.",
 		trails, n*files*callPrice(trails), n*idle*callPrice(trails))
 }
