@@ -328,10 +328,10 @@ func estimate(ms []made, trails uint) string {
 		return ""
 	}
 	const files, idle = 100000, month * 60 / 2.5 * 1.1 // one proof in 2.5 minutes, with jitter
-	if trails == 0 {
-		return fmt.Sprintf("Cost: $%.2f for each 100,000 files made or first read, and at most $%.2f a month for each mount; each CloudTrail trail but the first adds $%.2f and $%.2f. The keys themselves are $1 a month each.",
-			n*files*callPrice(0), n*idle*callPrice(0), n*files*perEvent, n*idle*perEvent)
+	where, further := "", fmt.Sprintf("; each CloudTrail trail but the first adds $%.2f and $%.2f", n*files*perEvent, n*idle*perEvent)
+	if trails > 0 {
+		where, further = fmt.Sprintf(" where CloudTrail trails record each call, %d beside the free one", trails), ""
 	}
-	return fmt.Sprintf("Cost where CloudTrail trails record each call, %d beside the free one: $%.2f for each 100,000 files made or first read, and at most $%.2f a month for each mount. The keys themselves are $1 a month each.",
-		trails, n*files*callPrice(trails), n*idle*callPrice(trails))
+	return fmt.Sprintf("Cost%s: $%.2f for each 100,000 files made or first read, and at most $%.2f a month for each mount%s. The keys themselves are $1 a month each.",
+		where, n*files*callPrice(trails), n*idle*callPrice(trails), further)
 }

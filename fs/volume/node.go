@@ -259,7 +259,7 @@ func (n *Node) kept() (fd int, ok bool) {
 
 // unlinked notes that dir/cname, which st described, is gone.
 func (v *Volume) unlinked(st *unix.Stat_t, dir *Node, cname string) {
-	n := v.dropName(st, dir, cname)
+	n := v.forgetName(st, dir, cname)
 	// What was to be settled is let go. Nobody is waited for: who has the file will see
 	// that it is gone.
 	if n == nil || !n.openMu.TryLock() {
@@ -272,9 +272,9 @@ func (v *Volume) unlinked(st *unix.Stat_t, dir *Node, cname string) {
 	}
 }
 
-// dropName is unlinked as far as names go, and returns the node that has lost its last
+// forgetName is unlinked as far as names go, and returns the node that has lost its last
 // one, nil if none has.
-func (v *Volume) dropName(st *unix.Stat_t, dir *Node, cname string) (gone *Node) {
+func (v *Volume) forgetName(st *unix.Stat_t, dir *Node, cname string) (gone *Node) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	key := inodeKey{st.Dev, st.Ino}

@@ -78,7 +78,7 @@ type Volume struct {
 	// writing by rename: it keeps links true.
 	tree sync.RWMutex
 
-	// mu guards the fields below and Node.lookups, holds, links and gone.
+	// mu guards the fields below and Node.lookups, holds, links, gone and leaving.
 	mu     sync.Mutex
 	nodes  map[uint64]*Node
 	inodes map[inodeKey]*Node

@@ -222,8 +222,8 @@ func (c *Clients) Reload() {
 	c.reloaded = time.Now()
 }
 
-// renew makes the next calls use another client than k.
-func (c *Clients) renew(k *kms.Client, region string) {
+// replace makes the next calls use another client than k.
+func (c *Clients) replace(k *kms.Client, region string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.clients[region] == k {
@@ -265,7 +265,7 @@ func (s *Store) secondLook(ctx context.Context, k *kms.Client, begun time.Time, 
 	if !once[clockSkew] && (skewed(err) || unsigned(err)) {
 		once[clockSkew] = true
 		if !skewed(err) {
-			s.c.renew(k, s.region) // with what the SDK knew of another clock
+			s.c.replace(k, s.region) // with what the SDK knew of another clock
 		}
 		return true
 	}
