@@ -466,6 +466,31 @@ func TestLockWhileCreating(t *testing.T) {
 	})
 }
 
+// Who waits for a new key is not told of a denial that is older than his waiting.
+func TestOldDenial(t *testing.T) {
+	s := &lateDenial{slow: slow{uri: "slow:1"}}
+	bubble(t, []keystore.Store{s}, keystore.RingOptions{Pool: 1}, func(r *keystore.Ring) {
+		time.Sleep(time.Second / 2) // the pool's first call is denied by now, and not yet answered
+		begun := time.Now()
+		if _, err := r.NewKey(bg); err != nil || time.Since(begun) != time.Second/2 {
+			t.Errorf("after %v: %v", time.Since(begun), err)
+		}
+	})
+}
+
+type lateDenial struct {
+	slow
+	calls atomic.Int32
+}
+
+func (s *lateDenial) Wrap(ctx context.Context, b keystore.Binding, key []byte) (keystore.Wrapped, error) {
+	if s.calls.Add(1) == 1 {
+		time.Sleep(time.Second)
+		return keystore.Wrapped{}, &keystore.Error{Kind: keystore.Denied, URI: s.uri, Op: "wrap", Err: errors.New("as the test asked")}
+	}
+	return s.slow.Wrap(ctx, b, key)
+}
+
 // keeper is a store that remembers where the keys lie that it has given.
 type keeper struct {
 	slow

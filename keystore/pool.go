@@ -56,7 +56,13 @@ type pool struct {
 	making  int
 	filling bool // from where a part of the target is gone until it is reached
 	failing bool // what makes keys ahead failed; it stops until a NewKey succeeds
-	waiting []chan made
+	waiting []waiter
+}
+
+// waiter is who waits for a new key.
+type waiter struct {
+	c     chan made
+	since time.Duration
 }
 
 // made is what a call for a new key came to.
@@ -135,7 +141,7 @@ func (r *Ring) NewKey(ctx context.Context) (*DataKey, error) {
 	}
 	p.taken(r.o.Now())
 	c := make(chan made, 1)
-	p.waiting = append(p.waiting, c)
+	p.waiting = append(p.waiting, waiter{c, r.o.Now()})
 	r.refill()
 	r.mu.Unlock()
 	Waits(ctx)
@@ -145,7 +151,7 @@ func (r *Ring) NewKey(ctx context.Context) (*DataKey, error) {
 	case <-ctx.Done():
 	}
 	r.mu.Lock()
-	i := slices.Index(p.waiting, c)
+	i := slices.IndexFunc(p.waiting, func(w waiter) bool { return w.c == c })
 	if i >= 0 {
 		p.waiting = slices.Delete(p.waiting, i, i+1)
 		p.returned()
@@ -194,13 +200,13 @@ func (r *Ring) refill() {
 			}
 		}
 		p.making++
-		begun := p.count
+		begun, since := p.count, r.o.Now()
 		r.wg.Go(func() {
 			k, err := r.make(WithPurpose(r.ctx, purpose))
 			r.mu.Lock()
 			p.making--
 			p.pace = max(p.pace, p.count-begun)
-			told := r.arrived(k, err)
+			told := r.arrived(k, err, since)
 			r.refill()
 			r.mu.Unlock()
 			if told != nil {
@@ -211,8 +217,9 @@ func (r *Ring) refill() {
 }
 
 // arrived hands a new key, or what went wrong, to who has waited longest; what it
-// returns is to be reported. mu is held.
-func (r *Ring) arrived(k *DataKey, err error) (told error) {
+// returns is to be reported. A denial of a call that began before he waited is none to
+// him: the right may have been given since. mu is held.
+func (r *Ring) arrived(k *DataKey, err error, begun time.Duration) (told error) {
 	p := &r.pool
 	if err == nil {
 		p.failing = false
@@ -223,8 +230,8 @@ func (r *Ring) arrived(k *DataKey, err error) (told error) {
 		}
 	}
 	switch {
-	case len(p.waiting) > 0:
-		c := p.waiting[0]
+	case len(p.waiting) > 0 && (KindOf(err) != Denied || p.waiting[0].since <= begun):
+		c := p.waiting[0].c
 		p.waiting = p.waiting[1:]
 		if err != nil {
 			p.returned()

@@ -115,8 +115,8 @@ func NewRing(volume [16]byte, stores []Store, o RingOptions) *Ring {
 func (r *Ring) Close() {
 	r.mu.Lock()
 	r.stop() // under mu: refill starts nothing after it
-	for _, c := range r.pool.waiting {
-		c <- made{err: &Error{Kind: Canceled, Op: "generate", Err: context.Canceled}}
+	for _, w := range r.pool.waiting {
+		w.c <- made{err: &Error{Kind: Canceled, Op: "generate", Err: context.Canceled}}
 	}
 	r.pool.waiting = nil
 	r.mu.Unlock()
