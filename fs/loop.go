@@ -27,7 +27,8 @@ type loop struct {
 	fd       int
 	ps       *fuse.ProtocolServer
 	log      *slog.Logger
-	slowSync bool // a sync waits for a disk
+	slowSync bool   // a sync waits for a disk
+	timeGran uint32 // of the times that the disk keeps, in nanoseconds; 0: not told
 
 	free    chan *place   // places handed on, to who is parked
 	done    chan struct{} // closed when the connection ends
@@ -76,7 +77,7 @@ func (l *loop) start() error {
 	if err != nil {
 		return err
 	}
-	l.answer(in[:n], out)
+	l.answerInit(in[:n], out)
 	l.workers.Go(l.watch)
 	l.add()
 	return nil
@@ -317,27 +318,44 @@ func (l *loop) read(b []byte) (int, error) {
 }
 
 // answer handles a request and writes the reply.
-func (l *loop) answer(in, out []byte) {
+func (l *loop) answer(in, out []byte) { l.reply(in, out[:l.handle(in, out)]) }
+
+// answerInit is answer of the INIT request. The kernel cuts the times that it keeps to the
+// granularity of the disk, or they would change when it forgets a file: go-fuse has no
+// option for that field.
+func (l *loop) answerInit(in, out []byte) {
+	n := l.handle(in, out)
+	const header = unsafe.Sizeof(fuse.OutHeader{})
+	if h := (*fuse.OutHeader)(unsafe.Pointer(&out[0])); l.timeGran != 0 && h.Status == 0 && uintptr(n) >= header+unsafe.Offsetof(fuse.InitOut{}.TimeGran)+4 {
+		(*fuse.InitOut)(unsafe.Pointer(&out[header])).TimeGran = l.timeGran
+	}
+	l.reply(in, out[:n])
+}
+
+// handle handles a request and returns the length of the reply in out, 0 if there is none.
+func (l *loop) handle(in, out []byte) int {
 	h := (*fuse.InHeader)(unsafe.Pointer(&in[0]))
 	unique := h.Unique
 	l.requests.begin(h)
 	n, s := l.ps.HandleRequest([][]byte{in}, [][]byte{out})
 	l.requests.end(unique)
-	if n == 0 {
-		if s.Ok() {
-			return // FORGET and the like
-		}
+	if n == 0 && !s.Ok() {
 		o := (*fuse.OutHeader)(unsafe.Pointer(&out[0]))
 		*o = fuse.OutHeader{Length: uint32(unsafe.Sizeof(*o)), Status: -int32(s), Unique: unique}
 		n = int(o.Length)
 	}
-	for {
-		_, err := unix.Write(l.fd, out[:n])
+	return n
+}
+
+// reply writes a reply, if there is one: FORGET and the like have none.
+func (l *loop) reply(in, out []byte) {
+	for len(out) > 0 {
+		_, err := unix.Write(l.fd, out)
 		switch {
 		case errors.Is(err, unix.EINTR):
 			continue
 		case err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENODEV): // whoever asked is gone
-			l.log.Error("answering a request failed", "opcode", h.Opcode, "error", err)
+			l.log.Error("answering a request failed", "opcode", (*fuse.InHeader)(unsafe.Pointer(&in[0])).Opcode, "error", err)
 		}
 		return
 	}

@@ -1,7 +1,12 @@
 package tests
 
 import (
+	"go/ast"
+	"go/parser"
+	"go/token"
 	"os/exec"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -57,5 +62,55 @@ func TestImportArrows(t *testing.T) {
 	}
 	if seen != len(arrows) {
 		t.Errorf("%d packages, %d have arrows", seen, len(arrows))
+	}
+}
+
+// Calls of the packages unix and os that fs/volume makes outside disk.go: none of them is
+// about the ciphertext tree.
+var besidesTheTree = []string{
+	"unix.Geteuid", "unix.ClockGettime", "unix.Setfsuid", "unix.Getrlimit", "unix.NsecToTimespec",
+	"os.Hostname", "os.Getpid", "os.ReadFile", // of /proc
+	"os.NewSyscallError",
+}
+
+// Every syscall on the ciphertext tree goes through disk.go, where tests see it and can make
+// it fail.
+func TestSyscallsBehindTheSeam(t *testing.T) {
+	files, err := filepath.Glob("../fs/volume/*.go")
+	if err != nil || len(files) < 20 {
+		t.Fatalf("%d files: %v", len(files), err)
+	}
+	calls := 0
+	for _, name := range files {
+		if filepath.Base(name) == "disk.go" || strings.HasSuffix(name, "_test.go") {
+			continue
+		}
+		set := token.NewFileSet()
+		file, err := parser.ParseFile(set, name, nil, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ast.Inspect(file, func(n ast.Node) bool {
+			call, ok := n.(*ast.CallExpr)
+			if !ok {
+				return true
+			}
+			sel, ok := call.Fun.(*ast.SelectorExpr)
+			if !ok {
+				return true
+			}
+			pkg, ok := sel.X.(*ast.Ident)
+			if !ok || pkg.Obj != nil || pkg.Name != "unix" && pkg.Name != "os" && pkg.Name != "syscall" {
+				return true
+			}
+			calls++
+			if what := pkg.Name + "." + sel.Sel.Name; !slices.Contains(besidesTheTree, what) {
+				t.Errorf("%s: %s is called outside disk.go", set.Position(call.Pos()), what)
+			}
+			return true
+		})
+	}
+	if calls == 0 {
+		t.Error("no call was looked at")
 	}
 }

@@ -132,9 +132,12 @@ func (f *fsckFlags) volume(ctx context.Context, dir string) error {
 		return fmt.Errorf("%s: %w", dir, err)
 	}
 	defer l.Close()
-	if l.Writer() {
+	if err := l.Writer(); err != nil {
+		if !errors.Is(err, volume.ErrLocked) {
+			return fmt.Errorf("%s: %w", dir, err)
+		}
 		if f.repair {
-			return hint(fmt.Errorf("%s: %w", dir, volume.ErrLocked), "kmsfs umount it first; without --repair it is checked as it is")
+			return hint(fmt.Errorf("%s: %w", dir, err), "kmsfs umount it first; without --repair it is checked as it is")
 		}
 		say("%s is mounted for writing: what is being written now may be reported", dir)
 	}

@@ -44,6 +44,13 @@ func (f *initFlags) run(ctx context.Context, dir string) error {
 	} else if !empty {
 		return fmt.Errorf("%s: %w", dir, volume.ErrNotEmpty)
 	}
+	notes, err := volume.CheckBacking(dir, f.plainNames)
+	if err != nil {
+		return fmt.Errorf("%s: %w", dir, err)
+	}
+	for _, note := range notes {
+		say("note: %s", note)
+	}
 	if _, err := stateDir(); err != nil {
 		return err
 	}
@@ -86,5 +93,6 @@ func (f *initFlags) run(ctx context.Context, dir string) error {
 			fmt.Printf("The key file %s %s. Back it up, apart from the volume: without it the volume cannot be opened.\n", verb, m.path)
 		}
 	}
+	fmt.Println("Back up the directory with a tool that copies symlinks (rsync -a, tar, restic; rclone needs --links): directories and long names need them.")
 	return nil
 }

@@ -196,27 +196,12 @@ func (f *mountFlags) remount(mountPoint string) error {
 	}
 	if f.readOnly {
 		f.pass = append(f.pass, "ro")
-	} else if writes, err := hasWriter(m.source); err != nil {
+	} else if err := volume.Writer(m.source); err != nil && !errors.Is(err, volume.ErrLocked) {
 		return err
-	} else if !writes {
+	} else if err == nil {
 		return hint(fmt.Errorf("%s was mounted read-only", real), "kmsfs umount %s, and mount it again", real)
 	}
 	return fs.Remount(real, f.pass)
-}
-
-// hasWriter reports whether a daemon has the volume open for writing: it holds the
-// lock.
-func hasWriter(cipherDir string) (bool, error) {
-	fd, err := unix.Open(cipherDir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return false, err
-	}
-	defer unix.Close(fd)
-	err = unix.Flock(fd, unix.LOCK_SH|unix.LOCK_NB)
-	if errors.Is(err, unix.EWOULDBLOCK) {
-		return true, nil
-	}
-	return false, err
 }
 
 // places checks both directories, and takes a dead mount away.
@@ -343,7 +328,8 @@ const endsWithin = 30 * time.Second
 func openFree(u *volume.Unlocked, cipherDir string, o volume.Options) (*volume.Volume, error) {
 	for until := time.Now().Add(endsWithin); ; time.Sleep(20 * time.Millisecond) {
 		v, err := u.Open(o)
-		if !errors.Is(err, volume.ErrLocked) || isMounted(cipherDir) || time.Now().After(until) {
+		locked, ok := errors.AsType[*volume.LockedError](err)
+		if !ok || locked.Elsewhere() || isMounted(cipherDir) || time.Now().After(until) {
 			return v, err
 		}
 	}

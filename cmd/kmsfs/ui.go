@@ -94,7 +94,11 @@ func hintOf(err error) string {
 	case errors.Is(err, volume.ErrNotVolume):
 		return "make one with kmsfs init, or mount with --create"
 	case errors.Is(err, volume.ErrLocked):
-		return "one mount at a time can write; unmount the other, or mount with --read-only"
+		return "one mount at a time can write; unmount the other, on its host, or mount with --read-only"
+	case errors.Is(err, unix.EROFS):
+		return "mount with --read-only"
+	case errors.As(err, new(*volume.UnfitError)):
+		return "make the volume on another filesystem"
 	case errors.Is(err, volume.ErrOlder):
 		return "if a backup was restored on purpose, mount with --accept-older"
 	case errors.Is(err, volume.ErrOtherKey):

@@ -29,11 +29,11 @@ func (n *Node) Attr() (st Attr, err error) {
 		if err == nil && !n.is(&st) {
 			err = errMoved
 		}
-		if err == nil {
-			n.fill(&st, dir, name)
-		}
 		return err
 	})
+	if err == nil {
+		n.fill(&st, -1, "") // by a descriptor: the name may be another file's by now
+	}
 	if last, ok := n.kept(); ok && errors.Is(err, unix.ENOENT) {
 		if err = v.fstat(last, &st); err == nil {
 			n.fill(&st, -1, "")
@@ -121,7 +121,7 @@ func (n *Node) Access(mask uint32) error {
 	if mask == 0 {
 		return nil
 	}
-	return n.withFD(func(fd int) error { return unix.Access(procFD(fd), mask) })
+	return n.withFD(func(fd int) error { return n.v.access(fd, mask) })
 }
 
 // SetAttr is what [Node.SetAttr] changes; nil leaves a thing as it is.

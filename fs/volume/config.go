@@ -47,12 +47,12 @@ type InitOptions struct {
 // Init makes a volume in an empty directory: kmsfs.json, durable when it
 // returns. The volume key is wrapped for every store.
 func Init(ctx context.Context, dir string, stores []keystore.Store, id blockcrypt.ID, o InitOptions) (*Record, error) {
-	root, err := openRoot(dir)
+	d := &disk{done: o.Done}
+	root, err := openRoot(d, dir)
 	if err != nil {
 		return nil, err
 	}
-	defer unix.Close(root)
-	d := &disk{done: o.Done}
+	defer d.close(root)
 	if err := d.mustBeEmpty(root); err != nil {
 		return nil, err
 	}
@@ -77,8 +77,14 @@ func Init(ctx context.Context, dir string, stores []keystore.Store, id blockcryp
 	if err != nil {
 		return nil, err
 	}
-	if err := d.replace(root, blockcrypt.ConfigName, b); err != nil {
-		return nil, fmt.Errorf("write %s in %s: %w", blockcrypt.ConfigName, dir, err)
+	err = d.makeRootEntries(root)
+	if err == nil {
+		err = d.replace(root, blockcrypt.ConfigName, b) // last: with it there is a volume
+	}
+	if err != nil {
+		d.unlink(root, lockName, 0)
+		d.unlink(root, linksName, 0)
+		return nil, fmt.Errorf("make the volume in %s: %w", dir, err)
 	}
 	return record(cfg, vk), nil
 }
@@ -94,12 +100,13 @@ func record(cfg *blockcrypt.Config, vk *blockcrypt.VolumeKeys) *Record {
 
 // IsEmpty reports whether dir holds nothing.
 func IsEmpty(dir string) (bool, error) {
-	root, err := openRoot(dir)
+	d := &disk{}
+	root, err := openRoot(d, dir)
 	if err != nil {
 		return false, err
 	}
-	defer unix.Close(root)
-	err = (&disk{}).mustBeEmpty(root)
+	defer d.close(root)
+	err = d.mustBeEmpty(root)
 	return err == nil, ignore(err, ErrNotEmpty)
 }
 
@@ -107,8 +114,8 @@ func (d *disk) mustBeEmpty(root int) error {
 	return d.scan(root, func(e dirent) error { return ErrNotEmpty })
 }
 
-func openRoot(dir string) (int, error) {
-	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+func openRoot(d *disk, dir string) (int, error) {
+	fd, err := d.openRoot(dir)
 	switch {
 	case errors.Is(err, unix.ENOENT):
 		return -1, fmt.Errorf("the directory %s does not exist", dir)
@@ -132,7 +139,7 @@ func (d *disk) replace(dir int, name string, b []byte) (err error) {
 	if err == nil {
 		err = d.fsync(fd)
 	}
-	err = errors.Join(err, unix.Close(fd))
+	err = errors.Join(err, d.close(fd))
 	if err == nil {
 		err = d.rename(dir, tmp, dir, name, 0)
 	}
@@ -146,33 +153,33 @@ func (d *disk) replace(dir int, name string, b []byte) (err error) {
 // Locked is a volume whose kmsfs.json was read, with nothing authenticated yet.
 type Locked struct {
 	Config *blockcrypt.Config
+	disk   disk
 	root   int
 }
 
 // Find reads the kmsfs.json of dir. Close it, or go on with Unlock.
 func Find(dir string) (*Locked, error) {
-	root, err := openRoot(dir)
-	if err != nil {
+	l := &Locked{}
+	var err error
+	if l.root, err = openRoot(&l.disk, dir); err != nil {
 		return nil, err
 	}
-	cfg, err := readConfig(root)
-	if err != nil {
-		unix.Close(root)
+	if l.Config, err = l.disk.readConfig(l.root); err != nil {
+		l.Close()
 		return nil, err
 	}
-	return &Locked{cfg, root}, nil
+	return l, nil
 }
 
 // Close gives the volume up.
 func (l *Locked) Close() {
 	if l.root >= 0 {
-		unix.Close(l.root)
+		l.disk.close(l.root)
 		l.root = -1
 	}
 }
 
-func readConfig(root int) (*blockcrypt.Config, error) {
-	d := &disk{}
+func (d *disk) readConfig(root int) (*blockcrypt.Config, error) {
 	fd, err := d.open(root, blockcrypt.ConfigName, unix.O_RDONLY|fileFlags, 0)
 	if errors.Is(err, unix.ENOENT) {
 		return nil, ErrNotVolume
@@ -203,6 +210,7 @@ type Unlocked struct {
 
 	keys   *blockcrypt.VolumeKeys
 	stores []keystore.Store
+	disk   disk
 	root   int
 }
 
@@ -307,7 +315,7 @@ func matching(stores []keystore.Store, uri string) keystore.Store {
 // Close gives the volume up, unless Open took it.
 func (u *Unlocked) Close() {
 	if u.root >= 0 {
-		unix.Close(u.root)
+		u.disk.close(u.root)
 		u.root = -1
 	}
 }

@@ -2,7 +2,6 @@ package volume
 
 import (
 	"context"
-	"errors"
 
 	"golang.org/x/sys/unix"
 
@@ -147,32 +146,21 @@ func (v *Volume) Link(ctx context.Context, n, dir *Node, name string) (*Node, At
 			}
 			return err
 		}
-		return n.at(func(od int, oname string) error {
-			var st unix.Stat_t
-			if err := v.stat(od, oname, &st); err != nil {
-				return err
-			}
-			if !n.is(&st) {
-				return errMoved
-			}
-			return v.link(od, oname, fd, cname)
-		})
+		// By a descriptor: the old name may be another file's by now.
+		return n.withFD(func(old int) error { return v.linkFD(old, fd, cname) })
 	})
 }
 
 // Readlink returns the target of a symlink.
 func (v *Volume) Readlink(n *Node) (target string, err error) {
-	read := func(dir int, name string) error {
-		sealed, err := v.readlink(dir, name)
+	// By a descriptor: the name may be another symlink's from one call to the next.
+	err = n.withFD(func(fd int) error {
+		sealed, err := v.readlink(fd, "")
 		if err == nil {
 			target, err = v.vk.OpenTarget(sealed)
 		}
 		return err
-	}
-	err = n.at(read)
-	if last, ok := n.kept(); ok && errors.Is(err, unix.ENOENT) {
-		err = read(last, "")
-	}
+	})
 	if blockcrypt.ClassOf(err) != "" {
 		v.report(n.where(), "a symlink cannot be read", err)
 	}
@@ -200,7 +188,7 @@ func (n *Node) hasDefaultACL(fd int) bool {
 	defer n.dirMu.Unlock()
 	if n.acl == aclUnknown {
 		n.acl = aclNone
-		if _, err := unix.Getxattr(procFD(fd), aclDefaultName, nil); err == nil {
+		if n.v.hasxattr(fd, aclDefaultName) {
 			n.acl = aclDefault
 		}
 	}
@@ -227,9 +215,9 @@ func (v *Volume) give(fd int, cname string, c Caller, mode uint32) (err error) {
 	if !ok {
 		return nil
 	}
-	err = unix.Fchownat(fd, cname, uid, gid, unix.AT_SYMLINK_NOFOLLOW)
+	err = v.chownAt(fd, cname, uid, gid)
 	if err == nil && mode&(unix.S_ISUID|unix.S_ISGID) != 0 && mode&unix.S_IFMT != unix.S_IFLNK {
-		err = unix.Fchmodat(fd, cname, mode&^unix.S_IFMT, unix.AT_SYMLINK_NOFOLLOW) // chown took the bits
+		err = v.chmodAt(fd, cname, mode&^unix.S_IFMT) // chown took the bits
 	}
 	if err != nil {
 		if v.unlink(fd, cname, 0) == unix.EISDIR {
@@ -348,7 +336,7 @@ func (v *Volume) Rename(from *Node, oldName string, to *Node, newName string, fl
 	defer to.leave()
 	err = v.stat(nfd, now.cname, &nst)
 	replaces := err == nil
-	if replaces && flags == 0 && ost.Mode&unix.S_IFMT == unix.S_IFDIR && nst.Mode&unix.S_IFMT == unix.S_IFDIR && nst.Ino != ost.Ino {
+	if replaces && flags&(unix.RENAME_NOREPLACE|unix.RENAME_EXCHANGE) == 0 && ost.Mode&unix.S_IFMT == unix.S_IFDIR && nst.Mode&unix.S_IFMT == unix.S_IFDIR && nst.Ino != ost.Ino {
 		err = v.clearDir(to, nfd, now.cname, &nst)
 	} else {
 		err = ignore(err, unix.ENOENT)
@@ -452,7 +440,7 @@ func (d *Dir) SeekTo(off int64) error {
 	if off == d.off && off != 0 {
 		return nil
 	}
-	if _, err := unix.Seek(d.fd, off, unix.SEEK_SET); err != nil {
+	if _, err := d.n.v.seek(d.fd, off, unix.SEEK_SET); err != nil {
 		return err
 	}
 	d.next, d.off, d.ok = nil, off, false

@@ -122,7 +122,91 @@ func (d *disk) reopen(old, flags int) (fd int, err error) {
 	return fd, err
 }
 
-func (d *disk) close(fd int) { unix.Close(fd) } // only of what was synced, or never written
+// openRoot opens the root of a tree by its path, which may lead over symlinks.
+func (d *disk) openRoot(path string) (int, error) {
+	return d.openPath(path, unix.O_RDONLY|unix.O_DIRECTORY)
+}
+
+// openPath opens an object by a path that the user gave.
+func (d *disk) openPath(path string, flags int) (fd int, err error) {
+	fd = -1
+	err = d.do(Call{Op: "open", FD: unix.AT_FDCWD, Name: path, Mode: uint32(flags)}, func() error {
+		return again(func() error {
+			fd, err = unix.Open(path, flags|unix.O_CLOEXEC, 0)
+			return err
+		})
+	})
+	return fd, err
+}
+
+// openBelow opens the object with a path below a directory; no part of the path may be a
+// symlink.
+func (d *disk) openBelow(dir int, path string, flags int) (fd int, err error) {
+	if path == "" {
+		path = "."
+	}
+	fd = -1
+	how := unix.OpenHow{Flags: uint64(flags | fileFlags), Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS}
+	err = d.do(Call{Op: "openat2", FD: dir, Name: path, Mode: uint32(flags)}, func() error {
+		return again(func() error {
+			fd, err = unix.Openat2(dir, path, &how)
+			return err
+		})
+	})
+	return fd, err
+}
+
+func (d *disk) close(fd int) error { return unix.Close(fd) }
+
+// flock takes a lock on an open file description, by flock(2): how is LOCK_SH, LOCK_EX or
+// LOCK_UN, and LOCK_NB. Some network filesystems keep it on this host (NFSv4.2 and
+// GlusterFS do for directories).
+func (d *disk) flock(fd, how int) error {
+	return d.do(Call{Op: "flock", FD: fd, Mode: uint32(how)}, func() error {
+		return again(func() error { return unix.Flock(fd, how) })
+	})
+}
+
+// ofdLock locks one byte of a file for writing, by F_OFD_SETLK: the lock is of the open
+// file description, and other hosts see it where the filesystem can tell them. An error
+// for which lockBusy is true says that another has it.
+func (d *disk) ofdLock(fd int, at int64) error {
+	l := unix.Flock_t{Type: unix.F_WRLCK, Whence: unix.SEEK_SET, Start: at, Len: 1}
+	return d.do(Call{Op: "fcntl", FD: fd, Off: at, Len: 1}, func() error {
+		return again(func() error { return unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &l) })
+	})
+}
+
+// ofdLocked reports whether another open file description has locked the byte.
+func (d *disk) ofdLocked(fd int, at int64) (bool, error) {
+	l := unix.Flock_t{Type: unix.F_WRLCK, Whence: unix.SEEK_SET, Start: at, Len: 1}
+	err := d.do(Call{Op: "fcntl", FD: fd, Off: at, Len: 1}, func() error {
+		return again(func() error { return unix.FcntlFlock(uintptr(fd), unix.F_OFD_GETLK, &l) })
+	})
+	return lockBusy(err) || err == nil && l.Type != unix.F_UNLCK, ignoreBusy(err)
+}
+
+// lockBusy reports whether an error of a lock says that another has it. SMB says EACCES.
+func lockBusy(err error) bool {
+	return errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES)
+}
+
+func ignoreBusy(err error) error {
+	if lockBusy(err) {
+		return nil
+	}
+	return err
+}
+
+func (d *disk) statfs(fd int) (s unix.Statfs_t, err error) {
+	err = again(func() error { return unix.Fstatfs(fd, &s) })
+	return s, err
+}
+
+// access is access(2) by the daemon's real user, of an object that is open.
+func (d *disk) access(fd int, mask uint32) error {
+	return again(func() error { return unix.Access(procFD(fd), mask) })
+}
 
 func (d *disk) stat(dir int, name string, st *unix.Stat_t) error {
 	return again(func() error { return unix.Fstatat(dir, name, st, unix.AT_SYMLINK_NOFOLLOW) })
@@ -179,7 +263,8 @@ func (d *disk) allocate(fd int, mode uint32, off, n int64) error {
 	})
 }
 
-// seek is lseek with SEEK_DATA or SEEK_HOLE. Nothing else uses the file's position.
+// seek is lseek: with SEEK_DATA or SEEK_HOLE in a file, whose position nothing else uses,
+// or with SEEK_SET in a directory that is listed.
 func (d *disk) seek(fd int, off int64, whence int) (at int64, err error) {
 	err = again(func() error { at, err = unix.Seek(fd, off, whence); return err })
 	return at, err
@@ -219,8 +304,13 @@ func (d *disk) waitPages(fd int, off, n int64) error {
 	})
 }
 
-// forgetPages makes the kernel read from the disk again what is clean.
-func (d *disk) forgetPages(fd int) { unix.Fadvise(fd, 0, 0, unix.FADV_DONTNEED) }
+// forgetPages makes the kernel read these bytes of a file from the disk again, as far as they
+// are clean; n = 0 means up to its end.
+func (d *disk) forgetPages(fd int, off, n int64) {
+	d.do(Call{Op: "fadvise", FD: fd, Off: off, Len: n}, func() error {
+		return unix.Fadvise(fd, off, n, unix.FADV_DONTNEED)
+	})
+}
 
 func (d *disk) mkdir(dir int, name string, mode uint32) error {
 	return d.take(Call{Op: "mkdirat", FD: dir, Name: name}, func() error {
@@ -265,13 +355,7 @@ func (d *disk) rename(od int, oname string, nd int, nname string, flags uint32) 
 	})
 }
 
-func (d *disk) link(od int, oname string, nd int, nname string) error {
-	return d.take(Call{Op: "linkat", FD: od, Name: oname, ToFD: nd, To: nname}, func() error {
-		return unix.Linkat(od, oname, nd, nname, 0)
-	})
-}
-
-// linkFD gives a name to what has none.
+// linkFD gives another name to an object that is open, by O_PATH perhaps.
 func (d *disk) linkFD(fd, nd int, nname string) error {
 	return d.take(Call{Op: "linkat", FD: fd, ToFD: nd, To: nname}, func() error {
 		return unix.Linkat(unix.AT_FDCWD, procFD(fd), nd, nname, unix.AT_SYMLINK_FOLLOW)
@@ -287,6 +371,20 @@ func (d *disk) chmod(fd int, mode uint32) error {
 func (d *disk) chown(fd, uid, gid int) error {
 	return d.do(Call{Op: "fchown", FD: fd}, func() error {
 		return unix.Fchownat(fd, "", uid, gid, unix.AT_EMPTY_PATH)
+	})
+}
+
+// chownAt changes the owner of an entry that was just made; a symlink is not followed.
+func (d *disk) chownAt(dir int, name string, uid, gid int) error {
+	return d.do(Call{Op: "fchownat", FD: dir, Name: name}, func() error {
+		return unix.Fchownat(dir, name, uid, gid, unix.AT_SYMLINK_NOFOLLOW)
+	})
+}
+
+// chmodAt changes the mode of an entry that was just made; a symlink is not followed.
+func (d *disk) chmodAt(dir int, name string, mode uint32) error {
+	return d.do(Call{Op: "fchmodat", FD: dir, Name: name, Mode: mode}, func() error {
+		return unix.Fchmodat(dir, name, mode, unix.AT_SYMLINK_NOFOLLOW)
 	})
 }
 
@@ -329,6 +427,12 @@ func (d *disk) getxattr(fd int, name string) ([]byte, error) {
 		}
 		return b[:m], nil
 	}
+}
+
+// hasxattr reports whether the object has the attribute.
+func (d *disk) hasxattr(fd int, name string) bool {
+	_, err := unix.Getxattr(procFD(fd), name, nil)
+	return err == nil
 }
 
 func (d *disk) setxattr(fd int, name string, value []byte, flags int) error {

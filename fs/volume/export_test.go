@@ -22,7 +22,8 @@ func (v *Volume) Crash() {
 		f.closed = true
 		f.mu.Unlock()
 	}
-	v.dirLRU.closeAll()
+	v.closeDirs()
+	v.unlockWriter()
 	unix.Close(v.rootD)
 }
 
@@ -89,4 +90,31 @@ func (v *Volume) KnownNodes() int {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	return len(v.nodes)
+}
+
+// CheckBackingWith is [CheckBacking] with a hook.
+func CheckBackingWith(dir string, hook func(Call) error) ([]string, error) {
+	d := &disk{}
+	root, err := openRoot(d, dir)
+	if err != nil {
+		return nil, err
+	}
+	defer d.close(root)
+	d.hook = func(c Call) error {
+		if c.Op == "unlinkat" {
+			return nil
+		}
+		return hook(c)
+	}
+	return d.checkBacking(root, false)
+}
+
+// GranularityOf returns the granularity of a disk that keeps a time like this one.
+func GranularityOf(t time.Time) uint32 { return granularityOf(t.UnixNano() % 1e9) }
+
+// DirFDs returns how many descriptors of directories are open.
+func (v *Volume) DirFDs() int {
+	v.fdMu.Lock()
+	defer v.fdMu.Unlock()
+	return v.dirLRU.list.Len()
 }

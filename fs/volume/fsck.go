@@ -61,6 +61,7 @@ const (
 	FoundKey       = "key"
 	FoundIO        = "io"
 	FoundForeign   = "foreign"
+	FoundLinks     = "no-symlinks"
 )
 
 // Checked counts what a check has looked at.
@@ -114,18 +115,11 @@ func (u *Unlocked) Check(ctx context.Context, o CheckOptions) (Checked, error) {
 	return c.run(ctx)
 }
 
-// Writer reports whether a mount is writing to the volume now.
-func (l *Locked) Writer() bool { return hasWriter(l.root) }
+// Writer is the function [Writer] of this volume.
+func (l *Locked) Writer() error { return l.disk.writer(l.root) }
 
-func hasWriter(root int) bool {
-	// By a descriptor of its own: a lock belongs to what was opened.
-	fd, err := unix.Openat(root, ".", unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return false
-	}
-	defer unix.Close(fd)
-	return errors.Is(unix.Flock(fd, unix.LOCK_SH|unix.LOCK_NB), unix.EWOULDBLOCK)
-}
+// hasWriter reports whether a mount is writing to the volume now.
+func (c *checker) hasWriter() bool { return errors.Is(c.writer(c.root), ErrLocked) }
 
 func (c *checker) run(ctx context.Context) (Checked, error) {
 	var err error
@@ -149,6 +143,11 @@ func (c *checker) run(ctx context.Context) (Checked, error) {
 				}
 			}
 		})
+	}
+	if c.lacksLinks(c.root) {
+		c.found(Finding{Path: linksName, Grade: Damaged, What: FoundLinks,
+			Detail: "this copy was made without symlinks: the symlinks of the volume and its names of more than 160 bytes are missing",
+			Advice: "copy the directory again with its symlinks (rsync -a, tar; rclone needs --links); fsck --repair accepts the copy as it is"})
 	}
 	id := c.cfg.Volume
 	c.walk(ctx, "", "", &id)
@@ -209,18 +208,14 @@ func (c *checker) readMarker() error {
 	for _, s := range sessions {
 		c.bad[s] = true
 	}
-	if !hasWriter(c.root) {
+	if !c.hasWriter() {
 		c.found(Finding{Path: markerName, Grade: Mendable, What: FoundSession, Detail: fmt.Sprintf("the last mount did not end well (%d sessions)", len(sessions)), Advice: "the next mount repairs what it was writing"})
 	}
 	return nil
 }
 
-// open opens something below the root without following a symlink.
 func (c *checker) open(cpath string, flags int) (int, error) {
-	if cpath == "" {
-		cpath = "."
-	}
-	return unix.Openat2(c.root, cpath, &unix.OpenHow{Flags: uint64(flags | fileFlags), Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS})
+	return c.openBelow(c.root, cpath, flags)
 }
 
 // walk checks a directory and all below it. id is nil where its ID must be read.
@@ -347,7 +342,7 @@ func (c *checker) entryName(fd int, cpath, ppath string, id *blockcrypt.ID, e di
 			c.found(f)
 			return "", true
 		}
-	case isDirID(e.name) && !plain, cpath == "" && (e.name == blockcrypt.ConfigName || e.name == markerName):
+	case isDirID(e.name) && !plain, cpath == "" && slices.Contains(rootNames, e.name):
 		return "", false
 	case cpath == "" && (e.name == blockcrypt.ConfigName+".new" || e.name == markerName+".new"):
 		f.Grade, f.What, f.Detail, f.Advice = Mendable, FoundLeftover, "left behind by an interrupted replacement", "fsck --repair removes it"

@@ -276,7 +276,7 @@ func (k *fileCheck) sayWritten(size int64) {
 	s := k.hdr.State
 	detail := fmt.Sprintf("it was being written: %d bytes open, of which %d are known to have been confirmed", size, s.Floor)
 	switch {
-	case !k.lone && k.bad[s.Session] && hasWriter(k.root): // it is being written now
+	case !k.lone && k.bad[s.Session] && k.hasWriter(): // it is being written now
 	case k.bad[s.Session]:
 		k.unconfirmed(FoundSession, detail, "the next mount repairs it")
 	default:

@@ -35,6 +35,8 @@ func (v *Volume) Repair(ctx context.Context, findings []Finding, ask func(Findin
 		switch {
 		case f.What == FoundLeftover, f.What == FoundOrphan:
 			r.Done, r.Err = v.removeLeftover(f.Path)
+		case f.What == FoundLinks:
+			r.Done, r.Err = "accepted as a copy without symlinks", v.symlink(linksTarget, v.rootD, linksName)
 		case f.What == FoundDirID:
 			r.Done, r.Err = v.mendDirID(f.Path)
 		case f.What == string(blockcrypt.BadBlock), f.What == string(blockcrypt.BadSize), f.What == FoundCopied:
@@ -51,12 +53,8 @@ func (v *Volume) Repair(ctx context.Context, findings []Finding, ask func(Findin
 	return out
 }
 
-// below opens something by its ciphertext path.
 func (v *Volume) below(cpath string, flags int) (int, error) {
-	if cpath == "" {
-		cpath = "."
-	}
-	return unix.Openat2(v.rootD, cpath, &unix.OpenHow{Flags: uint64(flags | fileFlags), Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS})
+	return v.openBelow(v.rootD, cpath, flags)
 }
 
 func (v *Volume) removeLeftover(cpath string) (string, error) {

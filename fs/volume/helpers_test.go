@@ -268,7 +268,7 @@ func (w *world) cipherFile() string {
 	w.t.Helper()
 	found := ""
 	err := filepath.WalkDir(w.dir, func(p string, d fs.DirEntry, err error) error {
-		if err == nil && d.Type().IsRegular() && !strings.HasPrefix(d.Name(), "kmsfs.json") && !strings.HasPrefix(d.Name(), "kmsfs.dir") {
+		if err == nil && d.Type().IsRegular() && !strings.HasPrefix(d.Name(), "kmsfs.") {
 			if found != "" {
 				return errors.New("there are several files")
 			}

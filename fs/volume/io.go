@@ -269,9 +269,11 @@ func (f *file) write(b []byte, off, n int64) error {
 	return nil
 }
 
-// growOld ends the time in which nothing of the file counts as confirmed. mu is held.
+// growOld ends the time in which nothing of the file counts as confirmed: when the file is
+// old enough, or when its state is of an earlier session, which may leave the marker at any
+// time. mu is held.
 func (f *file) growOld() {
-	if f.conf == 0 && f.size > 0 && time.Since(f.born) > freshFor {
+	if f.conf == 0 && f.size > 0 && (time.Since(f.born) > freshFor || f.hdr.State.Session != f.v.session.Load()) {
 		f.conf = f.size
 	}
 }

@@ -19,14 +19,16 @@ func (n *Node) load() (*file, error) {
 	if err != nil {
 		return nil, err
 	}
-	if n.doubt.Load() {
-		n.v.forgetPages(f.fd)
+	// After a sync that failed, of this mount or of one that ended badly, the page cache
+	// can say more than the disk has.
+	if n.v.doubts.of(n) || n.v.repairs() {
+		n.v.forgetPages(f.fd, 0, 0)
 	}
 	if st.Size > 0 {
 		err = f.readHeader(st.Size)
 	}
 	if err == nil {
-		n.doubt.Store(false)
+		n.v.doubts.end(n)
 		if f.whole && st.Blocks*512 > st.Size+reservedLeast {
 			f.reserved = st.Blocks * 512 // so many were reserved, and left so when it settled
 		}
@@ -164,7 +166,7 @@ func (f *file) takeState(length int64) error {
 		if dirty {
 			return f.lookThrough(length)
 		}
-	} else if (v.wasBad(s.Session) || f.n.doubt.Load() && v.isBad(s.Session)) && f.unconfirmed() || dirty && v.isBad(s.Session) {
+	} else if (v.wasBad(s.Session) || v.doubts.of(f.n) && v.isBad(s.Session)) && f.unconfirmed() || dirty && v.isBad(s.Session) {
 		return f.repair(length)
 	} else if dirty {
 		return &blockcrypt.DamageError{Class: blockcrypt.BadState, Pos: blockcrypt.StateOffset,
@@ -188,7 +190,7 @@ func (f *file) takeState(length int64) error {
 	}
 	if v.isBad(s.Session) { // closed by this mount, not known to be on the disk
 		f.durable = s.Floor
-		if last.file == f.hdr.File && !last.born.IsZero() && time.Since(last.born) < freshFor && s.Floor == 0 {
+		if last.file == f.hdr.File && !last.born.IsZero() && time.Since(last.born) < freshFor && s.Floor == 0 && s.Session == v.session.Load() {
 			f.conf, f.born = 0, last.born
 		}
 	}
@@ -258,6 +260,7 @@ func (n *Node) needsRepair() (bool, error) {
 	}
 	defer n.v.disk.close(fd)
 	b := make([]byte, n.v.geo.Header())
+	n.v.forgetPages(fd, 0, int64(len(b))) // as load does
 	m, err := n.v.pread(fd, b, 0)
 	if err != nil {
 		return false, err

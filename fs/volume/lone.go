@@ -20,30 +20,30 @@ type Lone struct {
 	Header *blockcrypt.Header // nil: an empty file
 	Length int64              // of the ciphertext
 
-	f   *file
-	fd  int
-	off int64
+	disk disk
+	f    *file
+	fd   int
+	off  int64
 }
 
 // OpenLone opens a ciphertext file and reads its header; nothing is
 // authenticated before [Lone.Unlock].
 func OpenLone(path string) (*Lone, error) {
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
-	if err != nil {
+	l := &Lone{}
+	var err error
+	if l.fd, err = l.disk.openPath(path, unix.O_RDONLY|unix.O_NONBLOCK); err != nil {
 		return nil, &os.PathError{Op: "open", Path: path, Err: err}
 	}
-	l := &Lone{fd: fd}
 	if err := l.readHeader(); err != nil {
-		unix.Close(fd)
+		l.Close()
 		return nil, err
 	}
 	return l, nil
 }
 
 func (l *Lone) readHeader() error {
-	var d disk
 	var st unix.Stat_t
-	if err := d.fstat(l.fd, &st); err != nil {
+	if err := l.disk.fstat(l.fd, &st); err != nil {
 		return err
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFREG {
@@ -53,7 +53,7 @@ func (l *Lone) readHeader() error {
 		return nil
 	}
 	b := make([]byte, blockcrypt.MaxHeader)
-	n, err := d.pread(l.fd, b, 0)
+	n, err := l.disk.pread(l.fd, b, 0)
 	if err != nil {
 		return err
 	}
@@ -97,7 +97,7 @@ func (l *Lone) Read(b []byte) (int, error) {
 }
 
 // Close closes the file.
-func (l *Lone) Close() { unix.Close(l.fd) }
+func (l *Lone) Close() { l.disk.close(l.fd) }
 
 // Encrypt writes what it reads from r as a ciphertext file outside any volume,
 // to w, an empty file: in bounded memory, the header last.

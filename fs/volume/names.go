@@ -137,8 +137,8 @@ func (v *Volume) makeDirID(fd int) (blockcrypt.ID, error) {
 		var st unix.Stat_t
 		if err = v.fstat(fd, &st); err == nil && st.Uid != 0 {
 			err = errors.Join(
-				unix.Fchownat(fd, dirLink, int(st.Uid), int(st.Gid), unix.AT_SYMLINK_NOFOLLOW),
-				unix.Fchownat(fd, dirLink+"."+id.String(), int(st.Uid), int(st.Gid), unix.AT_SYMLINK_NOFOLLOW))
+				v.chownAt(fd, dirLink, int(st.Uid), int(st.Gid)),
+				v.chownAt(fd, dirLink+"."+id.String(), int(st.Uid), int(st.Gid)))
 		}
 	}
 	return id, err

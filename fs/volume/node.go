@@ -46,7 +46,6 @@ type Node struct {
 	lost    lost
 	anyLost atomic.Bool
 
-	doubt     atomic.Bool // a sync failed: the page cache may say more than the disk has
 	immutable atomic.Bool // by [Node.SetFlags]
 
 	// openMu is held while the file is loaded, repaired or let go.
@@ -316,11 +315,12 @@ type dirLRU struct{ list list.List } // of *Node; most recently used first
 
 func (l *dirLRU) init() { l.list.Init() }
 
-func (l *dirLRU) closeAll() {
-	for e := l.list.Front(); e != nil; e = e.Next() {
-		unix.Close(e.Value.(*Node).dirFD)
+// closeDirs closes them all.
+func (v *Volume) closeDirs() {
+	for e := v.dirLRU.list.Front(); e != nil; e = e.Next() {
+		v.disk.close(e.Value.(*Node).dirFD)
 	}
-	l.list.Init()
+	v.dirLRU.list.Init()
 }
 
 // enter returns a descriptor of a directory, good until leave is called.

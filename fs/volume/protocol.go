@@ -3,6 +3,8 @@ package volume
 import (
 	"context"
 	"errors"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -171,7 +173,9 @@ func (n *Node) truncate(ctx context.Context, size int64) error {
 		return err
 	}
 	write := size > 0
-	err = f.resize(ctx, size)
+	if err = f.resize(ctx, size); err == nil {
+		n.cutLost(size)
+	}
 	f.mu.Lock()
 	err = errors.Join(err, f.rest())
 	f.mu.Unlock()
@@ -243,7 +247,7 @@ func (f *file) empty(ctx context.Context) error {
 		return err
 	}
 	f.becomeEmpty()
-	f.found(0, 1<<62)
+	f.n.cutLost(0)
 	f.touch()
 	return nil
 }
@@ -288,7 +292,7 @@ func (f *file) shrink(size int64) error {
 	f.holes = f.holes.without(k, 1<<62)
 	f.size, f.conf, f.durable = size, min(f.conf, size), min(f.durable, size)
 	f.overlong = true
-	f.found(size, 1<<62)
+	f.n.cutLost(size)
 	// The content is cut. What cannot be cut off the ciphertext now is cut off
 	// before anything else is written; who syncs is told.
 	f.failed("cutting the ciphertext's length", f.trim())
@@ -467,15 +471,66 @@ func (f *file) datasync() error {
 // at. mu is held.
 func (f *file) syncFailed(err error) {
 	if err != nil {
-		f.n.doubt.Store(true)
+		f.v.doubts.begin(f.n)
 		f.breaks()
 	}
+}
+
+// doubts are the files of which the page cache may say more than the disk has: a sync
+// failed, and the kernel takes the pages that it could not write for written from then on.
+// A doubt ends when the file was loaded from what the disk has; the node may be forgotten,
+// and made again, before that.
+type doubts struct {
+	mu    sync.Mutex
+	all   bool // a syncfs failed
+	files map[inodeKey]bool
+	any   atomic.Bool
+}
+
+func (d *doubts) begin(n *Node) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.files == nil {
+		d.files = map[inodeKey]bool{}
+	}
+	d.files[inodeKey{n.dev, n.ino}] = true
+	d.any.Store(true)
+}
+
+// beginAll doubts every file, for as long as the volume is mounted.
+func (d *doubts) beginAll() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.all = true
+	d.any.Store(true)
+}
+
+func (d *doubts) of(n *Node) bool {
+	if !d.any.Load() {
+		return false
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.all || d.files[inodeKey{n.dev, n.ino}]
+}
+
+func (d *doubts) end(n *Node) {
+	if !d.any.Load() {
+		return
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.files, inodeKey{n.dev, n.ino})
+	d.any.Store(d.all || len(d.files) > 0)
 }
 
 // syncAll is syncfs, whose failure is every open file's.
 func (v *Volume) syncAll() error {
 	err := v.syncfs(v.rootD)
 	if err != nil {
+		// It does not say whose data is lost: perhaps that of files that are closed.
+		v.doubts.beginAll()
+		v.stuck.Store(true)
 		for _, f := range v.files() {
 			f.mu.Lock()
 			if f.rw && !f.closed && f.unsettled() {

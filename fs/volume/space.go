@@ -220,8 +220,8 @@ func (v *Volume) NearFull() bool {
 // lookAtSpace looks how much space is left.
 func (v *Volume) lookAtSpace() {
 	v.unseen.Store(lookAgain)
-	var s unix.Statfs_t
-	if err := unix.Fstatfs(v.rootD, &s); err != nil {
+	s, err := v.statfs(v.rootD)
+	if err != nil {
 		return
 	}
 	failed := v.spaceFailed.Load()
@@ -265,63 +265,3 @@ func (f *file) asOwner(g func() error) error {
 	defer unix.Setfsuid(0)
 	return g()
 }
-
-// Data that write(2) has answered for and that could not be written. Guarded by
-// Node.lostMu, and remembered as long as the kernel knows the node: it goes on
-// believing that the file has that size.
-type lost struct {
-	bytes ranges // of the file
-	err   error
-}
-
-// WriteDelayed is Write of what the kernel's cache has answered for. What fails
-// is EIO for readers, and an error at each flush and fsync, until it is written
-// again or cut off.
-func (h *Handle) WriteDelayed(ctx context.Context, b []byte, off int64) error {
-	_, err := h.put(ctx, b, off, true)
-	n := h.f.n
-	from := off
-	if errors.Is(err, unix.EPERM) && n.immutable.Load() {
-		// The file has what it is to keep. Behind its end the kernel believes in more.
-		h.f.mu.RLock()
-		from = max(off, h.f.size)
-		h.f.mu.RUnlock()
-	}
-	if err != nil && from < off+int64(len(b)) {
-		n.lostMu.Lock()
-		n.lost.bytes, n.lost.err = n.lost.bytes.with(from, off+int64(len(b))-1), err
-		n.lostMu.Unlock()
-		n.anyLost.Store(true)
-	}
-	return err
-}
-
-// found notes that [off, end) of the file is as it should be again.
-func (f *file) found(off, end int64) {
-	n := f.n
-	if !n.anyLost.Load() || off >= end {
-		return
-	}
-	n.lostMu.Lock()
-	defer n.lostMu.Unlock()
-	if n.lost.bytes = n.lost.bytes.without(off, end-1); len(n.lost.bytes) == 0 {
-		n.lost.err = nil
-		n.anyLost.Store(false)
-	}
-}
-
-// lostIn returns why a part of [off, end) could not be written, or nil.
-func (n *Node) lostIn(off, end int64) error {
-	if !n.anyLost.Load() {
-		return nil
-	}
-	n.lostMu.Lock()
-	defer n.lostMu.Unlock()
-	if n.lost.bytes.touch(off, end-1) {
-		return n.lost.err
-	}
-	return nil
-}
-
-// anyLostErr returns why something of the file could not be written, or nil.
-func (n *Node) anyLostErr() error { return n.lostIn(0, 1<<62) }

@@ -53,10 +53,13 @@ type Volume struct {
 	ring   *keystore.Ring
 	root   *Node
 	kernel atomic.Pointer[Kernel] // nil without a mount
-	rootD  int                    // the root's descriptor, and the volume's lock
+	rootD  int                    // the root's descriptor, which holds one of the writer's locks
+	lockFD int                    // of kmsfs.lock, which holds the other; -1 if read-only
 	plain  bool                   // names mode
 	calm   bool                   // a filesystem in memory: pages cannot tear, no S
 	super  bool                   // running as root: new files are given to their users
+
+	granularity uint32 // of the times of files on the disk, in nanoseconds
 
 	session     atomic.Uint64
 	tight       atomic.Bool  // little space is left, see space.go
@@ -70,6 +73,8 @@ type Volume struct {
 	stuck       atomic.Bool           // a file could not be brought into order: the marker stays, so that the next mount repairs it
 	wrote       atomic.Bool           // something was written in this session
 	nextID      atomic.Uint64
+
+	doubts doubts
 
 	moving atomic.Int64  // changes of places under way
 	moves  atomic.Uint64 // changes of places so far
@@ -109,7 +114,7 @@ type inodeKey struct{ dev, ino uint64 }
 // Open gives the tree of a volume that [Unlock] opened. It takes the volume's
 // lock and the ring, which Close closes.
 func (u *Unlocked) Open(o Options) (*Volume, error) {
-	v := &Volume{disk: disk{hook: o.Hook, done: o.Done}, o: o, sealWithin: sealWithin, log: o.Logger, cfg: u.Config, vk: u.keys, rootD: u.root, plain: u.Config.Names == blockcrypt.NamesPlain,
+	v := &Volume{disk: disk{hook: o.Hook, done: o.Done}, o: o, sealWithin: sealWithin, log: o.Logger, cfg: u.Config, vk: u.keys, rootD: u.root, lockFD: -1, plain: u.Config.Names == blockcrypt.NamesPlain,
 		super: unix.Geteuid() == 0, nodes: map[uint64]*Node{}, inodes: map[inodeKey]*Node{}, bad: map[uint64]bool{}, quit: make(chan struct{}), walked: make(chan struct{})}
 	if v.log == nil {
 		v.log = slog.New(slog.DiscardHandler)
@@ -119,15 +124,22 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 		return nil, err
 	}
 	if !o.ReadOnly {
-		if err := unix.Flock(v.rootD, unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, ErrLocked
-		} else if err != nil {
-			return nil, fmt.Errorf("lock the volume: %w", err)
+		if v.lockFD, err = v.lockWriter(v.rootD); err != nil {
+			return nil, err
 		}
 	}
+	opened := false
+	defer func() {
+		if !opened {
+			v.unlockWriter()
+		}
+	}()
 	var st unix.Stat_t
-	var sfs unix.Statfs_t
-	if err := errors.Join(v.fstat(v.rootD, &st), unix.Fstatfs(v.rootD, &sfs)); err != nil {
+	if err := v.fstat(v.rootD, &st); err != nil {
+		return nil, err
+	}
+	sfs, err := v.statfs(v.rootD)
+	if err != nil {
 		return nil, err
 	}
 	v.calm = (sfs.Type == unix.TMPFS_MAGIC || sfs.Type == unix.RAMFS_MAGIC) && !o.torn
@@ -136,9 +148,12 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 	v.nextID.Store(1)
 	v.dirLRU.init()
 	if !o.ReadOnly {
+		if v.lacksLinks(v.rootD) {
+			v.log.Warn("this copy of the volume was made without symlinks: the volume's own symlinks and its names of more than 160 bytes are missing; kmsfs fsck tells more")
+		}
+		v.granularity = v.disk.granularity(v.lockFD)
 		if err := v.beginSession(); err != nil {
-			unix.Flock(v.rootD, unix.LOCK_UN)
-			return nil, err
+			return nil, fmt.Errorf("begin to write to the volume: %w", err)
 		}
 	}
 	pool := o.Pool
@@ -173,7 +188,17 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 			v.bg.Go(v.walk)
 		}
 	}
+	opened = true
 	return v, nil
+}
+
+// unlockWriter gives the locks of lockWriter back.
+func (v *Volume) unlockWriter() {
+	if v.lockFD >= 0 {
+		v.disk.close(v.lockFD)
+		v.flock(v.rootD, unix.LOCK_UN)
+		v.lockFD = -1
+	}
 }
 
 // KeyCounts returns what was done with keys so far.
@@ -188,13 +213,16 @@ func (v *Volume) Root() *Node { return v.root }
 // ReadOnly reports whether the tree can be changed.
 func (v *Volume) ReadOnly() bool { return v.o.ReadOnly }
 
+// TimeGranularity returns how exactly the disk keeps the times of files, in nanoseconds: a
+// power of ten, at most 10^9; 0 for a read-only volume.
+func (v *Volume) TimeGranularity() uint32 { return v.granularity }
+
 // SyncWaits reports whether fsync waits for a disk: not on a tmpfs.
 func (v *Volume) SyncWaits() bool { return !v.calm }
 
 // Statfs passes the backing filesystem's figures on; names have up to 255 bytes.
 func (v *Volume) Statfs() (unix.Statfs_t, error) {
-	var s unix.Statfs_t
-	err := unix.Fstatfs(v.rootD, &s)
+	s, err := v.statfs(v.rootD)
 	s.Namelen = 255
 	return s, err
 }
@@ -210,7 +238,8 @@ func (v *Volume) Close() error {
 		err = v.endSession()
 	}
 	v.ring.Close()
-	v.dirLRU.closeAll()
+	v.closeDirs()
+	v.unlockWriter()
 	v.disk.close(v.rootD)
 	return err
 }

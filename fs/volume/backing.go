@@ -1,0 +1,185 @@
+package volume
+
+import (
+	"bytes"
+	"errors"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+)
+
+// What the backing filesystem must have, and what kmsfs keeps in the root besides
+// kmsfs.json and the marker.
+
+// linksName is a symlink in the root. A copy of the volume that has kmsfs.lock and lacks
+// it was made by a tool that leaves symlinks out: the volume's symlinks and its long names
+// are missing too, and nothing else would say so.
+const linksName = "kmsfs.links"
+
+// linksTarget is its target.
+const linksTarget = "copies of this directory need its symlinks"
+
+// rootNames are the entries of the root that are kmsfs' own.
+var rootNames = []string{blockcrypt.ConfigName, markerName, lockName, linksName}
+
+// makeRootEntries makes kmsfs.lock and kmsfs.links in a volume that has no kmsfs.lock: a new
+// one, or one of an earlier version.
+func (d *disk) makeRootEntries(root int) error {
+	if err := d.makeLock(root); err != nil {
+		return err
+	}
+	return ignore(d.symlink(linksTarget, root, linksName), unix.EEXIST)
+}
+
+// lacksLinks reports whether the volume was copied without its symlinks.
+func (d *disk) lacksLinks(root int) bool {
+	var st unix.Stat_t
+	return d.stat(root, lockName, &st) == nil && errors.Is(d.stat(root, linksName, &st), unix.ENOENT)
+}
+
+// An UnfitError says which property a backing filesystem lacks.
+type UnfitError struct {
+	Lacks string // "no symlinks", for example
+	Err   error  // of the call that showed it; nil if the call gave a wrong result
+}
+
+func (e *UnfitError) Error() string {
+	s := "the filesystem of the ciphertext directory " + e.Lacks
+	if e.Err != nil {
+		s += ": " + e.Err.Error()
+	}
+	return s
+}
+
+func (e *UnfitError) Unwrap() error { return e.Err }
+
+// CheckBacking tests in the empty directory dir whether its filesystem has the properties
+// that a volume needs; an [UnfitError] names the first one that it lacks. The notes are
+// about properties that programs may miss. It leaves the directory empty.
+func CheckBacking(dir string, plainNames bool) (notes []string, err error) {
+	d := &disk{}
+	root, err := openRoot(d, dir)
+	if err != nil {
+		return nil, err
+	}
+	defer d.close(root)
+	return d.checkBacking(root, plainNames)
+}
+
+const probeName = "kmsfs.probe"
+
+func (d *disk) checkBacking(root int, plainNames bool) (notes []string, err error) {
+	long := probeName + "." + strings.Repeat("n", 255-len(probeName)-1)
+	other := probeName + ".2"
+	made := []string{probeName, other, long}
+	defer func() {
+		for _, name := range made {
+			d.unlink(root, name, 0)
+		}
+	}()
+	fd, err := d.open(root, probeName, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|fileFlags, 0o600)
+	if errors.Is(err, unix.EROFS) {
+		return nil, &UnfitError{"is read-only", nil}
+	}
+	if err != nil {
+		return nil, &UnfitError{"lets no file be made", err}
+	}
+	defer d.close(fd)
+	if err := d.checkFile(fd); err != nil {
+		return nil, err
+	}
+	if err := d.mknod(root, other, unix.S_IFREG|0o400, 0); err != nil {
+		return nil, &UnfitError{"has no mknod", err}
+	}
+	if err := d.rename(root, probeName, root, other, 0); err != nil {
+		return nil, &UnfitError{"does not rename a file over another", err}
+	}
+	if err := d.symlink(linksTarget, root, probeName); err != nil {
+		return nil, &UnfitError{"has no symlinks, in which kmsfs keeps directory IDs, long names and its marker", err}
+	}
+	if t, err := d.readlink(root, probeName); err != nil || t != linksTarget {
+		return nil, &UnfitError{"does not keep the targets of symlinks", err}
+	}
+	if !plainNames {
+		if err := d.checkNames(root, long); err != nil {
+			return nil, err
+		}
+	}
+	if err := d.fsync(root); err != nil {
+		return nil, &UnfitError{"does not sync directories", err}
+	}
+	return d.backingNotes(fd), nil
+}
+
+// checkFile tests how a regular file is read, written, cut and locked.
+func (d *disk) checkFile(fd int) error {
+	text, far := []byte("kmsfs"), int64(64<<10)
+	if err := d.pwrite(fd, text, far); err != nil {
+		return &UnfitError{"does not write behind the end of a file", err}
+	}
+	got := make([]byte, far+int64(len(text))+1)
+	n, err := d.pread(fd, got, 0)
+	if want := append(make([]byte, far), text...); err != nil || !bytes.Equal(got[:n], want) {
+		return &UnfitError{"does not read back what was written behind the end of a file", err}
+	}
+	var st unix.Stat_t
+	err = errors.Join(d.truncate(fd, 100), d.truncate(fd, 8192), d.fstat(fd, &st))
+	if err != nil || st.Size != 8192 {
+		return &UnfitError{"does not change the length of a file", err}
+	}
+	if err := d.fsync(fd); err != nil {
+		return &UnfitError{"does not sync files", err}
+	}
+	if err := d.ofdLock(fd, lockByte); err != nil {
+		return errNoLocks{err}
+	}
+	return nil
+}
+
+// checkNames tests whether encoded names, of up to 255 bytes in both cases, are kept.
+func (d *disk) checkNames(root int, long string) error {
+	if err := d.mknod(root, long, unix.S_IFREG|0o400, 0); err != nil {
+		return &UnfitError{"has no names of 255 bytes (init --plain-names does without)", err}
+	}
+	var st unix.Stat_t
+	if err := d.stat(root, strings.ToUpper(long), &st); err == nil {
+		return &UnfitError{"takes upper and lower case for the same (init --plain-names does without)", nil}
+	}
+	return nil
+}
+
+// backingNotes says what programs may miss on a filesystem on which a volume works.
+func (d *disk) backingNotes(fd int) (notes []string) {
+	var st unix.Stat_t
+	if err := d.chmod(fd, 0o640); err != nil || d.fstat(fd, &st) != nil || st.Mode&0o777 != 0o640 {
+		notes = append(notes, "the filesystem does not keep modes: files have those that it gives them")
+	}
+	if err := d.setxattr(fd, "user.kmsfs.probe", []byte("x"), 0); err != nil {
+		notes = append(notes, "the filesystem has no extended attributes, so the volume has none")
+	}
+	return notes
+}
+
+// granularity returns how exactly the filesystem keeps the times of files, in nanoseconds:
+// a power of ten from 1 to 10^9. It sets the times of the file.
+func (d *disk) granularity(fd int) uint32 {
+	probe := unix.Timespec{Sec: 1e9, Nsec: 123456789}
+	var was, st unix.Stat_t
+	if d.fstat(fd, &was) != nil || d.utimens(fd, unix.Timespec{Nsec: unix.UTIME_OMIT}, probe) != nil || d.fstat(fd, &st) != nil {
+		return 1
+	}
+	d.utimens(fd, unix.Timespec{Nsec: unix.UTIME_OMIT}, unix.NsecToTimespec(time.Now().UnixNano()))
+	return granularityOf(st.Mtim.Nsec)
+}
+
+// granularityOf returns the greatest power of ten that divides nsec.
+func granularityOf(nsec int64) uint32 {
+	g := int64(1)
+	for g < 1e9 && nsec%(10*g) == 0 {
+		g *= 10
+	}
+	return uint32(g)
+}

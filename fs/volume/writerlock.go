@@ -1,0 +1,220 @@
+package volume
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+)
+
+// One mount at a time writes to a volume. It holds two locks until it ends: flock(2) on
+// the root directory, which every version of kmsfs takes, and an OFD lock on kmsfs.lock,
+// which mounts on other hosts see too. kmsfs.lock stays for good, since a lock on a file
+// that is replaced protects nothing.
+
+const (
+	lockName = "kmsfs.lock"
+	// lockByte lies beyond the end of any file: SMB's locks are mandatory, and must not
+	// meet what is read and written.
+	lockByte = 1 << 62
+	// lockSize is the length of kmsfs.lock. It stays the same, so that a full disk keeps
+	// nobody from mounting.
+	lockSize = 512
+)
+
+// LockedError says that another mount has the volume open for writing.
+type LockedError struct {
+	Host  string    `json:"host"` // its host name
+	PID   int       `json:"pid"`
+	Since time.Time `json:"since"`
+	Boot  string    `json:"boot"` // its kernel's boot ID
+
+	known bool
+}
+
+// Error names the host and the process, as far as kmsfs.lock says them: it is not
+// authenticated.
+func (e *LockedError) Error() string {
+	if !e.known {
+		return ErrLocked.Error()
+	}
+	return fmt.Sprintf("process %d on host %q is writing to this volume, since %s", e.PID, e.Host, e.Since.Local().Format(time.DateTime))
+}
+
+// Is makes the error one that errors.Is takes for [ErrLocked].
+func (e *LockedError) Is(target error) bool { return target == ErrLocked }
+
+// Elsewhere reports whether the other mount is known to be on another host.
+func (e *LockedError) Elsewhere() bool { return e.known && e.Boot != bootID() }
+
+// bootID names this run of this machine's kernel.
+func bootID() string {
+	b, _ := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return string(bytes.TrimSpace(b))
+}
+
+// errNoLocks says that a filesystem cannot keep two hosts from writing at once.
+type errNoLocks struct{ error }
+
+func (e errNoLocks) Unwrap() error { return e.error }
+func (e errNoLocks) Error() string {
+	return fmt.Sprintf("the filesystem of the ciphertext directory cannot lock %s: %v", lockName, e.error)
+}
+
+// lockWriter takes both locks of the volume with this root. The descriptor that it returns
+// holds the second one until it is closed; the first one belongs to root.
+func (d *disk) lockWriter(root int) (fd int, err error) {
+	if err := d.flock(root, unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+		return -1, d.lockHolder(root)
+	} else if err != nil {
+		return -1, fmt.Errorf("lock the volume: %w", err)
+	}
+	if fd, err = d.lockFile(root); err != nil {
+		d.flock(root, unix.LOCK_UN)
+	}
+	return fd, err
+}
+
+// lockFile takes the lock that other hosts see.
+func (d *disk) lockFile(root int) (int, error) {
+	for {
+		fd, err := d.openLock(root)
+		if err != nil {
+			return -1, err
+		}
+		if err = d.ofdLock(fd, lockByte); lockBusy(err) {
+			err = d.lockHolder(root)
+		} else if err != nil {
+			err = errNoLocks{err}
+		}
+		var have, now unix.Stat_t
+		if err == nil {
+			err = errors.Join(d.fstat(fd, &have), d.stat(root, lockName, &now))
+		}
+		if err == nil && have.Ino == now.Ino && have.Dev == now.Dev {
+			d.signLock(fd)
+			return fd, nil
+		}
+		d.close(fd)
+		if err != nil && !errors.Is(err, unix.ENOENT) {
+			return -1, err
+		}
+		// It was removed, or exchanged, after it was opened: the new one counts.
+	}
+}
+
+// openLock opens kmsfs.lock and makes it if it is not there, as in a volume of an earlier
+// version.
+func (d *disk) openLock(root int) (int, error) {
+	for {
+		fd, err := d.open(root, lockName, unix.O_RDWR|fileFlags, 0)
+		if errors.Is(err, unix.ENOENT) {
+			if err = d.makeRootEntries(root); err == nil || errors.Is(err, unix.EEXIST) {
+				continue
+			}
+		}
+		if err != nil {
+			return -1, fmt.Errorf("open %s: %w", lockName, err)
+		}
+		var st unix.Stat_t
+		if err = d.fstat(fd, &st); err == nil && st.Mode&unix.S_IFMT != unix.S_IFREG {
+			err = &blockcrypt.DamageError{Class: blockcrypt.BadConfig, Pos: -1, Detail: lockName + " is not a regular file"}
+		}
+		if err != nil {
+			d.close(fd)
+			return -1, err
+		}
+		return fd, nil
+	}
+}
+
+// makeLock makes kmsfs.lock. A daemon that root runs gives it to the owner of the volume, who
+// can then mount the volume too.
+func (d *disk) makeLock(root int) error {
+	fd, err := d.open(root, lockName, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|fileFlags, 0o644)
+	if err != nil {
+		return err
+	}
+	defer d.close(fd)
+	var st unix.Stat_t
+	if err := d.fstat(root, &st); err == nil && unix.Geteuid() == 0 && st.Uid != 0 {
+		err = d.chown(fd, int(st.Uid), int(st.Gid))
+	}
+	return err
+}
+
+// signLock writes into kmsfs.lock who holds it. Nothing depends on it but the message that
+// another mount gets, so a failure is none.
+func (d *disk) signLock(fd int) {
+	host, _ := os.Hostname()
+	b, err := json.Marshal(LockedError{Host: host, PID: os.Getpid(), Since: time.Now().Truncate(time.Second), Boot: bootID()})
+	if err != nil || len(b) >= lockSize {
+		return
+	}
+	b = append(b, bytes.Repeat([]byte(" "), lockSize-1-len(b))...)
+	if d.pwrite(fd, append(b, '\n'), 0) == nil {
+		d.fsync(fd) // so that another host reads it
+	}
+}
+
+// lockHolder returns the error that names the writer of the volume.
+func (d *disk) lockHolder(root int) error {
+	e := &LockedError{}
+	fd, err := d.open(root, lockName, unix.O_RDONLY|fileFlags, 0)
+	if err != nil {
+		return e
+	}
+	defer d.close(fd)
+	b := make([]byte, lockSize)
+	n, err := d.pread(fd, b, 0)
+	if err != nil || json.Unmarshal(b[:n], e) != nil || e.PID <= 0 || strings.TrimSpace(e.Host) == "" {
+		return &LockedError{}
+	}
+	e.known = true
+	return e
+}
+
+// writer returns a [LockedError] if a mount has the volume open for writing, nil if none
+// has.
+func (d *disk) writer(root int) error {
+	// By descriptors of its own: a lock belongs to an open file description.
+	fd, err := d.open(root, ".", unix.O_RDONLY|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return err
+	}
+	defer d.close(fd)
+	if err := d.flock(fd, unix.LOCK_SH|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+		return d.lockHolder(root)
+	} else if err != nil {
+		return err
+	}
+	lock, err := d.open(root, lockName, unix.O_RDONLY|fileFlags, 0)
+	if err != nil {
+		return ignore(err, unix.ENOENT)
+	}
+	defer d.close(lock)
+	locked, err := d.ofdLocked(lock, lockByte)
+	if locked {
+		return d.lockHolder(root)
+	}
+	return err
+}
+
+// Writer returns a [LockedError] if a mount, of this host or of another one that shares the
+// directory, has the volume in dir open for writing; nil if none has.
+func Writer(dir string) error {
+	d := &disk{}
+	root, err := openRoot(d, dir)
+	if err != nil {
+		return err
+	}
+	defer d.close(root)
+	return d.writer(root)
+}
