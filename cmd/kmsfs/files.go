@@ -235,7 +235,7 @@ func (k *keyFlags) decrypt(ctx context.Context, path string, w io.Writer) error 
 	if err != nil {
 		return named(path, err)
 	}
-	if _, err := io.CopyBuffer(onlyWriter{w}, l, make([]byte, 1<<20)); err != nil {
+	if err := l.CopyTo(w, skipper(w)); err != nil {
 		return named(path, err)
 	}
 	if incomplete {
@@ -252,8 +252,32 @@ func named(path string, err error) error {
 	return fmt.Errorf("%s: %w", path, err)
 }
 
-// onlyWriter hides ReadFrom, so that the buffer is used.
-type onlyWriter struct{ io.Writer }
+// skipper returns what leaves a hole in w, nil if w cannot have one: it must be a regular
+// file that ends where the next byte goes.
+func skipper(w io.Writer) func(int64) error {
+	f, ok := w.(*os.File)
+	if !ok {
+		return nil
+	}
+	st, err := f.Stat()
+	if err != nil || !st.Mode().IsRegular() {
+		return nil
+	}
+	at, err := f.Seek(0, io.SeekCurrent)
+	if err != nil || at != st.Size() {
+		return nil
+	}
+	if flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFL, 0); err != nil || flags&unix.O_APPEND != 0 {
+		return nil
+	}
+	return func(n int64) error {
+		at, err := f.Seek(n, io.SeekCurrent)
+		if err == nil {
+			err = f.Truncate(at)
+		}
+		return err
+	}
+}
 
 // dataKey unwraps the data key of a lone file: through --key, or the trust
 // record of its volume, or the KMS key that the header names.

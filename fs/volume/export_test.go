@@ -118,3 +118,6 @@ func (v *Volume) DirFDs() int {
 	defer v.fdMu.Unlock()
 	return v.dirLRU.list.Len()
 }
+
+// Closing reports whether Close was called.
+func (v *Volume) Closing() bool { return v.ends() }

@@ -256,7 +256,7 @@ func (c *checker) walk(ctx context.Context, cpath, ppath string, id *blockcrypt.
 		case unix.S_IFREG:
 			var st unix.Stat_t
 			if c.stat(fd, e.name, &st) == nil {
-				c.expected.Add(st.Size)
+				c.expected.Add(min(st.Size, st.Blocks*512))
 			}
 			c.jobs <- j
 		case unix.S_IFLNK:

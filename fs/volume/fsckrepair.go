@@ -252,6 +252,14 @@ func (v *Volume) copyBlocks(ctx context.Context, h *Handle, fd int, keys *blockc
 		if err != nil {
 			continue // the disk cannot read it
 		}
+		if n == len(page) && blockcrypt.IsHole(page[:]) {
+			at, err := v.seek(fd, v.geo.PageOff(k), unix.SEEK_DATA)
+			if err != nil { // none is behind it
+				break
+			}
+			k = max(k, v.geo.BlockAt(at)-1)
+			continue
+		}
 		out, err := keys.Open(text, k, pageOf(page[:n], 0, v.geo.Lead(k)), v.geo.Capacity(k))
 		if err != nil {
 			continue

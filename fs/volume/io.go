@@ -183,12 +183,16 @@ func (h *Handle) CopyFrom(ctx context.Context, in *Handle, inOff, outOff, n int6
 	buf := runs.Get().(*[]byte)
 	defer runs.Put(buf)
 	for done < n && ctx.Err() == nil {
-		b := (*buf)[:min(n-done, copyChunk)]
-		m, err := in.Read(ctx, b, inOff+done)
-		if err == nil && m > 0 {
-			m, err = h.Write(ctx, b[:m], outOff+done)
+		hole, m := in.extent(inOff + done)
+		if m = min(m, n-done); hole && m > maxGap {
+			err = h.zero(ctx, outOff+done, m)
+		} else {
+			m, err = h.copyChunk(ctx, in, (*buf)[:min(m, copyChunk)], inOff+done, outOff+done)
 		}
-		if done += int64(m); err != nil || m == 0 {
+		if err != nil {
+			m = 0
+		}
+		if done += m; err != nil || m == 0 {
 			if done > 0 {
 				err = nil // the next call meets it again
 			}
@@ -202,6 +206,51 @@ func (h *Handle) CopyFrom(ctx context.Context, in *Handle, inOff, outOff, n int6
 }
 
 const copyChunk = 1 << 20
+
+// copyChunk copies as much as b holds.
+func (h *Handle) copyChunk(ctx context.Context, in *Handle, b []byte, inOff, outOff int64) (int64, error) {
+	n, err := in.Read(ctx, b, inOff)
+	if err == nil && n > 0 {
+		n, err = h.Write(ctx, b[:n], outOff)
+	}
+	return int64(n), err
+}
+
+// extent is [file.extent]; data of no length behind the end, and all data where the backing
+// filesystem fails to tell.
+func (h *Handle) extent(off int64) (hole bool, n int64) {
+	f := h.f
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	if off < 0 || off >= f.size {
+		return false, 0
+	}
+	hole, n, err := f.extent(off)
+	if err != nil {
+		return false, f.size - off
+	}
+	return hole, n
+}
+
+// zero makes n bytes from off on zeros, as holes where they are many, and the file as long.
+func (h *Handle) zero(ctx context.Context, off, n int64) error {
+	if !h.write {
+		return unix.EBADF
+	}
+	f := h.f
+	unlock, err := f.lockForContent(ctx, false)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if off < f.size {
+		err = f.zero(off, n, maxGap)
+	}
+	if end := off + n; err == nil && end > f.size {
+		err = f.write(nil, end-1, 1)
+	}
+	return f.failed("write", err)
+}
 
 // lockForContent takes mu with a data key at hand, if the file is empty.
 func (f *file) lockForContent(ctx context.Context, delayedWrite bool) (unlock func(), err error) {

@@ -240,6 +240,8 @@ func (n *Node) tryCheck() (ok bool, err error) {
 			f.dropIfIdle()
 		case blockcrypt.ClassOf(err) != "", keystore.KindOf(err) == keystore.Damaged:
 			// Damage shows when the file is opened; it can be removed.
+		case errors.Is(err, errEnding):
+			return false, nil
 		default:
 			n.v.report(n.where(), "a file cannot be repaired yet", err)
 			return false, nil

@@ -23,7 +23,6 @@ type Lone struct {
 	disk disk
 	f    *file
 	fd   int
-	off  int64
 }
 
 // OpenLone opens a ciphertext file and reads its header; nothing is
@@ -83,17 +82,36 @@ func (l *Lone) Unlock(dataKey []byte) (incomplete bool, err error) {
 // Size returns the plaintext's size after Unlock.
 func (l *Lone) Size() int64 { return l.f.size }
 
-// Read implements [io.Reader], after Unlock.
-func (l *Lone) Read(b []byte) (int, error) {
+// CopyTo writes the plaintext to w, after Unlock. Holes are passed to skip, which makes the
+// next n bytes of the output zeros; if it is nil they are written.
+func (l *Lone) CopyTo(w io.Writer, skip func(n int64) error) error {
 	if l.Header == nil {
-		return 0, io.EOF
+		return nil
 	}
-	n, err := l.f.read(b, l.off)
-	l.off += int64(n)
-	if n == 0 && err == nil && len(b) > 0 {
-		err = io.EOF
+	buf := make([]byte, copyChunk)
+	for off := int64(0); off < l.f.size; {
+		hole, n, err := l.f.extent(off)
+		if err != nil {
+			return err
+		}
+		if hole && skip != nil {
+			err = skip(n)
+		} else {
+			b := buf[:min(n, copyChunk)]
+			n = int64(len(b))
+			if clear(b); !hole {
+				_, err = l.f.read(b, off)
+			}
+			if err == nil {
+				_, err = w.Write(b)
+			}
+		}
+		if err != nil {
+			return err
+		}
+		off += n
 	}
-	return n, err
+	return nil
 }
 
 // Close closes the file.
@@ -121,11 +139,15 @@ func Encrypt(ctx context.Context, w *os.File, r io.Reader, stores []keystore.Sto
 	if err != nil {
 		return err
 	}
-	size, err := sealAll(w, r, g, keys)
+	size, sparse, err := sealAll(w, r, g, keys)
 	if err != nil || size == 0 {
 		return err
 	}
-	keys.SetState(hdr, blockcrypt.State{Size: size, Floor: size, Generation: 1})
+	state := blockcrypt.State{Size: size, Floor: size, Generation: 1}
+	if sparse {
+		state.Flags = blockcrypt.Sparse
+	}
+	keys.SetState(hdr, state)
 	head, err := hdr.Encode()
 	if err != nil {
 		return err
@@ -134,8 +156,9 @@ func Encrypt(ctx context.Context, w *os.File, r io.Reader, stores []keystore.Sto
 	return err
 }
 
-// sealAll writes the blocks of what r holds, all but the header.
-func sealAll(w *os.File, r io.Reader, g blockcrypt.Geometry, keys *blockcrypt.FileKeys) (size int64, err error) {
+// sealAll writes the blocks of all that r holds, without the header. Long holes of a file stay
+// holes.
+func sealAll(w *os.File, r io.Reader, g blockcrypt.Geometry, keys *blockcrypt.FileKeys) (size int64, sparse bool, err error) {
 	epoch := blockcrypt.NewEpoch()
 	text := make([]byte, blockcrypt.BlockSize)
 	page := make([]byte, blockcrypt.PageSize)
@@ -147,17 +170,52 @@ func sealAll(w *os.File, r io.Reader, g blockcrypt.Geometry, keys *blockcrypt.Fi
 		if n > 0 {
 			keys.Seal(page, k, epoch, text[:n])
 			if _, err := w.WriteAt(page[:blockcrypt.SealedSize(n)], g.PageOff(k)+int64(g.Lead(k))); err != nil {
-				return 0, err
+				return 0, false, err
 			}
 			size += int64(n)
 		}
 		switch {
 		case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
-			return size, nil
+			return size, sparse, nil
 		case err != nil:
-			return 0, fmt.Errorf("read the plaintext: %w", err)
+			return 0, false, fmt.Errorf("read the plaintext: %w", err)
+		}
+		if blockcrypt.IsHole(text) {
+			skipped, err := skipHole(r)
+			if err != nil {
+				return 0, false, fmt.Errorf("read the plaintext: %w", err)
+			}
+			k, size, sparse = k+skipped, size+skipped*blockcrypt.BlockSize, sparse || skipped > 0
 		}
 	}
+}
+
+// skipHole moves r, if it is a file, over the whole blocks of a hole at its position, and
+// returns how many they are: 0 for a hole of less than a MiB. The last block of a file is
+// never skipped.
+func skipHole(r io.Reader) (blocks int64, err error) {
+	f, ok := r.(io.Seeker)
+	if !ok {
+		return 0, nil
+	}
+	at, err := f.Seek(0, io.SeekCurrent)
+	if err != nil {
+		return 0, nil // a pipe
+	}
+	end, err := f.Seek(0, io.SeekEnd)
+	if err == nil {
+		var data int64
+		if data, err = f.Seek(at, unix.SEEK_DATA); err == nil {
+			end = min(data, end)
+		} else if !errors.Is(err, unix.ENXIO) { // no holes are told there
+			end = at
+		}
+		if blocks = (end - at - 1) / blockcrypt.BlockSize; blocks*blockcrypt.BlockSize <= maxGap {
+			blocks = 0
+		}
+		at, err = f.Seek(at+blocks*blockcrypt.BlockSize, io.SeekStart)
+	}
+	return blocks, err
 }
 
 // PlainSize returns the plaintext size that the ciphertext's length says; no key is needed.

@@ -1,6 +1,8 @@
 package volume
 
 import (
+	"errors"
+
 	"kmsfs/blockcrypt"
 )
 
@@ -10,6 +12,19 @@ type findings struct {
 	pages int64   // blocks that stay
 	short []int64 // blocks in the middle that are sealed short
 	last  bool    // the last block is to be sealed up to size
+}
+
+// quitEvery is after how many blocks a repair looks whether the volume is being closed.
+const quitEvery = 256
+
+// errEnding is why a repair stops: the next mount does it.
+var errEnding = errors.New("the volume is being unmounted; the next mount repairs the file")
+
+// lastHole returns the last block of the hole in the backing file that block k begins, at
+// most the one before n.
+func (f *file) lastHole(k, n int64) (int64, error) {
+	next, err := f.dataFrom(k + 1)
+	return max(k, min(next, n)-1), err
 }
 
 // assess reads a file of this length, which is dirty or beyond its floor, and
@@ -30,13 +45,20 @@ func (f *file) assess(length int64) (r findings, err error) {
 	var text [blockcrypt.BlockSize]byte
 	k := int64(0)
 	for ; k < n; k++ {
+		if k%quitEvery == 0 && f.v.ends() {
+			return r, errEnding
+		}
 		m, err := f.v.pread(f.fd, page[:], g.PageOff(k))
 		if err != nil {
 			return r, err
 		}
 		p := pageOf(page[:m], 0, g.Lead(k))
 		if k > 0 && s.Flags&blockcrypt.Sparse != 0 && m == blockcrypt.PageSize && blockcrypt.IsHole(p) {
+			// What the backing file has no data for is a hole, too: a walk costs by data.
 			endsInHole = true
+			if k, err = f.lastHole(k, n); err != nil {
+				return r, err
+			}
 			continue
 		}
 		out, err := f.keys.Open(text[:0], k, p, g.Capacity(k))

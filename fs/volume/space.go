@@ -153,38 +153,39 @@ func (h *Handle) Seek(off int64, whence int) (int64, error) {
 	if off < 0 || off >= f.size {
 		return 0, unix.ENXIO
 	}
-	if f.flags()&blockcrypt.Sparse == 0 {
-		if whence == unix.SEEK_HOLE {
-			return f.size, nil
+	for off < f.size {
+		hole, n, err := f.extent(off)
+		if err != nil || hole == (whence == unix.SEEK_HOLE) {
+			return off, err
 		}
-		return off, nil
-	}
-	g := f.v.geo
-	last := g.Block(f.size - 1)
-	k := g.Block(off)
-	for k < last {
-		k2, err := f.dataFrom(k)
-		if err != nil {
-			return 0, err
-		}
-		k2 = min(k2, last)
-		if whence == unix.SEEK_DATA {
-			return max(off, g.Start(k2)), nil
-		}
-		if k2 > k {
-			return max(off, g.Start(k)), nil
-		}
-		// Block k is data: go on where the backing has its next hole.
-		at, err := f.v.seek(f.fd, g.PageOff(k+1)-1, unix.SEEK_HOLE)
-		if err != nil {
-			return 0, err
-		}
-		k = g.BlockAt(at + blockcrypt.PageSize - 1)
-	}
-	if whence == unix.SEEK_DATA {
-		return max(off, g.Start(last)), nil
+		off += n
 	}
 	return f.size, nil
+}
+
+// extent returns whether the byte at off, which is before the end, lies in a hole, and how
+// many bytes from there on do, or do not. mu is held.
+func (f *file) extent(off int64) (hole bool, n int64, err error) {
+	g, rest := f.v.geo, f.size-off
+	k, last := g.Block(off), g.Block(f.size-1)
+	if f.flags()&blockcrypt.Sparse == 0 || k == last {
+		return false, rest, nil
+	}
+	data, err := f.dataFrom(k)
+	if err != nil {
+		return false, 0, err
+	}
+	if data = min(data, last); data > k {
+		return true, g.Start(data) - off, nil
+	}
+	at, err := f.v.seek(f.fd, g.PageOff(k+1)-1, unix.SEEK_HOLE)
+	if err != nil {
+		return false, 0, err
+	}
+	if next := max(k+1, g.BlockAt(at+blockcrypt.PageSize-1)); next < last {
+		rest = g.Start(next) - off
+	}
+	return false, rest, nil
 }
 
 // dataFrom returns the first block from k on in whose page the backing file has

@@ -447,6 +447,16 @@ func (v *Volume) cleaned() error {
 	return v.writeMarker(mine...)
 }
 
+// ends reports whether the volume is being closed.
+func (v *Volume) ends() bool {
+	select {
+	case <-v.quit:
+		return true
+	default:
+		return false // also for a file without a volume
+	}
+}
+
 // Wait returns when the background walk after a bad end is over, for tests and tools.
 func (v *Volume) Wait(ctx context.Context) error {
 	for v.repairs() {
