@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"runtime"
 	"strconv"
+	"strings"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -36,6 +37,7 @@ func background() error {
 	c.Env = append(os.Environ(), readyEnv+"=3")
 	c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
 	c.ExtraFiles = []*os.File{w}
+	raiseFiles()
 	runtime.LockOSThread() // the new process has what this thread has
 	dropReserve()
 	err = c.Start()
@@ -54,6 +56,26 @@ func background() error {
 	return errors.New("the background process ended before the mount could be used")
 }
 
+// raiseFiles raises the limit of descriptors, of which a mount needs one for each file that
+// any program has open: as far as root may, or to the hard limit. A failure leaves it as it
+// is.
+func raiseFiles() {
+	var r unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &r) != nil {
+		return
+	}
+	if b, err := os.ReadFile("/proc/sys/fs/nr_open"); err == nil && os.Geteuid() == 0 {
+		if most, err := strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64); err == nil && most > r.Max {
+			if unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: most, Max: most}) == nil {
+				return
+			}
+		}
+	}
+	// Set it though Go has raised it already: Go gives its children the soft limit of before.
+	r.Cur = r.Max
+	unix.Setrlimit(unix.RLIMIT_NOFILE, &r)
+}
+
 // dropReserve takes CAP_SYS_RESOURCE from whatever this thread executes: a mount that
 // root runs for others must not use what quotas and filesystems keep from them.
 // dropped is false where there was none, or it may not be taken away.
@@ -65,6 +87,7 @@ func dropReserve() (dropped bool) {
 // foreground executes the same command again in this process, without what
 // dropReserve takes away; it returns where there is nothing to take.
 func foreground() error {
+	raiseFiles()
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	if !dropReserve() {

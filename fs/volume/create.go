@@ -15,6 +15,9 @@ func (v *Volume) Create(ctx context.Context, dir *Node, name string, mode uint32
 	if v.o.ReadOnly {
 		return nil, Attr{}, nil, unix.EROFS
 	}
+	if err := v.roomForFile(); err != nil {
+		return nil, Attr{}, nil, err
+	}
 	// Before the file is there: a refusal leaves nothing behind.
 	key, err := v.ring.NewKey(ctx)
 	if err != nil {
@@ -83,6 +86,9 @@ func (v *Volume) create(ctx context.Context, dir *Node, name string, mode uint32
 func (v *Volume) Tmpfile(ctx context.Context, dir *Node, mode uint32, c Caller, write bool) (*Node, Attr, *Handle, error) {
 	if v.o.ReadOnly {
 		return nil, Attr{}, nil, unix.EROFS
+	}
+	if err := v.roomForFile(); err != nil {
+		return nil, Attr{}, nil, err
 	}
 	key, err := v.ring.NewKey(ctx)
 	if err != nil {

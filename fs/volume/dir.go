@@ -405,6 +405,9 @@ func (n *Node) OpenDir() (*Dir, error) {
 	if !n.IsDir() {
 		return nil, unix.ENOTDIR
 	}
+	if err := n.v.roomForDir(); err != nil {
+		return nil, err
+	}
 	fd, err := n.enter()
 	if err != nil {
 		return nil, err

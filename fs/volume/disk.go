@@ -37,6 +37,22 @@ type disk struct {
 	// and forgotten them, which it says after it was answered.
 	leaving atomic.Int32
 	removed atomic.Pointer[time.Time]
+
+	fds  atomic.Int64 // descriptors that are open
+	idle func() bool  // closes some that are not in use, if there are any; it may be nil
+}
+
+// opens makes a call that opens a descriptor, a second time if there was none left and some
+// could be closed.
+func (d *disk) opens(f func() error) error {
+	err := again(f)
+	if noDescriptor(err) && d.idle != nil && d.idle() {
+		err = again(f)
+	}
+	if err == nil {
+		d.fds.Add(1)
+	}
+	return err
 }
 
 const (
@@ -102,7 +118,7 @@ const fileFlags = unix.O_NOFOLLOW | unix.O_NONBLOCK | unix.O_CLOEXEC
 func (d *disk) open(dir int, name string, flags int, mode uint32) (fd int, err error) {
 	fd = -1
 	err = d.take(Call{Op: "openat", FD: dir, Name: name, Mode: uint32(flags)}, func() error {
-		return again(func() error {
+		return d.opens(func() error {
 			fd, err = unix.Openat(dir, name, flags|unix.O_NOFOLLOW|unix.O_CLOEXEC, mode)
 			return err
 		})
@@ -112,13 +128,13 @@ func (d *disk) open(dir int, name string, flags int, mode uint32) (fd int, err e
 
 // reopen opens the very object of a descriptor anew.
 func (d *disk) reopen(old, flags int) (fd int, err error) {
-	err = again(func() error {
+	err = d.opens(func() error {
 		fd, err = unix.Open(procFD(old), flags&^unix.O_NOFOLLOW, 0)
+		if err == unix.ELOOP { // a symlink itself cannot be opened a second time
+			fd, err = unix.FcntlInt(uintptr(old), unix.F_DUPFD_CLOEXEC, 0)
+		}
 		return err
 	})
-	if err == unix.ELOOP { // a symlink itself cannot be opened anew
-		fd, err = unix.FcntlInt(uintptr(old), unix.F_DUPFD_CLOEXEC, 0)
-	}
 	return fd, err
 }
 
@@ -131,7 +147,7 @@ func (d *disk) openRoot(path string) (int, error) {
 func (d *disk) openPath(path string, flags int) (fd int, err error) {
 	fd = -1
 	err = d.do(Call{Op: "open", FD: unix.AT_FDCWD, Name: path, Mode: uint32(flags)}, func() error {
-		return again(func() error {
+		return d.opens(func() error {
 			fd, err = unix.Open(path, flags|unix.O_CLOEXEC, 0)
 			return err
 		})
@@ -148,7 +164,7 @@ func (d *disk) openBelow(dir int, path string, flags int) (fd int, err error) {
 	fd = -1
 	how := unix.OpenHow{Flags: uint64(flags | fileFlags), Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS}
 	err = d.do(Call{Op: "openat2", FD: dir, Name: path, Mode: uint32(flags)}, func() error {
-		return again(func() error {
+		return d.opens(func() error {
 			fd, err = unix.Openat2(dir, path, &how)
 			return err
 		})
@@ -156,7 +172,10 @@ func (d *disk) openBelow(dir int, path string, flags int) (fd int, err error) {
 	return fd, err
 }
 
-func (d *disk) close(fd int) error { return unix.Close(fd) }
+func (d *disk) close(fd int) error {
+	d.fds.Add(-1)
+	return unix.Close(fd)
+}
 
 // flock takes a lock on an open file description, by flock(2): how is LOCK_SH, LOCK_EX or
 // LOCK_UN, and LOCK_NB. Some network filesystems keep it on this host (NFSv4.2 and

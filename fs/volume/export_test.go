@@ -51,6 +51,15 @@ func (o Options) Torn() Options {
 	return o
 }
 
+// FDLimit are options with another limit of descriptors than the process's.
+func (o Options) FDLimit(n uint64) Options {
+	o.fdLimit = n
+	return o
+}
+
+// Descriptors returns how many are open.
+func (v *Volume) Descriptors() int64 { return v.fds.Load() }
+
 // Age makes every open file older than the time in which it counts as fresh.
 func (v *Volume) Age() {
 	for _, f := range v.files() {

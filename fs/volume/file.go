@@ -102,6 +102,11 @@ func (n *Node) acquire(ctx context.Context, write bool) (*file, error) {
 			n.v.ring.PutBack(key)
 		}
 	}()
+	if n.file.Load() == nil {
+		if err := n.v.roomForFile(); err != nil {
+			return nil, err
+		}
+	}
 	for {
 		f, err := n.tryAcquire(write, &key)
 		if errors.Is(err, errNeedsNewKey) {

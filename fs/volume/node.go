@@ -309,8 +309,6 @@ func (v *Volume) moved(st *unix.Stat_t, from *Node, old string, to *Node, cname 
 
 // Descriptors of directories, the least recently used of which are closed.
 
-const maxDirFDs = 1024
-
 type dirLRU struct{ list list.List } // of *Node; most recently used first
 
 func (l *dirLRU) init() { l.list.Init() }
@@ -349,11 +347,7 @@ func (n *Node) enter() (int, error) {
 		return n.dirFD, nil
 	}
 	n.dirFD, n.dirElem = fd, v.dirLRU.list.PushFront(n)
-	for e := v.dirLRU.list.Back(); e != nil && v.dirLRU.list.Len() > maxDirFDs; {
-		prev := e.Prev()
-		v.closeDirLocked(e.Value.(*Node))
-		e = prev
-	}
+	v.closeDirsDownTo(v.fdLimits.cached)
 	return n.dirFD, nil
 }
 

@@ -37,7 +37,7 @@ func (s *settler) add(f *file) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.files[f] = time.Now()
-	if len(s.files) > settleMost {
+	if len(s.files) > s.v.fdLimits.closed {
 		select {
 		case s.full <- struct{}{}:
 		default:

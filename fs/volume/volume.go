@@ -1,6 +1,7 @@
 package volume
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -39,7 +40,8 @@ type Options struct {
 	Hook        func(Call) error  // for tests: sees each syscall on the tree, and can fail it, or skip it by [ErrSkip]
 	Done        func(Call, error) // likewise, after it was made
 
-	torn bool // for tests: pages can tear, on a filesystem in memory too
+	torn    bool   // for tests: pages can tear, on a filesystem in memory too
+	fdLimit uint64 // for tests, instead of the process's own
 }
 
 // Volume is an open encrypted tree.
@@ -59,6 +61,7 @@ type Volume struct {
 	calm   bool                   // a filesystem in memory: pages cannot tear, no S
 	super  bool                   // running as root: new files are given to their users
 
+	fdLimits    fdLimits
 	granularity uint32 // of the times of files on the disk, in nanoseconds
 
 	session     atomic.Uint64
@@ -147,6 +150,8 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 	v.nodes[1], v.inodes[inodeKey{st.Dev, st.Ino}] = v.root, v.root
 	v.nextID.Store(1)
 	v.dirLRU.init()
+	v.idle = v.closeIdleDirs
+	v.fdLimits = newFDLimits(cmp.Or(o.fdLimit, processFDs()))
 	if !o.ReadOnly {
 		if v.lacksLinks(v.rootD) {
 			v.log.Warn("this copy of the volume was made without symlinks: the volume's own symlinks and its names of more than 160 bytes are missing; kmsfs fsck tells more")

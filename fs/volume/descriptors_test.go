@@ -1,0 +1,107 @@
+package volume_test
+
+import (
+	"fmt"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/fs/volume"
+)
+
+// With few descriptors a large and deep tree can be walked, and directories that are not in
+// use give theirs up.
+func TestFewDescriptors(t *testing.T) {
+	w := newWorld(t, volume.Options{}.FDLimit(64))
+	w.quiet = true
+	for i := range 300 {
+		w.mkdir(fmt.Sprintf("d%d", i))
+		w.write(fmt.Sprintf("d%d/f", i), []byte("x"))
+	}
+	path := ""
+	for range 100 {
+		path += "/deep"
+		w.mkdir(path)
+	}
+	w.write(path+"/f", []byte("deep"))
+	if n := w.v.Descriptors(); n > 60 {
+		t.Errorf("%d descriptors are open", n)
+	}
+	for i := range 300 {
+		w.want(fmt.Sprintf("d%d/f", i), []byte("x"))
+	}
+	w.want(path+"/f", []byte("deep"))
+}
+
+// Programs that have too many files open get ENFILE; all that needs a descriptor for a moment
+// goes on, and closing one file makes room for another.
+func TestTooManyOpen(t *testing.T) {
+	const limit = 200
+	w := newWorld(t, volume.Options{}.FDLimit(limit))
+	w.quiet = true
+	for i := range limit {
+		w.write(fmt.Sprintf("f%d", i), []byte("x"))
+	}
+	var open []*volume.Handle
+	defer func() {
+		for _, h := range open {
+			h.Release()
+		}
+	}()
+	var err error
+	for i := 0; err == nil && i < limit; i++ {
+		var h *volume.Handle
+		if h, err = w.must(fmt.Sprintf("f%d", i)).Open(ctx, i%2 == 0); err == nil {
+			open = append(open, h)
+		}
+	}
+	wantErr(t, "opening them all", err, unix.ENFILE)
+	if len(open) < limit/2 {
+		t.Errorf("only %d could be opened", len(open))
+	}
+	if _, err := w.create("new"); err == nil {
+		t.Error("another can be made")
+	} else {
+		wantErr(t, "making another", err, unix.ENFILE)
+	}
+	if n := len(w.list("")); n != limit {
+		t.Errorf("the listing has %d", n)
+	}
+	w.mkdir("dir")
+	w.do("rename", w.v.Rename(w.v.Root(), "dir", w.v.Root(), "renamed", 0))
+	if _, err := w.must("f199").Attr(); err != nil {
+		t.Error(err)
+	}
+	w.do("xattr", w.must("f199").Setxattr("user.x", []byte("y"), 0, false))
+	w.do("close", open[0].Release())
+	w.do("close", open[1].Release())
+	open = open[2:]
+	w.write("new", []byte("room again"))
+}
+
+// A call that finds no descriptor is made again when directories have given theirs up.
+func TestNoDescriptorLeft(t *testing.T) {
+	fail := 0
+	w := newWorld(t, volume.Options{}.FDLimit(4096))
+	for i := range 50 {
+		w.mkdir(fmt.Sprintf("d%d", i))
+		w.write(fmt.Sprintf("d%d/f", i), []byte("x"))
+	}
+	had := w.v.DirFDs()
+	// The process has none left.
+	var was unix.Rlimit
+	w.do("getrlimit", unix.Getrlimit(unix.RLIMIT_NOFILE, &was))
+	fd, err := unix.Open("/", unix.O_PATH, 0)
+	w.do("open", err)
+	unix.Close(fd)
+	w.do("setrlimit", unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: uint64(fd), Max: was.Max}))
+	for i := range 50 {
+		if _, err := w.read(fmt.Sprintf("d%d/f", i)); err != nil {
+			fail++
+		}
+	}
+	w.do("setrlimit", unix.Setrlimit(unix.RLIMIT_NOFILE, &was))
+	if had < 50 || fail > 0 {
+		t.Errorf("with %d directories open, %d of 50 files could not be read", had, fail)
+	}
+}
