@@ -50,15 +50,123 @@ func (v *Volume) room(most int64) error {
 	if v.fds.Load() < most {
 		return nil
 	}
-	v.closeIdleDirs()
-	if v.fds.Load() >= most && !v.o.ReadOnly {
-		v.settler.settle(v.settler.due(0)) // closed files keep theirs until they are settled
+	v.giveUpIdle()
+	if v.fds.Load() >= most && !v.o.ReadOnly { // files keep theirs until they are settled
+		v.settler.settle(v.settler.due(0))
+		v.settleOpen()
+		v.giveUpIdle()
 	}
 	if v.fds.Load() < most {
 		return nil
 	}
 	v.report("descriptors", "programs have too many files open on the mount; raise the limit of the daemon (ulimit -n)", unix.ENFILE)
 	return unix.ENFILE
+}
+
+// settleOpen settles the files that programs have open, after one sync, as far as they do not
+// change meanwhile.
+func (v *Volume) settleOpen() {
+	files := v.files()
+	changes := make([]uint64, len(files))
+	for i, f := range files {
+		f.mu.RLock()
+		changes[i] = f.changes
+		f.mu.RUnlock()
+	}
+	if v.syncAll() != nil {
+		return
+	}
+	for i, f := range files {
+		f.mu.Lock()
+		if f.rw && !f.closed && !f.broken && f.changes == changes[i] && !f.n.Gone() {
+			f.failed("settling", errors.Join(f.rest(), f.settle(changes[i])))
+			if f.hdr != nil && f.conf == 0 && !f.keyless() {
+				// A fresh file is clean at its exact length; the sync has made it durable.
+				f.conf, f.durable = f.size, f.size
+				f.failed("settling", f.writeState(f.cleanFlags()))
+				f.failed("settling", f.putMtime())
+			}
+		}
+		f.mu.Unlock()
+	}
+}
+
+// giveUpIdle closes descriptors that are not in use, of directories and of files that are
+// open, and reports whether there were any. The caller may hold any lock but Volume.mu and
+// Volume.fdMu.
+func (v *Volume) giveUpIdle() (some bool) {
+	some = v.closeIdleDirs()
+	for _, f := range v.files() {
+		some = f.park(false) || some
+	}
+	if some {
+		return true
+	}
+	for _, f := range v.files() { // all were used of late
+		some = f.park(true) || some
+	}
+	return some
+}
+
+// park closes the descriptor of a file that programs have open, if the disk has all of it:
+// wake opens it again by its name. used says that it is done though the file was used since
+// the last attempt.
+func (f *file) park(used bool) bool {
+	if f.used.Swap(false) && !used || !f.mu.TryLock() {
+		return false
+	}
+	defer f.mu.Unlock()
+	switch {
+	case f.fd < 0 || f.closed || f.broken || f.touched || f.unsettled():
+		return false
+	case f.hdr != nil && (f.keyless() || f.unconfirmed() || f.durable < f.size || f.view):
+		return false
+	case f.n.Gone(): // no name leads to it
+		return false
+	}
+	f.v.disk.close(f.fd)
+	for _, fd := range f.old {
+		f.v.disk.close(fd)
+	}
+	f.fd, f.old = -1, nil
+	return true
+}
+
+// wake opens the descriptor of a file again that park has closed.
+func (f *file) wake() error {
+	f.used.Store(true)
+	f.mu.RLock()
+	parked, rw := f.fd < 0 && !f.closed, f.rw
+	f.mu.RUnlock()
+	if !parked {
+		return nil
+	}
+	if err := f.v.roomForFile(); err != nil {
+		return err
+	}
+	flags := unix.O_RDONLY
+	if rw {
+		flags = unix.O_RDWR
+	}
+	fd, err := f.n.open(flags)
+	if errors.Is(err, unix.EACCES) {
+		fd, err = f.n.openForced(flags)
+	}
+	if rw && errors.Is(err, unix.EPERM) { // it has become immutable
+		rw = false
+		fd, err = f.n.open(unix.O_RDONLY)
+	}
+	if err != nil {
+		return f.failed("opening it again", err)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.fd >= 0 || f.closed {
+		f.v.disk.close(fd)
+		return nil
+	}
+	f.fd, f.rw = fd, rw
+	return nil
 }
 
 // closeIdleDirs closes the descriptors of directories that are not in use, and reports
@@ -86,3 +194,17 @@ func (v *Volume) closeDirsDownTo(n int) (some bool) {
 // noDescriptor reports whether a call failed since the process or the system has no
 // descriptor left.
 func noDescriptor(err error) bool { return errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) }
+
+// awake holds mu for reading with the descriptor open, until unlock is called.
+func (f *file) awake() (unlock func(), err error) {
+	for {
+		if err := f.wake(); err != nil {
+			return nil, err
+		}
+		f.mu.RLock()
+		if f.fd >= 0 || f.closed {
+			return f.mu.RUnlock, nil
+		}
+		f.mu.RUnlock() // just now
+	}
+}

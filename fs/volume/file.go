@@ -22,11 +22,12 @@ type file struct {
 	v *Volume
 
 	refusal atomic.Pointer[refusal] // of this file alone
+	used    atomic.Bool             // since park was tried last
 
 	// mu guards the fields below. It is held across reads and writes of the
 	// file, and shared by readers; not across an fsync or a call to a key service.
 	mu      sync.RWMutex
-	fd      int
+	fd      int   // -1 while park has closed it
 	old     []int // descriptors that could only read, closed with the file
 	rw      bool
 	closed  bool
@@ -231,7 +232,9 @@ func (f *file) needWrite() error {
 	if err != nil {
 		return err
 	}
-	f.old = append(f.old, f.fd) // another thread may be reading from it
+	if f.fd >= 0 {
+		f.old = append(f.old, f.fd) // another thread may be reading from it
+	}
 	f.fd, f.rw = fd, true
 	return nil
 }
@@ -295,7 +298,9 @@ func (f *file) dropIfIdleLocked() {
 		}
 	}
 	f.closed = true
-	f.v.disk.close(f.fd)
+	if f.fd >= 0 {
+		f.v.disk.close(f.fd)
+	}
 	for _, fd := range f.old {
 		f.v.disk.close(fd)
 	}
@@ -330,7 +335,7 @@ func (f *file) flags() uint32 {
 func (f *file) borrow(g func(fd int) error) (done bool, err error) {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
-	if f.closed {
+	if f.closed || f.fd < 0 {
 		return false, nil
 	}
 	return true, g(f.fd)

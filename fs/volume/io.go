@@ -33,7 +33,7 @@ func (h *Handle) Read(ctx context.Context, b []byte, off int64) (int, error) {
 			return 0, err
 		}
 		f.mu.RLock()
-		if !f.keyless() && f.refuses(false) == nil {
+		if f.fd >= 0 && !f.keyless() && f.refuses(false) == nil {
 			break
 		}
 		f.mu.RUnlock() // just now
@@ -220,13 +220,15 @@ func (h *Handle) copyChunk(ctx context.Context, in *Handle, b []byte, inOff, out
 // filesystem fails to tell.
 func (h *Handle) extent(off int64) (hole bool, n int64) {
 	f := h.f
-	f.mu.RLock()
-	defer f.mu.RUnlock()
+	unlock, err := f.awake()
+	if err != nil {
+		return false, 0
+	}
+	defer unlock()
 	if off < 0 || off >= f.size {
 		return false, 0
 	}
-	hole, n, err := f.extent(off)
-	if err != nil {
+	if hole, n, err = f.extent(off); err != nil {
 		return false, f.size - off
 	}
 	return hole, n
@@ -263,7 +265,7 @@ func (f *file) lockForContent(ctx context.Context, delayedWrite bool) (unlock fu
 			f.mu.Unlock()
 			return nil, unix.EIO
 		}
-		if f.keyless() || f.refuses(delayedWrite) != nil { // just now
+		if f.fd < 0 || f.keyless() || f.refuses(delayedWrite) != nil { // just now
 			f.mu.Unlock()
 			continue
 		}

@@ -285,6 +285,9 @@ func (f *file) wipe() {
 // ready makes sure that the file's content can be read and written: it was not
 // forbidden, and its key is there, which may have to be asked for anew.
 func (f *file) ready(ctx context.Context, delayedWrite bool) error {
+	if err := f.wake(); err != nil {
+		return err
+	}
 	for {
 		if err := f.refuses(delayedWrite); err != nil {
 			return err

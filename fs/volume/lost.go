@@ -34,6 +34,7 @@ func (h *Handle) WriteDelayed(ctx context.Context, b []byte, off int64) error {
 // file has already, as around a few bytes that changed, is not lost.
 func (f *file) lose(b []byte, off int64, err error) {
 	n := f.n
+	f.wake() // if it fails, all of b counts as lost
 	f.mu.RLock()
 	lost := f.lacks(b, off, errors.Is(err, unix.EPERM) && n.immutable.Load())
 	f.mu.RUnlock()

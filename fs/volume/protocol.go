@@ -230,7 +230,14 @@ func (f *file) resize(ctx context.Context, size int64) error {
 // new content's data key is taken before the old content goes.
 func (f *file) empty(ctx context.Context) error {
 	for {
+		if err := f.wake(); err != nil {
+			return err
+		}
 		f.mu.Lock()
+		if f.fd < 0 { // just now
+			f.mu.Unlock()
+			continue
+		}
 		if f.writers == 0 || f.next != nil {
 			break
 		}
@@ -393,7 +400,16 @@ func (f *file) announceCut(size int64, reseal bool) error {
 
 // sync is fsync. mu is not held while the disk works.
 func (f *file) sync() error {
-	f.mu.Lock()
+	for {
+		if err := f.wake(); err != nil {
+			return err
+		}
+		f.mu.Lock()
+		if f.fd >= 0 {
+			break
+		}
+		f.mu.Unlock() // just now
+	}
 	if f.broken {
 		f.mu.Unlock()
 		return unix.EIO

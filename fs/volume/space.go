@@ -148,8 +148,11 @@ func (f *file) setHoles(r ranges) {
 // space counts as data where the backing filesystem says so.
 func (h *Handle) Seek(off int64, whence int) (int64, error) {
 	f := h.f
-	f.mu.RLock()
-	defer f.mu.RUnlock()
+	unlock, err := f.awake()
+	if err != nil {
+		return 0, err
+	}
+	defer unlock()
 	if off < 0 || off >= f.size {
 		return 0, unix.ENXIO
 	}

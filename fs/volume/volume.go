@@ -150,7 +150,7 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 	v.nodes[1], v.inodes[inodeKey{st.Dev, st.Ino}] = v.root, v.root
 	v.nextID.Store(1)
 	v.dirLRU.init()
-	v.idle = v.closeIdleDirs
+	v.idle = v.giveUpIdle
 	v.fdLimits = newFDLimits(cmp.Or(o.fdLimit, processFDs()))
 	if !o.ReadOnly {
 		if v.lacksLinks(v.rootD) {
