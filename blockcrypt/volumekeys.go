@@ -8,6 +8,7 @@ import (
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/hex"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -203,12 +204,16 @@ func (v *VolumeKeys) openValue(use, attr string, b []byte) ([]byte, error) {
 
 func valueAD(use, attr string, random []byte) []byte { return append([]byte(use+attr), random...) }
 
-// EncodeAttr encrypts the name of a user.* or trusted.* attribute: its
+// spaces are the namespaces of extended attributes that are encrypted. Which names of
+// security.* stay as they are, since the kernel reads them, is not the format's matter.
+var spaces = []string{"user", "trusted", "security"}
+
+// EncodeAttr encrypts the name of a user.*, trusted.* or security.* attribute: its
 // namespace stays, the rest goes into namespace + "kmsfs." + base64url.
 func (v *VolumeKeys) EncodeAttr(name string) (string, error) {
 	space, rest, ok := strings.Cut(name, ".")
-	if !ok || rest == "" || space != "user" && space != "trusted" {
-		return "", damaged(BadName, "not a user or trusted attribute")
+	if !ok || rest == "" || !slices.Contains(spaces, space) {
+		return "", damaged(BadName, "not a user, trusted or security attribute")
 	}
 	ct, err := v.xattrSIV.EncryptDeterministically([]byte(rest), []byte("xattr"))
 	return space + "." + Reserved + base64.RawURLEncoding.EncodeToString(ct), err
@@ -218,7 +223,7 @@ func (v *VolumeKeys) EncodeAttr(name string) (string, error) {
 func (v *VolumeKeys) DecodeAttr(encoded string) (string, error) {
 	space, rest, _ := strings.Cut(encoded, ".")
 	b64, ok := strings.CutPrefix(rest, Reserved)
-	if !ok || space != "user" && space != "trusted" {
+	if !ok || !slices.Contains(spaces, space) {
 		return "", damaged(BadName, "not an encoded attribute")
 	}
 	ct, err := decode64(b64)

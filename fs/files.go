@@ -161,7 +161,7 @@ func (f *fileSystem) Ioctl(_ <-chan struct{}, in *fuse.IoctlIn, inbuf []byte, _ 
 		if _, err := binary.Decode(inbuf, binary.NativeEndian, &flags); err != nil {
 			return fuse.EINVAL
 		}
-		return status(n.SetFlags(flags))
+		return f.flagsSet(n, n.SetFlags(flags))
 	case volume.FSGetXAttr:
 		x, err := n.FSXAttr()
 		return answerIoctl(outbuf, x, err)
@@ -170,9 +170,17 @@ func (f *fileSystem) Ioctl(_ <-chan struct{}, in *fuse.IoctlIn, inbuf []byte, _ 
 		if _, err := binary.Decode(inbuf, binary.NativeEndian, &x); err != nil {
 			return fuse.EINVAL
 		}
-		return status(n.SetFSXAttr(x))
+		return f.flagsSet(n, n.SetFSXAttr(x))
 	}
 	return fuse.Status(syscall.ENOTTY)
+}
+
+// flagsSet ends a request that has set inode flags, which changes the ctime.
+func (f *fileSystem) flagsSet(n *volume.Node, err error) fuse.Status {
+	if err == nil {
+		err = f.notify.forgetAttr(n.ID())
+	}
+	return status(err)
 }
 
 func answerIoctl(outbuf []byte, x any, err error) fuse.Status {

@@ -368,7 +368,17 @@ func (f *fileSystem) SetXAttr(_ <-chan struct{}, in *fuse.SetXAttrIn, attr strin
 	if !s.Ok() {
 		return s
 	}
-	return status(n.Setxattr(attr, data, int(in.Flags), in.SetXAttrFlags&fuse.SETXATTR_ACL_KILL_SGID != 0))
+	err := n.Setxattr(attr, data, int(in.Flags), in.SetXAttrFlags&fuse.SETXATTR_ACL_KILL_SGID != 0)
+	return f.attrSet(n, attr, err)
+}
+
+// attrSet ends a request that has set or removed an extended attribute. Its answer carries no
+// attributes, and an ACL has a part in the mode: the kernel is told to ask again.
+func (f *fileSystem) attrSet(n *volume.Node, attr string, err error) fuse.Status {
+	if err == nil && volume.ChangesMode(attr) {
+		err = f.notify.forgetAttr(n.ID())
+	}
+	return status(err)
 }
 
 func (f *fileSystem) RemoveXAttr(_ <-chan struct{}, h *fuse.InHeader, attr string) fuse.Status {
@@ -376,7 +386,7 @@ func (f *fileSystem) RemoveXAttr(_ <-chan struct{}, h *fuse.InHeader, attr strin
 	if !s.Ok() {
 		return s
 	}
-	return status(n.Removexattr(attr))
+	return f.attrSet(n, attr, n.Removexattr(attr))
 }
 
 // Open directories.

@@ -33,7 +33,12 @@ func (n notifier) dropPages(node uint64, off, size int64) {
 	n.goes(func() { n.invalInode(node, off, size) }) // a failure leaves what the program wrote in the cache
 }
 
-// invalInode lets go of size bytes from off, 0: to the end.
+// forgetAttr makes the kernel ask for a node's attributes and ACLs again. It waits for
+// nothing, so that it can be called before a request is answered.
+func (n notifier) forgetAttr(node uint64) error { return n.invalInode(node, -1, 0) }
+
+// invalInode lets go of size bytes from off, of all up to the end if size is 0, and of the
+// attributes; of those alone if off is negative.
 func (n notifier) invalInode(node uint64, off, size int64) error {
 	const length = 16 + 24
 	b := make([]byte, 0, length)

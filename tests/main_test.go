@@ -2,8 +2,6 @@ package tests
 
 import (
 	"bytes"
-	"crypto/sha256"
-	"encoding/hex"
 	"fmt"
 	"os"
 	"os/exec"
@@ -135,8 +133,11 @@ func (m *mounted) path(elem ...string) string {
 // pid returns the daemon's process.
 func (m *mounted) pid() int {
 	m.t.Helper()
-	sum := sha256.Sum256([]byte(m.dir))
-	b, err := os.ReadFile(filepath.Join(m.base, "state", "kmsfs", "mounts", hex.EncodeToString(sum[:16])))
+	var st unix.Statx_t
+	if err := unix.Statx(unix.AT_FDCWD, m.dir, unix.AT_STATX_DONT_SYNC, unix.STATX_TYPE, &st); err != nil {
+		m.t.Fatal(err)
+	}
+	b, err := os.ReadFile(filepath.Join(m.base, "state", "kmsfs", "mounts", fmt.Sprintf("%d-%d", st.Dev_major, st.Dev_minor)))
 	if err != nil {
 		m.t.Fatal(err)
 	}

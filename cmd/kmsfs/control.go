@@ -3,8 +3,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -25,7 +23,8 @@ import (
 )
 
 // A mounted volume is asked and told over a Unix socket, never through the
-// mounted path: HTTP, mode 0600, its name made from the mountpoint.
+// mounted path: HTTP, mode 0600, named by the mount's device number. So a command reaches the
+// mount that it sees itself: the same path can be another mount in another mount namespace.
 
 // control serves the socket of a mount.
 type control struct {
@@ -40,8 +39,8 @@ type control struct {
 	srv    *http.Server
 }
 
-// socketPath is where the socket of a mount is.
-func socketPath(mountPoint string) (string, error) {
+// socketPath returns where the socket of a mount is.
+func socketPath(dev string) (string, error) {
 	dir := ""
 	switch x := os.Getenv("XDG_RUNTIME_DIR"); {
 	case os.Geteuid() == 0: // also where sudo has left another user's environment, or a boot none
@@ -55,8 +54,7 @@ func socketPath(mountPoint string) (string, error) {
 		}
 		dir = filepath.Join(state, "run")
 	}
-	sum := sha256.Sum256([]byte(mountPoint))
-	return filepath.Join(dir, hex.EncodeToString(sum[:16])), nil
+	return filepath.Join(dir, perMount(dev)), nil
 }
 
 // viaFD calls f with a name of the socket that is short enough for its address,
@@ -78,8 +76,8 @@ func viaFD(path string, f func(name string) error) error {
 }
 
 // start serves until stop.
-func (c *control) start(mountPoint string) (err error) {
-	if c.path, err = socketPath(mountPoint); err != nil {
+func (c *control) start(dev string) (err error) {
+	if c.path, err = socketPath(dev); err != nil {
 		return err
 	}
 	if err := os.MkdirAll(filepath.Dir(c.path), 0o700); err != nil {
@@ -139,21 +137,13 @@ func (c *control) stop() {
 // ask sends a request to the daemon of a mount, and decodes its answer into out
 // unless that is nil.
 func ask(dir, method, what string, out any) error {
-	// The mountpoint is not looked into: the volume may be locked.
-	mountPoint, err := filepath.Abs(dir)
+	m, err := mountAt(dir)
 	if err != nil {
 		return err
 	}
-	path, err := socketPath(mountPoint)
+	path, err := socketPath(m.dev)
 	if err != nil {
 		return err
-	}
-	if _, err := os.Stat(path); err != nil {
-		if real, rerr := filepath.EvalSymlinks(mountPoint); rerr == nil {
-			if path, err = socketPath(real); err != nil {
-				return err
-			}
-		}
 	}
 	client := http.Client{Transport: &http.Transport{DialContext: func(context.Context, string, string) (c net.Conn, err error) {
 		verr := viaFD(path, func(name string) error {
@@ -169,7 +159,7 @@ func ask(dir, method, what string, out any) error {
 	}
 	resp, err := client.Do(req)
 	if err != nil {
-		return hint(fmt.Errorf("no kmsfs mount at %s answers here", dir), "it must be mounted, and by the same user")
+		return hint(fmt.Errorf("the daemon of the mount at %s does not answer here", dir), "ask as the user who mounted it, with the same runtime directory (not from another container)")
 	}
 	defer resp.Body.Close()
 	b, err := io.ReadAll(resp.Body)

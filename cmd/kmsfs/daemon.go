@@ -10,7 +10,6 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
-	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -126,63 +125,4 @@ func ready(log io.Writer, logPath, mountPoint string) error {
 	w := os.NewFile(uintptr(fd), "ready")
 	_, werr := fmt.Fprintf(w, "Mounted at %s. The log is %s.\n", mountPoint, logPath)
 	return errors.Join(err, werr, w.Close())
-}
-
-// maxLog bounds a log file; one older file is kept beside it.
-const maxLog = 1 << 20
-
-// logFile is a log of bounded size.
-type logFile struct {
-	path string
-
-	mu     sync.Mutex
-	f      *os.File
-	size   int64
-	stderr bool // it stands for stderr too
-}
-
-func openLog(path string) (*logFile, error) {
-	l := &logFile{path: path}
-	return l, l.open()
-}
-
-func (l *logFile) open() error {
-	f, err := os.OpenFile(l.path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
-	if err != nil {
-		return err
-	}
-	st, err := f.Stat()
-	if err != nil {
-		f.Close()
-		return err
-	}
-	l.f, l.size = f, st.Size()
-	return nil
-}
-
-// Write implements [io.Writer].
-func (l *logFile) Write(b []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.size+int64(len(b)) > maxLog {
-		old := l.f
-		if err := os.Rename(l.path, l.path+".1"); err == nil {
-			if err := l.open(); err == nil {
-				if l.stderr {
-					unix.Dup3(int(l.f.Fd()), 2, 0)
-				}
-				old.Close()
-			}
-		}
-	}
-	n, err := l.f.Write(b)
-	l.size += int64(n)
-	return n, err
-}
-
-// Close closes the log.
-func (l *logFile) Close() error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.f.Close()
 }

@@ -181,6 +181,7 @@ func (f *fsckFlags) check(ctx context.Context, dir string) error {
 // does about the other findings what can be done.
 func (f *fsckFlags) mend(ctx context.Context, dir string) error {
 	f.clearLine()
+	ignorePipe() // not in the middle of a repair
 	u, err := f.unlock(ctx, dir, false)
 	if err != nil {
 		return err

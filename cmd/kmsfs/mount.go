@@ -190,7 +190,7 @@ func (f *mountFlags) parseOptions() error {
 // remount is mount -o remount: ro, rw, exec, suid and the like. What else a mount was
 // given stays.
 func (f *mountFlags) remount(mountPoint string) error {
-	real, m, err := mountAt(mountPoint)
+	m, err := mountAt(mountPoint)
 	if err != nil {
 		return err
 	}
@@ -199,9 +199,9 @@ func (f *mountFlags) remount(mountPoint string) error {
 	} else if err := volume.Writer(m.source); err != nil && !errors.Is(err, volume.ErrLocked) {
 		return err
 	} else if err == nil {
-		return hint(fmt.Errorf("%s was mounted read-only", real), "kmsfs umount %s, and mount it again", real)
+		return hint(fmt.Errorf("%s was mounted read-only", m.dir), "kmsfs umount %s, and mount it again", m.dir)
 	}
-	return fs.Remount(real, f.pass)
+	return fs.Remount(m.dir, f.pass)
 }
 
 // places checks both directories, and takes a dead mount away.
@@ -212,8 +212,8 @@ func (f *mountFlags) places(cipherDir, mountPoint string) (c, m string, err erro
 	if c, err = realDir(cipherDir); err != nil {
 		return "", "", err
 	}
-	if isDead(mountPoint) {
-		if err := cleanDead(mountPoint); err != nil {
+	if dead, err := mountAt(mountPoint); err == nil && dead.isDead() {
+		if err := dead.cleanDead(); err != nil {
 			return "", "", fmt.Errorf("%s has a dead mount that cannot be cleaned up: %w", mountPoint, err)
 		}
 		say("cleaned up a dead mount at %s", mountPoint)
@@ -259,6 +259,7 @@ func realDir(dir string) (string, error) {
 
 // serve opens the volume, mounts it, and returns after it was unmounted.
 func (f *mountFlags) serve(ctx context.Context, cipherDir, mountPoint string) error {
+	ignorePipe()
 	f.aws.Meter = &keystore.Meter{}
 	u, err := f.unlock(ctx, cipherDir)
 	if err != nil {
@@ -297,12 +298,19 @@ func (f *mountFlags) serve(ctx context.Context, cipherDir, mountPoint string) er
 	if err != nil {
 		return errors.Join(mountFailed(err), v.Close())
 	}
-	mark, err := markMounted(mountPoint)
+	ctl := &control{v: v, meter: f.aws.Meter, reload: f.kms().Reload, log: logger}
+	var mark *mountMark
+	mi, err := mountAt(mountPoint)
+	if err == nil {
+		mark, err = markMounted(mi.dev)
+	}
 	if err != nil {
 		logger.Warn("umount cannot wait for this mount", "error", err)
 	}
-	ctl := &control{v: v, meter: f.aws.Meter, reload: f.kms().Reload, log: logger}
-	if err := ctl.start(mountPoint); err != nil {
+	if mi != nil {
+		err = ctl.start(mi.dev)
+	}
+	if err != nil {
 		logger.Warn("kmsfs stats, lock and reload cannot reach this mount", "error", err)
 	}
 	go f.unmountOnSignal(server, mountPoint, logger, ctl.reloadNow)
@@ -438,7 +446,7 @@ func (f *mountFlags) unmountOnSignal(server *fs.Server, mountPoint string, logge
 			return
 		}
 		if !told {
-			logger.Warn("the mount is busy; it is unmounted when it is not", "mountpoint", mountPoint, "busy", strings.Join(busy(mountPoint), ", "))
+			logger.Warn("the mount is busy; it is unmounted when it is not", "mountpoint", mountPoint, "busy", (&mountInfo{dir: mountPoint}).users())
 		}
 		time.Sleep(200 * time.Millisecond)
 	}
@@ -448,7 +456,7 @@ func (f *mountFlags) unmountOnSignal(server *fs.Server, mountPoint string, logge
 // directory.
 func (f *mountFlags) logger(id blockcrypt.ID) (io.WriteCloser, string, error) {
 	if f.foreground {
-		return nopCloser{os.Stderr}, "", nil
+		return newPipeLog(os.Stderr), "", nil
 	}
 	dir, err := stateDir()
 	if err != nil {
@@ -458,7 +466,3 @@ func (f *mountFlags) logger(id blockcrypt.ID) (io.WriteCloser, string, error) {
 	l, err := openLog(path)
 	return l, path, err
 }
-
-type nopCloser struct{ io.Writer }
-
-func (nopCloser) Close() error { return nil }

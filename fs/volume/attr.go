@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -242,15 +243,31 @@ const (
 	aclDefaultName = "system.posix_acl_default"
 )
 
+// ChangesMode reports whether setting or removing an attribute can change the mode of the
+// object.
+func ChangesMode(name string) bool { return passes(name) }
+
 // passes reports whether an attribute stands in the ciphertext as it is: the
 // kernel must read it.
 func passes(name string) bool {
 	return name == capabilityName || name == aclAccessName || name == aclDefaultName
 }
 
+// ofKernel are the attributes of security.* that security modules of the kernel set and read
+// by themselves (linux/xattr.h). Encrypted they would mean nothing to them.
+var ofKernel = []string{"security.selinux", "security.ima", "security.evm", "security.apparmor", "security.bpf", "security.landlock"}
+
+// refused reports whether an attribute is one that a volume does not take.
+func refused(name string) bool {
+	return slices.Contains(ofKernel, name) || strings.HasPrefix(name, "security.SMACK64") || strings.HasPrefix(name, "security.bpf.")
+}
+
 func (n *Node) attrName(name string) (string, error) {
 	if passes(name) {
 		return name, nil
+	}
+	if refused(name) {
+		return "", unix.EOPNOTSUPP
 	}
 	if enc, err := n.v.vk.EncodeAttr(name); err == nil {
 		if len(enc) > 255 {
@@ -359,7 +376,7 @@ func (n *Node) Listxattr() ([]byte, error) {
 		case plain == "":
 			continue
 		case passes(plain):
-		case strings.HasPrefix(plain, "user."), strings.HasPrefix(plain, "trusted."):
+		case strings.HasPrefix(plain, "user."), strings.HasPrefix(plain, "trusted."), strings.HasPrefix(plain, "security."+blockcrypt.Reserved):
 			if plain, err = n.v.vk.DecodeAttr(plain); err != nil {
 				n.v.report(n.where(), "an extended attribute is not shown", err)
 				continue

@@ -404,7 +404,7 @@ func (c *checker) checkAttrs(fd int, e dirent, j checkJob) {
 		return
 	}
 	for name := range strings.SplitSeq(string(raw), "\x00") {
-		if !strings.HasPrefix(name, "user.kmsfs.") && !strings.HasPrefix(name, "trusted.kmsfs.") { // others a mount does not show
+		if _, rest, _ := strings.Cut(name, "."); !strings.HasPrefix(rest, blockcrypt.Reserved) { // a mount does not show it
 			continue
 		}
 		f := Finding{Path: j.cpath, Name: j.ppath, Grade: Damaged, What: string(blockcrypt.BadValue), Advice: "set the attribute anew, or remove it with setfattr"}

@@ -62,7 +62,7 @@ func TestOtherHostWrites(t *testing.T) {
 	w.want("f", []byte("content"))
 }
 
-// Who holds the volume is told to another process of the same host too.
+// The writer is named to another process of the same host too.
 func TestOwnHostWrites(t *testing.T) {
 	w := newWorld(t, volume.Options{})
 	locked, ok := errors.AsType[*volume.LockedError](volume.Writer(w.dir))

@@ -55,7 +55,7 @@ func (f *file) lose(b []byte, off int64, err error) {
 const leastEqual = 64
 
 // lacks returns the bytes of the file at which it differs from b at off, or ends before.
-// A file that is immutable keeps what it has: only bytes behind its end are lacking. mu is
+// A file that is immutable keeps its bytes: only bytes behind its end are lacking. mu is
 // held.
 func (f *file) lacks(b []byte, off int64, immutable bool) (out ranges) {
 	end := off + int64(len(b))
