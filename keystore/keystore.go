@@ -115,6 +115,7 @@ type Error struct {
 	Op        string // "generate", "wrap", "unwrap", "describe"
 	RequestID string // the service's, if it gave one
 	Hint      string // what to do about it, if that is known
+	Answered  bool   // of an outage: the service did answer, and only asks for fewer calls
 	Err       error
 }
 

@@ -20,13 +20,15 @@ type standing struct {
 	Store
 	immediate bool // it waits for nobody, and is always good
 
-	proven  time.Duration // by the ring's clock
-	bad     *Error        // the verdict on the key: revoked, denied
-	down    *Error        // it cannot be asked: an outage, no credentials
-	next    time.Duration // when it is asked again
-	pause   time.Duration // between askings while it is bad or down
-	probing bool
-	suspect bool // a call was denied: the key, or only that file?
+	proven   time.Duration // by the ring's clock
+	answered time.Duration // when the service last answered anything
+	bad      *Error        // the verdict on the key: revoked, denied
+	down     *Error        // it cannot be asked: an outage, no credentials
+	next     time.Duration // when it is asked again
+	pause    time.Duration // between askings while it is bad or down
+	away     bool          // as Reach was told
+	probing  bool
+	suspect  bool // a call was denied: the key, or only that file?
 
 	samples []sample // what a probe unwraps, in turn
 	turn    int
@@ -49,9 +51,9 @@ const (
 	longRetry   = 30 * time.Second
 	probeAtMost = 20 * time.Second
 	watchEvery  = time.Second
-	remembered  = time.Minute // a refusal to wrap new keys
-	lockWaits   = 500         // milliseconds, for calls that are under way
-	justNow     = time.Second // for an answer to others
+	remembered  = time.Minute     // a refusal to wrap new keys
+	lockWaits   = 500             // milliseconds, for calls that are under way
+	lately      = 5 * time.Second // for an answer to others
 )
 
 // now is CLOCK_BOOTTIME, which goes on while the machine sleeps.
@@ -100,16 +102,21 @@ func (s *standing) learn(b Binding, w Wrapped) {
 	s.samples[1+rand.IntN(maxSamples-1)] = sample{b, w} // the first, the volume's own key, stays
 }
 
-// note draws the conclusions from the outcome of a call: op is "generate" or
-// "unwrap", probe says that it was made to see. One that failed where another has just
-// been answered was unlucky, and says nothing of the service. mu is held.
+// note draws the conclusions from the outcome of a call: op is "generate" or "unwrap", probe
+// says that it was made to see. One that failed while the service answered others, or asked
+// for fewer calls, was unlucky, and says nothing of the service. mu is held.
 func (r *Ring) note(s *standing, op string, probe bool, err error) {
 	t := r.o.Now()
 	e, _ := errors.AsType[*Error](err)
 	defer r.noted()
-	switch {
-	case s.immediate || err != nil && e == nil:
+	if s.immediate || err != nil && e == nil {
 		return
+	}
+	unlucky := e != nil && e.Kind == Outage && (e.Answered || s.answered > 0 && t-s.answered < lately)
+	if e == nil || e.Answered || e.Kind != Outage && e.Kind != Credentials && e.Kind != Canceled {
+		s.answered = t
+	}
+	switch {
 	case err == nil && op != "wrap":
 		s.proven = t
 		if s.bad == nil || probe || op == "unwrap" {
@@ -131,7 +138,7 @@ func (r *Ring) note(s *standing, op string, probe bool, err error) {
 		return
 	case e.Kind == Denied:
 		s.bad, s.down = e, nil
-	case e.Kind == Outage && !probe && t-s.proven < justNow && s.wrong() == nil:
+	case unlucky && !probe && s.wrong() == nil:
 		return
 	case e.Kind == Outage || e.Kind == Credentials:
 		s.down = e
@@ -303,9 +310,14 @@ func (r *Ring) tellChange() {
 	defer r.tellMu.Unlock()
 	r.mu.Lock()
 	v := r.verdict()
-	changed := (v == nil) != (r.told == nil) || v != nil && v.Kind != r.told.Kind
-	r.told = v
+	// A lock is another verdict than the lack of credentials, though of the same kind.
+	changed := (v == nil) != (r.told == nil) || v != nil && (v.Kind != r.told.Kind || (v == r.locked) != r.toldLock)
+	r.told, r.toldLock = v, v != nil && v == r.locked
+	reached := r.newlyReached()
 	r.mu.Unlock()
+	for _, s := range reached {
+		r.o.Reach(s.URI, s.Error)
+	}
 	if !changed {
 		return
 	}
@@ -319,6 +331,22 @@ func (r *Ring) tellChange() {
 	if r.verdict() != nil {
 		r.wipe()
 	}
+}
+
+// newlyReached returns the stores that cannot be reached since the last look, and those that
+// can again. mu is held.
+func (r *Ring) newlyReached() (out []StoreState) {
+	for _, s := range r.stores {
+		if away := s.down != nil && s.bad == nil; away != s.away {
+			s.away = away
+			st := StoreState{URI: s.URI()}
+			if away {
+				st.Error = s.down
+			}
+			out = append(out, st)
+		}
+	}
+	return out
 }
 
 // Lock makes every use of a key fail with err until Unlock, and wipes what the

@@ -330,7 +330,7 @@ func TestPoolFollowsBursts(t *testing.T) {
 			}
 		}
 		time.Sleep(time.Second)
-		at("at first", 8)
+		at("before a file is made", 0)
 		fill(t, r, 1)
 		time.Sleep(time.Second)
 		if c := r.Counts(); c.Pool < 60 {
@@ -405,7 +405,7 @@ func TestMissingRecipient(t *testing.T) {
 		if k := fill(t, r, 1)[0]; len(k.Wrapped) != 2 {
 			t.Errorf("%d recipients", len(k.Wrapped))
 		}
-		time.Sleep(2 * time.Second) // its last answer is not just now
+		time.Sleep(6 * time.Second) // its last answer was not lately
 		refuse(b, keystore.Outage)
 		for range 5 {
 			if k := fill(t, r, 1)[0]; len(k.Wrapped) != 1 || k.Wrapped[0].URI != "slow:a" {
@@ -470,7 +470,8 @@ func TestLockWhileCreating(t *testing.T) {
 func TestOldDenial(t *testing.T) {
 	s := &lateDenial{slow: slow{uri: "slow:1"}}
 	bubble(t, []keystore.Store{s}, keystore.RingOptions{Pool: 1}, func(r *keystore.Ring) {
-		time.Sleep(time.Second / 2) // the pool's first call is denied by now, and not yet answered
+		go r.NewKey(bg) // the first call, denied, and not answered for a second
+		time.Sleep(time.Second / 2)
 		begun := time.Now()
 		if _, err := r.NewKey(bg); err != nil || time.Since(begun) != time.Second/2 {
 			t.Errorf("after %v: %v", time.Since(begun), err)
@@ -513,10 +514,11 @@ func (s *keeper) Generate(ctx context.Context, b keystore.Binding) ([]byte, keys
 func TestLockCountsWhatComes(t *testing.T) {
 	s := &keeper{slow: slow{uri: "slow:1", delay: 300 * time.Millisecond}}
 	bubble(t, []keystore.Store{s}, keystore.RingOptions{Pool: 8}, func(r *keystore.Ring) {
+		fill(t, r, 1) // the pool is filled from then on
 		time.Sleep(100 * time.Millisecond)
 		r.Lock(&keystore.Error{Kind: keystore.Credentials, Err: errors.New("locked")})
 		time.Sleep(time.Second)
-		if c := r.Counts(); c.Made != 8 || c.Wasted != 8 || int(s.wraps.Load()) != 8 {
+		if c := r.Counts(); c.Made < 8 || c.Wasted != c.Made-1 || s.wraps.Load() != int32(c.Made) {
 			t.Errorf("%+v, %d calls", c, s.wraps.Load())
 		}
 	})

@@ -34,8 +34,10 @@ func (k *DataKey) Wipe() {
 const (
 	// MaxPool bounds the data keys made ahead, and with them those that a
 	// crash wastes.
-	MaxPool   = 2048
-	busyPool  = 64  // how many are made ahead once files are created
+	MaxPool = 2048
+	// FirstPool is how many are made ahead once files are created. None is before that: a
+	// reader may have no right to make keys, and denied calls trip alarms.
+	FirstPool = 64
 	poolCalls = 256 // how many are made at the same time
 
 	burstQuiet = 250 * time.Millisecond // after which the pool is filled
@@ -47,15 +49,17 @@ const (
 // The ring's mutex guards it.
 type pool struct {
 	keys    []*DataKey
-	base    int // at first; 0: none are made ahead
-	peak    int // what the last burst took
+	used    bool // a program has asked for a key
+	base    int  // how many the pool holds without use; 0: none are made ahead
+	peak    int  // what the last burst took
 	burst   int
 	last    time.Duration // when the last was taken, by the ring's clock
 	count   int           // how many were taken in all
 	pace    int           // how many were taken while a call was made, at most, of late
 	making  int
-	filling bool // from where a part of the target is gone until it is reached
-	failing bool // what makes keys ahead failed; it stops until a NewKey succeeds
+	filling bool          // from where a part of the target is gone until it is reached
+	failing bool          // what makes keys ahead failed; it stops until a NewKey succeeds
+	pause   time.Duration // until when none is made ahead, after an unlucky call
 	waiting []waiter
 }
 
@@ -73,6 +77,9 @@ type made struct {
 
 // target is how many keys the pool should hold.
 func (p *pool) target(now time.Duration) int {
+	if !p.used {
+		return 0
+	}
 	if p.base == 0 || p.peak <= p.base {
 		return p.base
 	}
@@ -82,14 +89,15 @@ func (p *pool) target(now time.Duration) int {
 
 // taken counts a creation.
 func (p *pool) taken(now time.Duration) {
+	p.used = true
 	if p.burst > 0 && now-p.last > burstPause {
-		p.peak = min(max(busyPool, p.burst), MaxPool)
+		p.peak = min(max(FirstPool, p.burst), MaxPool)
 		p.burst = 0
 		p.pace -= p.pace / 4
 	}
 	p.burst++
 	p.count++
-	p.peak = min(max(p.peak, busyPool, p.burst), MaxPool)
+	p.peak = min(max(p.peak, FirstPool, p.burst), MaxPool)
 	p.last = now
 }
 
@@ -107,7 +115,7 @@ func (p *pool) returned() {
 func (p *pool) wants(now time.Duration) bool {
 	most := p.target(now)
 	if p.burst > 0 && now-p.last < burstQuiet {
-		most = min(most, max(busyPool, 2*p.pace))
+		most = min(most, max(FirstPool, 2*p.pace))
 	}
 	has := len(p.keys) + p.making - len(p.waiting)
 	p.filling = has < most && (p.filling || has <= most*3/4)
@@ -125,7 +133,13 @@ func (r *Ring) NewKey(ctx context.Context) (*DataKey, error) {
 	}
 	if !r.waits { // a key costs less than handing one over
 		r.mu.Unlock()
-		return r.make(ctx)
+		k, err := r.make(ctx)
+		if err == nil {
+			r.mu.Lock()
+			r.counts.Made++
+			r.mu.Unlock()
+		}
+		return k, err
 	}
 	if n := len(p.keys); n > 0 && !r.stale() {
 		p.taken(r.o.Now())
@@ -189,13 +203,13 @@ func (r *Ring) refill() {
 	p := &r.pool
 	most := poolCalls
 	if r.counts.Made == 0 {
-		most = max(p.base, 1) // until it is known that one can be made
+		most = 1 // until it is known that one can be made
 	}
 	for r.ctx.Err() == nil && p.making < most {
 		purpose := ForCreate
 		if p.making >= len(p.waiting) {
 			purpose = ForPool
-			if p.failing || r.locked != nil || r.creates() != nil || !p.wants(r.o.Now()) {
+			if p.failing || r.o.Now() < p.pause || r.locked != nil || r.creates() != nil || !p.wants(r.o.Now()) {
 				return
 			}
 		}
@@ -243,6 +257,7 @@ func (r *Ring) arrived(k *DataKey, err error, begun time.Duration) (told error) 
 		}
 		unlucky := KindOf(err) == Outage && r.creates() == nil // others were not
 		p.failing = r.locked == nil && (p.failing || !unlucky)
+		p.pause = r.o.Now() + firstRetry
 	default:
 		p.keys = append(p.keys, k)
 	}

@@ -31,28 +31,30 @@ type Ring struct {
 	tellMu sync.Mutex
 
 	// mu guards the fields below. No call to a store is made under it.
-	mu     sync.Mutex
-	slab   *slab
-	cache  *cache
-	calls  map[[32]byte]*call
-	pool   pool
-	locked *Error        // by Lock
-	told   *Error        // to Changed
-	flying int           // calls to services that have not ended
-	proof  chan struct{} // closed, and another one, whenever a call has ended
-	counts Counts
+	mu       sync.Mutex
+	slab     *slab
+	cache    *cache
+	calls    map[[32]byte]*call
+	pool     pool
+	locked   *Error        // by Lock
+	told     *Error        // to Changed
+	toldLock bool          // told is that of Lock
+	flying   int           // calls to services that have not ended
+	proof    chan struct{} // closed, and another one, whenever a call has ended
+	counts   Counts
 }
 
 // RingOptions of [NewRing]; the zero value makes no keys ahead.
 type RingOptions struct {
-	Pool    int                  // data keys made ahead at first; grows with use up to MaxPool
-	MaxAge  time.Duration        // how long a proof that a key may be used is good for; 5 min if zero
-	Grace   time.Duration        // how long cached keys are used while a service cannot be reached; 1 h if zero, not at all if negative
-	EachKey bool                 // a key is used for MaxAge only, whatever was proven of others
-	Sample  []Wrapped            // of the volume key: what a probe unwraps before there are files
-	Report  func(error)          // told of what failed in the background
-	Changed func(verdict error)  // told when no key can be used any more, and with nil when one can again
-	Now     func() time.Duration // the clock, for tests; CLOCK_BOOTTIME if nil
+	Pool    int                         // data keys made ahead at first; grows with use up to MaxPool
+	MaxAge  time.Duration               // how long a proof that a key may be used is good for; 5 min if zero
+	Grace   time.Duration               // how long cached keys are used while a service cannot be reached; 1 h if zero, not at all if negative
+	EachKey bool                        // a key is used for MaxAge only, whatever was proven of others
+	Sample  []Wrapped                   // of the volume key: what a probe unwraps before there are files
+	Report  func(error)                 // told of what failed in the background
+	Changed func(verdict error)         // told when no key can be used any more, and with nil when one can again
+	Reach   func(uri string, err error) // told when a store cannot be reached any more, and with nil when it can again
+	Now     func() time.Duration        // the clock, for tests; CLOCK_BOOTTIME if nil
 }
 
 const maxCached = 16384
@@ -75,6 +77,9 @@ func NewRing(volume [16]byte, stores []Store, o RingOptions) *Ring {
 	}
 	if o.Now == nil {
 		o.Now = now
+	}
+	if o.Reach == nil {
+		o.Reach = func(string, error) {}
 	}
 	if o.Changed == nil {
 		o.Changed = func(error) {}

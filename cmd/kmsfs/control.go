@@ -30,7 +30,7 @@ import (
 type control struct {
 	v      *volume.Volume
 	meter  *keystore.Meter
-	reload func()
+	reload func(context.Context) error
 	log    *slog.Logger
 	since  time.Time
 
@@ -109,16 +109,25 @@ func (c *control) start(dev string) (err error) {
 		}
 	})
 	mux.HandleFunc("POST /unlock", func(http.ResponseWriter, *http.Request) { c.v.Unlock() })
-	mux.HandleFunc("POST /reload", func(http.ResponseWriter, *http.Request) { c.reloadNow() })
+	mux.HandleFunc("POST /reload", func(w http.ResponseWriter, r *http.Request) {
+		if err := c.reloadNow(r.Context()); err != nil {
+			http.Error(w, fmt.Sprintf("the old credentials stay: %v", err), http.StatusInternalServerError)
+		}
+	})
 	c.srv = &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, ErrorLog: slog.NewLogLogger(c.log.Handler(), slog.LevelWarn)}
 	go c.srv.Serve(l)
 	return nil
 }
 
-func (c *control) reloadNow() {
-	c.reload()
+// reloadNow loads credentials and configuration again. If that fails the old ones stay.
+func (c *control) reloadNow(ctx context.Context) error {
+	if err := c.reload(ctx); err != nil {
+		c.log.Error("credentials and configuration could not be loaded again; the old ones stay", "error", err, "hint", hintOf(err))
+		return err
+	}
 	c.v.RetryKeys()
-	c.log.Info("credentials are loaded anew")
+	c.log.Info("credentials and configuration were loaded again")
+	return nil
 }
 
 func (c *control) stop() {
@@ -187,8 +196,9 @@ func controlCommands() []*cobra.Command {
 disk first, and the kernel forgets what it knows of the files. Until kmsfs
 unlock everything in the mount answers "Key has expired", and nothing waits.`, "lock", "%s is locked."),
 		simple("unlock", "Let a locked volume be used again", "Let a locked volume be used again: keys are asked for as they are needed.", "unlock", "%s is unlocked."),
-		simple("reload", "Load AWS credentials and configuration anew", `Load AWS credentials and configuration anew, as SIGHUP does. A refusal of
-credentials does that by itself, once.`, "reload", "%s loads its credentials anew."),
+		simple("reload", "Load AWS credentials and configuration again", `Load AWS credentials and configuration again, as SIGHUP does. If there are none
+that can be used, the command fails and the mount keeps the old ones. A refusal
+of credentials by AWS does the same by itself, once.`, "reload", "%s has loaded its credentials again."),
 		statsCommand(),
 	}
 }
@@ -322,6 +332,6 @@ func estimate(ms []made, trails uint) string {
 	if trails > 0 {
 		where, further = fmt.Sprintf(" where CloudTrail trails record each call, %d beside the free one", trails), ""
 	}
-	return fmt.Sprintf("Cost%s: $%.2f for each 100,000 files made or first read, and at most $%.2f a month for each mount%s. The keys themselves are $1 a month each.",
-		where, n*files*callPrice(trails), n*idle*callPrice(trails), further)
+	return fmt.Sprintf("Cost%s: $%.2f for each 100,000 files made or first read, and at most $%.2f a month for each mount%s. The first new file of a mount makes up to %d keys ahead, a burst of new files up to %d. The keys themselves are $1 a month each.",
+		where, n*files*callPrice(trails), n*idle*callPrice(trails), further, keystore.FirstPool, keystore.MaxPool)
 }

@@ -99,9 +99,9 @@ func foreground() error {
 	return os.NewSyscallError("execve", unix.Exec(self, os.Args, os.Environ()))
 }
 
-// ready tells the waiting command that the mount can be used, and leaves its
-// terminal. In the foreground it only says so.
-func ready(log io.Writer, logPath, mountPoint string) error {
+// ready tells the waiting command that the mount can be used, and leaves its terminal and,
+// unless stay is set, its directory. In the foreground it only says so.
+func ready(log io.Writer, logPath, mountPoint string, stay bool) error {
 	fd, err := strconv.Atoi(os.Getenv(readyEnv))
 	if err != nil {
 		fmt.Fprintf(log, "mounted at %s\n", mountPoint)
@@ -114,7 +114,9 @@ func ready(log io.Writer, logPath, mountPoint string) error {
 	}
 	defer null.Close()
 	_, err = unix.Setsid()
-	err = errors.Join(err, os.Chdir("/"))
+	if !stay {
+		err = errors.Join(err, os.Chdir("/"))
+	}
 	for _, std := range []int{0, 1} {
 		err = errors.Join(err, unix.Dup3(int(null.Fd()), std, 0))
 	}

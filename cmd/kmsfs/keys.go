@@ -213,7 +213,17 @@ func (k *keyFlags) named(ctx context.Context, key string, recipients []blockcryp
 			return s, nil
 		}
 	}
-	return nil, coded{fmt.Errorf("the key %s is not one that opens this: %s", key, uris(recipients)), exitKey}
+	return nil, coded{notOfThis(key, s.URI(), recipients), exitKey}
+}
+
+// notOfThis says that a key is none of the recipients. An alias may have been given to another
+// key since.
+func notOfThis(key, uri string, recipients []blockcrypt.Recipient) error {
+	if strings.Contains(key, "alias/") {
+		err := fmt.Errorf("%s now means %s; this is under %s", key, strings.TrimPrefix(uri, awskms.Scheme), uris(recipients))
+		return hint(err, "if the alias was given to another key, name the old one by its ARN: --key %s", shellWord(strings.TrimPrefix(recipients[0].URI, awskms.Scheme)))
+	}
+	return fmt.Errorf("the key %s is not one that opens this: %s", key, uris(recipients))
 }
 
 func uris(rs []blockcrypt.Recipient) string {

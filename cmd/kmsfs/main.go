@@ -20,6 +20,7 @@ func main() { os.Exit(run(os.Args)) }
 func run(args []string) int {
 	unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}) // a core dump would hold keys
 	unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0)     // nor may others look into the memory
+	absoluteEnvironment()                            // before anything changes the directory
 	root := command()
 	rest := args[1:]
 	// As mount(8) and umount(8) call their helpers.

@@ -314,7 +314,11 @@ func (f *mountFlags) serve(ctx context.Context, cipherDir, mountPoint string) er
 		logger.Warn("kmsfs stats, lock and reload cannot reach this mount", "error", err)
 	}
 	go f.unmountOnSignal(server, mountPoint, logger, ctl.reloadNow)
-	if err := ready(log, logPath, mountPoint); err != nil {
+	stay := f.usesKMS && f.kms().NeedsDirectory(ctx)
+	if stay {
+		logger.Info("the AWS configuration has relative paths, so the daemon stays in the directory in which it was started")
+	}
+	if err := ready(log, logPath, mountPoint, stay); err != nil {
 		logger.Error("going to the background failed", "error", err)
 	}
 	server.Wait()
@@ -431,11 +435,11 @@ func shellWord(s string) string {
 
 // unmountOnSignal unmounts at SIGINT and SIGTERM, as soon as nothing is in use; SIGHUP
 // reloads.
-func (f *mountFlags) unmountOnSignal(server *fs.Server, mountPoint string, logger *slog.Logger, reload func()) {
+func (f *mountFlags) unmountOnSignal(server *fs.Server, mountPoint string, logger *slog.Logger, reload func(context.Context) error) {
 	c := make(chan os.Signal, 1)
 	signal.Notify(c, unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
 	for <-c == unix.SIGHUP {
-		reload()
+		go reload(context.Background()) // what fails is in the log
 	}
 	for told := false; ; told = true {
 		err := server.Unmount()

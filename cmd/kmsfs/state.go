@@ -12,6 +12,7 @@ import (
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
+	"kmsfs/keystore/awskms"
 )
 
 // statePath is where trust records, logs and what is mounted are kept: outside
@@ -30,6 +31,19 @@ func statePath() (dir string, err error) {
 		dir = filepath.Join(home, ".local", "state", "kmsfs")
 	}
 	return dir, nil
+}
+
+// absoluteEnvironment makes the paths absolute that this program and the AWS SDK take from the
+// environment: a daemon changes its directory.
+func absoluteEnvironment() {
+	for _, name := range []string{"XDG_STATE_HOME", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR", "TMPDIR"} {
+		if path := os.Getenv(name); path != "" && !filepath.IsAbs(path) {
+			if abs, err := filepath.Abs(path); err == nil {
+				os.Setenv(name, abs)
+			}
+		}
+	}
+	awskms.AbsoluteEnvironment()
 }
 
 // stateDir is [statePath], made, and one that can be written.

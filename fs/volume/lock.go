@@ -134,6 +134,20 @@ func (v *Volume) keysChanged(verdict error) {
 	}
 }
 
+// keyServiceReached is told by the ring when a key service cannot be reached any more, and
+// when it can again.
+func (v *Volume) keyServiceReached(uri string, err error) {
+	if err == nil {
+		v.log.Info("the key service answers again", "key", uri)
+		return
+	}
+	attrs := []any{"key", uri, "error", err, "grace", v.o.Grace}
+	if e, ok := errors.AsType[*keystore.Error](err); ok && e.Hint != "" {
+		attrs = append(attrs, "hint", e.Hint)
+	}
+	v.log.Warn("the key service cannot be reached; files whose keys are known can be used until the grace period ends", attrs...)
+}
+
 // keysForWriters asks again for the wiped keys of files that somebody has open for
 // writing: what the kernel's cache takes shows here only when it is written, and
 // then the keys may be gone again. It takes so long at most, whatever disk and key

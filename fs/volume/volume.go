@@ -174,6 +174,7 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 			v.report("pool", "a data key could not be made ahead, or not for all recipients", err)
 		},
 		Changed: v.keysChanged,
+		Reach:   v.keyServiceReached,
 	})
 	u.root = -1
 	if !v.ring.MemoryLocked() {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"time"
@@ -95,16 +96,28 @@ func (a *Admin) account(ctx context.Context) (string, error) {
 	c.mu.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, c.o.Total)
 	defer cancel()
-	out, err := sts.NewFromConfig(cfg).GetCallerIdentity(ctx, nil)
+	client := sts.NewFromConfig(cfg)
+	out, err := client.GetCallerIdentity(ctx, nil)
+	if err != nil && skewed(err) { // the client knows the right time now
+		out, err = client.GetCallerIdentity(ctx, nil)
+	}
 	if err != nil {
-		return "", &keystore.Error{Kind: keystore.Denied, URI: Scheme, Op: "open", Err: brief{err}, Hint: "name the administrators and users: --admin ARN --user ARN"}
+		v, _ := a.s.verdict(ctx, "open", err)
+		if v.Kind == keystore.Denied || v.Kind == keystore.Invalid {
+			v.Hint = "name the administrators and users: --admin ARN --user ARN"
+		}
+		return "", v
 	}
 	partition, _, _ := strings.Cut(strings.TrimPrefix(aws.ToString(out.Arn), "arn:"), ":")
 	return "arn:" + partition + ":iam::" + aws.ToString(out.Account) + ":root", nil
 }
 
-// Create makes a symmetric key with this policy and alias, and returns its ARN.
+// Create makes a symmetric key with this policy and alias, and returns its ARN. It leaves no
+// key behind if the alias cannot be given to it.
 func (a *Admin) Create(ctx context.Context, alias, policy string) (string, error) {
+	if arn, ok := a.target(ctx, alias); ok {
+		return "", &keystore.Error{Kind: keystore.Invalid, URI: Scheme, Op: "create", Err: fmt.Errorf("there is a key with the alias %q already: %s", alias, arn), Hint: "use it, or choose another alias"}
+	}
 	out, err := call(ctx, a.s, "create", "CreateKey", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.CreateKeyOutput, error) {
 		return k.CreateKey(ctx, &kms.CreateKeyInput{Policy: &policy, KeySpec: types.KeySpecSymmetricDefault, KeyUsage: types.KeyUsageTypeEncryptDecrypt, Origin: types.OriginTypeAwsKms, Description: aws.String("kmsfs")}, o)
 	})
@@ -118,10 +131,34 @@ func (a *Admin) Create(ctx context.Context, alias, policy string) (string, error
 	_, err = call(ctx, a.s, "create", "CreateAlias", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.CreateAliasOutput, error) {
 		return k.CreateAlias(ctx, &kms.CreateAliasInput{AliasName: &alias, TargetKeyId: &arn}, o)
 	})
-	if e, ok := errors.AsType[*keystore.Error](err); ok {
+	if err == nil {
+		return arn, nil
+	}
+	// An earlier attempt of ours may have come through.
+	if has, ok := a.target(ctx, alias); ok && has == arn {
+		return arn, nil
+	}
+	e, ok := errors.AsType[*keystore.Error](err)
+	if _, derr := a.ScheduleDeletion(ctx, arn, 7); ok && derr == nil {
+		e.Hint = "the new key is deleted in 7 days; choose another alias, or see who may use this one"
+	} else if ok {
 		e.Hint = "the key " + arn + " was made, and has no alias; it can be used by its ARN, or deleted: kmsfs key schedule-deletion"
 	}
-	return arn, err
+	return "", err
+}
+
+// target returns the key that an alias names; ok is false if there is none, or it cannot be
+// seen.
+func (a *Admin) target(ctx context.Context, alias string) (arn string, ok bool) {
+	ctx, cancel := context.WithTimeout(ctx, a.s.c.o.Total)
+	defer cancel()
+	out, err := attempt(ctx, a.s, "DescribeKey", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.DescribeKeyOutput, error) {
+		return k.DescribeKey(ctx, &kms.DescribeKeyInput{KeyId: &alias}, o)
+	})
+	if err != nil || out.KeyMetadata == nil {
+		return "", false
+	}
+	return aws.ToString(out.KeyMetadata.Arn), true
 }
 
 // List returns the keys that have an alias which is not AWS's own.

@@ -13,20 +13,14 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"net/http"
 	"regexp"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
-	awshttp "github.com/aws/aws-sdk-go-v2/aws/transport/http"
-	"github.com/aws/aws-sdk-go-v2/config"
-	"github.com/aws/aws-sdk-go-v2/credentials/stscreds" // sessions of a role, as the SDK's chain makes them
 	"github.com/aws/aws-sdk-go-v2/service/kms"
 	"github.com/aws/aws-sdk-go-v2/service/kms/types"
-	"github.com/aws/aws-sdk-go-v2/service/sts"
-	"github.com/aws/smithy-go/logging" // the SDK's interface of a logger
 
 	"kmsfs/keystore"
 )
@@ -56,8 +50,8 @@ type Clients struct {
 	mu       sync.Mutex
 	clients  map[string]*kms.Client // by Region
 	configs  map[string]aws.Config  // likewise
-	sources  map[string]*source     // likewise
 	gates    map[string]*gate
+	source   *source // of the credentials, the same in all Regions; nil before the first client
 	region   string
 	reloaded time.Time
 }
@@ -70,7 +64,7 @@ func New(o Options) *Clients {
 	if o.Total == 0 {
 		o.Total = 15 * time.Second
 	}
-	return &Clients{o: o, clients: map[string]*kms.Client{}, configs: map[string]aws.Config{}, sources: map[string]*source{}, gates: map[string]*gate{}}
+	return &Clients{o: o, clients: map[string]*kms.Client{}, configs: map[string]aws.Config{}, gates: map[string]*gate{}}
 }
 
 // client returns the client of a Region, "" for the configured one.
@@ -94,11 +88,11 @@ func (c *Clients) client(ctx context.Context, region string) (*kms.Client, strin
 		region = cfg.Region
 		c.region = region
 	}
-	if c.sources[region] == nil && cfg.Credentials != nil {
-		c.sources[region] = c.newSource(region, cfg.Credentials)
+	if c.source == nil && cfg.Credentials != nil {
+		c.source = c.newSource(region, cfg)
 	}
-	if s := c.sources[region]; s != nil {
-		cfg.Credentials = s.cache
+	if c.source != nil {
+		cfg.Credentials = c.source.cache
 	}
 	k := kms.NewFromConfig(cfg, func(o *kms.Options) {
 		if c.o.Endpoint != "" {
@@ -110,36 +104,6 @@ func (c *Clients) client(ctx context.Context, region string) (*kms.Client, strin
 		c.gates[region] = newGate(c.o.RPS)
 	}
 	return k, region, nil
-}
-
-// load loads the SDK's configuration for a Region, "" for the configured one.
-func (c *Clients) load(ctx context.Context, region string) (aws.Config, error) {
-	hc := awshttp.NewBuildableClient().WithTransportOptions(func(t *http.Transport) {
-		t.MaxIdleConnsPerHost = mostAtOnce // the default of 10 makes most parallel calls open a connection
-		t.MaxIdleConns = mostAtOnce
-	}).WithTimeout(c.o.Attempt) // of who gives credentials, whom the SDK asks without a deadline
-	opts := []func(*config.LoadOptions) error{
-		config.WithRetryer(func() aws.Retryer { return aws.NopRetryer{} }), // retry is below
-		config.WithHTTPClient(hc),
-		config.WithLogger(logging.Nop{}), // every error is ours to tell
-		inSession(hc),
-	}
-	if c.o.Profile != "" {
-		opts = append(opts, config.WithSharedConfigProfile(c.o.Profile))
-	}
-	if region != "" {
-		opts = append(opts, config.WithRegion(region))
-	} else if c.o.Region != "" {
-		opts = append(opts, config.WithRegion(c.o.Region))
-	}
-	cfg, err := config.LoadDefaultConfig(ctx, opts...)
-	if err != nil {
-		return cfg, badConfig(err)
-	}
-	if c.o.RoleARN != "" {
-		cfg.Credentials = aws.NewCredentialsCache(stscreds.NewAssumeRoleProvider(sts.NewFromConfig(cfg), c.o.RoleARN, session), early)
-	}
-	return cfg, nil
 }
 
 // Store wraps under one KMS key.
@@ -252,8 +216,8 @@ func (s *Store) resolve(ctx context.Context, name, region string) (string, error
 	if e, ok := errors.AsType[*keystore.Error](err); ok {
 		if errors.As(err, new(*types.NotFoundException)) {
 			e.Hint = "there is no such key in Region " + region + "; give --aws-region, or name it by its ARN"
-		} else if e.Kind == keystore.Denied && e.Hint == "" {
-			e.Hint = "without kms:DescribeKey name the key by its ARN"
+		} else if e.Kind == keystore.Denied && deniesAction(err) {
+			e.Hint = "a key that is named by its ARN does without kms:DescribeKey; else see README.md, \"Key policy\""
 		}
 		return "", err
 	}
@@ -264,6 +228,12 @@ func (s *Store) resolve(ctx context.Context, name, region string) (string, error
 		return "", &keystore.Error{Kind: keystore.Outage, URI: Scheme + name, Op: "describe", Err: fmt.Errorf("KMS answered with the ARN %q", aws.ToString(md.Arn))}
 	}
 	return *md.Arn, nil
+}
+
+// deniesAction reports whether a policy denies a call, and not the credentials are bad.
+func deniesAction(err error) bool {
+	c, ok := errors.AsType[coded](err)
+	return ok && (c.ErrorCode() == "AccessDeniedException" || c.ErrorCode() == "AccessDenied")
 }
 
 func (s *Store) describe(ctx context.Context, name string) (*types.KeyMetadata, error) {

@@ -1,74 +1,35 @@
 package awskms
 
 import (
-	"cmp"
 	"context"
 	"errors"
-	"net/http"
 	"os"
 	"slices"
 	"sync"
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
-	awshttp "github.com/aws/aws-sdk-go-v2/aws/transport/http"
 	"github.com/aws/aws-sdk-go-v2/config"
-	"github.com/aws/aws-sdk-go-v2/credentials/endpointcreds"
-	"github.com/aws/aws-sdk-go-v2/credentials/stscreds" // sessions of a role, as the SDK's chain makes them
 	"github.com/aws/aws-sdk-go-v2/service/kms"
+	"github.com/aws/aws-sdk-go-v2/service/kms/types"
 
 	"kmsfs/keystore"
 )
 
 const (
-	roleSession  = time.Hour
-	renewEarly   = 5 * time.Minute
 	renewAgain   = 15 * time.Second // after a renewal that failed, or brought nothing new
 	reloadPause  = 10 * time.Second // a reload that a refusal asks for, at most so often
 	clockIsWrong = 4 * time.Minute
 )
 
-// inSession makes the SDK's chain ask for sessions of a role as for the role of the options,
-// where the configuration does not say otherwise (it does not tell of 15 minutes, which
-// are its default), and ask a container's agent as it asks all others.
-func inSession(hc *awshttp.BuildableClient) config.LoadOptionsFunc {
-	return func(o *config.LoadOptions) error {
-		for _, f := range []config.LoadOptionsFunc{
-			config.WithAssumeRoleCredentialOptions(session),
-			config.WithWebIdentityRoleCredentialOptions(func(o *stscreds.WebIdentityRoleOptions) {
-				o.RoleSessionName = cmp.Or(o.RoleSessionName, thisMachine())
-			}),
-			config.WithEndpointCredentialOptions(func(o *endpointcreds.Options) { o.HTTPClient = hc }),
-			config.WithCredentialsCacheOptions(early),
-		} {
-			if err := f(o); err != nil {
-				return err
-			}
-		}
-		return nil
-	}
-}
-
-func session(o *stscreds.AssumeRoleOptions) {
-	o.RoleSessionName = cmp.Or(o.RoleSessionName, thisMachine())
-	o.Duration = cmp.Or(o.Duration, roleSession)
-}
-
-// thisMachine names a role's sessions.
-func thisMachine() string {
-	host, _ := os.Hostname()
-	return sessionName("kmsfs-" + host)
-}
-
-func early(o *aws.CredentialsCacheOptions) { o.ExpiryWindow = renewEarly }
-
-// source gives the credentials of a Region. They are renewed early; where that fails the
-// old ones are used while they last.
+// source gives the credentials. They are renewed early; if that fails the old ones are used
+// while they last.
 //
-// Who gives them can be silent for ever, and whatever asks does not ask again while it
+// A service that gives them can be silent for ever, and the SDK does not ask again while it
 // waits. So after a silence for which no answer can be hoped (a credential_process has a
-// minute) the chain is made anew, as it is when the service has refused what it gave.
+// minute) the chain is made again, as it is when the service has refused its credentials.
 type source struct {
+	origin
 	cache           *aws.CredentialsCache // what clients use: it asks Retrieve
 	load            func() (aws.CredentialsProvider, error)
 	atMost, silence time.Duration
@@ -76,15 +37,15 @@ type source struct {
 	mu     sync.Mutex
 	chain  aws.CredentialsProvider // with a cache by [early]
 	old    *aws.Credentials
-	silent time.Time // since when nobody answers, zero where somebody does
+	silent time.Time // since when nobody answers, zero while somebody does
 
 	renewing *renewal  // after a refusal, nil if none is under way
 	refused  time.Time // when the last one has come to its end
 	renewed  bool      // what it came to
 }
 
-func (c *Clients) newSource(region string, chain aws.CredentialsProvider) *source {
-	s := &source{chain: chain, atMost: c.o.Attempt * 2 / 3, silence: c.o.Attempt * 30, refused: c.reloaded, renewed: true}
+func (c *Clients) newSource(region string, cfg aws.Config) *source {
+	s := &source{origin: c.originOf(cfg), chain: cfg.Credentials, atMost: c.o.Attempt * 2 / 3, silence: c.o.Attempt * 30, refused: c.reloaded, renewed: true}
 	s.load = func() (aws.CredentialsProvider, error) {
 		cfg, err := c.load(context.Background(), region)
 		return cfg.Credentials, err
@@ -93,13 +54,58 @@ func (c *Clients) newSource(region string, chain aws.CredentialsProvider) *sourc
 	return s
 }
 
+// failed is an error of the chain, as callers see it.
+func (s *source) failed(err error) error {
+	if err == nil {
+		return nil
+	}
+	if c, ok := errors.AsType[*credentialsError](err); ok {
+		return c
+	}
+	return &credentialsError{s.origin, err, s.passing(err)}
+}
+
+// first waits for the first credentials, as long as a credential_process may take; others are
+// waited for by each call.
+func (s *source) first(ctx context.Context) error {
+	s.mu.Lock()
+	has := s.old != nil
+	s.mu.Unlock()
+	if has || !s.process {
+		return nil
+	}
+	_, err := s.cache.Retrieve(ctx)
+	if err != nil && ctx.Err() != nil {
+		return err
+	}
+	return s.failed(err)
+}
+
+// awaitCredentials is first for a Region.
+func (c *Clients) awaitCredentials(ctx context.Context, region string) error {
+	if _, _, err := c.client(ctx, region); err != nil {
+		return err
+	}
+	c.mu.Lock()
+	s := c.source
+	c.mu.Unlock()
+	if s == nil {
+		return nil
+	}
+	return s.first(ctx)
+}
+
 // Retrieve implements [aws.CredentialsProvider].
 func (s *source) Retrieve(ctx context.Context) (aws.Credentials, error) {
-	short, cancel := context.WithTimeout(ctx, s.atMost)
-	defer cancel()
 	s.mu.Lock()
-	chain := s.chain
+	chain, atMost := s.chain, s.atMost
+	if s.process && s.old == nil {
+		atMost = s.silence
+	}
 	s.mu.Unlock()
+	short, cancel := context.WithTimeout(ctx, atMost)
+	defer cancel()
+	begun := time.Now()
 	c, err := chain.Retrieve(short)
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -111,16 +117,16 @@ func (s *source) Retrieve(ctx context.Context) (aws.Credentials, error) {
 		s.silent = time.Time{}
 	case short.Err() == nil:
 		s.silent = time.Time{}
-	case s.silent.IsZero():
-		s.silent = now
-	case now.Sub(s.silent) > s.silence:
+	case s.silent.IsZero() && now.Sub(begun) < s.silence:
+		s.silent = begun
+	case now.Sub(begun) >= s.silence || now.Sub(s.silent) > s.silence:
 		if chain, err := s.load(); err == nil && chain != nil {
 			s.chain, s.silent = chain, time.Time{}
 		}
 	}
 	if err != nil {
 		if s.old == nil || !s.old.CanExpire || !now.Before(ends(s.old)) {
-			return aws.Credentials{}, err
+			return aws.Credentials{}, s.failed(err)
 		}
 		c = *s.old
 	}
@@ -190,19 +196,6 @@ func (s *source) renew(r *renewal) {
 	close(r.done)
 }
 
-// sessionName leaves what STS takes in a name: [\w+=,.@-], 2 to 64.
-func sessionName(s string) string {
-	b := []byte(s[:min(len(s), 64)])
-	for i, c := range b {
-		switch {
-		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9', c == '.', c == '-', c == '_':
-		default:
-			b[i] = '-'
-		}
-	}
-	return string(b)
-}
-
 // badConfig says what is wrong with the configuration that the SDK loads.
 func badConfig(err error) error {
 	e := &keystore.Error{Kind: keystore.Credentials, URI: Scheme, Op: "open", Err: err, Hint: "check the AWS configuration files and --aws-profile"}
@@ -213,13 +206,38 @@ func badConfig(err error) error {
 	return e
 }
 
-// Reload makes the next calls load the configuration and its credentials anew.
-func (c *Clients) Reload() {
+// Reload loads the configuration and its credentials again. If there are none, the error says
+// why, and the old ones stay.
+func (c *Clients) Reload(ctx context.Context) error {
+	c.mu.Lock()
+	region, used := c.region, c.source != nil
+	c.mu.Unlock()
+	if !used {
+		return nil // no key of KMS is in use
+	}
+	cfg, err := c.load(ctx, region)
+	if err != nil {
+		return err
+	}
+	if cfg.Credentials == nil {
+		return &keystore.Error{Kind: keystore.Credentials, URI: Scheme, Op: "reload", Err: errors.New("no AWS credentials are configured"), Hint: credentialsHint}
+	}
+	s := c.newSource(region, cfg)
+	ctx, cancel := context.WithTimeout(ctx, s.silence)
+	defer cancel()
+	creds, err := s.chain.Retrieve(ctx)
+	if err != nil {
+		failed := s.failed(err)
+		return &keystore.Error{Kind: keystore.Credentials, URI: Scheme, Op: "reload", Err: failed, Hint: s.hint}
+	}
+	s.old = &creds
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	clear(c.clients)
-	clear(c.sources)
 	c.reloaded = time.Now()
+	s.refused = c.reloaded
+	c.source = s
+	return nil
 }
 
 // replace makes the next calls use another client than k.
@@ -231,15 +249,12 @@ func (c *Clients) replace(k *kms.Client, region string) {
 	}
 }
 
-// anew is [source.anew] of a Region.
-func (c *Clients) anew(ctx context.Context, region string, begun time.Time) bool {
+// anew is [source.anew].
+func (c *Clients) anew(ctx context.Context, begun time.Time) bool {
 	c.mu.Lock()
-	s, reloaded := c.sources[region], c.reloaded
+	s := c.source
 	c.mu.Unlock()
-	if s == nil {
-		return reloaded.After(begun) // the next client has others
-	}
-	return s.anew(ctx, begun)
+	return s != nil && s.anew(ctx, begun)
 }
 
 func (c *Clients) gate(region string) *gate {
@@ -254,12 +269,29 @@ type second int
 const (
 	clockSkew second = iota + 1 // the SDK corrects it from the answer's date
 	reload
+	notFound // a key or an alias that was just made is not seen everywhere at once
 )
 
-// secondLook reports whether a refusal is to be tried again: with the clock that
-// the service has told, then with credentials that were loaded anew; each once.
+// justMade is how long KMS is given to find a key that it did not find at first.
+const justMade = time.Second
+
+// secondLook reports whether a refusal is to be tried again: with the clock that the service
+// has told, then with credentials that were loaded again, or after a moment if it did not
+// find the key; each once. Credentials that could not be had are no refusal.
 func (s *Store) secondLook(ctx context.Context, k *kms.Client, begun time.Time, v *keystore.Error, err error, once map[second]bool) bool {
-	if v.Kind != keystore.Denied && v.Kind != keystore.Credentials || ctx.Err() != nil {
+	if ctx.Err() != nil || errors.As(err, new(*credentialsError)) {
+		return false
+	}
+	if errors.As(err, new(*types.NotFoundException)) && !once[notFound] {
+		once[notFound] = true
+		select {
+		case <-time.After(min(justMade, s.c.o.Total/10)):
+			return true
+		case <-ctx.Done():
+			return false
+		}
+	}
+	if v.Kind != keystore.Denied && v.Kind != keystore.Credentials {
 		return false
 	}
 	if !once[clockSkew] && (skewed(err) || unsigned(err)) {
@@ -269,7 +301,7 @@ func (s *Store) secondLook(ctx context.Context, k *kms.Client, begun time.Time, 
 		}
 		return true
 	}
-	if once[reload] || !s.c.anew(ctx, s.region, begun) {
+	if once[reload] || !s.c.anew(ctx, begun) {
 		return false
 	}
 	once[reload], once[clockSkew] = true, false
@@ -281,29 +313,6 @@ func (s *Store) secondLook(ctx context.Context, k *kms.Client, begun time.Time, 
 func unsigned(err error) bool {
 	c, ok := errors.AsType[coded](err)
 	return ok && slices.Contains([]string{"InvalidSignatureException", "SignatureDoesNotMatch", "RequestExpired"}, c.ErrorCode())
-}
-
-// skewed reports whether the service's clock is another than ours.
-func skewed(err error) bool {
-	r, ok := errors.AsType[*awshttp.ResponseError](err)
-	if !ok || r.Response == nil {
-		return false
-	}
-	t, perr := http.ParseTime(r.Response.Header.Get("Date"))
-	return perr == nil && time.Since(t).Abs() > clockIsWrong
-}
-
-// throttled reports whether the service has asked for fewer calls.
-func throttled(err error) bool {
-	c, ok := errors.AsType[coded](err)
-	if ok {
-		switch c.ErrorCode() {
-		case "ThrottlingException", "Throttling", "TooManyRequestsException", "RequestLimitExceeded", "LimitExceededException":
-			return true
-		}
-	}
-	h, ok := errors.AsType[httpCoded](err)
-	return ok && h.HTTPStatusCode() == http.StatusTooManyRequests
 }
 
 // TemporaryEnvironment reports whether the environment holds credentials that

@@ -80,7 +80,7 @@ func TestReload(t *testing.T) {
 		}
 		srv.Refuse("FIRST", "")
 		put("FIRST")
-		c.Reload()
+		c.Reload(t.Context())
 		if err := generate(); err != nil {
 			t.Error(err)
 		}
@@ -96,7 +96,7 @@ func TestReload(t *testing.T) {
 		t.Errorf("none that are good: %v", err)
 	}
 	put("THIRD")
-	c.Reload()
+	c.Reload(t.Context())
 	if err := generate(); err != nil {
 		t.Errorf("after Reload: %v", err)
 	}
