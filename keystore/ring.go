@@ -372,6 +372,7 @@ func (r *Ring) insert(id [32]byte, key []byte, ahead bool) {
 
 func (r *Ring) unwrap(ctx context.Context, s *standing, b Binding, w Wrapped) ([]byte, error) {
 	id := cacheID(b, w)
+	joined := false
 	for {
 		if key, err := r.cachedKey(s, id); key != nil || err != nil {
 			return key, err
@@ -411,9 +412,12 @@ func (r *Ring) unwrap(ctx context.Context, s *standing, b Binding, w Wrapped) ([
 		Waits(ctx)
 		select {
 		case <-c.done:
-			if c.err != nil && KindOf(c.err) != Canceled {
+			if c.err != nil && KindOf(c.err) != Canceled && (joined || KindOf(c.err) != Outage) {
 				return nil, c.err
 			}
+			// A call that began long before may have been out of luck: once it is made again,
+			// unless the store is down by now.
+			joined = joined || c.err != nil
 			if r.ctx.Err() != nil {
 				return nil, &Error{Kind: Canceled, URI: w.URI, Op: "unwrap", Err: r.ctx.Err()}
 			}

@@ -50,6 +50,8 @@ type Server struct {
 	blobs   []map[string]string // contexts of all calls that had one
 	agents  map[string]bool
 	refused map[string]string // access key IDs, with the error code
+	policy  *policy           // of every key, nil if all is allowed
+	roles   map[string]string // the principal's ARN by access key ID
 	noFile  string            // a file ID that a policy forbids
 	noARN   string            // an ARN whose policy forbids all
 	away    string            // a Region whose calls fail
@@ -467,6 +469,9 @@ func (s *Server) operate(op, credential string, q *request) (any, error) {
 		k.policy = q.Policy
 		return map[string]any{"KeyMetadata": s.metadata(k)}, nil
 	case "CreateAlias":
+		if _, there := s.aliases[q.AliasName]; there {
+			return nil, &kmsError{"AlreadyExistsException", "An alias with the name " + q.AliasName + " already exists"}
+		}
 		s.aliases[q.AliasName] = q.TargetKeyId[strings.LastIndex(q.TargetKeyId, "/")+1:]
 		return map[string]any{}, nil
 	}
@@ -478,6 +483,9 @@ func (s *Server) operate(op, credential string, q *request) (any, error) {
 	}
 	if s.denied[op] || op != "DescribeKey" && q.KeyId == s.noARN && q.KeyId != "" || s.noFile != "" && q.EncryptionContext["kmsfs:file"] == s.noFile {
 		return nil, &kmsError{"AccessDeniedException", "User: arn:aws:iam::" + Account + ":user/test is not authorized to perform: kms:" + op}
+	}
+	if s.policy != nil && !s.policy.allows(s.roles[credential], "kms:"+op, q.EncryptionContext) {
+		return nil, &kmsError{"AccessDeniedException", "User: " + s.roles[credential] + " is not authorized to perform: kms:" + op + " because no resource-based policy allows the action"}
 	}
 	if k == nil {
 		return nil, &kmsError{"NotFoundException", "Key '" + arn(q.KeyId) + "' does not exist"}
