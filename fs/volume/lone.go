@@ -213,7 +213,7 @@ func skipHole(r io.Reader) (blocks int64, err error) {
 		if blocks = (end - at - 1) / blockcrypt.BlockSize; blocks*blockcrypt.BlockSize <= maxGap {
 			blocks = 0
 		}
-		at, err = f.Seek(at+blocks*blockcrypt.BlockSize, io.SeekStart)
+		_, err = f.Seek(at+blocks*blockcrypt.BlockSize, io.SeekStart)
 	}
 	return blocks, err
 }

@@ -144,10 +144,10 @@ func (d *disk) makeLock(root int) error {
 	}
 	defer d.close(fd)
 	var st unix.Stat_t
-	if err := d.fstat(root, &st); err == nil && unix.Geteuid() == 0 && st.Uid != 0 {
-		err = d.chown(fd, int(st.Uid), int(st.Gid))
+	if err := d.fstat(root, &st); err != nil || unix.Geteuid() != 0 || st.Uid == 0 {
+		return err
 	}
-	return err
+	return d.chown(fd, int(st.Uid), int(st.Gid))
 }
 
 // signLock writes into kmsfs.lock who holds it. Nothing depends on it but the message that

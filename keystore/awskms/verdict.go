@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	awshttp "github.com/aws/aws-sdk-go-v2/aws/transport/http"
 	"github.com/aws/aws-sdk-go-v2/service/kms"
 	"github.com/aws/aws-sdk-go-v2/service/kms/types"
 
@@ -140,14 +141,19 @@ func try[T any](ctx context.Context, s *Store, gate *gate, name string, f func(c
 	}
 	purpose := keystore.PurposeOf(ctx)
 	// The user agent says what a call was for, and so does CloudTrail.
-	agent := func(o *kms.Options) { o.AppID = "kmsfs-" + purpose.String() }
-	atMost := s.c.o.Attempt
-	if makes[name] {
+	atMost, slow := s.c.o.Attempt, strings.HasPrefix(name, "Create")
+	if slow { // it is better to wait than to try again
 		atMost = s.c.o.Total
+	}
+	options := func(o *kms.Options) {
+		o.AppID = "kmsfs-" + purpose.String()
+		if b, ok := o.HTTPClient.(*awshttp.BuildableClient); ok && slow {
+			o.HTTPClient = b.WithTimeout(atMost)
+		}
 	}
 	begun := time.Now()
 	attempt, done := context.WithTimeout(ctx, atMost)
-	out, err = f(attempt, k, agent)
+	out, err = f(attempt, k, options)
 	done()
 	crowded = gate.leave(throttled(err))
 	if err == nil || sent(err) {

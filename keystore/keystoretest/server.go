@@ -400,8 +400,14 @@ func (s *Server) serveSTS(w http.ResponseWriter, r *http.Request, body string) {
 	if op == "AssumeRole" {
 		s.agents["session "+q.Get("RoleSessionName")+" "+q.Get("DurationSeconds")] = true
 	}
-	fail, lasts := s.fail, cmp.Or(s.session, time.Hour)
+	fail, lasts, clock := s.fail, cmp.Or(s.session, time.Hour), s.clock
 	s.mu.Unlock()
+	now := time.Now().Add(clock)
+	w.Header().Set("Date", now.UTC().Format(http.TimeFormat))
+	if signed, err := time.Parse("20060102T150405Z", r.Header.Get("X-Amz-Date")); err == nil && now.Sub(signed).Abs() > 5*time.Minute {
+		s.answerFailure(w, r, &Failure{Status: 403, Body: `<ErrorResponse><Error><Code>SignatureDoesNotMatch</Code><Message>Signature expired</Message></Error></ErrorResponse>`})
+		return
+	}
 	if fail != nil {
 		if f := fail(op); f != nil {
 			s.answerFailure(w, r, f)
