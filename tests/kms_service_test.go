@@ -334,3 +334,33 @@ func TestLockEndsWaiting(t *testing.T) {
 	want(t, v.path("d/f"), []byte("x\n"))
 	want(t, v.path("g"), []byte("x\n"))
 }
+
+// A reload that finds no credentials fails and says why; the mount keeps those that it has.
+// Relative paths mean the same after the daemon has left the directory.
+func TestReloadKeepsGoodCredentials(t *testing.T) {
+	v := newKMSVolume(t, "--key-grace", "0", "--key-max-age", "2s")
+	v.faults = true
+	write(t, v.path("f"), []byte("content"))
+	v.umount()
+	creds := filepath.Join(v.base, "credentials")
+	write(t, creds, []byte("[default]\naws_access_key_id=AKIDTEST\naws_secret_access_key=secret\n"))
+	v.env = append(v.env, "AWS_ACCESS_KEY_ID=", "AWS_SECRET_ACCESS_KEY=", "AWS_SHARED_CREDENTIALS_FILE=credentials", "AWS_EC2_METADATA_DISABLED=true")
+	v.run(`cd $B && ` + binary + ` mount --key-grace 0 --key-max-age 2s cipher mnt`)
+	want(t, v.path("f"), []byte("content"))
+	if err := os.Rename(creds, creds+".away"); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := v.try("reload", v.dir); err == nil || !strings.Contains(out, "the old credentials stay: ") || !strings.Contains(out, "none are configured") {
+		t.Errorf("reload: %v, %s", err, out)
+	}
+	time.Sleep(4 * time.Second)
+	want(t, v.path("f"), []byte("content"))
+	if err := os.Rename(creds+".away", creds); err != nil {
+		t.Fatal(err)
+	}
+	v.kmsfs("reload", v.dir)
+	want(t, v.path("f"), []byte("content"))
+	if log := v.log(); !strings.Contains(log, "could not be loaded again") || !strings.Contains(log, "were loaded again") {
+		t.Errorf("the log does not tell of the reloads:\n%s", log)
+	}
+}

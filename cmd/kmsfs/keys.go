@@ -221,7 +221,7 @@ func (k *keyFlags) named(ctx context.Context, key string, recipients []blockcryp
 func notOfThis(key, uri string, recipients []blockcrypt.Recipient) error {
 	if strings.Contains(key, "alias/") {
 		err := fmt.Errorf("%s now means %s; this is under %s", key, strings.TrimPrefix(uri, awskms.Scheme), uris(recipients))
-		return hint(err, "if the alias was given to another key, name the old one by its ARN: --key %s", shellWord(strings.TrimPrefix(recipients[0].URI, awskms.Scheme)))
+		return hint(err, "if the alias was given to another key, and the old one is yours, name it by its ARN: --key %s", shellWord(strings.TrimPrefix(recipients[0].URI, awskms.Scheme)))
 	}
 	return fmt.Errorf("the key %s is not one that opens this: %s", key, uris(recipients))
 }

@@ -56,6 +56,8 @@ func TestScripts(t *testing.T) {
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
 			// kms STATE $KEY: sets a key's state
 			"kms": func(ts *testscript.TestScript, _ bool, args []string) { server(ts).SetState(args[1], args[0]) },
+			// kmsalias ALIAS: gives the alias to a new key
+			"kmsalias": func(ts *testscript.TestScript, _ bool, args []string) { server(ts).AddKey(args[0]) },
 			// kmsdeny [OP...]: makes operations be denied
 			"kmsdeny": func(ts *testscript.TestScript, _ bool, args []string) { server(ts).Deny(args...) },
 			// eventually COMMAND...: it succeeds within some seconds
