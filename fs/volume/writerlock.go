@@ -29,6 +29,9 @@ const (
 	lockSize = 512
 )
 
+// ErrLockFile says that kmsfs.lock could not be opened.
+var ErrLockFile = errors.New("open " + lockName)
+
 // LockedError says that another mount has the volume open for writing.
 type LockedError struct {
 	Host  string    `json:"host"` // its host name
@@ -121,7 +124,7 @@ func (d *disk) openLock(root int) (int, error) {
 			}
 		}
 		if err != nil {
-			return -1, fmt.Errorf("open %s: %w", lockName, err)
+			return -1, fmt.Errorf("%w: %w", ErrLockFile, err)
 		}
 		var st unix.Stat_t
 		if err = d.fstat(fd, &st); err == nil && st.Mode&unix.S_IFMT != unix.S_IFREG {
@@ -135,8 +138,8 @@ func (d *disk) openLock(root int) (int, error) {
 	}
 }
 
-// makeLock makes kmsfs.lock. A daemon that root runs gives it to the owner of the volume, who
-// can then mount the volume too.
+// makeLock makes kmsfs.lock, for all users who may write to the root directory: each of them
+// can mount the volume.
 func (d *disk) makeLock(root int) error {
 	fd, err := d.open(root, lockName, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|fileFlags, 0o644)
 	if err != nil {
@@ -144,10 +147,15 @@ func (d *disk) makeLock(root int) error {
 	}
 	defer d.close(fd)
 	var st unix.Stat_t
-	if err := d.fstat(root, &st); err != nil || unix.Geteuid() != 0 || st.Uid == 0 {
+	if err := d.fstat(root, &st); err != nil {
 		return err
 	}
-	return d.chown(fd, int(st.Uid), int(st.Gid))
+	if unix.Geteuid() == 0 {
+		d.chown(fd, int(st.Uid), int(st.Gid))
+	} else {
+		d.chown(fd, -1, int(st.Gid)) // if the user is in the group
+	}
+	return d.chmod(fd, 0o644|st.Mode&0o022)
 }
 
 // signLock writes into kmsfs.lock who holds it. Nothing depends on it but the message that
