@@ -97,8 +97,8 @@ func hintOf(err error) string {
 		return "one mount at a time can write; unmount the other, on its host, or mount with --read-only"
 	case errors.Is(err, unix.EROFS):
 		return "mount with --read-only"
-	case errors.Is(err, volume.ErrLockFile) && errors.Is(err, fs.ErrPermission):
-		return "mount as a user who may write to the ciphertext directory and to kmsfs.lock in it, or with --read-only"
+	case errors.Is(err, volume.ErrLockFile):
+		return "kmsfs.lock must be a regular file that this user may write; if the volume is mounted nowhere, remove it and mount again; or mount with --read-only"
 	case errors.As(err, new(*volume.UnfitError)):
 		return "make the volume on another filesystem"
 	case errors.Is(err, volume.ErrOlder):

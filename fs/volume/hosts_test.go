@@ -105,6 +105,33 @@ func TestLockAnswers(t *testing.T) {
 	w.do("afterwards", try())
 }
 
+// Something else under the name of kmsfs.lock is refused, and not followed.
+func TestLockFileIsAFile(t *testing.T) {
+	w := newWorld(t, volume.Options{})
+	w.close()
+	path, outside := filepath.Join(w.dir, "kmsfs.lock"), filepath.Join(t.TempDir(), "outside")
+	w.do("write", os.WriteFile(outside, []byte("not ours"), 0o644))
+	for what, put := range map[string]func() error{
+		"a symlink":   func() error { return os.Symlink(outside, path) },
+		"a directory": func() error { return os.Mkdir(path, 0o755) },
+		"a pipe":      func() error { return unix.Mkfifo(path, 0o644) },
+	} {
+		w.do("remove", os.Remove(path))
+		w.do(what, put())
+		u, err := w.unlock()
+		w.do("unlock", err)
+		if _, err := u.Open(volume.Options{}); !errors.Is(err, volume.ErrLockFile) {
+			t.Errorf("%s: %v", what, err)
+		}
+		u.Close()
+	}
+	if b, err := os.ReadFile(outside); string(b) != "not ours" {
+		t.Errorf("a file outside was written: %q, %v", b, err)
+	}
+	w.do("remove", os.Remove(path))
+	w.open(volume.Options{})
+}
+
 // A kmsfs.lock that is exchanged while it is being locked does not count.
 func TestLockFileExchanged(t *testing.T) {
 	w := newWorld(t, volume.Options{})

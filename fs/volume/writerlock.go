@@ -10,8 +10,6 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-
-	"kmsfs/blockcrypt"
 )
 
 // One mount at a time writes to a volume. It holds two locks until it ends: flock(2) on
@@ -128,7 +126,7 @@ func (d *disk) openLock(root int) (int, error) {
 		}
 		var st unix.Stat_t
 		if err = d.fstat(fd, &st); err == nil && st.Mode&unix.S_IFMT != unix.S_IFREG {
-			err = &blockcrypt.DamageError{Class: blockcrypt.BadConfig, Pos: -1, Detail: lockName + " is not a regular file"}
+			err = fmt.Errorf("%w: it is not a regular file", ErrLockFile)
 		}
 		if err != nil {
 			d.close(fd)
