@@ -33,7 +33,7 @@ func accessOf(flags uint32) uint32 {
 func (f *fileSystem) opened(out *fuse.OpenOut, h *volume.Handle, writes bool) {
 	out.Fh = f.files.put(h)
 	switch {
-	case f.v.ReadOnly():
+	case f.v.ReadOnly() || h.Reread(): // the kernel reads the content again
 	case writes && f.v.NearFull():
 		out.OpenFlags |= fuse.FOPEN_DIRECT_IO // so that write itself fails
 	default:
@@ -109,10 +109,7 @@ func (f *fileSystem) Write(cancel <-chan struct{}, in *fuse.WriteIn, data []byte
 		}
 		return uint32(len(data)), status(err)
 	}
-	n, err := h.Write(f.with(cancel, &in.InHeader), data, int64(in.Offset))
-	if err == nil {
-		h.TouchNow() // the kernel keeps the time of what its cache writes only
-	}
+	n, err := h.WriteThrough(f.with(cancel, &in.InHeader), data, int64(in.Offset))
 	return uint32(n), status(err)
 }
 

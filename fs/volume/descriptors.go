@@ -78,14 +78,15 @@ func (v *Volume) settleOpen() {
 	}
 	for i, f := range files {
 		f.mu.Lock()
-		if f.rw && !f.closed && !f.broken && f.changes == changes[i] && !f.n.Gone() {
+		if f.fd >= 0 && f.rw && !f.closed && !f.broken && !f.keyless() && f.changes == changes[i] && !f.n.Gone() && !v.doubts.of(f.n) {
 			f.failed("settling", errors.Join(f.rest(), f.settle(changes[i])))
-			if f.hdr != nil && f.conf == 0 && !f.keyless() {
-				// A fresh file is clean at its exact length; the sync has made it durable.
+			if f.hdr != nil && f.unconfirmed() && !f.unsettled() {
+				// Clean at its exact length, and the sync has made it durable.
 				f.conf, f.durable = f.size, f.size
 				f.failed("settling", f.writeState(f.cleanFlags()))
 				f.failed("settling", f.putMtime())
 			}
+			f.synced = int64(f.changes)
 		}
 		f.mu.Unlock()
 	}
@@ -116,13 +117,14 @@ func (f *file) park(used bool) bool {
 		return false
 	}
 	defer f.mu.Unlock()
+	var st unix.Stat_t
 	switch {
-	case f.fd < 0 || f.closed || f.broken || f.touched || f.unsettled():
+	case f.fd < 0 || f.closed || f.broken || f.touched || f.syncing > 0 || f.unsettled():
 		return false
-	case f.hdr != nil && (f.keyless() || f.unconfirmed() || f.durable < f.size || f.view):
-		return false
-	case f.n.Gone(): // no name leads to it
-		return false
+	case f.hdr != nil && (f.keyless() || f.view || f.synced != int64(f.changes) || f.unconfirmed() && f.v.isBad(f.hdr.State.Session)):
+		return false // if its writeback fails, this descriptor is the one to hear of it
+	case !f.n.named() || f.n.linked.Load() || f.v.fstat(f.fd, &st) != nil || st.Nlink != 1:
+		return false // no name surely leads to it, now and after an unlink
 	}
 	f.v.disk.close(f.fd)
 	for _, fd := range f.old {
@@ -130,6 +132,13 @@ func (f *file) park(used bool) bool {
 	}
 	f.fd, f.old = -1, nil
 	return true
+}
+
+// named reports whether a name is known that leads to the node.
+func (n *Node) named() bool {
+	n.v.mu.Lock()
+	defer n.v.mu.Unlock()
+	return !n.gone && len(n.links) > 0
 }
 
 // wake opens the descriptor of a file again that park has closed.
@@ -141,9 +150,7 @@ func (f *file) wake() error {
 	if !parked {
 		return nil
 	}
-	if err := f.v.roomForFile(); err != nil {
-		return err
-	}
+	f.v.roomForFile() // if there is none, what is kept for short uses serves
 	flags := unix.O_RDONLY
 	if rw {
 		flags = unix.O_RDWR
@@ -161,11 +168,14 @@ func (f *file) wake() error {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.fd >= 0 || f.closed {
+	switch {
+	case f.fd >= 0 || f.closed:
 		f.v.disk.close(fd)
-		return nil
+	case f.rw && !rw && flags == unix.O_RDONLY: // needWrite was faster: the next attempt opens for writing
+		f.v.disk.close(fd)
+	default:
+		f.fd, f.rw = fd, rw
 	}
-	f.fd, f.rw = fd, rw
 	return nil
 }
 

@@ -146,6 +146,7 @@ func (v *Volume) Link(ctx context.Context, n, dir *Node, name string) (*Node, At
 			}
 			return err
 		}
+		n.linked.Store(true)
 		// By a descriptor: the old name may be another file's by now.
 		return n.withFD(func(old int) error { return v.linkFD(old, fd, cname) })
 	})

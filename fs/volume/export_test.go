@@ -130,3 +130,16 @@ func (v *Volume) DirFDs() int {
 
 // Closing reports whether Close was called.
 func (v *Volume) Closing() bool { return v.ends() }
+
+// GiveUp gives up every descriptor that can be, as if there were none left.
+func (v *Volume) GiveUp() {
+	v.settleOpen()
+	v.giveUpIdle()
+	v.giveUpIdle()
+}
+
+// Park gives up the descriptor of an open file, if that is possible.
+func (v *Volume) Park(h *Handle) bool { return h.f.park(true) }
+
+// Cleaned is what the walk does when it has been everywhere.
+func (v *Volume) Cleaned() error { return v.cleaned() }

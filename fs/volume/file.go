@@ -60,10 +60,16 @@ type file struct {
 	overlong bool   // the ciphertext still has pages behind its end
 	changes  uint64 // of the content
 	cuts     uint64 // of them, truncations
+	reread   bool   // loaded after a sync that failed: the kernel may have what the disk has not
 	view     bool   // of a read-only mount: size is what opens, not what the state says
 
 	mtime   unix.Timespec // what the kernel believes
 	touched bool          // the backing's mtime is another by now
+
+	// synced is the number of changes that a sync has covered, -1 if it is not known that all
+	// content is on the disk; syncing counts the fsyncs under way, which use fd without mu.
+	synced  int64
+	syncing int
 }
 
 // fresh is what a node remembers of a file that was closed before anything of
@@ -291,6 +297,9 @@ func (f *file) dropIfIdleLocked() {
 		return
 	}
 	f.n.fresh = fresh{epoch: f.epoch, inked: f.inked, sealed: f.sealed}
+	if f.broken {
+		f.n.believed = f.size
+	}
 	if f.hdr != nil {
 		f.n.fresh.file = f.hdr.File
 		if f.conf == 0 {
@@ -394,14 +403,6 @@ func (f *file) touch() {
 	}
 }
 
-// TouchNow sets the time of a write that did not go through the kernel's cache.
-func (h *Handle) TouchNow() {
-	h.f.mu.Lock()
-	defer h.f.mu.Unlock()
-	unix.ClockGettime(unix.CLOCK_REALTIME, &h.f.mtime)
-	h.f.touched = true
-}
-
 // putMtime puts the time back that the kernel believes, which our own writes
 // have moved. mu is held.
 func (f *file) putMtime() error {
@@ -431,6 +432,16 @@ func (n *Node) Open(ctx context.Context, write bool) (*Handle, error) {
 
 func (n *Node) newFile(fd int, rw bool, st *Attr) *file {
 	return &file{n: n, v: n.v, fd: fd, rw: rw, tailK: -1, born: time.Now(), mtime: st.Mtim}
+}
+
+// Reread reports, once, whether the file was loaded after a sync that failed: then what the
+// kernel has in its cache may not be what the disk has.
+func (h *Handle) Reread() bool {
+	h.f.mu.Lock()
+	defer h.f.mu.Unlock()
+	was := h.f.reread
+	h.f.reread = false
+	return was
 }
 
 // Node returns the node of the file.

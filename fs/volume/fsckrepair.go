@@ -254,10 +254,12 @@ func (v *Volume) copyBlocks(ctx context.Context, h *Handle, fd int, keys *blockc
 		}
 		if n == len(page) && blockcrypt.IsHole(page[:]) {
 			at, err := v.seek(fd, v.geo.PageOff(k), unix.SEEK_DATA)
-			if err != nil { // none is behind it
+			if errors.Is(err, unix.ENXIO) { // none is behind it
 				break
 			}
-			k = max(k, v.geo.BlockAt(at)-1)
+			if err == nil {
+				k = max(k, v.geo.BlockAt(at)-1)
+			}
 			continue
 		}
 		out, err := keys.Open(text, k, pageOf(page[:n], 0, v.geo.Lead(k)), v.geo.Capacity(k))

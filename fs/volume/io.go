@@ -155,10 +155,25 @@ func (f *file) readBlock(k int64, dst []byte) ([]byte, error) {
 // Write writes b at offset off. On an error the file keeps what it had, but for
 // whole pages of an overwrite.
 func (h *Handle) Write(ctx context.Context, b []byte, off int64) (int, error) {
-	return h.put(ctx, b, off, false)
+	return h.put(ctx, b, off, writeCopied)
 }
 
-func (h *Handle) put(ctx context.Context, b []byte, off int64, delayed bool) (int, error) {
+// WriteThrough is Write of a program past the kernel's cache, which keeps the time of its own
+// writes only.
+func (h *Handle) WriteThrough(ctx context.Context, b []byte, off int64) (int, error) {
+	return h.put(ctx, b, off, writeThrough)
+}
+
+// writeHow says how content comes to the file.
+type writeHow int
+
+const (
+	writeCopied  writeHow = iota // within the daemon
+	writeThrough                 // from a program
+	writeDelayed                 // from the kernel's cache
+)
+
+func (h *Handle) put(ctx context.Context, b []byte, off int64, how writeHow) (int, error) {
 	if !h.write {
 		return 0, unix.EBADF
 	}
@@ -166,13 +181,17 @@ func (h *Handle) put(ctx context.Context, b []byte, off int64, delayed bool) (in
 		return 0, nil
 	}
 	f := h.f
-	unlock, err := f.lockForContent(ctx, delayed)
+	unlock, err := f.lockForContent(ctx, how == writeDelayed)
 	if err != nil {
 		return 0, err
 	}
 	defer unlock()
 	if err := f.write(b, off, int64(len(b))); err != nil {
 		return 0, f.failed("write", err)
+	}
+	if how == writeThrough {
+		unix.ClockGettime(unix.CLOCK_REALTIME, &f.mtime)
+		f.touched = true
 	}
 	return len(b), nil
 }
@@ -187,6 +206,9 @@ func (h *Handle) CopyFrom(ctx context.Context, in *Handle, inOff, outOff, n int6
 		if m = min(m, n-done); hole && m > maxGap {
 			err = h.zero(ctx, outOff+done, m)
 		} else {
+			if m == 0 { // behind the end, where bytes can be lost
+				m = n - done
+			}
 			m, err = h.copyChunk(ctx, in, (*buf)[:min(m, copyChunk)], inOff+done, outOff+done)
 		}
 		if err != nil {
@@ -216,8 +238,8 @@ func (h *Handle) copyChunk(ctx context.Context, in *Handle, b []byte, inOff, out
 	return int64(n), err
 }
 
-// extent is [file.extent]; data of no length behind the end, and all data where the backing
-// filesystem fails to tell.
+// extent is [file.extent]; data of no length behind the end. All is data if the backing
+// filesystem fails to tell, or if bytes were lost, which must not be taken for a hole.
 func (h *Handle) extent(off int64) (hole bool, n int64) {
 	f := h.f
 	unlock, err := f.awake()
@@ -228,7 +250,7 @@ func (h *Handle) extent(off int64) (hole bool, n int64) {
 	if off < 0 || off >= f.size {
 		return false, 0
 	}
-	if hole, n, err = f.extent(off); err != nil {
+	if hole, n, err = f.extent(off); err != nil || f.n.anyLost.Load() {
 		return false, f.size - off
 	}
 	return hole, n
@@ -267,6 +289,13 @@ func (f *file) lockForContent(ctx context.Context, delayedWrite bool) (unlock fu
 		}
 		if f.fd < 0 || f.keyless() || f.refuses(delayedWrite) != nil { // just now
 			f.mu.Unlock()
+			continue
+		}
+		if !f.rw { // it was immutable when its descriptor was opened again
+			f.mu.Unlock()
+			if err := f.needWrite(); err != nil {
+				return nil, err
+			}
 			continue
 		}
 		if f.size > 0 || f.next != nil {
@@ -532,5 +561,5 @@ func (f *file) guard(at, first, last int64) error {
 	if first > last {
 		return nil
 	}
-	return f.v.settlePages(f.fd, at, f.v.geo.PageOff(last+1)-at)
+	return f.waited(f.v.settlePages(f.fd, at, f.v.geo.PageOff(last+1)-at))
 }

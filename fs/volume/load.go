@@ -21,7 +21,8 @@ func (n *Node) load() (*file, error) {
 	}
 	// After a sync that failed, of this mount or of one that ended badly, the page cache
 	// can say more than the disk has.
-	if n.v.doubts.of(n) || n.v.repairs() {
+	doubted := n.v.doubts.of(n)
+	if doubted || n.v.repairs() {
 		n.v.forgetPages(f.fd, 0, 0)
 	}
 	if st.Size > 0 {
@@ -29,6 +30,10 @@ func (n *Node) load() (*file, error) {
 	}
 	if err == nil {
 		n.v.doubts.end(n)
+		if f.reread = doubted; n.believed > f.size {
+			f.loseEnd(n.believed)
+		}
+		n.believed = 0
 		if f.whole && st.Blocks*512 > st.Size+reservedLeast {
 			f.reserved = st.Blocks * 512 // so many were reserved, and left so when it settled
 		}
@@ -183,13 +188,13 @@ func (f *file) takeState(length int64) error {
 		}
 		return &blockcrypt.DamageError{Class: blockcrypt.BadSize, Pos: -1, Detail: fmt.Sprintf("the file is %d bytes long, not the %d of %d bytes of plaintext", length, v.geo.Exact(s.Size), s.Size)}
 	}
-	f.size, f.conf, f.durable = s.Size, s.Size, s.Size
+	f.size, f.conf, f.durable, f.synced = s.Size, s.Size, s.Size, int64(f.changes)
 	last := f.n.fresh
 	if last.file == f.hdr.File && last.inked {
 		f.epoch, f.inked, f.sealed = last.epoch, true, last.sealed
 	}
 	if v.isBad(s.Session) { // closed by this mount, not known to be on the disk
-		f.durable = s.Floor
+		f.durable, f.synced = s.Floor, -1
 		if last.file == f.hdr.File && !last.born.IsZero() && time.Since(last.born) < freshFor && s.Floor == 0 && s.Session == v.session.Load() {
 			f.conf, f.born = 0, last.born
 		}
@@ -262,7 +267,7 @@ func (n *Node) needsRepair() (bool, error) {
 	}
 	defer n.v.disk.close(fd)
 	b := make([]byte, n.v.geo.Header())
-	n.v.forgetPages(fd, 0, int64(len(b))) // as load does
+	n.v.forgetPages(fd, 0, 0) // as load does; a part of a file may be less than the kernel can forget
 	m, err := n.v.pread(fd, b, 0)
 	if err != nil {
 		return false, err

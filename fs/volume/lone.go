@@ -159,7 +159,7 @@ func Encrypt(ctx context.Context, w *os.File, r io.Reader, stores []keystore.Sto
 // sealAll writes the blocks of all that r holds, without the header. Long holes of a file stay
 // holes.
 func sealAll(w *os.File, r io.Reader, g blockcrypt.Geometry, keys *blockcrypt.FileKeys) (size int64, sparse bool, err error) {
-	epoch := blockcrypt.NewEpoch()
+	epoch, skipped := blockcrypt.NewEpoch(), int64(0)
 	text := make([]byte, blockcrypt.BlockSize)
 	page := make([]byte, blockcrypt.PageSize)
 	for k := int64(0); ; k++ {
@@ -167,6 +167,9 @@ func sealAll(w *os.File, r io.Reader, g blockcrypt.Geometry, keys *blockcrypt.Fi
 			epoch = blockcrypt.NewEpoch()
 		}
 		n, err := io.ReadFull(r, text[:g.Capacity(k)])
+		if n == 0 && skipped > 0 {
+			return 0, false, errors.New("read the plaintext: the file has become shorter")
+		}
 		if n > 0 {
 			keys.Seal(page, k, epoch, text[:n])
 			if _, err := w.WriteAt(page[:blockcrypt.SealedSize(n)], g.PageOff(k)+int64(g.Lead(k))); err != nil {
@@ -180,9 +183,8 @@ func sealAll(w *os.File, r io.Reader, g blockcrypt.Geometry, keys *blockcrypt.Fi
 		case err != nil:
 			return 0, false, fmt.Errorf("read the plaintext: %w", err)
 		}
-		if blockcrypt.IsHole(text) {
-			skipped, err := skipHole(r)
-			if err != nil {
+		if skipped = 0; blockcrypt.IsHole(text) {
+			if skipped, err = skipHole(r); err != nil {
 				return 0, false, fmt.Errorf("read the plaintext: %w", err)
 			}
 			k, size, sparse = k+skipped, size+skipped*blockcrypt.BlockSize, sparse || skipped > 0

@@ -23,7 +23,7 @@ type lost struct {
 // bytes that the file does not have are EIO for readers, and an error at each flush and
 // fsync, until they are written again or the file is cut.
 func (h *Handle) WriteDelayed(ctx context.Context, b []byte, off int64) error {
-	_, err := h.put(ctx, b, off, true)
+	_, err := h.put(ctx, b, off, writeDelayed)
 	if err != nil {
 		h.f.lose(b, off, err)
 	}
@@ -47,6 +47,17 @@ func (f *file) lose(b []byte, off int64, err error) {
 		n.lost.bytes = n.lost.bytes.with(r.first, r.last)
 	}
 	n.lost.err, n.lost.told = err, false
+	n.anyLost.Store(true)
+}
+
+// loseEnd notes that the bytes from the file's end to believed are lost: the kernel goes on to
+// believe in a file of that size, and would show zeros.
+func (f *file) loseEnd(believed int64) {
+	n := f.n
+	n.lostMu.Lock()
+	defer n.lostMu.Unlock()
+	n.lost.bytes = n.lost.bytes.with(f.size, believed-1)
+	n.lost.err, n.lost.told = unix.EIO, false
 	n.anyLost.Store(true)
 }
 

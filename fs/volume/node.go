@@ -53,6 +53,9 @@ type Node struct {
 	file   atomic.Pointer[file]
 	fresh  fresh // guarded by openMu
 	sound  bool  // guarded by openMu: no earlier session has left it to be repaired
+
+	believed int64       // guarded by openMu: the size that a file had when it broke, which the kernel goes on to believe in
+	linked   atomic.Bool // another name was made in this mount
 }
 
 // link is one name of a node.

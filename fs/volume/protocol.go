@@ -94,10 +94,17 @@ func (f *file) settleHead() error {
 	case f.v.calm:
 		return nil
 	case f.conf > 0:
-		return f.v.settlePages(f.fd, 0, blockcrypt.PageSize)
+		return f.waited(f.v.settlePages(f.fd, 0, blockcrypt.PageSize))
 	default:
-		return f.v.waitPages(f.fd, 0, blockcrypt.PageSize)
+		return f.waited(f.v.waitPages(f.fd, 0, blockcrypt.PageSize))
 	}
+}
+
+// waited notes an error of sync_file_range(2): it is that of any page of the file, and fsync
+// does not tell it a second time. mu is held.
+func (f *file) waited(err error) error {
+	f.syncFailed(err)
+	return err
 }
 
 // beforeGrowth is the tail rule and the flags that must be durable before the
@@ -423,7 +430,7 @@ func (f *file) sync() error {
 		err := f.v.fsync(f.fd)
 		f.syncFailed(err)
 		if err == nil {
-			f.durable = f.size
+			f.durable, f.synced = f.size, int64(f.changes)
 		}
 		return err
 	}
@@ -438,17 +445,22 @@ func (f *file) sync() error {
 			return err
 		}
 	}
-	size, cuts := f.size, f.cuts
+	size, cuts, changes := f.size, f.cuts, f.changes
 	f.conf = max(f.conf, size) // confirmed counts from here
-	err := f.putMtime()
-	fd := f.fd
-	f.mu.Unlock()
-	if err == nil {
-		err = f.v.fsync(fd)
-		f.mu.Lock()
-		f.syncFailed(err)
+	if err := f.putMtime(); err != nil {
 		f.mu.Unlock()
+		return err
 	}
+	fd := f.fd
+	f.syncing++
+	f.mu.Unlock()
+	err := f.v.fsync(fd)
+	f.mu.Lock()
+	f.syncing--
+	if f.syncFailed(err); err == nil {
+		f.synced = max(f.synced, int64(changes))
+	}
+	f.mu.Unlock()
 	if err != nil {
 		return err
 	}
@@ -477,7 +489,9 @@ func (f *file) datasync() error {
 		return unix.EIO
 	}
 	err := f.v.datasync(f.fd)
-	f.syncFailed(err)
+	if f.syncFailed(err); err == nil {
+		f.synced = int64(f.changes)
+	}
 	return err
 }
 
@@ -549,7 +563,7 @@ func (v *Volume) syncAll() error {
 		v.stuck.Store(true)
 		for _, f := range v.files() {
 			f.mu.Lock()
-			if f.rw && !f.closed && f.unsettled() {
+			if f.rw && !f.closed && f.hdr != nil && (f.unsettled() || f.durable < f.size || f.synced != int64(f.changes)) {
 				f.syncFailed(err)
 			}
 			f.mu.Unlock()
@@ -565,7 +579,7 @@ func (f *file) settle(changes uint64) error {
 	if !f.unsettled() || f.closed || f.changes != changes {
 		return nil
 	}
-	f.conf, f.durable = f.size, f.size
+	f.conf, f.durable, f.synced = f.size, f.size, int64(f.changes)
 	if err := f.writeState(f.cleanFlags()); err != nil {
 		return err
 	}

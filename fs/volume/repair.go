@@ -131,6 +131,7 @@ func (f *file) repair(length int64) error {
 	f.size, f.conf, f.durable, f.whole = r.size, r.size, was.Floor, true
 	f.holes, f.known = nil, false
 	changed := len(r.short) > 0 || r.last || length != g.Exact(r.size) && length != g.Whole(r.size)
+	unsure := v.doubts.of(f.n) // the sync at the mount's begin does not cover it
 	if err := f.reseal(r); err != nil {
 		return err
 	}
@@ -142,6 +143,10 @@ func (f *file) repair(length int64) error {
 			return err
 		}
 		v.log.Warn("a file was repaired", "at", f.n.where(), "bytes", r.size, "bytes it had", was.Size)
+	} else if unsure {
+		if err := f.datasync(); err != nil {
+			return err
+		}
 	}
 	f.touched = true
 	return f.settleRepaired()

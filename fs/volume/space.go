@@ -156,6 +156,12 @@ func (h *Handle) Seek(off int64, whence int) (int64, error) {
 	if off < 0 || off >= f.size {
 		return 0, unix.ENXIO
 	}
+	if f.n.anyLost.Load() { // bytes that were lost are no hole
+		if whence == unix.SEEK_HOLE {
+			return f.size, nil
+		}
+		return off, nil
+	}
 	for off < f.size {
 		hole, n, err := f.extent(off)
 		if err != nil || hole == (whence == unix.SEEK_HOLE) {
@@ -174,12 +180,14 @@ func (f *file) extent(off int64) (hole bool, n int64, err error) {
 	if f.flags()&blockcrypt.Sparse == 0 || k == last {
 		return false, rest, nil
 	}
-	data, err := f.dataFrom(k)
-	if err != nil {
-		return false, 0, err
-	}
-	if data = min(data, last); data > k {
-		return true, g.Start(data) - off, nil
+	if k > 0 { // block 0 is never a hole
+		data, err := f.dataFrom(k)
+		if err != nil {
+			return false, 0, err
+		}
+		if data = min(data, last); data > k {
+			return true, g.Start(data) - off, nil
+		}
 	}
 	at, err := f.v.seek(f.fd, g.PageOff(k+1)-1, unix.SEEK_HOLE)
 	if err != nil {

@@ -441,11 +441,14 @@ func (v *Volume) repairs() bool {
 
 // cleaned forgets the bad sessions: the walk has been everywhere.
 func (v *Volume) cleaned() error {
-	if err := v.syncfs(v.rootD); err != nil {
+	if err := v.syncAll(); err != nil {
 		return err
 	}
 	v.markerMu.Lock()
 	defer v.markerMu.Unlock()
+	if v.stuck.Load() { // a sync failed: a repair may not be on the disk
+		return errStuck
+	}
 	v.mu.Lock()
 	clear(v.bad)
 	mine := v.mine
