@@ -272,3 +272,44 @@ func TestCopyWithoutSymlinks(t *testing.T) {
 		t.Error("README does not say what a backup must copy")
 	}
 }
+
+// A write that was lost to a full disk can be made again, wherever it begins.
+func TestRetryOfLostWrite(t *testing.T) {
+	base := openBase(t)
+	disk := loopDisk(t, base, "300M", "mkfs.ext4", "-q", "-m", "0")
+	m := newVolumeOn(t, base, disk)
+	m.faults = true
+	f := open(t, m.path("f"), os.O_RDWR|os.O_CREATE)
+	old, late := noise(40000), noise(3<<20)
+	if _, err := f.Write(old); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	m.run(`fallocate -l $(( $(df --output=avail -B1 ` + disk + ` | tail -1) - 300000 )) ` + disk + `/fill`)
+	if _, err := f.WriteAt(late, 40000); err == nil { // the kernel's cache takes it
+		if err := f.Sync(); err == nil {
+			t.Skip("the disk was not full")
+		}
+	}
+	if err := os.Remove(filepath.Join(disk, "fill")); err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, 10)
+	if _, err := f.ReadAt(b, 39980); err != nil || !bytes.Equal(b, old[39980:39990]) {
+		t.Errorf("durable bytes: %v", err)
+	}
+	if _, err := f.WriteAt(late, 40000); err != nil {
+		t.Fatalf("the write again: %v", err)
+	}
+	f.Sync() // the kernel may tell once more of the first time
+	if err := f.Sync(); err != nil {
+		t.Error("fsync:", err)
+	}
+	if err := f.Close(); err != nil {
+		t.Error("close:", err)
+	}
+	m.remount()
+	want(t, m.path("f"), append(old, late...))
+}

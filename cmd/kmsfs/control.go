@@ -150,7 +150,21 @@ func ask(dir, method, what string, out any) error {
 	if err != nil {
 		return err
 	}
-	path, err := socketPath(m.dev)
+	err = askMount(context.Background(), m.dev, method, what, out)
+	switch {
+	case !errors.Is(err, errNoAnswer):
+		return err
+	case m.isDead():
+		return hint(fmt.Errorf("the daemon of the mount at %s has died", m.dir), "kmsfs umount %s, and mount it again", m.dir)
+	}
+	return hint(fmt.Errorf("the daemon of the mount at %s does not answer here", dir), "ask as the user who mounted it, with the same runtime directory (not from another container)")
+}
+
+var errNoAnswer = errors.New("the daemon does not answer")
+
+// askMount is ask of the mount with a device number.
+func askMount(ctx context.Context, dev, method, what string, out any) error {
+	path, err := socketPath(dev)
 	if err != nil {
 		return err
 	}
@@ -162,13 +176,13 @@ func ask(dir, method, what string, out any) error {
 		return c, errors.Join(verr, err)
 	}}}
 	defer client.CloseIdleConnections()
-	req, err := http.NewRequest(method, "http://kmsfs/"+what, nil)
+	req, err := http.NewRequestWithContext(ctx, method, "http://kmsfs/"+what, nil)
 	if err != nil {
 		return err
 	}
 	resp, err := client.Do(req)
 	if err != nil {
-		return hint(fmt.Errorf("the daemon of the mount at %s does not answer here", dir), "ask as the user who mounted it, with the same runtime directory (not from another container)")
+		return errNoAnswer
 	}
 	defer resp.Body.Close()
 	b, err := io.ReadAll(resp.Body)

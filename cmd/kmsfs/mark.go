@@ -1,8 +1,10 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -126,6 +128,30 @@ func readMark(dev string) (id process, ok bool) {
 	return id, err == nil
 }
 
+// serves reports whether the daemon of a mount still serves it: it ends its socket as soon as
+// the filesystem is mounted in no namespace any more.
+func serves(dev string) bool {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	return askMount(ctx, dev, http.MethodGet, "stats", nil) == nil
+}
+
+// servedBy reports whether a process is the daemon of a mount that it still serves.
+func servedBy(pid int) bool {
+	path, err := markPath("*")
+	if err != nil {
+		return false
+	}
+	marks, _ := filepath.Glob(path)
+	for _, m := range marks {
+		dev := strings.ReplaceAll(filepath.Base(m), "-", ":")
+		if id, ok := readMark(dev); ok && id.pid == pid && id.alive() && serves(dev) {
+			return true
+		}
+	}
+	return false
+}
+
 // daemon is the process behind a mount, as far as it is known.
 type daemon struct {
 	m  *mountInfo
@@ -158,7 +184,8 @@ func (d *daemon) close() {
 }
 
 const (
-	lookForOthers = time.Second      // how long after an unmount other namespaces are looked for
+	lookForOthers = time.Second      // how often after an unmount other namespaces are looked for
+	surelyServes  = 3 * time.Second  // a daemon that serves for so long after it is mounted elsewhere
 	sayWaiting    = 10 * time.Second // after which umount says that it waits
 )
 
@@ -166,6 +193,7 @@ const (
 // that another mount namespace still has does not end: others says who has it.
 func (d *daemon) awaitEnd() (others string, err error) {
 	begun, said := time.Now(), false
+	look := begun.Add(lookForOthers)
 	for {
 		ended, err := d.ended(100 * time.Millisecond)
 		if err != nil {
@@ -175,10 +203,11 @@ func (d *daemon) awaitEnd() (others string, err error) {
 			return "", d.outcome()
 		}
 		waited := time.Since(begun)
-		if waited > lookForOthers {
-			if others = d.m.otherNamespaces(); others != "" {
+		if time.Now().After(look) {
+			if others = d.m.otherNamespaces(waited > surelyServes); others != "" {
 				return others, nil
 			}
+			look = time.Now().Add(lookForOthers)
 		}
 		if waited > sayWaiting && !said {
 			said = true

@@ -341,7 +341,7 @@ func openFree(u *volume.Unlocked, cipherDir string, o volume.Options) (*volume.V
 	for until := time.Now().Add(endsWithin); ; time.Sleep(20 * time.Millisecond) {
 		v, err := u.Open(o)
 		locked, ok := errors.AsType[*volume.LockedError](err)
-		if !ok || locked.Elsewhere() || isMounted(cipherDir) || time.Now().After(until) {
+		if !ok || locked.Elsewhere() || isMounted(cipherDir) || servedBy(locked.PID) || time.Now().After(until) {
 			return v, err
 		}
 	}

@@ -49,6 +49,15 @@ var errNotMounted = errors.New("no kmsfs volume is mounted there")
 // not looked into: it may be locked, dead, or another user's.
 func mountAt(dir string) (*mountInfo, error) {
 	fd, err := unix.Open(dir, unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil && !errors.Is(err, unix.ENOENT) {
+		// The last step of "." and "M/." is within the mount, which may be locked.
+		if cwd, rerr := os.Readlink("/proc/self/cwd"); rerr == nil {
+			if !filepath.IsAbs(dir) {
+				dir = filepath.Join(cwd, dir)
+			}
+			fd, err = unix.Open(filepath.Clean(dir), unix.O_PATH|unix.O_CLOEXEC, 0)
+		}
+	}
 	if errors.Is(err, unix.ENOENT) {
 		return nil, fmt.Errorf("the directory %s does not exist", dir)
 	}

@@ -99,6 +99,10 @@ func hintOf(err error) string {
 		return "mount with --read-only"
 	case errors.Is(err, volume.ErrLockFile):
 		return "kmsfs.lock must be a regular file that this user may write; if the volume is mounted nowhere, remove it and mount again; or mount with --read-only"
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
+		return "free some space, and try again"
+	case errors.As(err, new(*volume.UnfitError)) && errors.Is(err, unix.EACCES):
+		return "make it as a user who may write there"
 	case errors.As(err, new(*volume.UnfitError)):
 		return "make the volume on another filesystem"
 	case errors.Is(err, volume.ErrOlder):

@@ -60,7 +60,7 @@ func umount(dir string) error {
 	}
 	others, err := d.awaitEnd()
 	if others != "" {
-		fmt.Printf("Unmounted here. The volume is still mounted in another mount namespace, of %s; it is closed when that ends.\n", others)
+		fmt.Printf("Unmounted here. The volume is still mounted in another mount namespace, or used by one, of %s; it is closed when that ends.\n", others)
 	}
 	return err
 }
@@ -125,9 +125,9 @@ func (m *mountInfo) mapped(proc string) bool {
 }
 
 // otherNamespaces names one process of each other mount namespace that has the mount, or an
-// overlay on it; "" if there is none. The connection alone shows namespaces that this user may
-// not look into.
-func (m *mountInfo) otherNamespaces() string {
+// overlay on it; "" if there is none. Of others, which this user may not look into or which
+// have no process, only the connection tells, or the daemon, which is asked if ask is set.
+func (m *mountInfo) otherNamespaces(ask bool) string {
 	own, _ := os.Readlink("/proc/self/ns/mnt")
 	seen := map[string]bool{own: true}
 	var out []string
@@ -152,7 +152,7 @@ func (m *mountInfo) otherNamespaces() string {
 		}
 	}
 	if len(out) == 0 {
-		if _, err := os.Stat(m.connection()); err == nil {
+		if _, err := os.Stat(m.connection()); err == nil || ask && serves(m.dev) {
 			out = append(out, "a process that this user may not see")
 		}
 	}

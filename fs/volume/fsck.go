@@ -144,6 +144,11 @@ func (c *checker) run(ctx context.Context) (Checked, error) {
 			}
 		})
 	}
+	var st unix.Stat_t
+	if err := c.stat(c.root, lockName, &st); err == nil && (st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink > 1) {
+		c.found(Finding{Path: lockName, Grade: Damaged, What: FoundForeign, Detail: "it is not a regular file with one name, so the volume cannot be mounted for writing",
+			Advice: "if the volume is mounted nowhere, remove it: the next mount makes it again"})
+	}
 	if c.lacksLinks(c.root) {
 		c.found(Finding{Path: linksName, Grade: Damaged, What: FoundLinks,
 			Detail: "this copy was made without symlinks: the symlinks of the volume and its names of more than 160 bytes are missing",

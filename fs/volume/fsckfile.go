@@ -235,19 +235,21 @@ func (k *fileCheck) eachBlock(f *file, good func(b int64, page []byte, size int)
 		k.found(x)
 		bad = -1
 	}
-	for first := int64(0); first <= last; first += runPages {
-		if first > 0 && first < last && f.flags()&blockcrypt.Sparse != 0 {
-			// Holes cost nothing. The last block is none.
-			data, err := f.dataFrom(first)
+	for first, n := int64(0), int64(0); first <= last; first += n {
+		n = min(runPages, last-first+1)
+		if at := k.geo.Start(first); at < f.size && f.flags()&blockcrypt.Sparse != 0 {
+			hole, size, err := f.extent(at)
 			if err != nil {
 				return err
 			}
-			if data = min(data, last); data > first {
+			blocks := k.geo.Block(at+size-1) - first + 1
+			if hole { // it costs nothing
 				end(first)
-				first = data
+				n = blocks
+				continue
 			}
+			n = min(n, blocks)
 		}
-		n := min(runPages, last-first+1)
 		m, err := k.pread(k.fd, (*buf)[:n*blockcrypt.PageSize], k.geo.PageOff(first))
 		if err != nil {
 			return err

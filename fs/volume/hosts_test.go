@@ -109,12 +109,14 @@ func TestLockAnswers(t *testing.T) {
 func TestLockFileIsAFile(t *testing.T) {
 	w := newWorld(t, volume.Options{})
 	w.close()
-	path, outside := filepath.Join(w.dir, "kmsfs.lock"), filepath.Join(t.TempDir(), "outside")
+	path, outside := filepath.Join(w.dir, "kmsfs.lock"), w.dir+".outside"
+	t.Cleanup(func() { os.Remove(outside) })
 	w.do("write", os.WriteFile(outside, []byte("not ours"), 0o644))
 	for what, put := range map[string]func() error{
 		"a symlink":   func() error { return os.Symlink(outside, path) },
 		"a directory": func() error { return os.Mkdir(path, 0o755) },
 		"a pipe":      func() error { return unix.Mkfifo(path, 0o644) },
+		"a hard link": func() error { return os.Link(outside, path) },
 	} {
 		w.do("remove", os.Remove(path))
 		w.do(what, put())
@@ -124,6 +126,9 @@ func TestLockFileIsAFile(t *testing.T) {
 			t.Errorf("%s: %v", what, err)
 		}
 		u.Close()
+		if fs, _ := w.fsck(); len(fs) != 1 || fs[0].Grade != volume.Damaged {
+			t.Errorf("%s: fsck finds %v", what, fs)
+		}
 	}
 	if b, err := os.ReadFile(outside); string(b) != "not ours" {
 		t.Errorf("a file outside was written: %q, %v", b, err)

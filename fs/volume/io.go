@@ -39,10 +39,13 @@ func (h *Handle) Read(ctx context.Context, b []byte, off int64) (int, error) {
 		f.mu.RUnlock() // just now
 	}
 	defer f.mu.RUnlock()
+	var n int
+	var err error
 	if f.n.lostIn(off, off+int64(len(b))) != nil {
-		return 0, unix.EIO // which the log has said when it was lost
+		n, err = f.readAround(b, off)
+	} else {
+		n, err = f.read(b, off)
 	}
-	n, err := f.read(b, off)
 	return n, f.failed("read", err)
 }
 

@@ -1,6 +1,7 @@
 package volume
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"slices"
@@ -17,6 +18,67 @@ type lost struct {
 	bytes ranges // of the file
 	err   error  // why; nil if nothing is lost and everything was told
 	told  bool   // a flush or an fsync has returned err
+
+	// pages are those at the ends of lost ranges that are lost in part, as the kernel had
+	// them. The kernel reads such a page before a program can write to a part of it again.
+	pages map[int64][]byte
+}
+
+const (
+	kernelPage = 4096
+	mostPages  = 1024 // of one file; the others are errors as all lost bytes are
+)
+
+// keepEnds keeps the pages in which a range of b, which was to be written at off, begins and
+// ends. The kernel writes from the beginning of a page.
+func (l *lost) keepEnds(r ranges, b []byte, off int64) {
+	for _, x := range r {
+		for _, at := range []int64{x.first, x.last + 1} {
+			page := at / kernelPage
+			from := page*kernelPage - off
+			if at%kernelPage == 0 || from < 0 || from >= int64(len(b)) || len(l.pages) >= mostPages {
+				continue
+			}
+			if l.pages == nil {
+				l.pages = map[int64][]byte{}
+			}
+			l.pages[page] = bytes.Clone(b[from:min(from+kernelPage, int64(len(b)))])
+		}
+	}
+}
+
+// prune forgets the pages of which nothing is lost any more.
+func (l *lost) prune() {
+	for page := range l.pages {
+		if !l.bytes.touch(page*kernelPage, (page+1)*kernelPage-1) {
+			delete(l.pages, page)
+		}
+	}
+}
+
+// readAround reads b at off from a file some of whose bytes there are lost: pages that are
+// kept come from memory. It fails if others are lost. mu is held.
+func (f *file) readAround(b []byte, off int64) (n int, err error) {
+	l := &f.n.lost
+	f.n.lostMu.Lock()
+	defer f.n.lostMu.Unlock()
+	for len(b) > 0 {
+		page := off / kernelPage
+		part := b[:min(int64(len(b)), (page+1)*kernelPage-off)]
+		m := 0
+		if kept := l.pages[page]; kept != nil {
+			m = copy(part, kept[min(int64(len(kept)), off-page*kernelPage):])
+		} else if l.bytes.touch(off, off+int64(len(part))-1) {
+			return 0, unix.EIO // the log said why when they were lost
+		} else if m, err = f.read(part, off); err != nil {
+			return 0, err
+		}
+		n, off, b = n+m, off+int64(m), b[m:]
+		if m < len(part) {
+			break
+		}
+	}
+	return n, nil
 }
 
 // WriteDelayed is Write of data that the kernel's cache accepted before. If it fails, the
@@ -46,6 +108,7 @@ func (f *file) lose(b []byte, off int64, err error) {
 	for _, r := range lost {
 		n.lost.bytes = n.lost.bytes.with(r.first, r.last)
 	}
+	n.lost.keepEnds(lost, b, off)
 	n.lost.err, n.lost.told = err, false
 	n.anyLost.Store(true)
 }
@@ -122,6 +185,7 @@ func (f *file) found(off, end int64) {
 		n.lost = lost{}
 		n.anyLost.Store(false)
 	}
+	n.lost.prune()
 }
 
 // cutLost is called when a program has cut the file to size: a program that rolls back
@@ -137,7 +201,7 @@ func (n *Node) cutLost(size int64) {
 		return // the kernel believes in no greater size: the file grows
 	}
 	below := n.lost.bytes.touch(0, size-1)
-	n.lost.bytes = nil
+	n.lost.bytes, n.lost.pages = nil, nil
 	if n.lost.told || !below {
 		n.lost = lost{}
 		n.anyLost.Store(false)

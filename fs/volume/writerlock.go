@@ -127,6 +127,8 @@ func (d *disk) openLock(root int) (int, error) {
 		var st unix.Stat_t
 		if err = d.fstat(fd, &st); err == nil && st.Mode&unix.S_IFMT != unix.S_IFREG {
 			err = fmt.Errorf("%w: it is not a regular file", ErrLockFile)
+		} else if err == nil && st.Nlink > 1 {
+			err = fmt.Errorf("%w: it has another name, too", ErrLockFile)
 		}
 		if err != nil {
 			d.close(fd)
@@ -203,14 +205,13 @@ func (d *disk) writer(root int) error {
 	}
 	lock, err := d.open(root, lockName, unix.O_RDONLY|fileFlags, 0)
 	if err != nil {
-		return ignore(err, unix.ENOENT)
+		return nil // no mount has it, or none that this user can see
 	}
 	defer d.close(lock)
-	locked, err := d.ofdLocked(lock, lockByte)
-	if locked {
+	if locked, err := d.ofdLocked(lock, lockByte); err == nil && locked {
 		return d.lockHolder(root)
 	}
-	return err
+	return nil
 }
 
 // Writer returns a [LockedError] if a mount, of this host or of another one that shares the

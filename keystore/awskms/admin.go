@@ -98,12 +98,18 @@ func (a *Admin) account(ctx context.Context) (string, error) {
 	defer cancel()
 	client := sts.NewFromConfig(cfg)
 	out, err := client.GetCallerIdentity(ctx, nil)
-	if err != nil && skewed(err) { // the client knows the right time now
+	for pause := 200 * time.Millisecond; err != nil && ctx.Err() == nil; pause *= 2 {
+		// The client knows the right time from the second call on.
+		if _, again := a.s.verdict(ctx, "open", err); !again && !skewed(err) || pause > longPause {
+			break
+		}
+		time.Sleep(pause)
 		out, err = client.GetCallerIdentity(ctx, nil)
 	}
 	if err != nil {
 		v, _ := a.s.verdict(ctx, "open", err)
-		if v.Kind == keystore.Denied || v.Kind == keystore.Invalid {
+		if _, ok := errors.AsType[*credentialsError](err); !ok {
+			v.Err = fmt.Errorf("the account is not known: %s", causeOf(err))
 			v.Hint = "name the administrators and users: --admin ARN --user ARN"
 		}
 		return "", v

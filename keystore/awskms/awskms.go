@@ -53,6 +53,7 @@ type Clients struct {
 	gates    map[string]*gate
 	source   *source // of the credentials, the same in all Regions; nil before the first client
 	region   string
+	key      string // the ARN of the last key that was opened
 	reloaded time.Time
 }
 
@@ -94,16 +95,20 @@ func (c *Clients) client(ctx context.Context, region string) (*kms.Client, strin
 	if c.source != nil {
 		cfg.Credentials = c.source.cache
 	}
-	k := kms.NewFromConfig(cfg, func(o *kms.Options) {
-		if c.o.Endpoint != "" {
-			o.BaseEndpoint = &c.o.Endpoint
-		}
-	})
+	k := c.newClient(cfg)
 	c.clients[region], c.configs[region] = k, cfg
 	if c.gates[region] == nil {
 		c.gates[region] = newGate(c.o.RPS)
 	}
 	return k, region, nil
+}
+
+func (c *Clients) newClient(cfg aws.Config) *kms.Client {
+	return kms.NewFromConfig(cfg, func(o *kms.Options) {
+		if c.o.Endpoint != "" {
+			o.BaseEndpoint = &c.o.Endpoint
+		}
+	})
 }
 
 // Store wraps under one KMS key.
@@ -171,11 +176,15 @@ func (c *Clients) Open(ctx context.Context, name string) (*Store, error) {
 		return nil, err
 	}
 	s := &Store{c: c, region: region, arn: name, branches: map[string]branchKey{}}
-	if isKey {
-		return s, nil
+	if !isKey {
+		if s.arn, err = s.resolve(ctx, name, region); err != nil {
+			return s, err
+		}
 	}
-	s.arn, err = s.resolve(ctx, name, region)
-	return s, err
+	c.mu.Lock()
+	c.key = s.arn
+	c.mu.Unlock()
+	return s, nil
 }
 
 // OpenURI returns the store of a recipient's URI: a key ARN, nothing else, since

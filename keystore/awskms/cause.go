@@ -1,14 +1,18 @@
 package awskms
 
 import (
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"net/http"
 	"net/url"
+	"os"
+	"os/exec"
 	"strings"
 	"time"
 
@@ -32,7 +36,14 @@ func (e *credentialsError) Unwrap() error { return e.err }
 
 func (e *credentialsError) Error() string {
 	if e.name == "" {
-		if e.passing {
+		id, secret := os.Getenv("AWS_ACCESS_KEY_ID") != "", os.Getenv("AWS_SECRET_ACCESS_KEY") != ""
+		h, answered := errors.AsType[httpCoded](e.err)
+		switch {
+		case id && !secret:
+			return "there are no AWS credentials that can be used: AWS_ACCESS_KEY_ID is set, and AWS_SECRET_ACCESS_KEY is not"
+		case secret && !id:
+			return "there are no AWS credentials that can be used: AWS_SECRET_ACCESS_KEY is set, and AWS_ACCESS_KEY_ID is not"
+		case e.passing || answered && h.HTTPStatusCode() != 0 && h.HTTPStatusCode() != http.StatusNotFound:
 			return "no AWS credentials from this machine's instance role: " + causeOf(e.err)
 		}
 		return "there are no AWS credentials that can be used: none are configured, and the machine has no instance role"
@@ -44,14 +55,14 @@ func (e *credentialsError) Error() string {
 // failed, if one did.
 func causeOf(err error) string {
 	prefix := ""
-	if op, ok := errors.AsType[*smithy.OperationError](err); ok {
-		prefix = op.Service() + " " + op.Operation() + ": "
+	if op := operationOf(err); op != nil {
+		prefix, err = op.Service()+" "+op.Operation()+": ", op.Err
 	}
 	if p, ok := errors.AsType[*fs.PathError](err); ok {
 		return p.Error()
 	}
 	if p, ok := errors.AsType[*processcreds.ProviderError](err); ok {
-		return p.Err.Error()
+		return processCause(p.Err)
 	}
 	if c, ok := errors.AsType[interface {
 		coded
@@ -65,15 +76,58 @@ func causeOf(err error) string {
 	if n, ok := errors.AsType[*net.OpError](err); ok {
 		return prefix + n.Error()
 	}
-	if errors.As(err, new(*aws.RequestCanceledError)) {
-		return prefix + "no answer in time"
-	}
-	s := err.Error()
-	for _, noise := range []string{"failed to refresh cached credentials, ", "operation error "} {
-		s = strings.TrimPrefix(s, noise)
-	}
-	return s
+	return prefix + plain(err)
 }
+
+// operationOf returns the innermost operation of AWS that failed: of a role by another role it
+// is that of the first one.
+func operationOf(err error) (op *smithy.OperationError) {
+	for {
+		next, ok := errors.AsType[*smithy.OperationError](err)
+		if !ok {
+			return op
+		}
+		op, err = next, next.Err
+	}
+}
+
+// plain is an error of the SDK without its own chain around it.
+func plain(err error) string {
+	switch {
+	case errors.As(err, new(*aws.RequestCanceledError)), isTimeout(err), errors.Is(err, context.DeadlineExceeded):
+		return "no answer in time"
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		return "the connection was cut off"
+	}
+	for next := errors.Unwrap(err); next != nil; next = errors.Unwrap(err) {
+		err = next
+	}
+	return err.Error()
+}
+
+// processCause says why a credential_process gave no credentials. Its output is never shown:
+// there may be secrets in it.
+func processCause(err error) string {
+	switch {
+	case errors.Is(err, context.DeadlineExceeded):
+		return "it has not ended after a minute"
+	case errors.As(err, new(*exec.ExitError)), errors.As(err, new(*exec.Error)):
+		return plain(err)
+	}
+	if s := err.Error(); !strings.ContainsAny(s, "{}\"\n") && len(s) < 200 {
+		return s // "missing AccessKeyId in process output", for example
+	}
+	return "its output is not the JSON of credentials"
+}
+
+// proxyError says that a proxy refused to connect.
+type proxyError struct{ status int }
+
+func (p *proxyError) Error() string {
+	return fmt.Sprintf("the proxy refused to connect: HTTP %d %s", p.status, http.StatusText(p.status))
+}
+
+const proxyHint = "check HTTPS_PROXY and NO_PROXY"
 
 // passing reports whether credentials lack because a service that gives them (STS, SSO, a
 // container's or a machine's) could not be reached, or failed. A machine without an instance
@@ -82,10 +136,13 @@ func (o origin) passing(err error) bool {
 	if errors.As(err, new(*processcreds.ProviderError)) {
 		return false // it has had its minute
 	}
+	if c, ok := errors.AsType[coded](err); ok && c.ErrorCode() == "IDPCommunicationError" {
+		return true // which AWS asks to try again
+	}
 	if h, ok := errors.AsType[httpCoded](err); ok && h.HTTPStatusCode() != 0 {
 		return h.HTTPStatusCode() >= 500 || throttled(err)
 	}
-	if op, ok := errors.AsType[*smithy.OperationError](err); ok && op.Service() == "ec2imds" {
+	if op := operationOf(err); op != nil && op.Service() == "ec2imds" {
 		return false
 	}
 	return errors.As(err, new(*aws.RequestCanceledError)) || isTimeout(err) || errors.As(err, new(*net.OpError)) && misplaced(err) == ""
@@ -103,6 +160,12 @@ func isTimeout(err error) bool {
 // wrong and stays so: a certificate that is not trusted, an endpoint that cannot be. "" if it
 // is none.
 func misplaced(err error) string {
+	if p, ok := errors.AsType[*proxyError](err); ok {
+		if p.status >= 500 {
+			return ""
+		}
+		return proxyHint
+	}
 	switch {
 	case errors.As(err, new(x509.CertificateInvalidError)):
 		return "the certificate is not valid now: check this machine's clock, or the proxy"
@@ -144,16 +207,20 @@ const (
 )
 
 // foreign returns the answer if it is not one of KMS, which names its errors and numbers its
-// requests; else nil.
+// requests; else nil. A denial counts only with the number of a request, since it takes keys
+// away.
 func foreign(err error) *foreignAnswer {
 	h, ok := errors.AsType[httpCoded](err)
 	if !ok || h.HTTPStatusCode() == 0 {
 		return nil
 	}
-	if c, ok := errors.AsType[coded](err); ok && c.ErrorCode() != "" && c.ErrorCode() != unknownCode || requestID(err) != "" {
+	c, named := errors.AsType[coded](err)
+	named = named && c.ErrorCode() != "" && c.ErrorCode() != unknownCode
+	status := h.HTTPStatusCode()
+	if requestID(err) != "" || named && status != http.StatusForbidden && status != http.StatusUnauthorized {
 		return nil
 	}
-	f := &foreignAnswer{status: h.HTTPStatusCode(), err: err}
+	f := &foreignAnswer{status: status, err: err}
 	if r, ok := errors.AsType[*smithyhttp.ResponseError](err); ok && r.Response != nil {
 		f.location = r.Response.Header.Get("Location")
 	}
@@ -193,7 +260,7 @@ func (b brief) Error() string {
 	if n, ok := errors.AsType[*net.OpError](b.error); ok {
 		return n.Error()
 	}
-	return b.error.Error()
+	return plain(b.error)
 }
 
 // skewed reports whether the service's clock is another than ours.

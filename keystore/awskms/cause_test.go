@@ -69,6 +69,10 @@ func TestWhyNoCredentials(t *testing.T) {
 		"an SSO session that is not there": {config: "[sso-session corp]\nsso_region=eu-central-1\nsso_start_url=https://corp.example/start\n[profile s]\nsso_session=corp\nsso_account_id=111122223333\nsso_role_name=x\n", profile: "s",
 			says: "the SSO session of profile \"s\"", hint: "aws sso login --profile s"},
 		"a process that fails": {config: "[profile p]\ncredential_process = sh -c 'exit 7'\n", profile: "p", says: "exit status 7", hint: "sh -c"},
+		"a process that prints more than credentials": {config: "[profile p]\ncredential_process = sh -c 'echo {\\\"Version\\\":1,\\\"AccessKeyId\\\":\\\"AKP\\\",\\\"SecretAccessKey\\\":\\\"TOPSECRET\\\"}; echo renew'\n", profile: "p",
+			says: "its output is not the JSON of credentials"},
+		"half a pair of keys":     {env: map[string]string{"AWS_ACCESS_KEY_ID": "AKIDTEST"}, says: "AWS_SECRET_ACCESS_KEY is not", hint: "aws configure"},
+		"a role without a source": {config: "[profile r]\nrole_arn=" + testRole + "\n", profile: "r", says: "the role of profile \"r\"", hint: "source_profile"},
 		"a token that is missing": {env: map[string]string{"AWS_ROLE_ARN": testRole, "AWS_WEB_IDENTITY_TOKEN_FILE": "/no/such-token"},
 			says: "/no/such-token: no such file", hint: "token file"},
 		"a container's agent that has none": {env: map[string]string{"AWS_CONTAINER_CREDENTIALS_FULL_URI": "http://127.0.0.1:1/creds"}, says: "the container's credential service"},
@@ -97,6 +101,9 @@ func TestWhyNoCredentials(t *testing.T) {
 				t.Errorf("told after %v", time.Since(begun))
 			}
 			wantError(t, err, kind, c.says, c.hint)
+			if strings.Contains(fmt.Sprint(err), "TOPSECRET") {
+				t.Error("a secret is shown")
+			}
 			if n := o.Meter.Calls(); len(n) > 0 {
 				t.Errorf("calls that were never sent are counted: %v", n)
 			}
@@ -213,6 +220,61 @@ func TestForeignAnswers(t *testing.T) {
 			t.Errorf("%d: counted %v", status, n)
 		}
 		proxy.Close()
+	}
+}
+
+// A gateway's denial in JSON has no number of a request of KMS: it takes no keys away.
+func TestGatewayDenials(t *testing.T) {
+	for _, body := range []string{`{"code":"blocked","message":"x"}`, `{"__type":"AccessDeniedException","message":"x"}`, `{"message":"Forbidden"}`} {
+		gateway := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Content-Type", "application/json")
+			w.WriteHeader(http.StatusForbidden)
+			fmt.Fprint(w, body)
+		}))
+		keystoretest.NewServer(t)
+		o := quick
+		o.Endpoint = gateway.URL
+		_, err := awskms.New(o).Open(t.Context(), "alias/x")
+		wantError(t, err, keystore.Outage, "HTTP 403", "a proxy answered")
+		gateway.Close()
+	}
+}
+
+// A proxy that refuses to connect is told with its status, at once.
+func TestProxyRefuses(t *testing.T) {
+	srv := keystoretest.NewServer(t)
+	arn := srv.AddKey("")
+	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusProxyAuthRequired) }))
+	defer proxy.Close()
+	t.Setenv("HTTPS_PROXY", proxy.URL)
+	o := quick
+	o.Endpoint = "https://kms.example.com"
+	begun := time.Now()
+	s, err := awskms.New(o).Open(t.Context(), arn)
+	if err == nil {
+		_, _, err = s.Generate(t.Context(), fileKey)
+	}
+	if strings.Contains(fmt.Sprint(err), "lookup") {
+		t.Skip("the environment's proxy was read before this test") // net/http reads it once
+	}
+	wantError(t, err, keystore.Outage, "HTTP 407", "HTTPS_PROXY")
+	if took := time.Since(begun); took > time.Second {
+		t.Errorf("told after %v", took)
+	}
+}
+
+// A file of certificates that is not there is told by the name of its variable.
+func TestNoBundle(t *testing.T) {
+	srv := keystoretest.NewServer(t)
+	arn := srv.AddKey("")
+	empty := filepath.Join(t.TempDir(), "empty.pem")
+	if err := os.WriteFile(empty, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{empty, empty + ".not-there"} {
+		t.Setenv("AWS_CA_BUNDLE", path)
+		_, err := awskms.New(quick).Open(t.Context(), arn)
+		wantError(t, err, keystore.Invalid, "AWS_CA_BUNDLE: ", "unset AWS_CA_BUNDLE")
 	}
 }
 
@@ -340,6 +402,16 @@ func TestBrokenReload(t *testing.T) {
 	if err := os.WriteFile(path, []byte("[default]\naws_access_key_id=SECOND\naws_secret_access_key=s\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	srv.Refuse("SECOND", "UnrecognizedClientException") // they are not known to KMS (yet)
+	if err := c.Reload(t.Context()); err == nil {
+		t.Error("credentials that KMS does not know are loaded")
+	}
+	if err := generate(); err != nil {
+		t.Errorf("the old ones: %v", err)
+	}
+	srv.Refuse("SECOND", "")
+	srv.Deny("DescribeKey") // the right to look at the key is not needed
+	defer srv.Deny()
 	srv.Refuse("AKIDTEST", "UnrecognizedClientException")
 	if err := errors.Join(c.Reload(t.Context()), generate()); err != nil {
 		t.Errorf("a good one: %v", err)
@@ -438,7 +510,7 @@ func TestRelativePaths(t *testing.T) {
 	for text, want := range map[string]bool{
 		"[default]\nregion=eu-central-1\n":                                                                    false,
 		"[default]\ncredential_process = ./get\n":                                                             true,
-		"[default]\ncredential_process = get me\n":                                                            false,
+		"[default]\ncredential_process = get\n":                                                               false,
 		"[default]\ncredential_process = /bin/get\n":                                                          false,
 		"[default]\nrole_arn=" + testRole + "\nweb_identity_token_file = token\n":                             true,
 		"[default]\nrole_arn=" + testRole + "\nsource_profile=b\n[profile b]\ncredential_process = bin/get\n": true,

@@ -3,8 +3,10 @@ package awskms
 import (
 	"cmp"
 	"context"
+	"crypto/x509"
 	"fmt"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -18,6 +20,8 @@ import (
 	"github.com/aws/aws-sdk-go-v2/credentials/stscreds" // sessions of a role, as the SDK's chain makes them
 	"github.com/aws/aws-sdk-go-v2/service/sts"
 	"github.com/aws/smithy-go/logging" // the SDK's interface of a logger
+
+	"kmsfs/keystore"
 )
 
 // The SDK's configuration and its chain of credential providers.
@@ -32,7 +36,16 @@ func (c *Clients) load(ctx context.Context, region string) (aws.Config, error) {
 	hc := awshttp.NewBuildableClient().WithTransportOptions(func(t *http.Transport) {
 		t.MaxIdleConnsPerHost = mostAtOnce // the default of 10 makes most parallel calls open a connection
 		t.MaxIdleConns = mostAtOnce
+		t.OnProxyConnectResponse = func(_ context.Context, _ *url.URL, _ *http.Request, r *http.Response) error {
+			if r.StatusCode != http.StatusOK {
+				return &proxyError{r.StatusCode}
+			}
+			return nil
+		}
 	}).WithTimeout(c.o.Attempt) // of services that give credentials, which the SDK asks without a deadline
+	if err := checkBundle(os.Getenv("AWS_CA_BUNDLE")); err != nil {
+		return aws.Config{}, err
+	}
 	late := &lateSTS{}
 	opts := []func(*config.LoadOptions) error{
 		config.WithRetryer(func() aws.Retryer { return aws.NopRetryer{} }), // retry is in call
@@ -58,6 +71,21 @@ func (c *Clients) load(ctx context.Context, region string) (aws.Config, error) {
 		cfg.Credentials = aws.NewCredentialsCache(stscreds.NewAssumeRoleProvider(roleClient{client, late}, c.o.RoleARN, session), early)
 	}
 	return cfg, nil
+}
+
+// checkBundle refuses a file of certificates that has none.
+func checkBundle(path string) error {
+	if path == "" {
+		return nil
+	}
+	b, err := os.ReadFile(path)
+	if err == nil && !x509.NewCertPool().AppendCertsFromPEM(b) {
+		err = fmt.Errorf("%s has no certificate", path)
+	}
+	if err != nil {
+		return &keystore.Error{Kind: keystore.Invalid, URI: Scheme, Op: "open", Err: fmt.Errorf("AWS_CA_BUNDLE: %w", err), Hint: "name a PEM file of the CA's certificates, or unset AWS_CA_BUNDLE"}
+	}
+	return nil
 }
 
 // inSession makes the SDK's chain ask for sessions of a role as for the role of the options,
@@ -156,6 +184,15 @@ type origin struct {
 // originOf returns where the credentials of a configuration come from, in the order in which
 // the SDK looks.
 func (c *Clients) originOf(cfg aws.Config) origin {
+	o := c.sourceOf(cfg)
+	if c.o.RoleARN != "" {
+		o.name = fmt.Sprintf("the role %s, by %s", c.o.RoleARN, cmp.Or(o.name, "this machine's role"))
+	}
+	return o
+}
+
+// sourceOf is originOf without the role of the options.
+func (c *Clients) sourceOf(cfg aws.Config) origin {
 	var shared *config.SharedConfig
 	for _, s := range cfg.ConfigSources {
 		if x, ok := s.(config.SharedConfig); ok {
@@ -164,7 +201,7 @@ func (c *Clients) originOf(cfg aws.Config) origin {
 	}
 	env := c.o.Profile == ""
 	switch {
-	case env && os.Getenv("AWS_ACCESS_KEY_ID") != "":
+	case env && os.Getenv("AWS_ACCESS_KEY_ID") != "" && os.Getenv("AWS_SECRET_ACCESS_KEY") != "":
 		return origin{name: "the environment", hint: credentialsHint}
 	case env && os.Getenv("AWS_WEB_IDENTITY_TOKEN_FILE") != "":
 		return origin{name: "the web identity of AWS_WEB_IDENTITY_TOKEN_FILE", hint: "check the token file, AWS_ROLE_ARN and the role's trust policy"}
@@ -178,6 +215,8 @@ func profileOrigin(p *config.SharedConfig) (o origin) {
 	switch {
 	case p.Source != nil:
 		o = profileOrigin(p.Source)
+	case p.CredentialSource == "Environment":
+		o = origin{name: "the environment", hint: credentialsHint}
 	case p.Credentials.HasKeys():
 		o = origin{name: fmt.Sprintf("profile %q", p.Profile), hint: credentialsHint}
 	case p.WebIdentityTokenFile != "":
@@ -190,6 +229,9 @@ func profileOrigin(p *config.SharedConfig) (o origin) {
 		o = machineOrigin()
 	}
 	if p.RoleARN != "" {
+		if p.Source == nil && p.CredentialSource == "" && o.name == "" {
+			o.hint = fmt.Sprintf("name source_profile or credential_source in profile %q", p.Profile)
+		}
 		o.name = fmt.Sprintf("the role of profile %q, by %s", p.Profile, cmp.Or(o.name, "this machine's role"))
 	}
 	return o
@@ -204,8 +246,9 @@ func machineOrigin() origin {
 	return origin{hint: credentialsHint}
 }
 
-// NeedsDirectory reports whether the configuration names files by paths that are relative to
-// the current directory, which must then stay the same.
+// NeedsDirectory reports whether the configuration may name files by paths that are relative
+// to the current directory, which must then stay the same. Any argument of a
+// credential_process may be such a path.
 func (c *Clients) NeedsDirectory(ctx context.Context) bool {
 	cfg, err := c.load(ctx, "")
 	if err != nil {
@@ -215,8 +258,9 @@ func (c *Clients) NeedsDirectory(ctx context.Context) bool {
 	for _, s := range cfg.ConfigSources {
 		shared, ok := s.(config.SharedConfig)
 		for p := &shared; ok && p != nil; p = p.Source {
-			command, _, _ := strings.Cut(p.CredentialProcess, " ")
-			if relative(p.WebIdentityTokenFile) || relative(p.CustomCABundle) || strings.Contains(command, "/") && relative(command) {
+			command := strings.Fields(p.CredentialProcess)
+			process := len(command) > 1 || len(command) == 1 && strings.Contains(command[0], "/") && relative(command[0])
+			if relative(p.WebIdentityTokenFile) || relative(p.CustomCABundle) || process {
 				return true
 			}
 		}

@@ -62,7 +62,11 @@ func (s *source) failed(err error) error {
 	if c, ok := errors.AsType[*credentialsError](err); ok {
 		return c
 	}
-	return &credentialsError{s.origin, err, s.passing(err)}
+	e := &credentialsError{s.origin, err, s.passing(err)}
+	if op := operationOf(err); op != nil && op.Service() == "STS" && op.Operation() == "AssumeRole" {
+		e.hint = "see the role's trust policy, and whether its source may call sts:AssumeRole"
+	}
+	return e
 }
 
 // first waits for the first credentials, as long as a credential_process may take; others are
@@ -227,8 +231,12 @@ func (c *Clients) Reload(ctx context.Context) error {
 	defer cancel()
 	creds, err := s.chain.Retrieve(ctx)
 	if err != nil {
-		failed := s.failed(err)
-		return &keystore.Error{Kind: keystore.Credentials, URI: Scheme, Op: "reload", Err: failed, Hint: s.hint}
+		failed := &credentialsError{}
+		errors.As(s.failed(err), &failed)
+		return &keystore.Error{Kind: keystore.Credentials, URI: Scheme, Op: "reload", Err: failed, Hint: failed.hint}
+	}
+	if err := c.known(ctx, cfg, region); err != nil {
+		return err
 	}
 	s.old = &creds
 	c.mu.Lock()
@@ -237,6 +245,32 @@ func (c *Clients) Reload(ctx context.Context) error {
 	c.reloaded = time.Now()
 	s.refused = c.reloaded
 	c.source = s
+	return nil
+}
+
+// known asks KMS whether it knows new credentials, by a look at the key that was opened last.
+// Only a refusal of the credentials themselves is an error: a key that may not be looked at,
+// or an outage, says nothing of them.
+func (c *Clients) known(ctx context.Context, cfg aws.Config, region string) error {
+	c.mu.Lock()
+	key := c.key
+	c.mu.Unlock()
+	if m := arnPattern.FindStringSubmatch(key); m != nil {
+		region = m[2]
+	}
+	if key == "" {
+		return nil
+	}
+	probe := New(c.o)
+	cfg.Region = region
+	probe.clients[region], probe.configs[region], probe.gates[region] = c.newClient(cfg), cfg, newGate(c.o.RPS)
+	s := &Store{c: probe, region: region, arn: key, branches: map[string]branchKey{}}
+	_, err := call(ctx, s, "reload", "DescribeKey", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.DescribeKeyOutput, error) {
+		return k.DescribeKey(ctx, &kms.DescribeKeyInput{KeyId: &key}, o)
+	})
+	if e, ok := errors.AsType[*keystore.Error](err); ok && (e.Kind == keystore.Credentials || e.Kind == keystore.Denied && !deniesAction(err)) {
+		return e
+	}
 	return nil
 }
 

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"strings"
 	"time"
@@ -255,10 +256,17 @@ func (s *Store) verdict(ctx context.Context, op string, err error) (e *keystore.
 		e.Err, e.RequestID = c, ""
 		if e.Answered = false; c.passing {
 			e.Hint = "the service that gives the credentials does not answer"
+			if h, ok := errors.AsType[httpCoded](c.err); ok && h.HTTPStatusCode() != 0 {
+				e.Hint = "the service that gives the credentials failed, or asks for fewer calls"
+			}
 			return e, true
 		}
 		e.Kind, e.Hint = keystore.Credentials, cmp.Or(c.hint, credentialsHint)
 		return e, false
+	}
+	if f := foreign(err); f != nil {
+		e.Err, e.Hint = f, foreignHint
+		return e, f.status >= 500 || f.status < 300 || f.status == http.StatusTooManyRequests // 200: an answer that does not parse
 	}
 	if c, ok := errors.AsType[coded](err); ok {
 		if v, known := verdicts[c.ErrorCode()]; known {
@@ -269,10 +277,6 @@ func (s *Store) verdict(ctx context.Context, op string, err error) (e *keystore.
 			}
 			return e, v.again
 		}
-	}
-	if f := foreign(err); f != nil {
-		e.Err, e.Hint = f, foreignHint
-		return e, f.status >= 500 || f.status < 300 || f.status == http.StatusTooManyRequests // 200: an answer that does not parse
 	}
 	if h, ok := errors.AsType[httpCoded](err); ok && h.HTTPStatusCode() != 0 {
 		switch c := h.HTTPStatusCode(); {
@@ -289,6 +293,9 @@ func (s *Store) verdict(ctx context.Context, op string, err error) (e *keystore.
 		return e, false
 	}
 	e.Hint = "check the network, AWS_ENDPOINT_URL_KMS and --aws-region"
+	if n, ok := errors.AsType[*net.OpError](err); ok && n.Op == "proxyconnect" || errors.As(err, new(*proxyError)) {
+		e.Hint = proxyHint
+	}
 	return e, true
 }
 
