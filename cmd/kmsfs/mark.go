@@ -185,12 +185,12 @@ func (d *daemon) close() {
 
 const (
 	lookForOthers = time.Second      // how often after an unmount other namespaces are looked for
-	surelyServes  = 3 * time.Second  // a daemon that serves for so long after it is mounted elsewhere
+	surelyServes  = 3 * time.Second  // a daemon that still serves then is mounted elsewhere
 	sayWaiting    = 10 * time.Second // after which umount says that it waits
 )
 
 // awaitEnd returns when the daemon has ended, and whether everything is on the disk. A mount
-// that another mount namespace still has does not end: others says who has it.
+// that another mount namespace still has does not end: others names its users.
 func (d *daemon) awaitEnd() (others string, err error) {
 	begun, said := time.Now(), false
 	look := begun.Add(lookForOthers)

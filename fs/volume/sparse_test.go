@@ -67,7 +67,7 @@ func (w *world) wantHuge(path string, middle bool) {
 	}
 }
 
-// What is done with a file costs by its data, not by its size.
+// Each operation on a file costs by its data, not by its size.
 func TestSparseCosts(t *testing.T) {
 	w, reads := hugeFile(t)
 	few := func(what string) {
@@ -91,7 +91,7 @@ func TestSparseCosts(t *testing.T) {
 	w.quiet = true
 	w.crash()
 	if fs, _ := w.fsck(); worst(fs) > volume.Unconfirmed {
-		t.Errorf("fsck of what is to be repaired: %v", fs)
+		t.Errorf("fsck before the repair: %v", fs)
 	}
 	w.open(volume.Options{Hook: func(c volume.Call) error {
 		if c.Op == "pread" {
@@ -121,7 +121,7 @@ func TestSparseCosts(t *testing.T) {
 	h, err = w.must("copy").Open(ctx, false)
 	w.do("open", err)
 	if _, err := h.Read(ctx, b, 9<<20); err != nil || !bytes.Equal(b, make([]byte, 100)) {
-		t.Errorf("what was at a hole's place: %x, %v", b, err)
+		t.Errorf("old data at the place of a hole: %x, %v", b, err)
 	}
 	h.Release()
 }

@@ -318,7 +318,7 @@ func TestPassingAnswers(t *testing.T) {
 	}
 }
 
-// What is wrong on this machine and stays so is told at once.
+// A fault of this machine that does not pass by itself is told at once.
 func TestMisplaced(t *testing.T) {
 	srv := keystoretest.NewServer(t)
 	arn := srv.AddKey("")
