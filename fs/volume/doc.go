@@ -21,7 +21,9 @@
 // All syscalls on the ciphertext tree are in disk.go, relative to descriptors of
 // directories, and never follow a symlink.
 //
-// Locks, in this order: Volume.tree, Node.openMu, file.mu, Node.dirMu,
-// settler.mu, Volume.mu, Volume.fdMu. No call to a key service is made under
-// any of them.
+// Locks, in this order: Volume.tree, Node.openMu, file.mu, Node.lostMu,
+// Node.dirMu, settler.mu, Volume.mu, Volume.fdMu; under doubts.mu no other lock
+// is taken. No call to a key service is made under any of them. A call that finds
+// no descriptor closes idle ones (descriptors.go): it only tries the locks of
+// other files.
 package volume
