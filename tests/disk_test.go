@@ -6,22 +6,29 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// A backing filesystem that becomes read-only, and writable again.
+// A backing filesystem that becomes read-only after an error, and writable again when it is
+// mounted again. While a volume on it is mounted for writing nobody can remount it read-only.
 func TestBackingReadOnly(t *testing.T) {
 	base := t.TempDir()
-	disk := loopDisk(t, base, "64M", "mkfs.ext4", "-q")
+	disk := loopDisk(t, base, "64M", "mkfs.ext4", "-q", "-e", "remount-ro")
 	m := newVolumeOn(t, base, disk)
 	m.faults = true
 	b := noise(50000)
 	write(t, m.path("f"), b)
-	remount := func(how string) error { return exec.Command("mount", "-o", "remount,"+how, disk).Run() }
-	eventually(t, "remounting read-only", func() error { return remount("ro") }) // when the file has settled
+	m.run(`sync $M/f $M`)
+	if err := unix.Mount("", disk, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); !errors.Is(err, unix.EBUSY) {
+		t.Errorf("remounting it read-only: %v", err)
+	}
+	time.Sleep(5 * time.Second) // until the file has settled
+	m.run(`d=$(findmnt -no SOURCE ` + disk + `); echo 1 >/sys/fs/ext4/$(basename $d)/trigger_fs_error; grep " ` + disk + ` " /proc/mounts | grep -qE ' (ro|emergency_ro|shutdown)|[ ,](ro|emergency_ro)[, ]'`)
 	want(t, m.path("f"), b)
 	for name, err := range map[string]error{"create": os.WriteFile(m.path("new"), b, 0o644), "mkdir": os.Mkdir(m.path("d"), 0o755), "unlink": os.Remove(m.path("f")), "chmod": os.Chmod(m.path("f"), 0o600),
 		"append": func() error { _, err := os.OpenFile(m.path("f"), os.O_APPEND|os.O_WRONLY, 0); return err }()} {
@@ -30,9 +37,11 @@ func TestBackingReadOnly(t *testing.T) {
 		}
 	}
 	want(t, m.path("f"), b)
-	if err := remount("rw"); err != nil {
-		t.Fatal(err)
+	if out, err := m.try("umount", m.dir); err == nil || !strings.Contains(out, "not everything is known to be on the disk") {
+		t.Errorf("umount: %v, %s", err, out)
 	}
+	m.run(`umount ` + disk + `; e2fsck -fy $B/disk >/dev/null || test $? = 1; mount -o loop $B/disk ` + disk)
+	m.mount()
 	write(t, m.path("new"), b)
 	m.remount()
 	want(t, m.path("f"), b)

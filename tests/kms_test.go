@@ -243,6 +243,14 @@ func TestOutage(t *testing.T) {
 	}
 	v.remount()
 	want(t, v.path("0"), []byte("content"))
+	write(t, v.path("new"), []byte("x")) // from here on keys are made ahead
+	made := v.srv.Calls("GenerateDataKey")
+	eventually(t, "keys made ahead", func() error {
+		if n := v.srv.Calls("GenerateDataKey"); n < made+8 {
+			return fmt.Errorf("%d", n-made)
+		}
+		return nil
+	})
 	v.srv.Fail(func(string) *keystoretest.Failure {
 		return &keystoretest.Failure{Status: 503, Body: "<html>away</html>"}
 	})
