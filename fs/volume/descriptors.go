@@ -131,6 +131,7 @@ func (f *file) park(used bool) bool {
 		f.v.disk.close(fd)
 	}
 	f.fd, f.old = -1, nil
+	f.parked.Store(true)
 	return true
 }
 
@@ -143,7 +144,12 @@ func (n *Node) named() bool {
 
 // wake opens the descriptor of a file again that park has closed.
 func (f *file) wake() error {
-	f.used.Store(true)
+	if !f.used.Load() {
+		f.used.Store(true)
+	}
+	if !f.parked.Load() {
+		return nil
+	}
 	f.mu.RLock()
 	parked, rw := f.fd < 0 && !f.closed, f.rw
 	f.mu.RUnlock()
@@ -175,6 +181,7 @@ func (f *file) wake() error {
 		f.v.disk.close(fd)
 	default:
 		f.fd, f.rw = fd, rw
+		f.parked.Store(false)
 	}
 	return nil
 }

@@ -23,6 +23,7 @@ type file struct {
 
 	refusal atomic.Pointer[refusal] // of this file alone
 	used    atomic.Bool             // since park was tried last
+	parked  atomic.Bool             // fd is -1; written under mu
 
 	// mu guards the fields below. It is held across reads and writes of the
 	// file, and shared by readers; not across an fsync or a call to a key service.
@@ -242,6 +243,7 @@ func (f *file) needWrite() error {
 		f.old = append(f.old, f.fd) // another thread may be reading from it
 	}
 	f.fd, f.rw = fd, true
+	f.parked.Store(false)
 	return nil
 }
 
