@@ -316,6 +316,13 @@ func (d *disk) settlePages(fd int, off, n int64) error {
 	})
 }
 
+// sendPages makes the kernel begin to write these pages, and waits for nothing.
+func (d *disk) sendPages(fd int, off, n int64) error {
+	return d.do(Call{Op: "sync_file_range", FD: fd, Off: off, Len: n, Mode: unix.SYNC_FILE_RANGE_WRITE}, func() error {
+		return again(func() error { return unix.SyncFileRange(fd, off, n, unix.SYNC_FILE_RANGE_WRITE) })
+	})
+}
+
 // waitPages waits until these pages are not being written.
 func (d *disk) waitPages(fd int, off, n int64) error {
 	return d.do(Call{Op: "sync_file_range", FD: fd, Off: off, Len: n, Mode: unix.SYNC_FILE_RANGE_WAIT_BEFORE}, func() error {

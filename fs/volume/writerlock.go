@@ -168,7 +168,7 @@ func (d *disk) signLock(fd int) {
 	}
 	b = append(b, bytes.Repeat([]byte(" "), lockSize-1-len(b))...)
 	if d.pwrite(fd, append(b, '\n'), 0) == nil {
-		d.fsync(fd) // so that another host reads it
+		d.sendPages(fd, 0, lockSize) // so that another host reads it soon
 	}
 }
 
