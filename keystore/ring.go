@@ -46,7 +46,7 @@ type Ring struct {
 
 // RingOptions of [NewRing]; the zero value makes no keys ahead.
 type RingOptions struct {
-	Pool    int                         // data keys made ahead at first; grows with use up to MaxPool
+	Pool    int                         // data keys made ahead once a program has made a file; grows with use up to MaxPool
 	MaxAge  time.Duration               // how long a proof that a key may be used is good for; 5 min if zero
 	Grace   time.Duration               // how long cached keys are used while a service cannot be reached; 1 h if zero, not at all if negative
 	EachKey bool                        // a key is used for MaxAge only, whatever was proven of others

@@ -324,7 +324,7 @@ func TestPrefetch(t *testing.T) {
 		if calls > files+70 {
 			t.Errorf("%s: %d calls for %d files", what, calls, files)
 		}
-		// The pool alone makes 8, and who waits for each file 1 more.
+		// Without a scan the files are opened one after another: 1 call at a time.
 		if most < 16 {
 			t.Errorf("%s: at most %d calls at once", what, most)
 		}
@@ -338,7 +338,7 @@ func TestPrefetch(t *testing.T) {
 	v.remount()
 	before := v.srv.Calls("")
 	v.run(`ls -lR "$M" >/dev/null; find "$M" -size +1 >/dev/null; du -s "$M" >/dev/null`)
-	if n := v.srv.Calls("") - before; n > 10 { // the pool's, after the mount
+	if n := v.srv.Calls("") - before; n > 2 { // a proof at most
 		t.Errorf("looking costs %d calls", n)
 	}
 	// Random opens: hardly a wrong guess.

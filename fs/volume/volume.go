@@ -32,7 +32,7 @@ type Options struct {
 	ReadOnly    bool
 	KernelTimes bool              // the kernel's writeback cache is on: it owns the times of open files
 	Logger      *slog.Logger      // none: nothing is logged
-	Pool        int               // data keys made ahead at first, see [keystore.RingOptions]
+	Pool        int               // data keys made ahead, see [keystore.RingOptions]
 	MaxAge      time.Duration     // how long a proof that a key may be used is good for; 5 min if zero
 	Grace       time.Duration     // how long known keys are used while a key service cannot be reached; 1 h if zero
 	FileLease   bool              // each open file's key is proven by itself
