@@ -89,7 +89,7 @@ type Forgetter interface {
 	Forget()
 }
 
-// Kind sorts failures by what can be done about them. Zero is no kind.
+// Kind sorts failures by the remedy that they call for. Zero is no kind.
 type Kind int
 
 // The kinds, and the errno in which a mounted volume shows each.
@@ -101,7 +101,7 @@ const (
 	Untrusted                   // the recipient is one that nobody named: ENOKEY
 	Damaged                     // the wrapped key does not unwrap: EIO
 	Canceled                    // the caller went away: EINTR
-	Invalid                     // what was asked for cannot be: a key of another type, a malformed name
+	Invalid                     // the request itself is wrong: a key of another type, a malformed name
 )
 
 func (k Kind) String() string {

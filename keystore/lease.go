@@ -83,8 +83,8 @@ func (s *standing) lost(now, grace time.Duration) *Error {
 	return nil
 }
 
-// stale reports whether the last proof is too old, as after a long sleep: what is
-// cached waits for the next one. mu is held.
+// stale reports whether the last proof is too old, as after a long sleep: cached
+// keys are not used until the next proof. mu is held.
 func (s *standing) stale(now, maxAge time.Duration) bool {
 	return !s.immediate && s.down == nil && now-s.proven > maxAge
 }
@@ -142,12 +142,12 @@ func (r *Ring) note(s *standing, op string, probe bool, err error) {
 		return
 	case e.Kind == Outage || e.Kind == Credentials:
 		s.down = e
-	case probe && e.Kind != Canceled: // what has been unwrapped before: the service does not answer sensibly
+	case probe && e.Kind != Canceled: // this key has been unwrapped before, so the service does not answer sensibly
 		s.down = &Error{Kind: Outage, URI: e.URI, Op: e.Op, RequestID: e.RequestID, Err: e.Err}
 	default:
 		return
 	}
-	r.giveUp(s, s.wrong()) // who waits need not wait for a deadline of his own
+	r.giveUp(s, s.wrong()) // waiting callers need not wait for their own deadlines
 	if s.pause = min(max(2*s.pause, firstRetry), longRetry); !probe {
 		s.pause = firstRetry
 	}
@@ -357,10 +357,10 @@ func (r *Ring) Lock(err *Error) {
 	for _, s := range r.stores {
 		r.giveUp(s, err)
 	}
-	r.noted() // who waits for a proof
+	r.noted() // wakes the callers that wait for a proof
 	r.mu.Unlock()
 	r.tellChange()
-	for range lockWaits { // for what calls bring that are given up, that it is wiped too
+	for range lockWaits { // until the keys of abandoned calls are wiped too
 		r.mu.Lock()
 		n := r.flying
 		r.mu.Unlock()
@@ -456,8 +456,8 @@ type answer struct {
 	err   error
 }
 
-// call makes a call. One that is given up is left to end by itself, and what it
-// brings is wiped: who cancels it may leave a key in the memory of the SDK.
+// call makes a call. An abandoned call is left to end by itself, and the key that it
+// brings is wiped: cancelling it could leave a key in the memory of the SDK.
 func (w watched) call(ctx context.Context, op string, f func(context.Context) answer) answer {
 	r := w.r
 	r.mu.Lock()
@@ -519,7 +519,7 @@ func (w watched) call(ctx context.Context, op string, f func(context.Context) an
 }
 
 func (w watched) Wrap(ctx context.Context, b Binding, key []byte) (Wrapped, error) {
-	key = bytes.Clone(key) // who gives up wipes his
+	key = bytes.Clone(key) // a caller that gives up wipes its own copy
 	a := w.call(ctx, "wrap", func(ctx context.Context) answer {
 		defer clear(key)
 		out, err := w.s.Wrap(ctx, b, key)

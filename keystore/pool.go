@@ -197,8 +197,8 @@ func (r *Ring) waste(k *DataKey) {
 	r.free(k)
 }
 
-// refill starts what brings the pool to its target, and who waits to a key. mu
-// is held.
+// refill starts the calls that bring the pool to its target and give each waiting
+// caller a key. mu is held.
 func (r *Ring) refill() {
 	p := &r.pool
 	most := poolCalls
@@ -230,9 +230,9 @@ func (r *Ring) refill() {
 	}
 }
 
-// arrived hands a new key, or what went wrong, to who has waited longest; what it
-// returns is to be reported. A denial of a call that began before he waited is none to
-// him: the right may have been given since. mu is held.
+// arrived hands a new key, or the error, to the caller that has waited longest; the
+// error that it returns is to be reported. A denial of a call that began before the
+// caller waited does not count: the right may have been given since. mu is held.
 func (r *Ring) arrived(k *DataKey, err error, begun time.Duration) (told error) {
 	p := &r.pool
 	if err == nil {

@@ -168,7 +168,7 @@ type candidate struct {
 }
 
 // candidates returns the recipients that are trusted, in the order in which they
-// are asked: who can answer at once, then who has answered last.
+// are asked: first those that answer at once, then those without a known fault.
 func (r *Ring) candidates(ws []Wrapped) []candidate {
 	var out []candidate
 	for _, w := range ws {
@@ -261,7 +261,7 @@ func (r *Ring) UnwrapNow(file [16]byte, ws []Wrapped) (key []byte, ok bool, err 
 }
 
 // Prefetch begins to unwrap a file's key, so that Unwrap finds it. It does
-// nothing, and says so, where the key is there or coming, or cannot be had.
+// nothing, and returns false, if the key is there or coming, or cannot be had.
 func (r *Ring) Prefetch(file [16]byte, ws []Wrapped) (began bool) {
 	cs := r.candidates(ws)
 	if len(cs) == 0 || cs[0].s.immediate {
@@ -287,7 +287,7 @@ func (r *Ring) Prefetch(file [16]byte, ws []Wrapped) (began bool) {
 	return true
 }
 
-// Renew unwraps a file's key anew, though it is known, to see whether that is
+// Renew unwraps a file's key again, though it is known, to see whether that is
 // still allowed.
 func (r *Ring) Renew(ctx context.Context, file [16]byte, ws []Wrapped) error {
 	err := untrusted(ws)
