@@ -38,9 +38,9 @@ func (f *fileSystem) String() string { return "kmsfs" }
 
 func stack() string { return string(debug.Stack()) }
 
-// request is the context of a request that the kernel can interrupt, and whose
-// worker gives its place away before it waits for a key service.
-type request struct {
+// asked is the context of a request that the kernel can interrupt, and whose
+// worker gives its place away before it waits.
+type asked struct {
 	context.Context
 	cancel <-chan struct{}
 	f      *fileSystem
@@ -48,12 +48,12 @@ type request struct {
 }
 
 func (f *fileSystem) with(cancel <-chan struct{}, h *fuse.InHeader) context.Context {
-	return &request{context.Background(), cancel, f, h.Unique}
+	return &asked{context.Background(), cancel, f, h.Unique}
 }
 
-func (r *request) Done() <-chan struct{} { return r.cancel }
+func (r *asked) Done() <-chan struct{} { return r.cancel }
 
-func (r *request) Err() error {
+func (r *asked) Err() error {
 	select {
 	case <-r.cancel:
 		return context.Canceled
@@ -62,7 +62,7 @@ func (r *request) Err() error {
 	}
 }
 
-func (r *request) Value(key any) any {
+func (r *asked) Value(key any) any {
 	if _, ok := key.(keystore.WaitsKey); ok {
 		return func() { r.f.waits(r.unique) }
 	}

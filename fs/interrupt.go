@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unsafe"
 
@@ -23,7 +24,15 @@ import (
 // then on it is looked for.
 type requests struct {
 	mu   sync.Mutex
-	made map[uint64]uint32 // the thread's ID by request, 0 where it is of another PID namespace
+	made map[uint64]*request
+}
+
+// request is one that is being answered.
+type request struct {
+	thread  uint32 // the ID of who asks, 0 where it is of another PID namespace
+	p       *place // which its worker had when it began
+	st      uint64 // and the state of that
+	yielded atomic.Bool
 }
 
 const (
@@ -31,13 +40,14 @@ const (
 	lookAtMost = time.Second // for a request that is not there yet: who has read it is slow, or has answered
 )
 
-func (r *requests) begin(h *fuse.InHeader) {
+func (r *requests) begin(h *fuse.InHeader, q *request) {
+	q.thread = h.Pid
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.made == nil {
-		r.made = map[uint64]uint32{}
+		r.made = map[uint64]*request{}
 	}
-	r.made[h.Unique] = h.Pid
+	r.made[h.Unique] = q
 }
 
 func (r *requests) end(unique uint64) {
@@ -46,11 +56,11 @@ func (r *requests) end(unique uint64) {
 	delete(r.made, unique)
 }
 
-func (r *requests) thread(unique uint64) (tid uint32, known bool) {
+// get returns a request that is being answered, nil if it is not.
+func (r *requests) get(unique uint64) *request {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	tid, known = r.made[unique]
-	return tid, known
+	return r.made[unique]
 }
 
 // interrupt handles an INTERRUPT, and reports whether in is one.
@@ -76,12 +86,12 @@ func (l *loop) interrupt(in []byte) bool {
 func (r *requests) interrupt(unique uint64, dying func(tid uint32) bool, end func() bool) {
 	met := false
 	for begun := time.Now(); ; time.Sleep(lookAgain) {
-		tid, known := r.thread(unique)
-		met = met || known
+		q := r.get(unique)
+		met = met || q != nil
 		switch {
-		case !known && (met || time.Since(begun) > lookAtMost):
+		case q == nil && (met || time.Since(begun) > lookAtMost):
 			return // it is answered
-		case known && (tid == 0 || dying(tid)):
+		case q != nil && (q.thread == 0 || dying(q.thread)):
 			if end() {
 				return
 			}

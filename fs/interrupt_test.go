@@ -45,7 +45,7 @@ func TestInterrupt(t *testing.T) {
 				}
 				h := &fuse.InHeader{Unique: 7}
 				h.Pid = 1234
-				at(c.begun, func() { r.begin(h) })
+				at(c.begun, func() { r.begin(h, &request{}) })
 				at(c.ended, func() { r.end(7) })
 				synctest.Wait()
 				interrupted := false

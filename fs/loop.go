@@ -18,11 +18,15 @@ import (
 //
 // What a FUSE request costs is one sleeping processor waking another, so as few
 // threads as possible take turns: mostly one, which answers what it read itself
-// before it reads again. A place is the right to read. Who is about to do
-// something slow, or to wait for a key service, hands its place on; the watchdog
-// takes it from who has been busy for long, so that a stalled disk keeps nobody
-// else waiting. There are more places, up to one a processor, while requests
-// queue up.
+// before it reads again. A place is the right to read. There are more places, up to
+// one a processor, while requests queue up.
+//
+// A worker that waits keeps no place, so that no request is left unread behind
+// another. It hands its place on in one of three ways. Before it begins, if
+// requests of that kind have mostly taken long of late (pace). When it is about to
+// wait, if it can tell: for pages that are not in the page cache, for a lock that
+// another has, for a key service (yield). Or the watchdog takes the place, from a
+// worker that has been busy for one or two ticks.
 type loop struct {
 	fd       int
 	ps       *fuse.ProtocolServer
@@ -35,6 +39,9 @@ type loop struct {
 	end     sync.Once
 	workers sync.WaitGroup
 	parked  atomic.Int32
+	without atomic.Int32 // workers that answer a request and have no place
+	paces   [opcodes]pace
+	buffers buffers
 
 	mu     sync.Mutex
 	places []*place
@@ -50,20 +57,16 @@ type loop struct {
 
 // place is the right to read. Its state is even while its worker waits for a
 // request, odd while it handles one; whoever advances it owns what follows.
-type place struct {
-	state  atomic.Uint64
-	unique atomic.Uint64 // the request that is handled
-}
+type place struct{ state atomic.Uint64 }
 
 const (
-	// watchTick is long, since each tick disturbs the others: at 1 ms, small
-	// requests took twice the time.
-	watchTick  = 50 * time.Millisecond
-	maxParked  = 4
-	quickRead  = 3 * time.Microsecond // a read that took less found a request waiting
-	manyMore   = 32                   // so many more reads that left requests waiting than others call for another place, the reverse for one less
-	bigRequest = 64 << 10             // bytes whose sealing or opening takes as long as a wake-up
-	bufferSize = maxWrite + 8192      // a request, or its answer, with its header
+	watchTick   = 200 * time.Microsecond // what is slow and came unexpectedly is noticed after two of them
+	watchIdle   = 500                    // ticks without a request after which the watchdog sleeps
+	maxParked   = 64
+	mostWithout = 8192                 // requests that are answered without a place: each has a thread, and some 64 KiB
+	quickRead   = 3 * time.Microsecond // a read that took less found a request waiting
+	manyMore    = 32                   // so many more reads that left requests waiting than others call for another place, the reverse for one less
+	bigRequest  = 64 << 10             // bytes whose sealing or opening takes as long as a wake-up
 )
 
 func newLoop(fd int, ps *fuse.ProtocolServer, log *slog.Logger) *loop {
@@ -72,12 +75,12 @@ func newLoop(fd int, ps *fuse.ProtocolServer, log *slog.Logger) *loop {
 
 // start answers the kernel's INIT, the first request, and then serves.
 func (l *loop) start() error {
-	in, out := make([]byte, bufferSize), make([]byte, bufferSize)
-	n, err := l.read(in)
+	b := newBuffer()
+	n, err := l.read(b.in)
 	if err != nil {
 		return err
 	}
-	l.answerInit(in[:n], out)
+	l.answerInit(b.in[:n], b.out)
 	l.workers.Go(l.watch)
 	l.add()
 	return nil
@@ -124,17 +127,27 @@ func (l *loop) pass(p *place) {
 	}
 }
 
+// work answers requests as long as there is a place for it.
 func (l *loop) work(p *place) {
-	in, out := make([]byte, bufferSize), make([]byte, bufferSize)
+	for p != nil {
+		l.serve(p)
+		p = l.park()
+	}
+}
+
+// serve reads requests and answers them until the place is another's, or not needed.
+func (l *loop) serve(p *place) {
+	b := l.buffers.get()
+	defer func() { l.buffers.put(b) }()
 	score := 0
 	for {
 		begun := time.Now()
-		n, err := l.read(in)
+		n, err := l.read(b.in)
 		if err != nil {
 			l.end.Do(func() { close(l.done) })
 			return
 		}
-		if l.interrupt(in[:n]) {
+		if l.interrupt(b.in[:n]) {
 			continue
 		}
 		if time.Since(begun) < quickRead && l.more() {
@@ -142,31 +155,32 @@ func (l *loop) work(p *place) {
 		} else {
 			score = min(score, manyMore) - 1
 		}
-		p.unique.Store((*fuse.InHeader)(unsafe.Pointer(&in[0])).Unique)
-		st := p.state.Add(1)
-		mine := true
+		in, out := b.in[:n], b.out
+		r := &request{p: p, st: p.state.Add(1)}
 		switch {
-		case l.takesLong(in[:n]):
-			mine = !l.take(p, st)
+		case l.takesLong(in) && l.spare():
+			if small := b.small(in); small != nil {
+				l.buffers.put(b) // for who reads next
+				b, in, out = small, small.in, small.out
+			}
+			l.take(p, r.st)
 		case score > manyMore && l.short():
 			score = 0
 			l.add()
 		}
-		if mine && !l.awake.Load() && l.awake.CompareAndSwap(false, true) {
+		if !l.awake.Load() && l.awake.CompareAndSwap(false, true) {
 			l.wake <- struct{}{}
 		}
-		l.answer(in[:n], out)
-		if mine {
-			mine = p.state.CompareAndSwap(st, st+1) // or the watchdog has given it away
+		l.answer(r, in, out)
+		if !p.state.CompareAndSwap(r.st, r.st+1) { // it was given away
+			l.without.Add(-1)
+			return
 		}
-		if mine && score < -manyMore && l.retire(p) {
-			mine = false
+		if score < -manyMore && l.retire(p) {
+			return
 		}
-		if !mine {
-			if p = l.park(); p == nil {
-				return
-			}
-			score = 0
+		if len(b.in) < bufferSize { // too many had no place
+			b = l.buffers.get()
 		}
 	}
 }
@@ -200,12 +214,16 @@ func (l *loop) short() bool {
 	return len(l.places) < runtime.GOMAXPROCS(0)
 }
 
+// spare reports whether one more request may be answered without a place.
+func (l *loop) spare() bool { return l.without.Load() < mostWithout }
+
 // take gives the place of who handles a request in state st to somebody else;
-// false where that was done before.
+// false if that was done before, or too many have no place.
 func (l *loop) take(p *place, st uint64) bool {
-	if st%2 == 0 || !p.state.CompareAndSwap(st, st+1) {
+	if st%2 == 0 || !l.spare() || !p.state.CompareAndSwap(st, st+1) {
 		return false
 	}
+	l.without.Add(1)
 	l.pass(p)
 	return true
 }
@@ -213,39 +231,36 @@ func (l *loop) take(p *place, st uint64) bool {
 // yield gives the place of the worker that handles this request to another: it
 // is about to wait.
 func (l *loop) yield(unique uint64) {
-	l.mu.Lock()
-	places := append([]*place(nil), l.places...)
-	l.mu.Unlock()
-	for _, p := range places {
-		if st := p.state.Load(); p.unique.Load() == unique {
-			l.take(p, st)
-		}
+	if r := l.requests.get(unique); r != nil {
+		r.yielded.Store(true)
+		l.take(r.p, r.st)
 	}
 }
 
 // watch takes a place from a worker that has handled one request for a tick, and
-// sleeps while nothing is asked.
+// sleeps while nothing is asked. It sleeps by a syscall: a timer of the runtime that
+// comes so often makes processors look for work that there is not, and small
+// requests take twice the time.
 func (l *loop) watch() {
-	t := time.NewTicker(time.Hour)
-	defer t.Stop()
 	last := map[*place]uint64{}
+	tick := unix.NsecToTimespec(int64(watchTick))
 	for {
 		select {
 		case <-l.wake:
-			t.Reset(watchTick)
 		case <-l.done:
 			return
-		case <-t.C:
+		}
+		for idle := 0; idle < watchIdle; idle++ {
 			if l.look(last) {
-				continue
+				idle = 0
 			}
-			clear(last)
-			l.awake.Store(false)
-			// A request that came just now may have counted on being watched.
-			if l.busy() && l.awake.CompareAndSwap(false, true) {
-				continue
-			}
-			t.Reset(time.Hour)
+			unix.Nanosleep(&tick, nil)
+		}
+		clear(last)
+		l.awake.Store(false)
+		// A request that came just now may have counted on being watched.
+		if l.busy() && l.awake.CompareAndSwap(false, true) {
+			l.wake <- struct{}{}
 		}
 	}
 }
@@ -277,10 +292,15 @@ func (l *loop) look(last map[*place]uint64) (busy bool) {
 	return busy
 }
 
-// Opcodes of the kernel's fuse.h: of what may wait for the disk, and of who gives up.
+// Opcodes of the kernel's fuse.h: of what may wait for the disk, of what asks for bytes,
+// and of who gives up.
 const (
 	opRead, opWrite, opFsync, opFsyncDir, opCopyFileRange = 15, 16, 20, 30, 47
-	opInterrupt                                           = 36
+	opGetXattr, opListXattr                               = 22, 23
+	opReadDir, opReadDirPlus                              = 28, 44
+	opInterrupt, opIoctl                                  = 36, 39
+
+	opcodes = 64 // more than there are
 )
 
 // takesLong reports whether a request is expected to take longer than handing
@@ -289,16 +309,41 @@ func (l *loop) takesLong(in []byte) bool {
 	h := (*fuse.InHeader)(unsafe.Pointer(&in[0]))
 	switch h.Opcode {
 	case opFsync, opFsyncDir:
-		return l.slowSync
+		if l.slowSync {
+			return true
+		}
 	case opCopyFileRange:
 		return true
-	case opWrite:
-		return len(in) > bigRequest
-	case opRead:
-		return len(in) >= int(unsafe.Sizeof(fuse.ReadIn{})) && (*fuse.ReadIn)(unsafe.Pointer(&in[0])).Size > bigRequest
+	case opWrite, opRead:
+		if max(len(in), answerSize(in)) > bigRequest {
+			return true
+		}
 	}
-	return false
+	return l.paces[h.Opcode%opcodes].long()
 }
+
+// A pace is how long requests of one kind take, on this disk and of late: the share of those
+// that take longer than longAfter, in units of 1/paceUnit.
+type pace struct{ share atomic.Int32 }
+
+const (
+	longAfter = 150 * time.Microsecond // some ten times what it costs to hand a place on
+	paceUnit  = 1 << 10
+	paceLong  = paceUnit / 8 // from this share on it is better to hand the place on first
+)
+
+// note counts a request. Two at once may count as one.
+func (p *pace) note(long bool) {
+	was, is := p.share.Load(), int32(0)
+	if long {
+		is = paceUnit
+	}
+	if next := was + (is-was)/16; next != was {
+		p.share.Store(next)
+	}
+}
+
+func (p *pace) long() bool { return p.share.Load() >= paceLong }
 
 // read reads one request, at least its header.
 func (l *loop) read(b []byte) (int, error) {
@@ -317,14 +362,23 @@ func (l *loop) read(b []byte) (int, error) {
 	}
 }
 
-// answer handles a request and writes the reply.
-func (l *loop) answer(in, out []byte) { l.reply(in, out[:l.handle(in, out)]) }
+// answer handles a request, writes the reply, and notes how long the request has kept its
+// place, or would have.
+func (l *loop) answer(r *request, in, out []byte) {
+	begun := time.Now()
+	n := l.handle(r, in, out)
+	if len(in) <= bigRequest && n <= bigRequest {
+		h := (*fuse.InHeader)(unsafe.Pointer(&in[0]))
+		l.paces[h.Opcode%opcodes].note(time.Since(begun) > longAfter && !r.yielded.Load())
+	}
+	l.reply(in, out[:n])
+}
 
 // answerInit is answer of the INIT request. The kernel cuts the times that it keeps to the
 // granularity of the disk, or they would change when it forgets a file: go-fuse has no
 // option for that field.
 func (l *loop) answerInit(in, out []byte) {
-	n := l.handle(in, out)
+	n := l.handle(&request{p: &place{}}, in, out)
 	const header = unsafe.Sizeof(fuse.OutHeader{})
 	if h := (*fuse.OutHeader)(unsafe.Pointer(&out[0])); l.timeGran != 0 && h.Status == 0 && uintptr(n) >= header+unsafe.Offsetof(fuse.InitOut{}.TimeGran)+4 {
 		(*fuse.InitOut)(unsafe.Pointer(&out[header])).TimeGran = l.timeGran
@@ -333,10 +387,10 @@ func (l *loop) answerInit(in, out []byte) {
 }
 
 // handle handles a request and returns the length of the reply in out, 0 if there is none.
-func (l *loop) handle(in, out []byte) int {
+func (l *loop) handle(r *request, in, out []byte) int {
 	h := (*fuse.InHeader)(unsafe.Pointer(&in[0]))
 	unique := h.Unique
-	l.requests.begin(h)
+	l.requests.begin(h, r)
 	n, s := l.ps.HandleRequest([][]byte{in}, [][]byte{out})
 	l.requests.end(unique)
 	if n == 0 && !s.Ok() {

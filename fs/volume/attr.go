@@ -25,7 +25,7 @@ func (n *Node) Attr() (st Attr, err error) {
 		n.fill(&st, -1, "")
 		return st, err
 	}
-	err = n.at(func(dir int, name string) error {
+	err = n.find(func(dir int, name string) error {
 		err := v.stat(dir, name, &st)
 		if err == nil && !n.is(&st) {
 			err = errMoved

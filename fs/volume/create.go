@@ -50,9 +50,9 @@ func (v *Volume) create(ctx context.Context, dir *Node, name string, mode uint32
 	key := *k
 	*k = nil
 	created := -1
-	n, st, err := v.make(ctx, dir, name, c, mode|unix.S_IFREG, func(fd int, cname string, mode uint32) (err error) {
+	n, st, err := v.make(dir, name, c, mode|unix.S_IFREG, func(fd int, cname string, mode uint32) (_ int, err error) {
 		created, err = v.open(fd, cname, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|fileFlags, mode&^unix.S_IFMT)
-		return err
+		return created, err
 	})
 	if errors.Is(err, unix.EEXIST) && !excl && created < 0 {
 		v.ring.PutBack(key)

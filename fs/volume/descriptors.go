@@ -190,22 +190,25 @@ func (f *file) wake() error {
 // whether there were any.
 func (v *Volume) closeIdleDirs() bool {
 	v.fdMu.Lock()
-	defer v.fdMu.Unlock()
-	return v.closeDirsDownTo(0)
+	fds := v.takeDirsDownTo(0)
+	v.fdMu.Unlock()
+	for _, fd := range fds {
+		v.disk.close(fd)
+	}
+	return len(fds) > 0
 }
 
-// closeDirsDownTo closes the least recently used directories until only n are open without
-// being in use. fdMu is held.
-func (v *Volume) closeDirsDownTo(n int) (some bool) {
+// takeDirsDownTo takes the descriptors of the least recently used directories away, to be
+// closed, until only n have one without being in use. fdMu is held.
+func (v *Volume) takeDirsDownTo(n int) (fds []int) {
 	for e := v.dirLRU.list.Back(); e != nil && v.dirLRU.list.Len() > n; {
-		prev, node := e.Prev(), e.Value.(*Node)
-		if node.dirRefs == 0 {
-			v.closeDirLocked(node)
-			some = true
+		prev := e.Prev()
+		if fd := v.takeDirFD(e.Value.(*Node)); fd >= 0 {
+			fds = append(fds, fd)
 		}
 		e = prev
 	}
-	return some
+	return fds
 }
 
 // noDescriptor reports whether a call failed since the process or the system has no

@@ -2,6 +2,7 @@ package volume
 
 import (
 	"context"
+	"errors"
 
 	"golang.org/x/sys/unix"
 
@@ -26,8 +27,8 @@ func (v *Volume) Lookup(ctx context.Context, dir *Node, name string) (n *Node, s
 }
 
 func (v *Volume) find(dir *Node, cname func() (string, error)) (n *Node, st Attr, err error) {
-	v.tree.RLock()
-	defer v.tree.RUnlock()
+	dir.entries.RLock()
+	defer dir.entries.RUnlock()
 	c, err := cname()
 	if err != nil {
 		return nil, st, err
@@ -35,7 +36,7 @@ func (v *Volume) find(dir *Node, cname func() (string, error)) (n *Node, st Attr
 	return v.lookup(dir, c)
 }
 
-// lookup finds an entry by its ciphertext name; tree is held.
+// lookup finds an entry by its ciphertext name; the directory's entries are held.
 func (v *Volume) lookup(dir *Node, cname string) (n *Node, st Attr, err error) {
 	fd, err := dir.enter()
 	if err != nil {
@@ -89,34 +90,50 @@ func (v *Volume) ensure(dir *Node, name string) (e entryName, fd int, err error)
 }
 
 // make runs a syscall that makes an entry, gives the object to its user, and
-// looks it up.
-func (v *Volume) make(ctx context.Context, dir *Node, name string, c Caller, mode uint32, f func(fd int, cname string, mode uint32) error) (*Node, Attr, error) {
-	v.tree.RLock()
-	defer v.tree.RUnlock()
+// looks it up. f returns a descriptor of the new object, or -1.
+func (v *Volume) make(dir *Node, name string, c Caller, mode uint32, f func(fd int, cname string, mode uint32) (int, error)) (n *Node, st Attr, err error) {
+	dir.entries.RLock()
+	defer dir.entries.RUnlock()
 	e, fd, err := v.ensure(dir, name)
 	if err != nil {
-		return nil, Attr{}, err
+		return nil, st, err
 	}
 	defer dir.leave()
 	mode = dir.masked(fd, mode, c)
-	if err := f(fd, e.cname, mode); err != nil {
+	made, err := f(fd, e.cname, mode)
+	if err != nil {
 		e.undo(&v.disk, fd)
-		return nil, Attr{}, err
+		return nil, st, err
 	}
 	if err := v.give(fd, e.cname, c, mode); err != nil {
-		return nil, Attr{}, err
+		return nil, st, err
 	}
-	return v.lookup(dir, e.cname)
+	if made < 0 {
+		return v.lookup(dir, e.cname)
+	}
+	if err := v.fstat(made, &st); err != nil {
+		return nil, st, err
+	}
+	n = v.intern(&st, dir, e.cname)
+	n.fill(&st, fd, e.cname)
+	return n, st, nil
 }
+
+// nothing is what a function for make returns that has no descriptor.
+func nothing(err error) (int, error) { return -1, err }
 
 // Mkdir makes a directory.
 func (v *Volume) Mkdir(ctx context.Context, dir *Node, name string, mode uint32, c Caller) (*Node, Attr, error) {
-	return v.make(ctx, dir, name, c, mode, func(fd int, cname string, mode uint32) error { return v.mkdir(fd, cname, mode&^unix.S_IFMT) })
+	return v.make(dir, name, c, mode, func(fd int, cname string, mode uint32) (int, error) {
+		return nothing(v.mkdir(fd, cname, mode&^unix.S_IFMT))
+	})
 }
 
 // Mknod makes a file, device, pipe or socket.
 func (v *Volume) Mknod(ctx context.Context, dir *Node, name string, mode, rdev uint32, c Caller) (*Node, Attr, error) {
-	return v.make(ctx, dir, name, c, mode, func(fd int, cname string, mode uint32) error { return v.mknod(fd, cname, mode, int(rdev)) })
+	return v.make(dir, name, c, mode, func(fd int, cname string, mode uint32) (int, error) {
+		return nothing(v.mknod(fd, cname, mode, int(rdev)))
+	})
 }
 
 // Symlink makes a symlink whose target is encrypted.
@@ -125,7 +142,7 @@ func (v *Volume) Symlink(ctx context.Context, dir *Node, name, target string, c 
 	if err != nil {
 		return nil, Attr{}, err
 	}
-	return v.make(ctx, dir, name, c, unix.S_IFLNK, func(fd int, cname string, _ uint32) error { return v.symlink(sealed, fd, cname) })
+	return v.make(dir, name, c, unix.S_IFLNK, func(fd int, cname string, _ uint32) (int, error) { return nothing(v.symlink(sealed, fd, cname)) })
 }
 
 // Link makes a further name of a file. One that is still to settle settles
@@ -136,7 +153,7 @@ func (v *Volume) Link(ctx context.Context, n, dir *Node, name string) (*Node, At
 			return nil, Attr{}, err
 		}
 	}
-	return v.make(ctx, dir, name, Caller{}, 0, func(fd int, cname string, _ uint32) error {
+	return v.make(dir, name, Caller{}, 0, func(fd int, cname string, _ uint32) (int, error) {
 		if last, ok := n.kept(); ok { // made without a name
 			// Before the name is there: who looks it up must find this node.
 			n.setNamed(true)
@@ -144,11 +161,11 @@ func (v *Volume) Link(ctx context.Context, n, dir *Node, name string) (*Node, At
 			if err != nil {
 				n.setNamed(false)
 			}
-			return err
+			return nothing(err)
 		}
 		n.linked.Store(true)
 		// By a descriptor: the old name may be another file's by now.
-		return n.withFD(func(old int) error { return v.linkFD(old, fd, cname) })
+		return nothing(n.withFD(func(old int) error { return v.linkFD(old, fd, cname) }))
 	})
 }
 
@@ -228,60 +245,100 @@ func (v *Volume) give(fd int, cname string, c Caller, mode uint32) (err error) {
 	return err
 }
 
+// lockDirs locks the entries of two directories for writing, or of one that is both. The
+// order is that of Linux (Documentation/filesystems/directory-locking): a directory comes
+// before those below it, and of two that are not one below the other the one that became
+// known first. Only renames from one directory to another change what is below what, and
+// of those there is one at a time.
+func (v *Volume) lockDirs(a, b *Node) (unlock func()) {
+	if a == b {
+		a.entries.Lock()
+		return a.entries.Unlock
+	}
+	v.crossing.Lock()
+	if b.above(a) || b.id < a.id && !a.above(b) {
+		a, b = b, a
+	}
+	a.entries.Lock()
+	b.entries.Lock()
+	return func() {
+		b.entries.Unlock()
+		a.entries.Unlock()
+		v.crossing.Unlock()
+	}
+}
+
+// above reports whether directory m is below n, or is n.
+func (n *Node) above(m *Node) bool {
+	n.v.mu.Lock()
+	defer n.v.mu.Unlock()
+	for m != n && len(m.links) > 0 {
+		m = m.links[0].dir
+	}
+	return m == n
+}
+
 // Unlink removes a name of what is not a directory. No key is needed.
 func (v *Volume) Unlink(dir *Node, name string) error {
-	return v.remove(dir, name, func(fd int, cname string, _ *unix.Stat_t) error { return v.unlink(fd, cname, 0) })
+	return v.remove(dir, name, func(fd int, cname string) error { return v.unlink(fd, cname, 0) })
 }
 
 // Rmdir removes an empty directory, with what kmsfs keeps in it.
 func (v *Volume) Rmdir(dir *Node, name string) error {
-	return v.remove(dir, name, func(fd int, cname string, st *unix.Stat_t) error {
-		if st.Mode&unix.S_IFMT != unix.S_IFDIR {
-			return unix.ENOTDIR
-		}
-		if err := v.clearDir(dir, fd, cname, st); err != nil {
+	return v.remove(dir, name, func(fd int, cname string) error {
+		if err := v.clearDir(dir, fd, cname, nil); err != nil {
 			return err
 		}
 		return v.unlink(fd, cname, unix.AT_REMOVEDIR)
 	})
 }
 
-func (v *Volume) remove(dir *Node, name string, f func(fd int, cname string, st *unix.Stat_t) error) error {
+func (v *Volume) remove(dir *Node, name string, f func(fd int, cname string) error) error {
 	if v.o.ReadOnly {
 		return unix.EROFS
 	}
-	v.tree.RLock()
-	defer v.tree.RUnlock()
-	e, err := dir.encode(name, false)
-	if err != nil {
-		return err
-	}
-	fd, err := dir.enter()
-	if err != nil {
-		return err
-	}
-	defer dir.leave()
-	var st unix.Stat_t
-	if err := v.stat(fd, e.cname, &st); err != nil {
-		return err
-	}
-	v.moveBegins()
-	defer v.moveEnds()
-	take := v.keep(&st, fd, e.cname)
-	if err := f(fd, e.cname, &st); err != nil {
-		take()
-		return err
-	}
-	e.dropName(&v.disk, fd)
-	v.unlinked(&st, dir, e.cname)
-	return nil
+	gone, err := func() (*Node, error) {
+		dir.entries.Lock()
+		defer dir.entries.Unlock()
+		e, err := dir.encode(name, false)
+		if err != nil {
+			return nil, err
+		}
+		fd, err := dir.enter()
+		if err != nil {
+			return nil, err
+		}
+		defer dir.leave()
+		x := v.part(place{dir, e.cname}, fd)
+		if err := f(fd, e.cname); err != nil {
+			v.stays(x)
+			return nil, err
+		}
+		e.dropName(&v.disk, fd)
+		return v.left(x), nil
+	}()
+	gone.dropIfGone()
+	return err
 }
 
 // clearDir removes what kmsfs keeps in the directory dir/cname, if nothing else
-// is there: ENOTEMPTY before touching anything.
-func (v *Volume) clearDir(dir *Node, fd int, cname string, st *unix.Stat_t) error {
-	n := v.intern(st, dir, cname)
+// is there: ENOTEMPTY before touching anything. The entries of dir are held for writing,
+// and of held too if it is not nil.
+func (v *Volume) clearDir(dir *Node, fd int, cname string, held *Node) error {
+	var st unix.Stat_t
+	if err := v.stat(fd, cname, &st); err != nil {
+		return err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFDIR {
+		return unix.ENOTDIR
+	}
+	n := v.intern(&st, dir, cname)
 	defer v.Forget(n.id, 1)
+	if held != nil && n.above(held) { // held is in it, or is it and has an entry
+		return unix.ENOTEMPTY
+	}
+	n.entries.Lock()
+	defer n.entries.Unlock()
 	d, err := n.enter()
 	if err != nil {
 		return err
@@ -313,71 +370,74 @@ func (v *Volume) Rename(from *Node, oldName string, to *Node, newName string, fl
 	if v.o.ReadOnly {
 		return unix.EROFS
 	}
-	v.tree.Lock()
-	defer v.tree.Unlock()
-	v.moveBegins()
-	defer v.moveEnds()
+	unlock := v.lockDirs(from, to)
+	gone, err := v.renameLocked(from, oldName, to, newName, flags)
+	unlock()
+	gone.dropIfGone()
+	return err
+}
+
+// renameLocked is Rename with the entries of both directories held. It returns the node
+// that has lost its last name, if one has.
+func (v *Volume) renameLocked(from *Node, oldName string, to *Node, newName string, flags uint32) (gone *Node, err error) {
 	old, err := from.encode(oldName, false)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	ofd, err := from.enter()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer from.leave()
-	var ost, nst unix.Stat_t
-	if err := v.stat(ofd, old.cname, &ost); err != nil {
-		return err
-	}
 	now, nfd, err := v.ensure(to, newName)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer to.leave()
-	err = v.stat(nfd, now.cname, &nst)
-	replaces := err == nil
-	if replaces && flags&(unix.RENAME_NOREPLACE|unix.RENAME_EXCHANGE) == 0 && ost.Mode&unix.S_IFMT == unix.S_IFDIR && nst.Mode&unix.S_IFMT == unix.S_IFDIR && nst.Ino != ost.Ino {
-		err = v.clearDir(to, nfd, now.cname, &nst)
-	} else {
-		err = ignore(err, unix.ENOENT)
+	a, b := place{from, old.cname}, place{to, now.cname}
+	n, m := v.at(a), v.at(b)
+	if n != nil {
+		n.moving.Add(1)
+		defer n.moving.Add(-1)
 	}
-	take := func() {}
-	if err == nil && replaces && flags&unix.RENAME_EXCHANGE == 0 {
-		take = v.keep(&nst, nfd, now.cname)
+	exchange := flags&unix.RENAME_EXCHANGE != 0
+	var x parting
+	switch {
+	case exchange && m != nil:
+		m.moving.Add(1)
+		defer m.moving.Add(-1)
+	case !exchange && m != n:
+		x = v.part(b, nfd)
 	}
-	if err == nil {
-		err = v.rename(ofd, old.cname, nfd, now.cname, flags)
+	err = v.rename(ofd, old.cname, nfd, now.cname, flags)
+	if flags&(unix.RENAME_NOREPLACE|unix.RENAME_EXCHANGE) == 0 && (errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EEXIST)) {
+		if err = v.clearDir(to, nfd, now.cname, from); err == nil {
+			err = v.rename(ofd, old.cname, nfd, now.cname, flags)
+		}
 	}
 	if err != nil {
-		take()
+		v.stays(x)
 		now.undo(&v.disk, nfd)
-		return err
+		return nil, err
 	}
-	v.renamed(from, old, ofd, &ost, to, now, &nst, replaces, flags)
-	return nil
-}
-
-// renamed keeps the nodes true after a rename that succeeded.
-func (v *Volume) renamed(from *Node, old entryName, ofd int, ost *unix.Stat_t, to *Node, now entryName, nst *unix.Stat_t, replaces bool, flags uint32) {
-	if ost.Mode&unix.S_IFMT == unix.S_IFDIR || v.repairs() {
+	if n == nil || n.IsDir() || exchange && (m == nil || m.IsDir()) || v.repairs() {
 		v.dirMoves.Add(1)
 	}
-	same := replaces && ost.Ino == nst.Ino && ost.Dev == nst.Dev
-	switch {
-	case from == to && old.cname == now.cname, same && flags&unix.RENAME_EXCHANGE == 0:
-		return // rename of a hard link onto another of the same file does nothing
-	case flags&unix.RENAME_EXCHANGE != 0:
-		v.moved(ost, from, old.cname, to, now.cname)
-		v.moved(nst, to, now.cname, from, old.cname)
-		return
-	case replaces:
-		v.unlinked(nst, to, now.cname)
+	if a == b || n != nil && n == m && !exchange {
+		v.stays(x)
+		return nil, nil // rename of a hard link onto another of the same file does nothing
 	}
-	v.moved(ost, from, old.cname, to, now.cname)
+	if exchange {
+		v.moved(n, a, b)
+		v.moved(m, b, a)
+		return nil, nil
+	}
+	gone = v.left(x)
+	v.moved(n, a, b)
 	if flags&unix.RENAME_WHITEOUT == 0 {
 		old.dropName(&v.disk, ofd)
 	}
+	return gone, nil
 }
 
 // Dir is an open directory. Its methods are for one caller at a time.

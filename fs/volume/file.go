@@ -3,6 +3,7 @@ package volume
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -507,7 +508,7 @@ func (h *Handle) Fsync() error {
 // directory where its name is a long one.
 func (f *file) syncPath() error {
 	f.n.v.mu.Lock()
-	links := append([]link(nil), f.n.links...)
+	links := slices.Clone(f.n.links)
 	f.n.v.mu.Unlock()
 	for _, l := range links {
 		if err := l.dir.syncIDs(); err != nil {

@@ -4,6 +4,7 @@ import (
 	"container/list"
 	"errors"
 	"path"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -20,14 +21,18 @@ type Node struct {
 	dev, ino uint64
 	typ      uint32 // S_IFMT bits
 
+	// entries, of a directory, is held for reading while an entry is looked up or made, for
+	// writing while one is removed or renamed: it keeps links true. See [Volume.lockDirs].
+	entries sync.RWMutex
+
 	// Guarded by Volume.mu.
-	lookups uint64 // the kernel's
-	holds   int    // of children's links, open files and directories
-	links   []link // where it is: none for the root, or when it is gone
-	gone    bool   // the last name went
-	leaving bool   // with the space that it took
-	last    int    // O_PATH, of what lost its last name or is about to; -1 otherwise
-	pending bool   // a file that is still to be repaired: nobody may remember it
+	lookups uint64  // the kernel's
+	holds   int     // of children's links, open files and directories
+	links   []place // where it is: none for the root, or when it is gone
+	gone    bool    // the last name went
+	leaving bool    // with the space that it took
+	last    int     // O_PATH, of what lost its last name or is about to; -1 otherwise
+	pending bool    // a file that is still to be repaired: nobody may remember it
 
 	// Guarded by Volume.fdMu, of directories.
 	dirFD   int // O_PATH, -1 while closed
@@ -56,10 +61,13 @@ type Node struct {
 
 	believed int64       // guarded by openMu: the size that a file had when it broke, which the kernel goes on to believe in
 	linked   atomic.Bool // another name was made in this mount
+
+	moving atomic.Int64  // changes of its places under way
+	moves  atomic.Uint64 // changes of its places so far
 }
 
-// link is one name of a node.
-type link struct {
+// place is where a node is, or could be: one of its names.
+type place struct {
 	dir   *Node
 	cname string // as it stands in the ciphertext directory
 }
@@ -103,11 +111,29 @@ func (v *Volume) Node(id uint64) *Node {
 	return v.nodes[id]
 }
 
+// at returns the node that was found at a place, nil if none was or the kernel has
+// forgotten it. The directory's entries are held, so that it is still there.
+func (v *Volume) at(p place) *Node {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.places[p]
+}
+
+// unlock unlocks mu, and closes what nobody needs any more: closing can wait for the disk.
+func (v *Volume) unlock() {
+	fds := v.unneeded
+	v.unneeded = nil
+	v.mu.Unlock()
+	for _, fd := range fds {
+		v.disk.close(fd)
+	}
+}
+
 // intern returns the node of what st describes, found at dir/cname, counting a
 // lookup.
 func (v *Volume) intern(st *unix.Stat_t, dir *Node, cname string) *Node {
 	v.mu.Lock()
-	defer v.mu.Unlock()
+	defer v.unlock()
 	key := inodeKey{st.Dev, st.Ino}
 	n := v.inodes[key]
 	if n != nil && n.typ != st.Mode&unix.S_IFMT { // changed behind our back
@@ -118,7 +144,7 @@ func (v *Volume) intern(st *unix.Stat_t, dir *Node, cname string) *Node {
 		v.inodes[key] = n
 	}
 	n.lookups++
-	n.addLink(dir, cname)
+	n.addLink(place{dir, cname})
 	return n
 }
 
@@ -129,29 +155,29 @@ func (v *Volume) newNode(st *unix.Stat_t) *Node {
 	return n
 }
 
-// addLink and dropLink keep links; v.mu is held.
-func (n *Node) addLink(dir *Node, cname string) {
-	for _, l := range n.links {
-		if l.dir == dir && l.cname == cname {
-			return
-		}
+// addLink and dropLink keep links and Volume.places; v.mu is held.
+func (n *Node) addLink(p place) {
+	if slices.Contains(n.links, p) {
+		n.v.places[p] = n
+		return
 	}
 	if n.typ == unix.S_IFDIR {
 		for len(n.links) > 0 { // moved behind our back
-			n.dropLink(n.links[0].dir, n.links[0].cname)
+			n.dropLink(n.links[0])
 		}
 	}
-	n.links = append(n.links, link{dir, cname})
-	dir.holds++
+	n.v.places[p] = n
+	n.links = append(n.links, p)
+	p.dir.holds++
 }
 
-func (n *Node) dropLink(dir *Node, cname string) {
-	for i, l := range n.links {
-		if l.dir == dir && l.cname == cname {
-			n.links = append(n.links[:i:i], n.links[i+1:]...)
-			n.v.unhold(dir)
-			return
-		}
+func (n *Node) dropLink(p place) {
+	if n.v.places[p] == n {
+		delete(n.v.places, p)
+	}
+	if i := slices.Index(n.links, p); i >= 0 {
+		n.links = append(n.links[:i:i], n.links[i+1:]...)
+		n.v.unhold(p.dir)
 	}
 }
 
@@ -164,10 +190,11 @@ func (n *Node) hold() {
 
 func (n *Node) release() {
 	n.v.mu.Lock()
+	defer n.v.unlock()
 	n.v.unhold(n)
-	n.v.mu.Unlock()
 }
 
+// unhold takes back one hold; v.mu is held.
 func (v *Volume) unhold(n *Node) {
 	n.holds--
 	v.dropIfUnknown(n)
@@ -176,13 +203,15 @@ func (v *Volume) unhold(n *Node) {
 // Forget takes back count lookups of a node.
 func (v *Volume) Forget(id, count uint64) {
 	v.mu.Lock()
-	defer v.mu.Unlock()
+	defer v.unlock()
 	if n := v.nodes[id]; n != nil && n != v.root {
 		n.lookups -= min(count, n.lookups)
 		v.dropIfUnknown(n)
 	}
 }
 
+// dropIfUnknown lets go of a node that neither the kernel nor anything open knows; v.mu is
+// held.
 func (v *Volume) dropIfUnknown(n *Node) {
 	if n.lookups > 0 || n.holds > 0 || n == v.root {
 		return
@@ -192,13 +221,17 @@ func (v *Volume) dropIfUnknown(n *Node) {
 		delete(v.inodes, key)
 	}
 	for len(n.links) > 0 {
-		n.dropLink(n.links[0].dir, n.links[0].cname)
+		n.dropLink(n.links[0])
 	}
 	if n.IsDir() {
-		v.closeDir(n)
+		v.fdMu.Lock()
+		if fd := v.takeDirFD(n); fd >= 0 {
+			v.unneeded = append(v.unneeded, fd)
+		}
+		v.fdMu.Unlock()
 	}
 	if n.last >= 0 {
-		v.disk.close(n.last)
+		v.unneeded = append(v.unneeded, n.last)
 		n.last = -1
 	}
 	if n.leaving {
@@ -207,36 +240,100 @@ func (v *Volume) dropIfUnknown(n *Node) {
 	}
 }
 
-// keep opens what st describes, at fd/cname, before its last name goes, if the
-// kernel knows it: it goes on asking by number, for a moment after a rename over
-// it, and as long as something refers to it. take closes it where the name stays
-// after all.
-func (v *Volume) keep(st *unix.Stat_t, fd int, cname string) (take func()) {
+// A parting is a name that goes, by a removal or a rename over it. The kernel goes on
+// asking for the node by its number: for a moment, and as long as something refers to
+// it. So it is opened while it can be found.
+type parting struct {
+	at   place
+	n    *Node       // nil if the kernel does not know what is there
+	fd   int         // O_PATH; -1 if it could not be opened
+	ours bool        // fd is not n's yet
+	st   unix.Stat_t // of what was there
+}
+
+// part begins the removal of a name in the directory that fd is of, whose entries are
+// held.
+func (v *Volume) part(p place, fd int) parting {
 	v.mu.Lock()
-	n := v.inodes[inodeKey{st.Dev, st.Ino}]
-	needed := n != nil && n.last < 0 && (n.IsDir() || st.Nlink == 1)
-	if needed {
-		n.holds++
+	n := v.places[p]
+	if n == nil {
+		v.mu.Unlock()
+		return parting{at: p, fd: -1}
 	}
+	n.holds++
+	last := n.last
 	v.mu.Unlock()
-	if !needed {
-		return func() {}
+	n.moving.Add(1)
+	x := parting{at: p, n: n, fd: last}
+	if last < 0 {
+		var err error
+		x.fd, err = v.disk.open(fd, p.cname, unix.O_PATH, 0)
+		x.ours = err == nil
 	}
-	last, err := v.disk.open(fd, cname, unix.O_PATH, 0)
+	if x.fd >= 0 {
+		v.fstat(x.fd, &x.st)
+	} else {
+		v.stat(fd, p.cname, &x.st) // if it fails too, the removal will
+	}
+	return x
+}
+
+// stays ends a removal that was not made.
+func (v *Volume) stays(x parting) {
+	if x.n == nil {
+		return
+	}
 	v.mu.Lock()
-	defer v.mu.Unlock()
-	if err == nil {
-		n.last = last
+	defer v.unlock()
+	if x.ours {
+		v.unneeded = append(v.unneeded, x.fd)
 	}
-	v.unhold(n)
-	return func() {
-		v.mu.Lock()
-		defer v.mu.Unlock()
-		if n.last >= 0 && !n.gone {
-			v.disk.close(n.last)
-			n.last = -1
+	x.n.moving.Add(-1)
+	v.unhold(x.n)
+}
+
+// left ends a removal that was made. It returns the node if that was its last name.
+func (v *Volume) left(x parting) (gone *Node) {
+	n := x.n
+	if n == nil {
+		return nil
+	}
+	same := n.is(&x.st) // or the tree was changed behind our back
+	last := x.st.Nlink <= 1 || n.IsDir()
+	// If others add or remove names at the same time, the disk tells who was the last. A
+	// network filesystem may keep a name of its own for what is open here (.nfsXXXX).
+	if same && x.fd >= 0 && (!last || n.linked.Load()) {
+		var now unix.Stat_t
+		last = v.fstat(x.fd, &now) != nil || now.Nlink == 0
+	}
+	v.mu.Lock()
+	defer v.unlock()
+	if !same {
+		last = len(n.links) <= 1
+	}
+	if last && !n.gone {
+		gone = n
+		n.gone = true
+		// The filesystem gives the number of what has no name to the next file: no
+		// later lookup may find this node by it.
+		if key := (inodeKey{n.dev, n.ino}); v.inodes[key] == n {
+			delete(v.inodes, key)
 		}
+		n.leaving = true
+		v.leaving.Add(1)
+		t := time.Now()
+		v.removed.Store(&t)
 	}
+	if x.ours && last && same && n.last < 0 {
+		n.last = x.fd
+	} else if x.ours {
+		v.unneeded = append(v.unneeded, x.fd)
+	}
+	n.dropLink(x.at)
+	n.moves.Add(1)
+	n.moving.Add(-1)
+	v.unhold(n)
+	return gone
 }
 
 // setNamed notes that what was made without a name gets its first one, or does not
@@ -252,18 +349,17 @@ func (n *Node) setNamed(named bool) {
 	}
 }
 
-// kept returns the descriptor that keep made, of what has no name any more.
+// kept returns the descriptor that part made, of what has no name any more.
 func (n *Node) kept() (fd int, ok bool) {
 	n.v.mu.Lock()
 	defer n.v.mu.Unlock()
 	return n.last, n.last >= 0 && len(n.links) == 0
 }
 
-// unlinked notes that dir/cname, which st described, is gone.
-func (v *Volume) unlinked(st *unix.Stat_t, dir *Node, cname string) {
-	n := v.forgetName(st, dir, cname)
-	// What was to be settled is let go. Nobody is waited for: who has the file will see
-	// that it is gone.
+// dropIfGone closes the file of a node that has lost its last name, if nothing has it open:
+// what was to be settled is let go. Nobody is waited for: who has the file will see that
+// it is gone.
+func (n *Node) dropIfGone() {
 	if n == nil || !n.openMu.TryLock() {
 		return
 	}
@@ -274,40 +370,18 @@ func (v *Volume) unlinked(st *unix.Stat_t, dir *Node, cname string) {
 	}
 }
 
-// forgetName is unlinked as far as names go, and returns the node that has lost its last
-// one, nil if none has.
-func (v *Volume) forgetName(st *unix.Stat_t, dir *Node, cname string) (gone *Node) {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	key := inodeKey{st.Dev, st.Ino}
-	n := v.inodes[key]
+// moved notes that a node went from one place to another.
+func (v *Volume) moved(n *Node, from, to place) {
 	if n == nil {
-		return nil
+		return
 	}
-	// The filesystem gives the number of what has no name to the next file: no
-	// later lookup may find this node by it.
-	if st.Nlink <= 1 || n.IsDir() {
-		gone = n
-		n.gone = true
-		delete(v.inodes, key)
-		n.leaving = true
-		v.leaving.Add(1)
-		t := time.Now()
-		v.removed.Store(&t)
-	}
-	n.dropLink(dir, cname)
-	v.dropIfUnknown(n)
-	return gone
-}
-
-// moved notes that what st describes went from one name to another.
-func (v *Volume) moved(st *unix.Stat_t, from *Node, old string, to *Node, cname string) {
 	v.mu.Lock()
-	defer v.mu.Unlock()
-	if n := v.inodes[inodeKey{st.Dev, st.Ino}]; n != nil {
-		n.dropLink(from, old)
-		n.addLink(to, cname)
-	}
+	defer v.unlock()
+	n.holds++
+	n.dropLink(from)
+	n.addLink(to)
+	n.moves.Add(1)
+	v.unhold(n)
 }
 
 // Descriptors of directories, the least recently used of which are closed.
@@ -343,15 +417,18 @@ func (n *Node) enter() (int, error) {
 		return -1, err
 	}
 	v.fdMu.Lock()
-	defer v.fdMu.Unlock()
 	n.dirRefs++
-	if n.dirFD >= 0 { // another was faster
-		v.disk.close(fd)
-		return n.dirFD, nil
+	unneeded := []int{fd}
+	if n.dirFD < 0 { // or another was faster
+		n.dirFD, n.dirElem = fd, v.dirLRU.list.PushFront(n)
+		unneeded = v.takeDirsDownTo(v.fdLimits.cached)
 	}
-	n.dirFD, n.dirElem = fd, v.dirLRU.list.PushFront(n)
-	v.closeDirsDownTo(v.fdLimits.cached)
-	return n.dirFD, nil
+	fd = n.dirFD
+	v.fdMu.Unlock()
+	for _, fd := range unneeded {
+		v.disk.close(fd)
+	}
+	return fd, nil
 }
 
 func (n *Node) leave() {
@@ -363,30 +440,28 @@ func (n *Node) leave() {
 	n.v.fdMu.Unlock()
 }
 
-func (v *Volume) closeDir(n *Node) {
-	v.fdMu.Lock()
-	defer v.fdMu.Unlock()
-	v.closeDirLocked(n)
-}
-
-func (v *Volume) closeDirLocked(n *Node) {
-	if n.dirFD >= 0 && n.dirElem != nil && n.dirRefs == 0 {
-		v.disk.close(n.dirFD)
-		v.dirLRU.list.Remove(n.dirElem)
-		n.dirFD, n.dirElem = -1, nil
+// takeDirFD takes the descriptor of a directory away, -1 if it has none or it is in use.
+// fdMu is held.
+func (v *Volume) takeDirFD(n *Node) (fd int) {
+	if n.dirFD < 0 || n.dirElem == nil || n.dirRefs > 0 {
+		return -1
 	}
+	fd = n.dirFD
+	v.dirLRU.list.Remove(n.dirElem)
+	n.dirFD, n.dirElem = -1, nil
+	return fd
 }
 
-// at calls f with a place of the node: a directory's descriptor and a name in
+// find calls f with a place of the node: a directory's descriptor and a name in
 // it. f must check that it found this node, see is. Where the place is no
 // longer right, another is tried.
-func (n *Node) at(f func(dir int, name string) error) error {
+func (n *Node) find(f func(dir int, name string) error) error {
 	v := n.v
 	for try := 0; ; try++ {
-		settled := v.moving.Load() == 0
-		gen := v.moves.Load()
+		settled := n.moving.Load() == 0
+		moves := n.moves.Load()
 		v.mu.Lock()
-		links := append([]link(nil), n.links...)
+		links := slices.Clone(n.links)
 		v.mu.Unlock()
 		err := error(unix.ENOENT)
 		for _, l := range links {
@@ -395,7 +470,7 @@ func (n *Node) at(f func(dir int, name string) error) error {
 			}
 		}
 		// A rename or an unlink under way has changed the disk before the links.
-		if settled && v.moves.Load() == gen && v.moving.Load() == 0 || len(links) == 0 || try == maxTries {
+		if settled && n.moves.Load() == moves && n.moving.Load() == 0 || len(links) == 0 || try == maxTries {
 			if errors.Is(err, errMoved) {
 				err = unix.ESTALE
 			}
@@ -407,22 +482,13 @@ func (n *Node) at(f func(dir int, name string) error) error {
 
 const maxTries = 10000
 
-// moveBegins and moveEnds stand around what changes the place of a node, on the
-// disk and in its links.
-func (v *Volume) moveBegins() { v.moving.Add(1) }
-
-func (v *Volume) moveEnds() {
-	v.moves.Add(1)
-	v.moving.Add(-1)
-}
-
-func (l link) visit(f func(int, string) error) error {
-	fd, err := l.dir.enter()
+func (p place) visit(f func(int, string) error) error {
+	fd, err := p.dir.enter()
 	if err != nil {
 		return err
 	}
-	defer l.dir.leave()
-	return f(fd, l.cname)
+	defer p.dir.leave()
+	return f(fd, p.cname)
 }
 
 var errMoved = errors.New("another object is there now")
@@ -442,7 +508,7 @@ func (n *Node) open(flags int) (fd int, err error) {
 }
 
 func (n *Node) openNamed(flags int) (fd int, err error) {
-	err = n.at(func(dir int, name string) error {
+	err = n.find(func(dir int, name string) error {
 		fd, err = n.v.disk.open(dir, name, flags|fileFlags, 0)
 		if err != nil {
 			return err

@@ -46,12 +46,6 @@ const (
 	maxDepth    = 64
 )
 
-// place is where a file is.
-type place struct {
-	dir   *Node
-	cname string
-}
-
 // scan is one program's way through the tree.
 type scan struct {
 	levels []*level // from where it came to where it is, all held
@@ -132,7 +126,7 @@ func (n *Node) place() (place, bool) {
 	if len(n.links) == 0 {
 		return place{}, false
 	}
-	return place{n.links[0].dir, n.links[0].cname}, true
+	return n.links[0], true
 }
 
 // follow goes on with the scan to which an open belongs, or begins one.

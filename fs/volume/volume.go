@@ -79,19 +79,18 @@ type Volume struct {
 
 	doubts doubts
 
-	moving atomic.Int64  // changes of places under way
-	moves  atomic.Uint64 // changes of places so far
+	// crossing is held by a rename from one directory to another, see lockDirs.
+	crossing sync.Mutex
 
-	// tree is held for reading while an entry is looked up or changed, for
-	// writing by rename: it keeps links true.
-	tree sync.RWMutex
-
-	// mu guards the fields below and Node.lookups, holds, links, gone and leaving.
-	mu     sync.Mutex
-	nodes  map[uint64]*Node
-	inodes map[inodeKey]*Node
-	bad    map[uint64]bool // sessions not known to have ended well
-	mine   []uint64        // sessions of this mount that the marker names
+	// mu guards the fields below and Node.lookups, holds, links, gone, leaving and last. No
+	// syscall is made under it.
+	mu       sync.Mutex
+	nodes    map[uint64]*Node
+	inodes   map[inodeKey]*Node
+	places   map[place]*Node // of all links
+	unneeded []int           // descriptors that unlock closes
+	bad      map[uint64]bool // sessions not known to have ended well
+	mine     []uint64        // sessions of this mount that the marker names
 
 	// fdMu guards dirLRU and Node.dirFD, dirRefs, dirElem.
 	fdMu   sync.Mutex
@@ -118,7 +117,7 @@ type inodeKey struct{ dev, ino uint64 }
 // lock and the ring, which Close closes.
 func (u *Unlocked) Open(o Options) (*Volume, error) {
 	v := &Volume{disk: disk{hook: o.Hook, done: o.Done}, o: o, sealWithin: sealWithin, log: o.Logger, cfg: u.Config, vk: u.keys, rootD: u.root, lockFD: -1, plain: u.Config.Names == blockcrypt.NamesPlain,
-		super: unix.Geteuid() == 0, nodes: map[uint64]*Node{}, inodes: map[inodeKey]*Node{}, bad: map[uint64]bool{}, quit: make(chan struct{}), walked: make(chan struct{})}
+		super: unix.Geteuid() == 0, nodes: map[uint64]*Node{}, inodes: map[inodeKey]*Node{}, places: map[place]*Node{}, bad: map[uint64]bool{}, quit: make(chan struct{}), walked: make(chan struct{})}
 	if v.log == nil {
 		v.log = slog.New(slog.DiscardHandler)
 	}

@@ -1,0 +1,76 @@
+package fs
+
+import (
+	"sync"
+	"unsafe"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+)
+
+// buffer holds a request and its answer.
+type buffer struct{ in, out []byte }
+
+const (
+	bufferSize = maxWrite + 8192 // a request, or its answer, with its header
+	smallSize  = 8192            // a request without data, or an answer without
+	mostKept   = 8               // buffers that nobody uses at the moment
+)
+
+func newBuffer() *buffer { return &buffer{make([]byte, bufferSize), make([]byte, bufferSize)} }
+
+// small returns a buffer that is large enough for this request and its answer and holds the
+// request, nil if that would be no small one.
+func (b *buffer) small(in []byte) *buffer {
+	answer := answerSize(in)
+	if len(in) > smallSize || answer > bigRequest {
+		return nil
+	}
+	s := make([]byte, len(in)+smallSize+answer)
+	return &buffer{s[:copy(s, in):len(in)], s[len(in):]}
+}
+
+// answerSize returns how many bytes a request wants in its answer, besides a header and
+// attributes.
+func answerSize(in []byte) int {
+	switch (*fuse.InHeader)(unsafe.Pointer(&in[0])).Opcode {
+	case opRead, opReadDir, opReadDirPlus:
+		if len(in) >= int(unsafe.Sizeof(fuse.ReadIn{})) {
+			return int((*fuse.ReadIn)(unsafe.Pointer(&in[0])).Size)
+		}
+	case opGetXattr, opListXattr:
+		if len(in) >= int(unsafe.Sizeof(fuse.GetXAttrIn{})) {
+			return int((*fuse.GetXAttrIn)(unsafe.Pointer(&in[0])).Size)
+		}
+	case opIoctl:
+		if len(in) >= int(unsafe.Sizeof(fuse.IoctlIn{})) {
+			return int((*fuse.IoctlIn)(unsafe.Pointer(&in[0])).OutSize)
+		}
+	}
+	return 0
+}
+
+// buffers are those of whole size that nobody uses.
+type buffers struct {
+	mu   sync.Mutex
+	kept []*buffer
+}
+
+func (bs *buffers) get() *buffer {
+	bs.mu.Lock()
+	defer bs.mu.Unlock()
+	if n := len(bs.kept); n > 0 {
+		b := bs.kept[n-1]
+		bs.kept = bs.kept[:n-1]
+		return b
+	}
+	return newBuffer()
+}
+
+// put takes a buffer back; one that is not of whole size is nobody's any more.
+func (bs *buffers) put(b *buffer) {
+	bs.mu.Lock()
+	defer bs.mu.Unlock()
+	if len(b.in) == bufferSize && len(bs.kept) < mostKept {
+		bs.kept = append(bs.kept, b)
+	}
+}
