@@ -32,6 +32,7 @@ type request struct {
 	thread  uint32 // the ID of who asks, 0 where it is of another PID namespace
 	p       *place // which its worker had when it began
 	st      uint64 // and the state of that
+	ahead   bool   // the place was handed on before it began
 	yielded atomic.Bool
 }
 

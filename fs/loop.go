@@ -53,6 +53,8 @@ type loop struct {
 
 	awake atomic.Bool   // the watchdog
 	wake  chan struct{} // wakes it
+	close atomic.Int64  // until when it watches closely, in nanoseconds since begun
+	begun time.Time
 }
 
 // place is the right to read. Its state is even while its worker waits for a
@@ -60,8 +62,14 @@ type loop struct {
 type place struct{ state atomic.Uint64 }
 
 const (
-	watchTick   = 200 * time.Microsecond // what is slow and came unexpectedly is noticed after two of them
-	watchIdle   = 500                    // ticks without a request after which the watchdog sleeps
+	// A tick of the watchdog costs what a small request costs, so it looks often only where
+	// it has missed something of late.
+	watchTick    = 10 * time.Millisecond
+	watchClosely = 200 * time.Microsecond
+	closeAfter   = 5 * time.Millisecond // a request that has kept its place for so long
+	closeFor     = time.Second
+	watchIdle    = 100 * time.Millisecond // without a request, after which the watchdog sleeps
+
 	maxParked   = 64
 	mostWithout = 8192                 // requests that are answered without a place: each has a thread, and some 64 KiB
 	quickRead   = 3 * time.Microsecond // a read that took less found a request waiting
@@ -70,7 +78,7 @@ const (
 )
 
 func newLoop(fd int, ps *fuse.ProtocolServer, log *slog.Logger) *loop {
-	return &loop{fd: fd, ps: ps, log: log, free: make(chan *place), done: make(chan struct{}), wake: make(chan struct{}, 1)}
+	return &loop{fd: fd, ps: ps, log: log, free: make(chan *place), done: make(chan struct{}), wake: make(chan struct{}, 1), begun: time.Now()}
 }
 
 // start answers the kernel's INIT, the first request, and then serves.
@@ -163,7 +171,7 @@ func (l *loop) serve(p *place) {
 				l.buffers.put(b) // for who reads next
 				b, in, out = small, small.in, small.out
 			}
-			l.take(p, r.st)
+			r.ahead = l.take(p, r.st)
 		case score > manyMore && l.short():
 			score = 0
 			l.add()
@@ -243,18 +251,23 @@ func (l *loop) yield(unique uint64) {
 // requests take twice the time.
 func (l *loop) watch() {
 	last := map[*place]uint64{}
-	tick := unix.NsecToTimespec(int64(watchTick))
 	for {
 		select {
 		case <-l.wake:
 		case <-l.done:
 			return
 		}
-		for idle := 0; idle < watchIdle; idle++ {
+		for idle := time.Duration(0); idle < watchIdle; {
 			if l.look(last) {
 				idle = 0
 			}
-			unix.Nanosleep(&tick, nil)
+			tick := watchTick
+			if time.Since(l.begun) < time.Duration(l.close.Load()) {
+				tick = watchClosely
+			}
+			ts := unix.NsecToTimespec(int64(tick))
+			unix.Nanosleep(&ts, nil)
+			idle += tick
 		}
 		clear(last)
 		l.awake.Store(false)
@@ -329,7 +342,11 @@ type pace struct{ share atomic.Int32 }
 const (
 	longAfter = 150 * time.Microsecond // some ten times what it costs to hand a place on
 	paceUnit  = 1 << 10
-	paceLong  = paceUnit / 8 // from this share on it is better to hand the place on first
+
+	// A list of entries with their attributes takes long by what the processor does.
+	bytesOfEntry = 160
+	lookupTakes  = 20 * time.Microsecond
+	paceLong     = paceUnit / 8 // from this share on it is better to hand the place on first
 )
 
 // note counts a request. Two at once may count as one.
@@ -367,9 +384,15 @@ func (l *loop) read(b []byte) (int, error) {
 func (l *loop) answer(r *request, in, out []byte) {
 	begun := time.Now()
 	n := l.handle(r, in, out)
-	if len(in) <= bigRequest && n <= bigRequest {
-		h := (*fuse.InHeader)(unsafe.Pointer(&in[0]))
-		l.paces[h.Opcode%opcodes].note(time.Since(begun) > longAfter && !r.yielded.Load())
+	took := time.Since(begun)
+	if took > closeAfter && !r.ahead && !r.yielded.Load() {
+		l.close.Store(int64(begun.Sub(l.begun) + took + closeFor))
+	}
+	if h := (*fuse.InHeader)(unsafe.Pointer(&in[0])); len(in) <= bigRequest && n <= bigRequest {
+		if h.Opcode == opReadDirPlus {
+			took -= time.Duration(n/bytesOfEntry) * lookupTakes
+		}
+		l.paces[h.Opcode%opcodes].note(took > longAfter && !r.yielded.Load())
 	}
 	l.reply(in, out[:n])
 }

@@ -126,11 +126,7 @@ func (f *file) park(used bool) bool {
 	case !f.n.named() || f.n.linked.Load() || f.v.fstat(f.fd, &st) != nil || st.Nlink != 1:
 		return false // no name surely leads to it, now and after an unlink
 	}
-	f.v.disk.close(f.fd)
-	for _, fd := range f.old {
-		f.v.disk.close(fd)
-	}
-	f.fd, f.old = -1, nil
+	f.closeFDs()
 	f.parked.Store(true)
 	return true
 }
@@ -161,9 +157,10 @@ func (f *file) wake() error {
 	if rw {
 		flags = unix.O_RDWR
 	}
-	fd, err := f.n.open(flags)
+	var st unix.Stat_t
+	fd, err := f.n.openStat(flags, &st)
 	if errors.Is(err, unix.EACCES) {
-		fd, err = f.n.openForced(flags)
+		fd, err = f.n.openForced(flags, &st)
 	}
 	if rw && errors.Is(err, unix.EPERM) { // it has become immutable
 		rw = false

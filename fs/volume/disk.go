@@ -38,6 +38,8 @@ type disk struct {
 	leaving atomic.Int32
 	removed atomic.Pointer[time.Time]
 
+	blind atomic.Bool // the filesystem knows no RWF_NOWAIT
+
 	fds  atomic.Int64 // descriptors that are open
 	idle func() bool  // closes some that are not in use, if there are any; it may be nil
 }
@@ -235,9 +237,29 @@ func (d *disk) fstat(fd int, st *unix.Stat_t) error {
 	return again(func() error { return unix.Fstat(fd, st) })
 }
 
-// pread reads until b is full or the file ends.
+// pread reads until b is full or the file ends. To see the end costs a call, so b should
+// not reach beyond it.
 func (d *disk) pread(fd int, b []byte, off int64) (n int, err error) {
+	return d.preadOr(nil, fd, b, off)
+}
+
+// preadOr is pread that calls waits, if it is not nil, before it waits for the disk.
+// A filesystem that cannot tell what it has in the page cache is waited for without a word.
+func (d *disk) preadOr(waits func(), fd int, b []byte, off int64) (n int, err error) {
 	err = d.do(Call{Op: "pread", FD: fd, Off: off, Len: int64(len(b))}, func() error {
+		if waits != nil && len(b) > 0 && !d.blind.Load() {
+			m, err := unix.Preadv2(fd, [][]byte{b}, off, unix.RWF_NOWAIT)
+			switch {
+			case err == nil && (m == 0 || m == len(b)):
+				n = m
+				return nil
+			case err == unix.EOPNOTSUPP, err == unix.ENOSYS:
+				d.blind.Store(true)
+			default: // EAGAIN, or a part is there; another error comes again
+				n = max(m, 0)
+				waits()
+			}
+		}
 		for n < len(b) {
 			m := 0
 			err := again(func() (err error) { m, err = unix.Pread(fd, b[n:], off+int64(n)); return err })

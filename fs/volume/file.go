@@ -26,6 +26,10 @@ type file struct {
 	used    atomic.Bool             // since park was tried last
 	parked  atomic.Bool             // fd is -1; written under mu
 
+	// ahead is the beginning of the ciphertext file, which was read with the header. It goes
+	// when it was used, and when the content changes.
+	ahead atomic.Pointer[[]byte]
+
 	// mu guards the fields below. It is held across reads and writes of the
 	// file, and shared by readers; not across an fsync or a call to a key service.
 	mu      sync.RWMutex
@@ -104,6 +108,8 @@ func (n *Node) acquire(ctx context.Context, write bool) (*file, error) {
 	if write && n.immutable.Load() {
 		return nil, unix.EPERM
 	}
+	var need *needsKey
+	defer func() { need.release() }()
 	told := false             // the prefetcher, once for each open
 	var key *keystore.DataKey // for the first byte of an empty file
 	defer func() {
@@ -125,7 +131,8 @@ func (n *Node) acquire(ctx context.Context, write bool) (*file, error) {
 			}
 			continue
 		}
-		cold := errors.As(err, new(*needsKey))
+		need.release()
+		cold := errors.As(err, &need)
 		if !told && (cold || err == nil) {
 			n.v.prefetch.opened(n, cold)
 			told = true
@@ -146,13 +153,29 @@ func (n *Node) acquire(ctx context.Context, write bool) (*file, error) {
 // errNeedsNewKey says that a data key has to be made first.
 var errNeedsNewKey = errors.New("a data key is needed")
 
-// needsKey is the error of what cannot go on before a data key is unwrapped.
+// needsKey is the error of what cannot go on before a data key is unwrapped. The file stays
+// open, with its header, until release is called.
 type needsKey struct {
+	n    *Node
 	file blockcrypt.ID
 	ws   []keystore.Wrapped
 }
 
 func (*needsKey) Error() string { return "a data key has to be unwrapped" }
+
+// release says that the caller of load does not come back for the file, or did.
+func (k *needsKey) release() {
+	if k == nil || k.n == nil {
+		return
+	}
+	n := k.n
+	k.n = nil
+	n.openMu.Lock()
+	defer n.openMu.Unlock()
+	if n.halfFor--; n.halfFor == 0 {
+		n.dropHalf()
+	}
+}
 
 // unwrapFor unwraps the key that err says is needed; again is true where that
 // was done, else err is given back.
@@ -233,9 +256,10 @@ func (f *file) needWrite() error {
 	if f.rw {
 		return nil
 	}
-	fd, err := f.n.open(unix.O_RDWR)
+	var st unix.Stat_t
+	fd, err := f.n.openStat(unix.O_RDWR, &st)
 	if errors.Is(err, unix.EACCES) {
-		fd, err = f.n.openForced(unix.O_RDWR)
+		fd, err = f.n.openForced(unix.O_RDWR, &st)
 	}
 	if err != nil {
 		return err
@@ -310,14 +334,20 @@ func (f *file) dropIfIdleLocked() {
 		}
 	}
 	f.closed = true
+	f.closeFDs()
+	f.n.file.Store(nil)
+	f.n.release()
+}
+
+// closeFDs closes the file's descriptors.
+func (f *file) closeFDs() {
 	if f.fd >= 0 {
 		f.v.disk.close(f.fd)
 	}
 	for _, fd := range f.old {
 		f.v.disk.close(fd)
 	}
-	f.n.file.Store(nil)
-	f.n.release()
+	f.fd, f.old = -1, nil
 }
 
 // unsettled reports whether the file on the disk is not yet in its final form. mu is held.
@@ -399,6 +429,7 @@ func (f *file) setMtime(t unix.Timespec) {
 
 // touch notes that the content changed. mu is held.
 func (f *file) touch() {
+	f.ahead.Store(nil)
 	f.changes++
 	f.touched = true
 	if !f.v.o.KernelTimes {

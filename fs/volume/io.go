@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
+	"kmsfs/keystore"
 )
 
 // Buffers of ciphertext: a run of pages. Allocations of this size begin at a page.
@@ -32,7 +33,10 @@ func (h *Handle) Read(ctx context.Context, b []byte, off int64) (int, error) {
 		if err := f.ready(ctx, false); err != nil {
 			return 0, err
 		}
-		f.mu.RLock()
+		if !f.mu.TryRLock() {
+			keystore.Waits(ctx)
+			f.mu.RLock()
+		}
 		if f.fd >= 0 && !f.keyless() && f.refuses(false) == nil {
 			break
 		}
@@ -42,14 +46,17 @@ func (h *Handle) Read(ctx context.Context, b []byte, off int64) (int, error) {
 	var n int
 	var err error
 	if f.n.lostIn(off, off+int64(len(b))) != nil {
+		keystore.Waits(ctx)
 		n, err = f.readAround(b, off)
 	} else {
-		n, err = f.read(b, off)
+		n, err = f.read(func() { keystore.Waits(ctx) }, b, off)
 	}
 	return n, f.failed("read", err)
 }
 
-func (f *file) read(b []byte, off int64) (int, error) {
+// read is Read; mu is held for reading. It calls waits, if that is not nil, before it waits
+// for the disk.
+func (f *file) read(waits func(), b []byte, off int64) (int, error) {
 	if off >= f.size || len(b) == 0 {
 		return 0, nil
 	}
@@ -57,7 +64,7 @@ func (f *file) read(b []byte, off int64) (int, error) {
 	buf := runs.Get().(*[]byte)
 	defer runs.Put(buf)
 	for done := 0; done < len(b); {
-		n, err := f.readRun(*buf, b[done:], off+int64(done))
+		n, err := f.readRun(waits, *buf, b[done:], off+int64(done))
 		if err != nil {
 			return 0, err
 		}
@@ -67,15 +74,14 @@ func (f *file) read(b []byte, off int64) (int, error) {
 }
 
 // readRun opens what one read of buf's size holds.
-func (f *file) readRun(buf, b []byte, off int64) (done int, err error) {
+func (f *file) readRun(waits func(), buf, b []byte, off int64) (done int, err error) {
 	g := f.v.geo
 	first, last := g.Block(off), g.Block(off+int64(len(b))-1)
 	last = min(last, first+runPages-1)
-	n, err := f.v.pread(f.fd, buf[:(last-first+1)*blockcrypt.PageSize], g.PageOff(first))
+	raw, err := f.pages(waits, buf, first, last)
 	if err != nil {
 		return 0, err
 	}
-	raw := buf[:n]
 	for k := first; k <= last; k++ {
 		start, size := g.Start(k), f.blockLen(k)
 		at := int(off + int64(done) - start)
@@ -97,6 +103,31 @@ func (f *file) readRun(buf, b []byte, off int64) (done int, err error) {
 		}
 	}
 	return done, nil
+}
+
+// aheadFor is how long a read-only mount, beside which another may write, uses what it read
+// with the header.
+const aheadFor = time.Second
+
+// pages reads the pages of blocks first to last, as far as the file has them, into buf.
+func (f *file) pages(waits func(), buf []byte, first, last int64) ([]byte, error) {
+	g := f.v.geo
+	at := g.PageOff(first)
+	buf = buf[:g.PageOff(last+1)-at]
+	if !f.view {
+		buf = buf[:max(0, min(int64(len(buf)), f.length(f.size)-at))]
+	}
+	n := 0
+	if ahead := f.ahead.Load(); ahead != nil && at < int64(len(*ahead)) && (!f.v.o.ReadOnly || time.Since(f.born) < aheadFor) {
+		if n = copy(buf, (*ahead)[at:]); first == 0 {
+			f.ahead.Store(nil) // from here on the kernel has it
+		}
+	}
+	if n == len(buf) {
+		return buf, nil
+	}
+	m, err := f.v.preadOr(waits, f.fd, buf[n:], at+int64(n))
+	return buf[:n+m], err
 }
 
 // pageOf returns page i of raw from the block's first byte on; less, or nothing,
@@ -147,11 +178,11 @@ func (f *file) readBlock(k int64, dst []byte) ([]byte, error) {
 	}
 	page := scratches.Get().(*[blockcrypt.PageSize]byte)
 	defer scratches.Put(page)
-	n, err := f.v.pread(f.fd, page[:], f.v.geo.PageOff(k))
+	raw, err := f.pages(nil, page[:], k, k)
 	if err != nil {
 		return nil, err
 	}
-	err = f.openBlock(dst[:0], k, pageOf(page[:n], 0, f.v.geo.Lead(k)), size)
+	err = f.openBlock(dst[:0], k, pageOf(raw, 0, f.v.geo.Lead(k)), size)
 	return dst[:size], err
 }
 
@@ -285,7 +316,10 @@ func (f *file) lockForContent(ctx context.Context, delayedWrite bool) (unlock fu
 		if err := f.ready(ctx, delayedWrite); err != nil {
 			return nil, err
 		}
-		f.mu.Lock()
+		if !f.mu.TryLock() {
+			keystore.Waits(ctx)
+			f.mu.Lock()
+		}
 		if f.broken {
 			f.mu.Unlock()
 			return nil, unix.EIO

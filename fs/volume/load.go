@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -12,46 +13,94 @@ import (
 	"kmsfs/keystore"
 )
 
+// half is a file that was opened and whose header was read, and whose key is not known.
+type half struct {
+	f       *file
+	length  int64 // of the ciphertext file
+	blocks  int64 // of 512 bytes that it takes
+	doubted bool
+}
+
+// dropHalf closes the file that waits for its key. openMu is held.
+func (n *Node) dropHalf() {
+	if n.half != nil {
+		n.half.f.closeFDs()
+		n.half = nil
+	}
+}
+
 // load opens the node's ciphertext file: header, keys, state, and the repair of
-// what a session that ended badly has left. openMu is held.
+// what a session that ended badly has left. openMu is held. If its key must be waited for,
+// that is a needsKey, and the next load goes on with what was read.
 func (n *Node) load() (*file, error) {
+	if n.half != nil && n.v.doubts.of(n) { // since it was read
+		n.dropHalf()
+	}
+	h := n.half
+	if h == nil {
+		var err error
+		if h, err = n.openHalf(); err != nil {
+			return nil, n.loadFailed(err)
+		}
+		n.half = h
+	}
+	err := h.f.openKeys(h.length)
+	if need, ok := errors.AsType[*needsKey](err); ok {
+		n.halfFor++
+		need.n = n
+		return nil, err
+	}
+	f := h.f
+	if err == nil {
+		n.half = nil
+		n.v.doubts.end(n)
+		if f.reread = h.doubted; n.believed > f.size {
+			f.loseEnd(n.believed)
+		}
+		n.believed = 0
+		if f.whole && h.blocks*512 > h.length+reservedLeast {
+			f.reserved = h.blocks * 512 // so many were reserved, and left so when it settled
+		}
+		n.v.mu.Lock()
+		pending := n.pending
+		n.v.mu.Unlock()
+		if !pending {
+			return f, nil
+		}
+		n.half = h
+		err = unix.ESTALE // it is right now, but not what was told: look it up again
+	}
+	n.dropHalf()
+	return nil, n.loadFailed(err)
+}
+
+// loadFailed logs damage, and verdicts of key services.
+func (n *Node) loadFailed(err error) error {
+	if blockcrypt.ClassOf(err) != "" || keystore.KindOf(err) != 0 {
+		n.v.report(n.where(), "a file cannot be opened", err)
+	}
+	return err
+}
+
+// openHalf opens the file and reads its header. openMu is held.
+func (n *Node) openHalf() (*half, error) {
 	f, st, err := n.openFile()
 	if err != nil {
 		return nil, err
 	}
+	h := &half{f: f, length: st.Size, blocks: st.Blocks, doubted: n.v.doubts.of(n)}
 	// After a sync that failed, of this mount or of one that ended badly, the page cache
 	// can say more than the disk has.
-	doubted := n.v.doubts.of(n)
-	if doubted || n.v.repairs() {
+	if h.doubted || n.v.repairs() {
 		n.v.forgetPages(f.fd, 0, 0)
 	}
 	if st.Size > 0 {
-		err = f.readHeader(st.Size)
-	}
-	if err == nil {
-		n.v.doubts.end(n)
-		if f.reread = doubted; n.believed > f.size {
-			f.loseEnd(n.believed)
-		}
-		n.believed = 0
-		if f.whole && st.Blocks*512 > st.Size+reservedLeast {
-			f.reserved = st.Blocks * 512 // so many were reserved, and left so when it settled
+		if err := f.readHeader(st.Size); err != nil {
+			n.v.disk.close(f.fd)
+			return nil, err
 		}
 	}
-	n.v.mu.Lock()
-	pending := n.pending
-	n.v.mu.Unlock()
-	if err == nil && pending {
-		err = unix.ESTALE // it is right now, but not what was told: look it up again
-	}
-	if err != nil {
-		n.v.disk.close(f.fd)
-		if blockcrypt.ClassOf(err) != "" || keystore.KindOf(err) != 0 {
-			n.v.report(n.where(), "a file cannot be opened", err)
-		}
-		return nil, err
-	}
-	return f, nil
+	return h, nil
 }
 
 // reservedLeast is how much more than its length a file must take to count as one
@@ -62,21 +111,16 @@ const reservedLeast = 64 << 10
 func (n *Node) openFile() (*file, unix.Stat_t, error) {
 	fd, rw := -1, !n.v.o.ReadOnly
 	err := error(nil)
+	var st unix.Stat_t
 	if rw {
-		fd, err = n.open(unix.O_RDWR)
+		fd, err = n.openStat(unix.O_RDWR, &st)
 		if errors.Is(err, unix.EACCES) {
-			fd, err = n.openForced(unix.O_RDWR)
+			fd, err = n.openForced(unix.O_RDWR, &st)
 		}
 		rw = err == nil
 	}
 	if !rw && (err == nil || errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM) || errors.Is(err, unix.EROFS)) {
-		fd, err = n.open(unix.O_RDONLY)
-	}
-	var st unix.Stat_t
-	if err == nil {
-		if err = n.v.fstat(fd, &st); err != nil {
-			n.v.disk.close(fd)
-		}
+		fd, err = n.openStat(unix.O_RDONLY, &st)
 	}
 	if err != nil {
 		return nil, st, err
@@ -86,8 +130,8 @@ func (n *Node) openFile() (*file, unix.Stat_t, error) {
 
 // openForced opens a file whose mode does not let its own owner: what a
 // program may do was decided before, this is for writing parts of blocks and
-// for repair. The mode is another for that moment.
-func (n *Node) openForced(flags int) (fd int, err error) {
+// for repair. The mode is another for that moment, and in now.
+func (n *Node) openForced(flags int, now *unix.Stat_t) (fd int, err error) {
 	p, err := n.open(unix.O_PATH)
 	if err != nil {
 		return -1, err
@@ -103,7 +147,7 @@ func (n *Node) openForced(flags int) (fd int, err error) {
 	if err := n.v.chmod(p, st.Mode&0o7777|0o600); err != nil {
 		return -1, err
 	}
-	fd, err = n.open(flags)
+	fd, err = n.openStat(flags, now)
 	if cerr := n.v.chmod(p, st.Mode&0o7777); cerr != nil && err == nil {
 		n.v.disk.close(fd)
 		return -1, cerr
@@ -111,16 +155,24 @@ func (n *Node) openForced(flags int) (fd int, err error) {
 	return fd, err
 }
 
-// readHeader reads and checks the header of a file of this length, and unwraps its key.
-// A key service is not asked: see needsKey.
+// mostAhead is the length in bytes up to which a ciphertext file is read whole with its
+// header.
+const mostAhead = 16 << 10
+
+// readHeader reads and checks the header of a file of this length. The first block comes with
+// it, and a small file as a whole.
 func (f *file) readHeader(length int64) error {
 	v := f.v
-	head := make([]byte, v.geo.Header())
-	m, err := v.pread(f.fd, head, 0)
+	b := make([]byte, min(length, mostAhead))
+	if first := v.geo.PageOff(1); length > mostAhead {
+		b = make([]byte, first)
+	}
+	m, err := v.pread(f.fd, b, 0)
 	if err != nil {
 		return err
 	}
-	if blockcrypt.IsHole(head[:min(m, blockcrypt.PageSize)]) && v.repairs() && f.rw {
+	b = b[:m]
+	if blockcrypt.IsHole(b[:min(m, blockcrypt.PageSize)]) && v.repairs() && f.rw {
 		// The power failed before the first page was written: nothing was confirmed.
 		v.log.Warn("a file was never written before the power failed; it is empty now", "at", f.n.where())
 		if err := v.truncate(f.fd, 0); err != nil {
@@ -128,7 +180,8 @@ func (f *file) readHeader(length int64) error {
 		}
 		return v.datasync(f.fd)
 	}
-	hdr, err := blockcrypt.ParseHeader(head[:m])
+	head := slices.Clone(b[:min(m, v.geo.Header())])
+	hdr, err := blockcrypt.ParseHeader(head)
 	if err != nil {
 		return err
 	}
@@ -138,20 +191,31 @@ func (f *file) readHeader(length int64) error {
 	if err := v.vk.CheckOrigin(hdr); err != nil {
 		return err
 	}
-	ws := wrapped(hdr.Recipients)
-	key, ok, err := v.ring.UnwrapNow(hdr.File, ws)
+	f.hdr, f.head = hdr, head
+	f.ahead.Store(&b)
+	return nil
+}
+
+// openKeys unwraps the key of a file whose header was read, and believes its state, or
+// repairs the file. A key service is not asked: see needsKey.
+func (f *file) openKeys(length int64) error {
+	if f.hdr == nil { // it is empty
+		return nil
+	}
+	ws := wrapped(f.hdr.Recipients)
+	key, ok, err := f.v.ring.UnwrapNow(f.hdr.File, ws)
 	if err != nil {
 		return err
 	}
 	if !ok {
-		return &needsKey{hdr.File, ws}
+		return &needsKey{file: f.hdr.File, ws: ws}
 	}
-	keys, err := hdr.Unlock(key)
+	keys, err := f.hdr.Unlock(key)
 	clear(key)
 	if err != nil {
 		return err
 	}
-	f.hdr, f.keys, f.head = hdr, keys, head
+	f.keys = keys
 	return f.takeState(length)
 }
 
@@ -212,8 +276,12 @@ func (v *Volume) wasBad(session uint64) bool {
 // checkSession repairs the file if a session that ended badly wrote it. ok is
 // false where it cannot be done yet, since its key is not to be had.
 func (n *Node) checkSession(ctx context.Context) (ok bool, err error) {
+	var need *needsKey
+	defer func() { need.release() }()
 	for {
 		ok, err = n.tryCheck()
+		need.release()
+		errors.As(err, &need)
 		if again, uerr := n.unwrapFor(ctx, err); !again {
 			if k := keystore.KindOf(uerr); k != 0 && k != keystore.Damaged {
 				return false, nil
@@ -258,15 +326,16 @@ func (n *Node) tryCheck() (ok bool, err error) {
 
 // needsRepair looks at the state, unauthenticated: repairing checks it.
 func (n *Node) needsRepair() (bool, error) {
-	fd, err := n.open(unix.O_RDONLY)
+	var st unix.Stat_t
+	fd, err := n.openStat(unix.O_RDONLY, &st)
 	if errors.Is(err, unix.EACCES) {
-		fd, err = n.openForced(unix.O_RDONLY)
+		fd, err = n.openForced(unix.O_RDONLY, &st)
 	}
 	if err != nil {
 		return false, err
 	}
 	defer n.v.disk.close(fd)
-	b := make([]byte, n.v.geo.Header())
+	b := make([]byte, min(int64(n.v.geo.Header()), st.Size))
 	n.v.forgetPages(fd, 0, 0) // as load does; a part of a file may be less than the kernel can forget
 	m, err := n.v.pread(fd, b, 0)
 	if err != nil {

@@ -100,7 +100,7 @@ func (l *Lone) CopyTo(w io.Writer, skip func(n int64) error) error {
 			b := buf[:min(n, copyChunk)]
 			n = int64(len(b))
 			if clear(b); !hole {
-				_, err = l.f.read(b, off)
+				_, err = l.f.read(nil, b, off)
 			}
 			if err == nil {
 				_, err = w.Write(b)

@@ -59,6 +59,11 @@ type Node struct {
 	fresh  fresh // guarded by openMu
 	sound  bool  // guarded by openMu: no earlier session has left it to be repaired
 
+	// half is a file whose key is still waited for, and halfFor how many calls wait. Guarded
+	// by openMu.
+	half    *half
+	halfFor int
+
 	believed int64       // guarded by openMu: the size that a file had when it broke, which the kernel goes on to believe in
 	linked   atomic.Bool // another name was made in this mount
 
@@ -498,24 +503,36 @@ func (n *Node) is(st *unix.Stat_t) bool { return st.Dev == n.dev && st.Ino == n.
 // open opens the object itself, whatever it is called now, and where it has no
 // name any more.
 func (n *Node) open(flags int) (fd int, err error) {
-	fd, err = n.openNamed(flags)
-	if errors.Is(err, unix.ENOENT) {
-		if last, ok := n.kept(); ok {
-			return n.v.disk.reopen(last, flags|fileFlags)
+	var st unix.Stat_t
+	return n.openStat(flags, &st)
+}
+
+// openStat is open that also says what fstat says of the object.
+func (n *Node) openStat(flags int, st *unix.Stat_t) (fd int, err error) {
+	fd, err = n.openNamed(flags, st)
+	if !errors.Is(err, unix.ENOENT) {
+		return fd, err
+	}
+	if last, ok := n.kept(); ok {
+		if fd, err = n.v.disk.reopen(last, flags|fileFlags); err != nil {
+			return -1, err
+		}
+		if err = n.v.fstat(fd, st); err != nil {
+			n.v.disk.close(fd)
+			return -1, err
 		}
 	}
 	return fd, err
 }
 
-func (n *Node) openNamed(flags int) (fd int, err error) {
+func (n *Node) openNamed(flags int, st *unix.Stat_t) (fd int, err error) {
 	err = n.find(func(dir int, name string) error {
 		fd, err = n.v.disk.open(dir, name, flags|fileFlags, 0)
 		if err != nil {
 			return err
 		}
-		var st unix.Stat_t
-		err = n.v.fstat(fd, &st)
-		if err == nil && (!n.is(&st) || st.Mode&unix.S_IFMT != n.typ) {
+		err = n.v.fstat(fd, st)
+		if err == nil && (!n.is(st) || st.Mode&unix.S_IFMT != n.typ) {
 			err = errMoved
 		}
 		if err != nil {

@@ -199,6 +199,7 @@ func (n *Node) emptyDamaged(damage error) error {
 	if n.file.Load() != nil {
 		return damage
 	}
+	n.dropHalf()
 	fd, err := n.open(unix.O_RDWR)
 	if err != nil {
 		return err

@@ -115,6 +115,7 @@ func (f *file) repair(length int64) error {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.ahead.Store(nil)
 	was := f.hdr.State
 	r, err := f.assess(length)
 	if err != nil {
