@@ -12,21 +12,27 @@ type buffer struct{ in, out []byte }
 
 const (
 	bufferSize = maxWrite + 8192 // a request, or its answer, with its header
-	smallSize  = 8192            // a request without data, or an answer without
+	smallSize  = 8192            // a request without data, or an answer without much of it
 	mostKept   = 8               // buffers that nobody uses at the moment
 )
 
 func newBuffer() *buffer { return &buffer{make([]byte, bufferSize), make([]byte, bufferSize)} }
 
-// small returns a buffer that is large enough for this request and its answer and holds the
-// request, nil if that would be no small one.
-func (b *buffer) small(in []byte) *buffer {
-	answer := answerSize(in)
+// smalls are buffers for requests and answers of up to smallSize bytes each.
+var smalls = sync.Pool{New: func() any { return &buffer{make([]byte, smallSize), make([]byte, smallSize)} }}
+
+// small returns a buffer that holds the request and is large enough for its answer, nil if
+// that would be no small one.
+func (b *buffer) small(in []byte) (small *buffer, request []byte) {
+	answer := smallSize/2 + answerSize(in)
 	if len(in) > smallSize || answer > bigRequest {
-		return nil
+		return nil, in
 	}
-	s := make([]byte, len(in)+smallSize+answer)
-	return &buffer{s[:copy(s, in):len(in)], s[len(in):]}
+	small = smalls.Get().(*buffer)
+	if len(small.out) < answer {
+		small.out = make([]byte, answer)
+	}
+	return small, small.in[:copy(small.in, in)]
 }
 
 // answerSize returns how many bytes a request wants in its answer, besides a header and
@@ -66,11 +72,15 @@ func (bs *buffers) get() *buffer {
 	return newBuffer()
 }
 
-// put takes a buffer back; one that is not of whole size is nobody's any more.
+// put takes a buffer back.
 func (bs *buffers) put(b *buffer) {
+	if len(b.in) < bufferSize {
+		smalls.Put(b)
+		return
+	}
 	bs.mu.Lock()
 	defer bs.mu.Unlock()
-	if len(b.in) == bufferSize && len(bs.kept) < mostKept {
+	if len(bs.kept) < mostKept {
 		bs.kept = append(bs.kept, b)
 	}
 }

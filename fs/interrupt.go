@@ -29,11 +29,9 @@ type requests struct {
 
 // request is one that is being answered.
 type request struct {
-	thread  uint32 // the ID of who asks, 0 where it is of another PID namespace
-	p       *place // which its worker had when it began
-	st      uint64 // and the state of that
-	ahead   bool   // the place was handed on before it began
-	yielded atomic.Bool
+	thread  uint32      // the ID of who asks, 0 where it is of another PID namespace
+	long    bool        // it was expected to take long
+	yielded atomic.Bool // it was known when it began to wait
 }
 
 const (

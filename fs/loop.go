@@ -4,7 +4,6 @@ import (
 	"errors"
 	"log/slog"
 	"runtime"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -17,16 +16,15 @@ import (
 // loop reads requests from the device and answers them.
 //
 // What a FUSE request costs is one sleeping processor waking another, so as few
-// threads as possible take turns: mostly one, which answers what it read itself
-// before it reads again. A place is the right to read. There are more places, up to
-// one a processor, while requests queue up.
+// workers as possible take turns: mostly one, which answers what it read itself before
+// it reads again. While requests queue up there are more, one for each processor.
 //
-// A worker that waits keeps no place, so that no request is left unread behind
-// another. It hands its place on in one of three ways. Before it begins, if
-// requests of that kind have mostly taken long of late (pace). When it is about to
-// wait, if it can tell: for pages that are not in the page cache, for a lock that
-// another has, for a key service (yield). Or the watchdog takes the place, from a
-// worker that has been busy for one or two ticks.
+// A request that waits must not keep the next one from being read. So a worker sees to
+// it that another reads, in one of three ways. Before it begins, if requests of that
+// kind have mostly taken long of late (pace). When it is about to wait, if it can tell:
+// for pages that are not in the page cache, for a lock that another has, for a key
+// service (yield). Or the watchdog finds that nobody has read for one or two ticks.
+// While something takes long, more workers read than would else.
 type loop struct {
 	fd       int
 	ps       *fuse.ProtocolServer
@@ -34,51 +32,52 @@ type loop struct {
 	slowSync bool   // a sync waits for a disk
 	timeGran uint32 // of the times that the disk keeps, in nanoseconds; 0: not told
 
-	free    chan *place   // places handed on, to who is parked
+	reading atomic.Int32  // workers that wait for a request, or are about to
+	reads   atomic.Uint64 // requests so far
+	most    atomic.Int32  // workers that read while nothing takes long
+	busy    atomic.Int32  // requests that are being answered
+	long    atomic.Int32  // of these, those that were expected to take long
+
+	free    chan struct{} // calls a parked worker to read
 	done    chan struct{} // closed when the connection ends
 	end     sync.Once
 	workers sync.WaitGroup
 	parked  atomic.Int32
-	without atomic.Int32 // workers that answer a request and have no place
-	paces   [opcodes]pace
-	buffers buffers
 
-	mu     sync.Mutex
-	places []*place
-
+	paces    [opcodes]pace
+	buffers  buffers
 	requests requests
 
 	gate   sync.RWMutex // held for reading by who writes notifications
 	closed atomic.Bool
 
-	awake atomic.Bool   // the watchdog
-	wake  chan struct{} // wakes it
-	close atomic.Int64  // until when it watches closely, in nanoseconds since begun
-	begun time.Time
+	awake   atomic.Bool   // the watchdog
+	wake    chan struct{} // wakes it
+	begun   time.Time
+	closely atomic.Int64 // until when it looks often, in nanoseconds since begun
 }
-
-// place is the right to read. Its state is even while its worker waits for a
-// request, odd while it handles one; whoever advances it owns what follows.
-type place struct{ state atomic.Uint64 }
 
 const (
 	// A tick of the watchdog costs what a small request costs, so it looks often only where
 	// it has missed something of late.
 	watchTick    = 10 * time.Millisecond
 	watchClosely = 200 * time.Microsecond
-	closeAfter   = 5 * time.Millisecond // a request that has kept its place for so long
+	closeAfter   = 20 * time.Millisecond // a request that nobody has read beside
 	closeFor     = time.Second
 	watchIdle    = 100 * time.Millisecond // without a request, after which the watchdog sleeps
 
+	mostBusy    = 8192 // requests that are answered at the same time: each has a thread, and some 64 KiB
+	longReaders = 16   // workers that read while something takes long
 	maxParked   = 64
-	mostWithout = 8192                 // requests that are answered without a place: each has a thread, and some 64 KiB
 	quickRead   = 3 * time.Microsecond // a read that took less found a request waiting
-	manyMore    = 32                   // so many more reads that left requests waiting than others call for another place, the reverse for one less
+	manyMore    = 32                   // so many more reads that left requests waiting than others call for another worker, the reverse for one less
 	bigRequest  = 64 << 10             // bytes whose sealing or opening takes as long as a wake-up
 )
 
 func newLoop(fd int, ps *fuse.ProtocolServer, log *slog.Logger) *loop {
-	return &loop{fd: fd, ps: ps, log: log, free: make(chan *place), done: make(chan struct{}), wake: make(chan struct{}, 1), begun: time.Now()}
+	l := &loop{fd: fd, ps: ps, log: log, free: make(chan struct{}), done: make(chan struct{}), wake: make(chan struct{}, 1), begun: time.Now()}
+	l.most.Store(1)
+	return l
 }
 
 // start answers the kernel's INIT, the first request, and then serves.
@@ -90,7 +89,7 @@ func (l *loop) start() error {
 	}
 	l.answerInit(b.in[:n], b.out)
 	l.workers.Go(l.watch)
-	l.add()
+	l.needReader()
 	return nil
 }
 
@@ -103,48 +102,47 @@ func (l *loop) wait() {
 	unix.Close(l.fd)
 }
 
-func (l *loop) add() {
-	p := &place{}
-	l.mu.Lock()
-	l.places = append(l.places, p)
-	l.mu.Unlock()
-	l.pass(p)
+// needReader lets another worker read, if none does. One that answers the most requests
+// that there may be waits for none to be read.
+func (l *loop) needReader() {
+	if l.busy.Load() < mostBusy {
+		l.addReader(1)
+	}
 }
 
-// retire takes a superfluous place away; false where it is the last one.
-func (l *loop) retire(p *place) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if len(l.places) < 2 {
-		return false
+// addReader lets another worker read, if fewer than most do.
+func (l *loop) addReader(most int32) {
+	if !l.mayRead(most) {
+		return
 	}
-	for i, q := range l.places {
-		if p == q {
-			l.places = append(l.places[:i:i], l.places[i+1:]...)
+	select {
+	case l.free <- struct{}{}:
+	default:
+		l.workers.Go(l.work)
+	}
+}
+
+// mayRead counts one more worker that reads, if fewer than most do.
+func (l *loop) mayRead(most int32) bool {
+	for {
+		n := l.reading.Load()
+		if n >= most {
+			return false
+		}
+		if l.reading.CompareAndSwap(n, n+1) {
+			return true
 		}
 	}
-	return true
 }
 
-// pass gives a place to a parked worker, or to a new one.
-func (l *loop) pass(p *place) {
-	select {
-	case l.free <- p:
-	default:
-		l.workers.Go(func() { l.work(p) })
+// work reads requests and answers them, and parks in between.
+func (l *loop) work() {
+	for l.serve() && l.park() {
 	}
 }
 
-// work answers requests as long as there is a place for it.
-func (l *loop) work(p *place) {
-	for p != nil {
-		l.serve(p)
-		p = l.park()
-	}
-}
-
-// serve reads requests and answers them until the place is another's, or not needed.
-func (l *loop) serve(p *place) {
+// serve reads requests and answers them until others do; false if the connection has ended.
+func (l *loop) serve() bool {
 	b := l.buffers.get()
 	defer func() { l.buffers.put(b) }()
 	score := 0
@@ -153,7 +151,7 @@ func (l *loop) serve(p *place) {
 		n, err := l.read(b.in)
 		if err != nil {
 			l.end.Do(func() { close(l.done) })
-			return
+			return false
 		}
 		if l.interrupt(b.in[:n]) {
 			continue
@@ -163,48 +161,61 @@ func (l *loop) serve(p *place) {
 		} else {
 			score = min(score, manyMore) - 1
 		}
-		in, out := b.in[:n], b.out
-		r := &request{p: p, st: p.state.Add(1)}
-		switch {
-		case l.takesLong(in) && l.spare():
-			if small := b.small(in); small != nil {
+		l.reads.Add(1)
+		l.busy.Add(1)
+		l.reading.Add(-1)
+		in, out, r := b.in[:n], b.out, &request{}
+		switch most := l.most.Load(); {
+		case l.takesLong(in):
+			r.long = true
+			l.long.Add(1)
+			if small, request := b.small(in); small != nil {
 				l.buffers.put(b) // for who reads next
-				b, in, out = small, small.in, small.out
+				b, in, out = small, request, small.out
 			}
-			r.ahead = l.take(p, r.st)
-		case score > manyMore && l.short():
+			l.needReader()
+		case score > manyMore && int(most) < runtime.GOMAXPROCS(0):
 			score = 0
-			l.add()
+			l.most.CompareAndSwap(most, most+1)
+			l.addReader(most)
+		case score < -manyMore && most > 1:
+			score = 0
+			l.most.CompareAndSwap(most, most-1)
 		}
 		if !l.awake.Load() && l.awake.CompareAndSwap(false, true) {
 			l.wake <- struct{}{}
 		}
 		l.answer(r, in, out)
-		if !p.state.CompareAndSwap(r.st, r.st+1) { // it was given away
-			l.without.Add(-1)
-			return
+		l.busy.Add(-1)
+		if r.long {
+			l.long.Add(-1)
 		}
-		if score < -manyMore && l.retire(p) {
-			return
+		most := l.most.Load()
+		if r.long || l.long.Load() > 0 {
+			most = longReaders
 		}
-		if len(b.in) < bufferSize { // too many had no place
+		if !l.mayRead(most) {
+			return true
+		}
+		if len(b.in) < bufferSize {
+			l.buffers.put(b)
 			b = l.buffers.get()
 		}
 	}
 }
 
-// park waits for a place; nil where the worker is not needed any more.
-func (l *loop) park() *place {
+// park waits until a worker is needed; false if this one is not any more.
+func (l *loop) park() bool {
 	if l.parked.Add(1) > maxParked {
 		l.parked.Add(-1)
-		return nil
+		return false
 	}
 	defer l.parked.Add(-1)
 	select {
-	case p := <-l.free:
-		return p
+	case <-l.free:
+		return true
 	case <-l.done:
-		return nil
+		return false
 	}
 }
 
@@ -215,94 +226,48 @@ func (l *loop) more() bool {
 	return n > 0 && err == nil
 }
 
-// short reports whether another place may be made.
-func (l *loop) short() bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return len(l.places) < runtime.GOMAXPROCS(0)
-}
-
-// spare reports whether one more request may be answered without a place.
-func (l *loop) spare() bool { return l.without.Load() < mostWithout }
-
-// take gives the place of who handles a request in state st to somebody else;
-// false if that was done before, or too many have no place.
-func (l *loop) take(p *place, st uint64) bool {
-	if st%2 == 0 || !l.spare() || !p.state.CompareAndSwap(st, st+1) {
-		return false
-	}
-	l.without.Add(1)
-	l.pass(p)
-	return true
-}
-
-// yield gives the place of the worker that handles this request to another: it
-// is about to wait.
+// yield lets another worker read: the one that answers this request is about to wait.
 func (l *loop) yield(unique uint64) {
 	if r := l.requests.get(unique); r != nil {
 		r.yielded.Store(true)
-		l.take(r.p, r.st)
 	}
+	l.needReader()
 }
 
-// watch takes a place from a worker that has handled one request for a tick, and
-// sleeps while nothing is asked. It sleeps by a syscall: a timer of the runtime that
-// comes so often makes processors look for work that there is not, and small
-// requests take twice the time.
+// watch looks whether somebody reads, and sleeps while nothing is asked. It sleeps by a
+// syscall: a timer of the runtime that comes so often makes processors look for work that
+// there is not, and small requests take twice the time.
 func (l *loop) watch() {
-	last := map[*place]uint64{}
 	for {
 		select {
 		case <-l.wake:
 		case <-l.done:
 			return
 		}
+		var last uint64
 		for idle := time.Duration(0); idle < watchIdle; {
-			if l.look(last) {
+			reads, reading := l.reads.Load(), l.reading.Load() > 0
+			if reads != last || !reading {
 				idle = 0
 			}
+			if reads == last && !reading {
+				l.needReader()
+			}
+			last = reads
 			tick := watchTick
-			if time.Since(l.begun) < time.Duration(l.close.Load()) {
+			if time.Since(l.begun) < time.Duration(l.closely.Load()) {
 				tick = watchClosely
 			}
 			ts := unix.NsecToTimespec(int64(tick))
 			unix.Nanosleep(&ts, nil)
 			idle += tick
 		}
-		clear(last)
 		l.awake.Store(false)
 		// A request that came just now may have counted on being watched.
-		if l.busy() && l.awake.CompareAndSwap(false, true) {
+		if l.reading.Load() == 0 && l.awake.CompareAndSwap(false, true) {
 			l.wake <- struct{}{}
 		}
 	}
-}
-
-// busy reports whether a request is being handled by who has a place.
-func (l *loop) busy() bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return slices.ContainsFunc(l.places, func(p *place) bool { return p.state.Load()%2 == 1 })
-}
-
-// look compares with the last tick; false where nothing has happened since.
-func (l *loop) look(last map[*place]uint64) (busy bool) {
-	l.mu.Lock()
-	places := append([]*place(nil), l.places...)
-	l.mu.Unlock()
-	for _, p := range places {
-		st := p.state.Load()
-		was, known := last[p]
-		busy = busy || !known || st != was || st%2 == 1
-		if known && st == was {
-			l.take(p, st)
-		}
-		last[p] = p.state.Load()
-	}
-	if len(last) > 2*len(places)+8 {
-		clear(last) // of places that were retired
-	}
-	return busy
 }
 
 // Opcodes of the kernel's fuse.h: of what may wait for the disk, of what asks for bytes,
@@ -316,8 +281,8 @@ const (
 	opcodes = 64 // more than there are
 )
 
-// takesLong reports whether a request is expected to take longer than handing
-// the place on.
+// takesLong reports whether a request is expected to take longer than to let another worker
+// read.
 func (l *loop) takesLong(in []byte) bool {
 	h := (*fuse.InHeader)(unsafe.Pointer(&in[0]))
 	switch h.Opcode {
@@ -340,13 +305,13 @@ func (l *loop) takesLong(in []byte) bool {
 type pace struct{ share atomic.Int32 }
 
 const (
-	longAfter = 150 * time.Microsecond // some ten times what it costs to hand a place on
+	longAfter = 150 * time.Microsecond // some ten times what it costs to let another read
 	paceUnit  = 1 << 10
 
 	// A list of entries with their attributes takes long by what the processor does.
 	bytesOfEntry = 160
 	lookupTakes  = 20 * time.Microsecond
-	paceLong     = paceUnit / 8 // from this share on it is better to hand the place on first
+	paceLong     = paceUnit / 8 // from this share on it is better to let another read first
 )
 
 // note counts a request. Two at once may count as one.
@@ -379,20 +344,23 @@ func (l *loop) read(b []byte) (int, error) {
 	}
 }
 
-// answer handles a request, writes the reply, and notes how long the request has kept its
-// place, or would have.
+// answer handles a request, writes the reply, and notes how long it has taken, if it was not
+// known that it would wait.
 func (l *loop) answer(r *request, in, out []byte) {
 	begun := time.Now()
 	n := l.handle(r, in, out)
 	took := time.Since(begun)
-	if took > closeAfter && !r.ahead && !r.yielded.Load() {
-		l.close.Store(int64(begun.Sub(l.begun) + took + closeFor))
+	if r.yielded.Load() {
+		took = 0
+	}
+	if took > closeAfter && !r.long {
+		l.closely.Store(int64(begun.Sub(l.begun) + took + closeFor))
 	}
 	if h := (*fuse.InHeader)(unsafe.Pointer(&in[0])); len(in) <= bigRequest && n <= bigRequest {
 		if h.Opcode == opReadDirPlus {
 			took -= time.Duration(n/bytesOfEntry) * lookupTakes
 		}
-		l.paces[h.Opcode%opcodes].note(took > longAfter && !r.yielded.Load())
+		l.paces[h.Opcode%opcodes].note(took > longAfter)
 	}
 	l.reply(in, out[:n])
 }
@@ -401,7 +369,7 @@ func (l *loop) answer(r *request, in, out []byte) {
 // granularity of the disk, or they would change when it forgets a file: go-fuse has no
 // option for that field.
 func (l *loop) answerInit(in, out []byte) {
-	n := l.handle(&request{p: &place{}}, in, out)
+	n := l.handle(&request{}, in, out)
 	const header = unsafe.Sizeof(fuse.OutHeader{})
 	if h := (*fuse.OutHeader)(unsafe.Pointer(&out[0])); l.timeGran != 0 && h.Status == 0 && uintptr(n) >= header+unsafe.Offsetof(fuse.InitOut{}.TimeGran)+4 {
 		(*fuse.InitOut)(unsafe.Pointer(&out[header])).TimeGran = l.timeGran

@@ -15,6 +15,12 @@ import (
 // Attr returns what stat says of the node.
 func (n *Node) Attr() (st Attr, err error) {
 	v := n.v
+	clock := v.clock.Load()
+	defer func() {
+		if err == nil {
+			n.tell(&st, clock)
+		}
+	}()
 	if f := n.file.Load(); f != nil {
 		if done, err := f.attr(&st); done {
 			return st, err
@@ -167,6 +173,7 @@ func (n *Node) SetAttr(ctx context.Context, s SetAttr) (Attr, error) {
 	if err == nil && (s.Atime != nil || s.Mtime != nil) {
 		err = n.setTimes(s.Atime, s.Mtime)
 	}
+	n.change()
 	if err != nil {
 		return Attr{}, err
 	}
@@ -204,6 +211,7 @@ func (n *Node) KillPriv(outsider bool) error {
 	if !n.v.super {
 		return nil
 	}
+	defer n.change()
 	return n.withFD(func(fd int) error {
 		var st unix.Stat_t
 		if err := n.v.fstat(fd, &st); err != nil {

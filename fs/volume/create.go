@@ -155,7 +155,7 @@ func (n *Node) adopt(fd int, st *Attr, key *keystore.DataKey, write bool) *Handl
 	}
 	n.v.disk.close(fd) // another has opened it already
 	f.mu.Lock()
-	defer f.mu.Unlock()
+	defer f.unlock()
 	f.handles++
 	if write {
 		f.writers++

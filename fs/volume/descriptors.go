@@ -88,7 +88,7 @@ func (v *Volume) settleOpen() {
 			}
 			f.synced = int64(f.changes)
 		}
-		f.mu.Unlock()
+		f.unlock()
 	}
 }
 
@@ -116,7 +116,7 @@ func (f *file) park(used bool) bool {
 	if f.used.Swap(false) && !used || !f.mu.TryLock() {
 		return false
 	}
-	defer f.mu.Unlock()
+	defer f.unlock()
 	var st unix.Stat_t
 	switch {
 	case f.fd < 0 || f.closed || f.broken || f.touched || f.syncing > 0 || f.unsettled():
@@ -170,7 +170,7 @@ func (f *file) wake() error {
 		return f.failed("opening it again", err)
 	}
 	f.mu.Lock()
-	defer f.mu.Unlock()
+	defer f.unlock()
 	switch {
 	case f.fd >= 0 || f.closed:
 		f.v.disk.close(fd)

@@ -43,11 +43,13 @@ func (v *Volume) lookup(dir *Node, cname string) (n *Node, st Attr, err error) {
 		return nil, st, err
 	}
 	defer dir.leave()
+	clock := v.clock.Load()
 	if err := v.stat(fd, cname, &st); err != nil {
 		return nil, st, err
 	}
 	n = v.intern(&st, dir, cname)
 	n.fill(&st, fd, cname)
+	n.tell(&st, clock)
 	return n, st, nil
 }
 
@@ -111,11 +113,13 @@ func (v *Volume) make(dir *Node, name string, c Caller, mode uint32, f func(fd i
 	if made < 0 {
 		return v.lookup(dir, e.cname)
 	}
+	clock := v.clock.Load()
 	if err := v.fstat(made, &st); err != nil {
 		return nil, st, err
 	}
 	n = v.intern(&st, dir, e.cname)
 	n.fill(&st, fd, e.cname)
+	n.tell(&st, clock)
 	return n, st, nil
 }
 
@@ -164,6 +168,7 @@ func (v *Volume) Link(ctx context.Context, n, dir *Node, name string) (*Node, At
 			return nothing(err)
 		}
 		n.linked.Store(true)
+		n.change()
 		// By a descriptor: the old name may be another file's by now.
 		return nothing(n.withFD(func(old int) error { return v.linkFD(old, fd, cname) }))
 	})

@@ -67,7 +67,7 @@ func (v *Volume) syncAll() error {
 			if f.rw && !f.closed && f.hdr != nil && (f.unsettled() || f.durable < f.size || f.synced != int64(f.changes)) {
 				f.syncFailed(err)
 			}
-			f.mu.Unlock()
+			f.unlock()
 		}
 	}
 	return err

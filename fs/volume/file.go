@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -29,6 +30,11 @@ type file struct {
 	// ahead is the beginning of the ciphertext file, which was read with the header. It goes
 	// when it was used, and when the content changes.
 	ahead atomic.Pointer[[]byte]
+
+	namesSynced atomic.Uint64 // Node.moves + 1 when the symlinks of long names were made durable
+
+	shownMu sync.Mutex // guards shown, and nothing is done under it
+	shown   shown
 
 	// mu guards the fields below. It is held across reads and writes of the
 	// file, and shared by readers; not across an fsync or a call to a key service.
@@ -71,6 +77,7 @@ type file struct {
 
 	mtime   unix.Timespec // what the kernel believes
 	touched bool          // the backing's mtime is another by now
+	wroteAt time.Time     // of our last write, which gave the backing its mtime
 
 	// synced is the number of changes that a sync has covered, -1 if it is not known that all
 	// content is on the disk; syncing counts the fsyncs under way, which use fd without mu.
@@ -207,7 +214,7 @@ func (n *Node) tryAcquire(write bool, key **keystore.DataKey) (*file, error) {
 		if err := n.v.refuses(false); err != nil { // just now, and its key was not among those wiped
 			f.mu.Lock()
 			f.wipe()
-			f.mu.Unlock()
+			f.unlock()
 			f.dropIfIdle()
 			return nil, err
 		}
@@ -220,6 +227,8 @@ func (n *Node) tryAcquire(write bool, key **keystore.DataKey) (*file, error) {
 }
 
 func (n *Node) attach(f *file) {
+	f.mu.Lock()
+	f.unlock()
 	n.hold()
 	n.file.Store(f)
 }
@@ -232,7 +241,7 @@ func (f *file) join(write bool, key **keystore.DataKey) error {
 		}
 	}
 	f.mu.Lock()
-	defer f.mu.Unlock()
+	defer f.unlock()
 	if write && f.size == 0 && f.next == nil {
 		if *key == nil {
 			return errNeedsNewKey
@@ -249,7 +258,7 @@ func (f *file) join(write bool, key **keystore.DataKey) error {
 // needWrite makes the descriptor one that can write.
 func (f *file) needWrite() error {
 	f.mu.Lock()
-	defer f.mu.Unlock()
+	defer f.unlock()
 	if f.hdr != nil && f.hdr.NoWrite != 0 {
 		return unix.EROFS
 	}
@@ -280,7 +289,7 @@ func (f *file) takeKey(ctx context.Context) error {
 		return err
 	}
 	f.mu.Lock()
-	defer f.mu.Unlock()
+	defer f.unlock()
 	if f.next != nil {
 		f.v.ring.PutBack(k)
 		return nil
@@ -302,7 +311,7 @@ func (f *file) release(write bool) {
 		f.v.ring.PutBack(f.next)
 		f.next = nil
 	}
-	f.mu.Unlock()
+	f.unlock()
 	f.dropIfIdle()
 }
 
@@ -310,7 +319,7 @@ func (f *file) release(write bool) {
 // settler. openMu is held.
 func (f *file) dropIfIdle() {
 	f.mu.Lock()
-	defer f.mu.Unlock()
+	defer f.unlock()
 	f.dropIfIdleLocked()
 }
 
@@ -383,27 +392,53 @@ func (f *file) borrow(g func(fd int) error) (done bool, err error) {
 	return true, g(f.fd)
 }
 
-// attr is stat of the open file; done is false where it was closed.
+// shown is what stat says of an open file besides what the backing file says.
+type shown struct {
+	size    int64
+	mtime   unix.Timespec
+	touched bool
+	closed  bool
+}
+
+// unlock unlocks mu after it was held for writing. Who asks for attributes does not wait for
+// mu: what the file has from here on is shown.
+func (f *file) unlock() {
+	f.shownMu.Lock()
+	f.shown = shown{f.size, f.mtime, f.touched, f.closed}
+	f.shownMu.Unlock()
+	f.mu.Unlock()
+}
+
+// attr is stat of the open file; done is false where it was closed, or somebody changes it
+// at the moment.
 func (f *file) attr(st *Attr) (done bool, err error) {
-	return f.borrow(func(fd int) error {
-		if err := f.v.fstat(fd, st); err != nil {
-			return err
-		}
-		st.Ino = f.v.foldIno(st.Dev, st.Ino)
-		st.Blksize = blockcrypt.PageSize
-		f.fillLocked(st)
-		return nil
-	})
+	if !f.mu.TryRLock() {
+		return false, nil
+	}
+	defer f.mu.RUnlock()
+	if f.closed || f.fd < 0 {
+		return false, nil
+	}
+	if err := f.v.fstat(f.fd, st); err != nil {
+		return true, err
+	}
+	st.Ino = f.v.foldIno(st.Dev, st.Ino)
+	st.Blksize = blockcrypt.PageSize
+	f.fillLocked(st)
+	return true, nil
 }
 
 // fill puts size and time into st; false where the file was closed.
 func (f *file) fill(st *Attr) bool {
-	f.mu.RLock()
-	defer f.mu.RUnlock()
-	if f.closed {
+	f.shownMu.Lock()
+	defer f.shownMu.Unlock()
+	s := f.shown
+	if s.closed {
 		return false
 	}
-	f.fillLocked(st)
+	if st.Size = s.size; s.touched {
+		st.Mtim = s.mtime
+	}
 	return true
 }
 
@@ -416,7 +451,7 @@ func (f *file) fillLocked(st *Attr) {
 
 func (f *file) setMtime(t unix.Timespec) {
 	f.mu.Lock()
-	defer f.mu.Unlock()
+	defer f.unlock()
 	if t.Nsec == unix.UTIME_NOW {
 		var st unix.Stat_t
 		if f.v.fstat(f.fd, &st) == nil {
@@ -431,10 +466,16 @@ func (f *file) setMtime(t unix.Timespec) {
 func (f *file) touch() {
 	f.ahead.Store(nil)
 	f.changes++
-	f.touched = true
+	f.moveTime()
 	if !f.v.o.KernelTimes {
 		unix.ClockGettime(unix.CLOCK_REALTIME, &f.mtime)
 	}
+}
+
+// moveTime notes that a write of ours moves the backing's mtime. mu is held.
+func (f *file) moveTime() {
+	f.touched, f.wroteAt = true, time.Now()
+	f.n.change()
 }
 
 // putMtime puts the time back that the kernel believes, which our own writes
@@ -445,6 +486,7 @@ func (f *file) putMtime() error {
 	}
 	err := f.v.utimens(f.fd, unix.Timespec{Nsec: unix.UTIME_OMIT}, f.mtime)
 	f.touched = err != nil
+	f.n.change()
 	return err
 }
 
@@ -472,7 +514,7 @@ func (n *Node) newFile(fd int, rw bool, st *Attr) *file {
 // kernel has in its cache may not be what the disk has.
 func (h *Handle) Reread() bool {
 	h.f.mu.Lock()
-	defer h.f.mu.Unlock()
+	defer h.f.unlock()
 	was := h.f.reread
 	h.f.reread = false
 	return was
@@ -505,7 +547,7 @@ func (h *Handle) Flush() error {
 		return nil
 	}
 	h.f.mu.Lock()
-	defer h.f.mu.Unlock()
+	defer h.f.unlock()
 	if err := h.f.rest(); err != nil {
 		return err
 	}
@@ -536,21 +578,24 @@ func (h *Handle) Fsync() error {
 }
 
 // syncPath makes the IDs of the directories above durable, and the file's own
-// directory where its name is a long one.
+// directory where its name is a long one: once for each change of its names.
 func (f *file) syncPath() error {
-	f.n.v.mu.Lock()
-	links := slices.Clone(f.n.links)
-	f.n.v.mu.Unlock()
+	n := f.n
+	names := n.moves.Load() + 1
+	n.v.mu.Lock()
+	links := slices.Clone(n.links)
+	n.v.mu.Unlock()
 	for _, l := range links {
 		if err := l.dir.syncIDs(); err != nil {
 			return err
 		}
-		if len(l.cname) > len(blockcrypt.LongPrefix) && l.cname[:len(blockcrypt.LongPrefix)] == blockcrypt.LongPrefix {
+		if f.namesSynced.Load() != names && strings.HasPrefix(l.cname, blockcrypt.LongPrefix) {
 			if err := l.dir.syncDir(); err != nil {
 				return err
 			}
 		}
 	}
+	f.namesSynced.Store(names)
 	return nil
 }
 

@@ -220,14 +220,36 @@ func (h *Handle) put(ctx context.Context, b []byte, off int64, how writeHow) (in
 		return 0, err
 	}
 	defer unlock()
-	if err := f.write(b, off, int64(len(b))); err != nil {
+	if how == writeDelayed && f.hdr == nil && off == 0 && len(b) < kernelWrites {
+		err = f.writeAll(b)
+	} else {
+		err = f.write(b, off, int64(len(b)))
+	}
+	if err != nil {
 		return 0, f.failed("write", err)
 	}
 	if how == writeThrough {
 		unix.ClockGettime(unix.CLOCK_REALTIME, &f.mtime)
-		f.touched = true
+		f.moveTime()
 	}
 	return len(b), nil
+}
+
+// kernelWrites is the most that the kernel writes at once of what its cache holds back. Less
+// is mostly all there is.
+const kernelWrites = 1 << 20
+
+// writeAll writes b to an empty file, as all of it: a file that is not written again needs no
+// second write for its state. mu is held.
+func (f *file) writeAll(b []byte) error {
+	n := int64(len(b))
+	if err := f.trim(); err != nil {
+		return err
+	}
+	if err := f.begin(0, n); err != nil {
+		return err
+	}
+	return f.written(b, 0, n, false, f.abandon)
 }
 
 // CopyFrom copies n bytes of another handle's file, or of the same, as one copy
@@ -321,24 +343,24 @@ func (f *file) lockForContent(ctx context.Context, delayedWrite bool) (unlock fu
 			f.mu.Lock()
 		}
 		if f.broken {
-			f.mu.Unlock()
+			f.unlock()
 			return nil, unix.EIO
 		}
 		if f.fd < 0 || f.keyless() || f.refuses(delayedWrite) != nil { // just now
-			f.mu.Unlock()
+			f.unlock()
 			continue
 		}
 		if !f.rw { // it was immutable when its descriptor was opened again
-			f.mu.Unlock()
+			f.unlock()
 			if err := f.needWrite(); err != nil {
 				return nil, err
 			}
 			continue
 		}
 		if f.size > 0 || f.next != nil {
-			return f.mu.Unlock, nil
+			return f.unlock, nil
 		}
-		f.mu.Unlock()
+		f.unlock()
 		if err := f.takeKey(ctx); err != nil {
 			return nil, err
 		}
@@ -363,7 +385,7 @@ func (f *file) write(b []byte, off, n int64) error {
 	undo := func() {}
 	switch {
 	case old == 0:
-		if err := f.begin(sparse); err != nil {
+		if err := f.begin(blockcrypt.Dirty|sparse, 0); err != nil {
 			return err
 		}
 		undo = f.abandon
@@ -376,8 +398,13 @@ func (f *file) write(b []byte, off, n int64) error {
 			return err
 		}
 	}
+	return f.written(b, off, end, sparse != 0, undo)
+}
+
+// written writes the blocks, after all that has to come before; undo follows a failure.
+func (f *file) written(b []byte, off, end int64, sparse bool, undo func()) error {
 	f.touch()
-	if err := f.writeRuns(b, off, end, sparse != 0); err != nil {
+	if err := f.writeRuns(b, off, end, sparse); err != nil {
 		f.tailK = -1
 		undo()
 		return err

@@ -249,7 +249,7 @@ func (v *Volume) dropKeys(files []*file) error {
 // settleAndWipe settles the file, if it is as it was, and wipes its keys.
 func (f *file) settleAndWipe(settle bool, changes uint64) (err error) {
 	f.mu.Lock()
-	defer f.mu.Unlock()
+	defer f.unlock()
 	if f.refuses(false) == nil {
 		return nil // it took so long that it may be used again
 	}
@@ -331,7 +331,7 @@ func (f *file) ready(ctx context.Context, delayedWrite bool) error {
 		if err == nil && f.hdr == hdr && f.keys == nil {
 			f.keys = keys
 		}
-		f.mu.Unlock()
+		f.unlock()
 		if err != nil {
 			return err
 		}

@@ -69,6 +69,9 @@ type Node struct {
 
 	moving atomic.Int64  // changes of its places under way
 	moves  atomic.Uint64 // changes of its places so far
+
+	told    atomic.Pointer[told] // of a file
+	changed atomic.Uint64        // the value of Volume.clock at the last change of its attributes
 }
 
 // place is where a node is, or could be: one of its names.
@@ -337,6 +340,7 @@ func (v *Volume) left(x parting) (gone *Node) {
 	n.dropLink(x.at)
 	n.moves.Add(1)
 	n.moving.Add(-1)
+	n.change()
 	v.unhold(n)
 	return gone
 }
@@ -370,7 +374,7 @@ func (n *Node) dropIfGone() {
 	}
 	defer n.openMu.Unlock()
 	if f := n.file.Load(); f != nil && f.mu.TryLock() {
-		defer f.mu.Unlock()
+		defer f.unlock()
 		f.dropIfIdleLocked()
 	}
 }

@@ -11,8 +11,9 @@ import (
 )
 
 // begin gives an empty file its header in memory: the first run carries it to
-// the disk. mu is held.
-func (f *file) begin(flags uint32) error {
+// the disk. Of a file that will have size bytes with it, the state is that of a closed one,
+// if size is not 0. mu is held.
+func (f *file) begin(flags uint32, size int64) error {
 	k := f.next
 	rs := make([]blockcrypt.Recipient, len(k.Wrapped))
 	for i, w := range k.Wrapped {
@@ -22,7 +23,7 @@ func (f *file) begin(flags uint32) error {
 	if err != nil {
 		return err
 	}
-	keys.SetState(hdr, blockcrypt.State{Session: f.v.session.Load(), Generation: 1, Flags: blockcrypt.Dirty | flags})
+	keys.SetState(hdr, blockcrypt.State{Session: f.v.session.Load(), Generation: 1, Size: size, Flags: flags})
 	head, err := hdr.Encode()
 	if err != nil {
 		return err
@@ -81,7 +82,7 @@ func (f *file) writeState(flags uint32) error {
 		f.hdr.EncodeState(b)
 		return err
 	}
-	f.touched = true
+	f.moveTime()
 	return nil
 }
 
@@ -183,7 +184,7 @@ func (n *Node) truncate(ctx context.Context, size int64) error {
 	}
 	f.mu.Lock()
 	err = errors.Join(err, f.rest())
-	f.mu.Unlock()
+	f.unlock()
 	f.release(write)
 	return f.failed("truncate", err)
 }
@@ -241,18 +242,18 @@ func (f *file) empty(ctx context.Context) error {
 		}
 		f.mu.Lock()
 		if f.fd < 0 { // just now
-			f.mu.Unlock()
+			f.unlock()
 			continue
 		}
 		if f.writers == 0 || f.next != nil {
 			break
 		}
-		f.mu.Unlock()
+		f.unlock()
 		if err := f.takeKey(ctx); err != nil {
 			return err
 		}
 	}
-	defer f.mu.Unlock()
+	defer f.unlock()
 	if f.hdr == nil && f.isZeroLength() {
 		return nil
 	}
@@ -414,14 +415,14 @@ func (f *file) sync() error {
 		if f.fd >= 0 {
 			break
 		}
-		f.mu.Unlock() // just now
+		f.unlock() // just now
 	}
 	if f.broken {
-		f.mu.Unlock()
+		f.unlock()
 		return unix.EIO
 	}
 	if f.keyless() { // nothing has changed since it was settled
-		defer f.mu.Unlock()
+		defer f.unlock()
 		if f.flags()&(blockcrypt.Dirty|blockcrypt.Cut) != 0 {
 			return unix.EIO // it could not be settled: nothing is confirmed
 		}
@@ -434,37 +435,39 @@ func (f *file) sync() error {
 		return err
 	}
 	if err := f.trim(); err != nil {
-		f.mu.Unlock()
+		f.unlock()
 		return err
 	}
 	if f.hdr != nil && f.conf == 0 && (f.flags()&blockcrypt.Dirty != 0 || f.hdr.State.Size != f.size) {
 		// A fresh file's state goes with the same sync: clean, at its exact length.
 		if err := f.writeState(f.cleanFlags()); err != nil {
-			f.mu.Unlock()
+			f.unlock()
 			return err
 		}
 	}
 	size, cuts, changes := f.size, f.cuts, f.changes
 	f.conf = max(f.conf, size) // confirmed counts from here
-	if err := f.putMtime(); err != nil {
-		f.mu.Unlock()
-		return err
+	if !f.near(f.mtime) {      // else it can wait for the file's last close
+		if err := f.putMtime(); err != nil {
+			f.unlock()
+			return err
+		}
 	}
 	fd := f.fd
 	f.syncing++
-	f.mu.Unlock()
+	f.unlock()
 	err := f.v.fsync(fd)
 	f.mu.Lock()
 	f.syncing--
 	if f.syncFailed(err); err == nil {
 		f.synced = max(f.synced, int64(changes))
 	}
-	f.mu.Unlock()
+	f.unlock()
 	if err != nil {
 		return err
 	}
 	f.mu.Lock()
-	defer f.mu.Unlock()
+	defer f.unlock()
 	if f.cuts == cuts {
 		f.durable = max(f.durable, size)
 	}
@@ -529,7 +532,7 @@ func (f *file) settle(changes uint64) error {
 // settleNow settles one file at once.
 func (f *file) settleNow() error {
 	f.mu.Lock()
-	defer f.mu.Unlock()
+	defer f.unlock()
 	if f.closed || !f.rw {
 		return nil
 	}
@@ -549,7 +552,7 @@ func (f *file) settleNow() error {
 // synced before.
 func (f *file) finish() error {
 	f.mu.Lock()
-	defer f.mu.Unlock()
+	defer f.unlock()
 	if f.closed || !f.rw || f.broken || f.n.Gone() {
 		return nil
 	}
@@ -572,7 +575,7 @@ func (v *Volume) restamp(now uint64) error {
 		if f.rw && !f.closed && !f.broken && f.hdr != nil && !f.keyless() && f.hdr.State.Session != now && f.unconfirmed() {
 			err = f.writeState(f.flags())
 		}
-		f.mu.Unlock()
+		f.unlock()
 		if err != nil {
 			return f.failed("beginning a session", err)
 		}

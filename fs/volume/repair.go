@@ -114,7 +114,7 @@ func (f *file) repair(length int64) error {
 		}
 	}
 	f.mu.Lock()
-	defer f.mu.Unlock()
+	defer f.unlock()
 	f.ahead.Store(nil)
 	was := f.hdr.State
 	r, err := f.assess(length)
@@ -149,7 +149,7 @@ func (f *file) repair(length int64) error {
 			return err
 		}
 	}
-	f.touched = true
+	f.moveTime()
 	return f.settleRepaired()
 }
 

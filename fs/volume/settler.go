@@ -2,6 +2,7 @@ package volume
 
 import (
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -95,16 +96,34 @@ func (s *settler) settle(files []*file) {
 	if err != nil {
 		s.v.report(".", "syncing failed", err)
 	}
-	for i, f := range files {
+	sideBySide(files, func(i int, f *file) {
 		if err == nil {
 			f.mu.Lock()
 			f.failed("settling", f.settleClosed(changes[i]))
-			f.mu.Unlock()
+			f.unlock()
 		}
 		f.n.openMu.Lock()
 		f.dropIfIdle() // or it comes back here
 		f.n.openMu.Unlock()
+	})
+}
+
+// atOnce is how many files are brought into order at the same time: a disk with latency takes
+// as long for one as for many.
+const atOnce = 32
+
+// sideBySide calls do for each file, for several at the same time.
+func sideBySide(files []*file, do func(i int, f *file)) {
+	var wg sync.WaitGroup
+	var next atomic.Int64
+	for range min(len(files), atOnce) {
+		wg.Go(func() {
+			for i := next.Add(1) - 1; int(i) < len(files); i = next.Add(1) - 1 {
+				do(int(i), files[i])
+			}
+		})
 	}
+	wg.Wait()
 }
 
 // settleClosed settles unless somebody writes again. mu is held.

@@ -220,18 +220,23 @@ const (
 	nearFull   = 128 << 20 // bytes left: as much as the kernel lets wait for writing, on most machines
 	lookAgain  = nearFull / 4
 	tightAfter = time.Minute // an error of space
+	spaceGood  = 100 * time.Millisecond
 )
 
 // NearFull reports whether so little space is left that a delayed write might
 // fail.
 func (v *Volume) NearFull() bool {
-	v.lookAtSpace()
+	if at := v.spaceSeen.Load(); at == nil || time.Since(*at) > spaceGood {
+		v.lookAtSpace()
+	}
 	return v.tight.Load()
 }
 
 // lookAtSpace looks how much space is left.
 func (v *Volume) lookAtSpace() {
 	v.unseen.Store(lookAgain)
+	now := time.Now()
+	v.spaceSeen.Store(&now)
 	s, err := v.statfs(v.rootD)
 	if err != nil {
 		return

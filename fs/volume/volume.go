@@ -67,6 +67,7 @@ type Volume struct {
 	session     atomic.Uint64
 	tight       atomic.Bool  // little space is left, see space.go
 	unseen      atomic.Int64 // bytes that may be written before it is looked again
+	spaceSeen   atomic.Pointer[time.Time]
 	spaceFailed atomic.Int64 // when space was last found wanting, in seconds; 0: never
 	locked      atomic.Bool  // by Lock
 	refusal     atomic.Pointer[refusal]
@@ -78,6 +79,7 @@ type Volume struct {
 	nextID      atomic.Uint64
 
 	doubts doubts
+	clock  atomic.Uint64 // counts changes of attributes, see told
 
 	// crossing is held by a rename from one directory to another, see lockDirs.
 	crossing sync.Mutex
@@ -390,10 +392,10 @@ func (v *Volume) nextSession() error {
 
 func (v *Volume) endSession() error {
 	err := v.syncAll()
-	for _, f := range v.files() {
-		err = errors.Join(err, f.finish())
-	}
-	if err == nil {
+	files := v.files()
+	errs := make([]error, len(files))
+	sideBySide(files, func(i int, f *file) { errs[i] = f.finish() })
+	if err = errors.Join(err, errors.Join(errs...)); err == nil {
 		err = v.syncfs(v.rootD)
 	}
 	if err == nil && v.stuck.Load() {
