@@ -10,29 +10,33 @@ import (
 // buffer holds a request and its answer.
 type buffer struct{ in, out []byte }
 
+// answer returns where the answer to a request goes.
+func (b *buffer) answer(in []byte) []byte {
+	if n := smallSize/2 + answerSize(in); n > len(b.out) {
+		b.out = make([]byte, max(n, bufferSize))
+	}
+	return b.out
+}
+
 const (
 	bufferSize = maxWrite + 8192 // a request, or its answer, with its header
 	smallSize  = 8192            // a request without data, or an answer without much of it
-	mostKept   = 8               // buffers that nobody uses at the moment
+	mostKept   = longReaders + 8 // buffers that nobody uses at the moment
 )
 
-func newBuffer() *buffer { return &buffer{make([]byte, bufferSize), make([]byte, bufferSize)} }
+func newBuffer() *buffer { return &buffer{make([]byte, bufferSize), make([]byte, smallSize)} }
 
 // smalls are buffers for requests and answers of up to smallSize bytes each.
 var smalls = sync.Pool{New: func() any { return &buffer{make([]byte, smallSize), make([]byte, smallSize)} }}
 
-// small returns a buffer that holds the request and is large enough for its answer, nil if
-// that would be no small one.
-func (b *buffer) small(in []byte) (small *buffer, request []byte) {
-	answer := smallSize/2 + answerSize(in)
-	if len(in) > smallSize || answer > bigRequest {
-		return nil, in
+// small returns a buffer that holds a request, nil if that or its answer is no small one.
+func small(in []byte) *buffer {
+	if len(in) > smallSize || answerSize(in) > bigRequest {
+		return nil
 	}
-	small = smalls.Get().(*buffer)
-	if len(small.out) < answer {
-		small.out = make([]byte, answer)
-	}
-	return small, small.in[:copy(small.in, in)]
+	b := smalls.Get().(*buffer)
+	copy(b.in, in)
+	return b
 }
 
 // answerSize returns how many bytes a request wants in its answer, besides a header and

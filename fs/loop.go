@@ -87,7 +87,7 @@ func (l *loop) start() error {
 	if err != nil {
 		return err
 	}
-	l.answerInit(b.in[:n], b.out)
+	l.answerInit(b.in[:n], b.answer(b.in[:n]))
 	l.workers.Go(l.watch)
 	l.needReader()
 	return nil
@@ -164,14 +164,14 @@ func (l *loop) serve() bool {
 		l.reads.Add(1)
 		l.busy.Add(1)
 		l.reading.Add(-1)
-		in, out, r := b.in[:n], b.out, &request{}
+		in, r := b.in[:n], &request{}
 		switch most := l.most.Load(); {
 		case l.takesLong(in):
 			r.long = true
 			l.long.Add(1)
-			if small, request := b.small(in); small != nil {
+			if s := small(in); s != nil {
 				l.buffers.put(b) // for who reads next
-				b, in, out = small, request, small.out
+				b, in = s, s.in[:n]
 			}
 			l.needReader()
 		case score > manyMore && int(most) < runtime.GOMAXPROCS(0):
@@ -185,7 +185,7 @@ func (l *loop) serve() bool {
 		if !l.awake.Load() && l.awake.CompareAndSwap(false, true) {
 			l.wake <- struct{}{}
 		}
-		l.answer(r, in, out)
+		l.answer(r, in, b.answer(in))
 		l.busy.Add(-1)
 		if r.long {
 			l.long.Add(-1)
@@ -340,6 +340,8 @@ func (l *loop) read(b []byte) (int, error) {
 			return 0, err
 		case n >= int(unsafe.Sizeof(fuse.InHeader{})):
 			return n, nil
+		case n == 0: // the other end of a socket was closed
+			return 0, unix.ENODEV
 		}
 	}
 }

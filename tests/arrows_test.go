@@ -26,6 +26,7 @@ var arrows = map[string]string{
 	"kmsfs/tests":                 "",
 	"kmsfs/tests/cutdisk":         "",
 	"kmsfs/tests/independent":     "",
+	"kmsfs/tests/slowdisk":        "",
 }
 
 // Libraries that a package must not see.

@@ -13,12 +13,14 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/keystore/keystoretest"
+	"kmsfs/tests/slowdisk"
 )
 
 // binary is the program under test, built once.
 var binary string
 
 func TestMain(m *testing.M) {
+	slowdisk.RunIfChild()
 	dir, err := os.MkdirTemp("", "kmsfs-tests-")
 	if err != nil {
 		panic(err)

@@ -31,6 +31,7 @@ type Call struct {
 type disk struct {
 	hook func(Call) error
 	done func(Call, error)
+	seen func(op string) // told of each syscall but close, of those that only look too
 
 	// What has lost its last name, and the kernel still knows: how many there are, and
 	// when the last one was removed. Their space comes back when the kernel has closed
@@ -65,8 +66,16 @@ const (
 // ErrSkip is what a hook returns for a call that is not to be made, and to succeed.
 var ErrSkip = errors.New("skip this call")
 
+// sees notes a syscall.
+func (d *disk) sees(op string) {
+	if d.seen != nil {
+		d.seen(op)
+	}
+}
+
 // do makes a call.
 func (d *disk) do(c Call, f func() error) error {
+	d.sees(c.Op)
 	if d.hook != nil {
 		if err := d.hook(c); err == ErrSkip {
 			return nil
@@ -130,6 +139,7 @@ func (d *disk) open(dir int, name string, flags int, mode uint32) (fd int, err e
 
 // reopen opens the very object of a descriptor anew.
 func (d *disk) reopen(old, flags int) (fd int, err error) {
+	d.sees("open")
 	err = d.opens(func() error {
 		fd, err = unix.Open(procFD(old), flags&^unix.O_NOFOLLOW, 0)
 		if err == unix.ELOOP { // a symlink itself cannot be opened a second time
@@ -220,20 +230,24 @@ func ignoreBusy(err error) error {
 }
 
 func (d *disk) statfs(fd int) (s unix.Statfs_t, err error) {
+	d.sees("fstatfs")
 	err = again(func() error { return unix.Fstatfs(fd, &s) })
 	return s, err
 }
 
 // access is access(2) by the daemon's real user, of an object that is open.
 func (d *disk) access(fd int, mask uint32) error {
+	d.sees("access")
 	return again(func() error { return unix.Access(procFD(fd), mask) })
 }
 
 func (d *disk) stat(dir int, name string, st *unix.Stat_t) error {
+	d.sees("fstatat")
 	return again(func() error { return unix.Fstatat(dir, name, st, unix.AT_SYMLINK_NOFOLLOW) })
 }
 
 func (d *disk) fstat(fd int, st *unix.Stat_t) error {
+	d.sees("fstat")
 	return again(func() error { return unix.Fstat(fd, st) })
 }
 
@@ -307,6 +321,7 @@ func (d *disk) allocate(fd int, mode uint32, off, n int64) error {
 // seek is lseek: with SEEK_DATA or SEEK_HOLE in a file, whose position nothing else uses,
 // or with SEEK_SET in a directory that is listed.
 func (d *disk) seek(fd int, off int64, whence int) (at int64, err error) {
+	d.sees("lseek")
 	err = again(func() error { at, err = unix.Seek(fd, off, whence); return err })
 	return at, err
 }
@@ -379,6 +394,7 @@ func (d *disk) symlink(target string, dir int, name string) error {
 }
 
 func (d *disk) readlink(dir int, name string) (string, error) {
+	d.sees("readlinkat")
 	for n := 512; ; n *= 4 {
 		b := make([]byte, n)
 		m, err := unix.Readlinkat(dir, name, b)
@@ -450,6 +466,7 @@ func (d *disk) ioctl(fd int, cmd uint, arg unsafe.Pointer) error {
 // birth returns when the object was made, by statx: ok is false where the
 // filesystem does not say.
 func (d *disk) birth(fd int) (t unix.StatxTimestamp, ok bool, err error) {
+	d.sees("statx")
 	var sx unix.Statx_t
 	err = again(func() error { return unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_BTIME, &sx) })
 	return sx.Btime, sx.Mask&unix.STATX_BTIME != 0, err
@@ -462,6 +479,7 @@ func (d *disk) utimens(fd int, atime, mtime unix.Timespec) error {
 }
 
 func (d *disk) getxattr(fd int, name string) ([]byte, error) {
+	d.sees("getxattr")
 	for n := 512; ; {
 		b := make([]byte, n)
 		m, err := unix.Getxattr(procFD(fd), name, b)
@@ -479,6 +497,7 @@ func (d *disk) getxattr(fd int, name string) ([]byte, error) {
 
 // hasxattr reports whether the object has the attribute.
 func (d *disk) hasxattr(fd int, name string) bool {
+	d.sees("getxattr")
 	_, err := unix.Getxattr(procFD(fd), name, nil)
 	return err == nil
 }
@@ -496,6 +515,7 @@ func (d *disk) removexattr(fd int, name string) error {
 }
 
 func (d *disk) listxattr(fd int) ([]byte, error) {
+	d.sees("listxattr")
 	for {
 		n, err := unix.Listxattr(procFD(fd), nil)
 		if err != nil || n == 0 {
@@ -522,6 +542,7 @@ type dirent struct {
 
 // dirents reads the next entries of an open directory into buf, none at its end.
 func (d *disk) dirents(fd int, buf []byte) (out []dirent, err error) {
+	d.sees("getdents64")
 	n := 0
 	err = again(func() error { n, err = unix.Getdents(fd, buf); return err })
 	if err != nil {

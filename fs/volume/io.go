@@ -449,7 +449,6 @@ func (f *file) writeRuns(b []byte, off, end int64, sparse bool) error {
 	}
 	f.size = size
 	f.holes = f.holes.without(first, last)
-	f.remember(last, b, off, end)
 	return nil
 }
 
@@ -522,18 +521,6 @@ func (f *file) length(size int64) int64 {
 	return f.v.geo.Exact(size)
 }
 
-// remember keeps the plaintext of the last block of a write: the next write
-// mostly goes on there.
-func (f *file) remember(k int64, b []byte, off, end int64) {
-	start, size := f.v.geo.Start(k), int64(f.blockLen(k))
-	if b == nil || off > start || end < start+size {
-		f.tailK = -1
-		return
-	}
-	f.tailK = k
-	f.tail = append(f.tail[:0], b[start-off:start-off+size]...)
-}
-
 // put seals blocks first to last of a file of size bytes and writes them: the
 // bytes [off, end) are b, or zeros where b is nil, the others those that the
 // file has now, or zeros. One S and one pwrite for each run; header and block 0
@@ -563,9 +550,10 @@ func (f *file) putRun(buf []byte, first, last, size int64, b []byte, off, end in
 	}
 	scratch := scratches.Get().(*[blockcrypt.PageSize]byte)
 	defer scratches.Put(scratch)
+	var text []byte
 	for k := first; k <= last; k++ {
-		text, err := f.content(scratch[:blockcrypt.BlockSize], k, size, b, off, end)
-		if err != nil {
+		var err error
+		if text, err = f.content(scratch[:blockcrypt.BlockSize], k, size, b, off, end); err != nil {
 			return err
 		}
 		f.keys.Seal(buf[used:], k, f.epoch, text)
@@ -582,7 +570,12 @@ func (f *file) putRun(buf []byte, first, last, size int64, b []byte, off, end in
 		return err
 	}
 	f.v.wrote.Store(true)
-	return f.takeSpace(int64(used), func() error { return f.v.pwrite(f.fd, buf[:used], at) })
+	f.tailK = -1
+	err := f.takeSpace(int64(used), func() error { return f.v.pwrite(f.fd, buf[:used], at) })
+	if err == nil { // the next write mostly goes on there
+		f.tailK, f.tail = last, append(f.tail[:0], text...)
+	}
+	return err
 }
 
 // content returns the plaintext of block k of the file after the change.

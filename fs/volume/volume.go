@@ -39,6 +39,7 @@ type Options struct {
 	NoPrefetch  bool              // no key is unwrapped before its file is opened
 	Hook        func(Call) error  // for tests: sees each syscall on the tree, and can fail it, or skip it by [ErrSkip]
 	Done        func(Call, error) // likewise, after it was made
+	Seen        func(op string)   // likewise, with those that only look, but for close
 
 	torn    bool   // for tests: pages can tear, on a filesystem in memory too
 	fdLimit uint64 // for tests, instead of the process's own
@@ -118,7 +119,7 @@ type inodeKey struct{ dev, ino uint64 }
 // Open gives the tree of a volume that [Unlock] opened. It takes the volume's
 // lock and the ring, which Close closes.
 func (u *Unlocked) Open(o Options) (*Volume, error) {
-	v := &Volume{disk: disk{hook: o.Hook, done: o.Done}, o: o, sealWithin: sealWithin, log: o.Logger, cfg: u.Config, vk: u.keys, rootD: u.root, lockFD: -1, plain: u.Config.Names == blockcrypt.NamesPlain,
+	v := &Volume{disk: disk{hook: o.Hook, done: o.Done, seen: o.Seen}, o: o, sealWithin: sealWithin, log: o.Logger, cfg: u.Config, vk: u.keys, rootD: u.root, lockFD: -1, plain: u.Config.Names == blockcrypt.NamesPlain,
 		super: unix.Geteuid() == 0, nodes: map[uint64]*Node{}, inodes: map[inodeKey]*Node{}, places: map[place]*Node{}, bad: map[uint64]bool{}, quit: make(chan struct{}), walked: make(chan struct{})}
 	if v.log == nil {
 		v.log = slog.New(slog.DiscardHandler)

@@ -1,0 +1,229 @@
+package fs
+
+import (
+	"log/slog"
+	"sync"
+	"testing"
+	"time"
+	"unsafe"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+)
+
+// waiting is a filesystem whose reads and lookups do not return before they are let.
+type waiting struct {
+	fuse.RawFileSystem
+	held  chan struct{}
+	waits func(unique uint64)
+}
+
+func (w *waiting) Read(_ <-chan struct{}, in *fuse.ReadIn, b []byte) (fuse.ReadResult, fuse.Status) {
+	w.waits(in.Unique)
+	<-w.held
+	return fuse.ReadResultData(b[:8]), fuse.OK
+}
+
+func (w *waiting) Lookup(_ <-chan struct{}, _ *fuse.InHeader, _ string, out *fuse.EntryOut) fuse.Status {
+	<-w.held
+	return fuse.OK
+}
+
+func (w *waiting) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOut) fuse.Status {
+	return fuse.OK
+}
+
+// device is the kernel's end of a connection.
+type device struct {
+	t      *testing.T
+	fd     int
+	unique uint64
+	l      *loop
+	w      *waiting
+	hold   func() // lets all that waits go on
+}
+
+// newDevice begins a connection. An answer that does not come within a long time is an error.
+func newDevice(t *testing.T) *device {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	limit := unix.Timeval{Sec: 20}
+	if err := unix.SetsockoptTimeval(pair[0], unix.SOL_SOCKET, unix.SO_RCVTIMEO, &limit); err != nil {
+		t.Fatal(err)
+	}
+	w := &waiting{RawFileSystem: fuse.NewDefaultRawFileSystem(), held: make(chan struct{})}
+	d := &device{t: t, fd: pair[0], w: w, hold: sync.OnceFunc(func() { close(w.held) })}
+	d.l = newLoop(pair[1], fuse.NewProtocolServer(w, &fuse.MountOptions{MaxWrite: maxWrite}), slog.New(slog.DiscardHandler))
+	w.waits = d.l.yield
+	const opInit = 26
+	init := &fuse.InitIn{Major: 7, Minor: 36, MaxReadAhead: 1 << 17}
+	init.Opcode = opInit
+	d.send(&init.InHeader, unsafe.Sizeof(*init))
+	if err := d.l.start(); err != nil {
+		t.Fatal(err)
+	}
+	if got := d.answered(); got != d.unique {
+		t.Fatalf("INIT is answered as %d", got)
+	}
+	t.Cleanup(func() {
+		d.hold()
+		unix.Close(d.fd)
+		d.l.wait()
+	})
+	return d
+}
+
+// send sends a request of so many bytes, and what follows it.
+func (d *device) send(h *fuse.InHeader, size uintptr, more ...byte) uint64 {
+	d.t.Helper()
+	d.unique += 2
+	h.Unique, h.Length = d.unique, uint32(size)+uint32(len(more))
+	b := append([]byte(nil), unsafe.Slice((*byte)(unsafe.Pointer(h)), size)...)
+	if _, err := unix.Write(d.fd, append(b, more...)); err != nil {
+		d.t.Fatal(err)
+	}
+	return d.unique
+}
+
+// answered returns which request the next answer is for.
+func (d *device) answered() uint64 {
+	d.t.Helper()
+	b := make([]byte, 1<<16)
+	n, err := unix.Read(d.fd, b)
+	if err != nil || n < int(unsafe.Sizeof(fuse.OutHeader{})) {
+		d.t.Fatalf("no answer: %d bytes, %v", n, err)
+	}
+	return (*fuse.OutHeader)(unsafe.Pointer(&b[0])).Unique
+}
+
+func (d *device) read() uint64 {
+	in := &fuse.ReadIn{Size: 4096}
+	in.Opcode = opRead
+	return d.send(&in.InHeader, unsafe.Sizeof(*in))
+}
+
+func (d *device) lookup() uint64 {
+	h := &fuse.InHeader{Opcode: 1, NodeId: 1}
+	return d.send(h, unsafe.Sizeof(*h), 'x', 0)
+}
+
+func (d *device) statfs() uint64 {
+	h := &fuse.InHeader{Opcode: 17, NodeId: 1}
+	return d.send(h, unsafe.Sizeof(*h))
+}
+
+// However many requests wait, and whether or not they say so, the next one is answered.
+func TestNothingWaitsBehindOthers(t *testing.T) {
+	d := newDevice(t)
+	waits := map[uint64]bool{}
+	for i := range 40 {
+		if waits[d.lookup()] = true; i%2 == 0 {
+			waits[d.read()] = true
+		}
+		if want := d.statfs(); d.answered() != want {
+			t.Fatal("a request that waits was answered")
+		}
+	}
+	d.soon("as many requests are being answered as wait", func() bool { return int(d.l.busy.Load()) == len(waits) })
+	d.hold()
+	for range len(waits) {
+		got := d.answered()
+		if !waits[got] {
+			t.Errorf("request %d is answered twice, or was never made", got)
+		}
+		delete(waits, got)
+	}
+	// Now nothing takes long, and what reads besides one ends with its next request.
+	for range 3 * longReaders {
+		if want := d.statfs(); d.answered() != want {
+			t.Fatal("another request was answered")
+		}
+	}
+	d.soon("as many workers read as may", func() bool { return d.l.reading.Load() <= d.l.most.Load() })
+}
+
+// soon waits for what comes true a moment after an answer.
+func (d *device) soon(what string, f func() bool) {
+	d.t.Helper()
+	for end := time.Now().Add(20 * time.Second); !f(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			d.t.Fatalf("it never comes true that %s", what)
+		}
+	}
+}
+
+// A kind of request that has taken long is expected to: then another worker reads before it
+// begins, and the watchdog is not needed.
+func TestLongIsExpected(t *testing.T) {
+	d := newDevice(t)
+	for range 4 {
+		d.lookup()
+		time.Sleep(3 * watchTick) // the watchdog lets another worker read
+	}
+	d.hold()
+	for range 4 {
+		d.answered()
+	}
+	h := &fuse.InHeader{Opcode: 1}
+	if in := unsafe.Slice((*byte)(unsafe.Pointer(h)), unsafe.Sizeof(*h)); !d.l.takesLong(in) {
+		t.Error("lookups are expected to be quick")
+	}
+	for range 200 {
+		d.lookup()
+		d.answered()
+	}
+	if d.l.paces[1].long() {
+		t.Error("lookups are expected to take long, of which 200 were quick")
+	}
+}
+
+func TestPace(t *testing.T) {
+	var p pace
+	for i := range 1000 { // one in thirty
+		p.note(i%30 == 0)
+		if p.long() {
+			t.Fatalf("one in thirty is long: %d", p.share.Load())
+		}
+	}
+	for range 5 {
+		p.note(true)
+	}
+	if !p.long() {
+		t.Errorf("five in turn are not long: %d", p.share.Load())
+	}
+	n := 0
+	for ; p.long() && n < 1000; n++ {
+		p.note(false)
+	}
+	if n < 2 || n > 50 {
+		t.Errorf("it takes %d quick ones until they are expected", n)
+	}
+}
+
+// The answer of a request that has moved to a small buffer fits there, whatever it asks for.
+func TestSmallBuffers(t *testing.T) {
+	for _, c := range []struct {
+		opcode, size uint32
+		small        bool
+	}{{opRead, 4096, true}, {opRead, bigRequest, true}, {opRead, maxWrite, false}, {opReadDirPlus, 4096, true}, {opReadDir, 1 << 17, false}, {3, 1 << 30, true}} {
+		in := &fuse.ReadIn{Size: c.size}
+		in.Opcode = c.opcode
+		raw := unsafe.Slice((*byte)(unsafe.Pointer(in)), unsafe.Sizeof(*in))
+		b := small(raw)
+		if (b != nil) != c.small {
+			t.Errorf("opcode %d, %d bytes: small: %v", c.opcode, c.size, b != nil)
+			continue
+		}
+		if b == nil {
+			b = newBuffer()
+		}
+		if n := len(b.answer(raw)); n < answerSize(raw)+smallSize/2 {
+			t.Errorf("opcode %d, %d bytes: the answer has %d", c.opcode, c.size, n)
+		}
+	}
+	if small(make([]byte, smallSize+1)) != nil {
+		t.Error("a large request is a small one")
+	}
+}
