@@ -23,12 +23,12 @@ var cloud = slowdisk.Latency{Read: 2 * time.Millisecond, Write: 2 * time.Millise
 func newSlowVolume(t testing.TB, l slowdisk.Latency) (*mounted, *slowdisk.Disk) {
 	needRoot(t)
 	needFUSE(t)
-	d := slowdisk.New(t, inMemory(t), l)
+	d := slowdisk.New(t, shmDir(t), l)
 	return newVolumeOn(t, t.TempDir(), d.Dir), d
 }
 
-// inMemory returns a new directory on a filesystem in memory.
-func inMemory(t testing.TB) string {
+// shmDir returns a new directory on a filesystem in memory.
+func shmDir(t testing.TB) string {
 	dir, err := os.MkdirTemp("/dev/shm", "kmsfs-tests-")
 	if err != nil {
 		t.Fatal(err)
@@ -131,7 +131,7 @@ type system struct {
 // slowSystems mounts the disk itself, the peers that are there, and kmsfs, each on a slow disk
 // of its own.
 func slowSystems(b *testing.B) (out []system) {
-	disk := func() string { return slowdisk.New(b, inMemory(b), cloud).Dir }
+	disk := func() string { return slowdisk.New(b, shmDir(b), cloud).Dir }
 	out = append(out, system{"raw", disk(), func() {}})
 	if _, err := exec.LookPath("gocryptfs"); err == nil {
 		g := newGocryptfs(b, disk())
@@ -263,7 +263,7 @@ func slowWorkloads(b *testing.B, dir string, threads int, report func(what strin
 		}
 	}
 
-	dropCaches(b)
+	forgetAll(b)
 	fs := files(big+"%.0d", os.O_RDONLY)
 	for _, f := range fs {
 		unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_RANDOM)
@@ -276,7 +276,7 @@ func slowWorkloads(b *testing.B, dir string, threads int, report func(what strin
 	}))
 	closeAll(fs)
 
-	dropCaches(b)
+	forgetAll(b)
 	report("read small files", slowRate(b, threads, func(t, i int) error {
 		_, err := os.ReadFile(filepath.Join(dir, "small", fmt.Sprint((t*97+i*31)%small)))
 		return err
@@ -319,7 +319,8 @@ func slowWorkloads(b *testing.B, dir string, threads int, report func(what strin
 	report("lookup beside it, 95th", 1/waits[len(waits)*95/100].Seconds())
 }
 
-func dropCaches(b *testing.B) {
+// forgetAll makes the kernel forget what it has in its caches.
+func forgetAll(b *testing.B) {
 	unix.Sync()
 	if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0); err != nil {
 		b.Fatal(err)
