@@ -247,9 +247,9 @@ func slowWorkloads(b *testing.B, dir string, threads int, report func(what strin
 			b.Fatal(err)
 		}
 	}
-	files := func(name string, flags int) (out []*os.File) {
+	files := func(name func(thread int) string, flags int) (out []*os.File) {
 		for t := range threads {
-			f, err := os.OpenFile(fmt.Sprintf(name, t), flags, 0o644)
+			f, err := os.OpenFile(name(t), flags, 0o644)
 			if err != nil {
 				b.Fatal(err)
 			}
@@ -264,7 +264,7 @@ func slowWorkloads(b *testing.B, dir string, threads int, report func(what strin
 	}
 
 	forgetAll(b)
-	fs := files(big+"%.0d", os.O_RDONLY)
+	fs := files(func(int) string { return big }, os.O_RDONLY)
 	for _, f := range fs {
 		unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_RANDOM)
 	}
@@ -284,7 +284,7 @@ func slowWorkloads(b *testing.B, dir string, threads int, report func(what strin
 	report("create 3 KB", slowRate(b, threads, func(t, i int) error {
 		return os.WriteFile(filepath.Join(in, fmt.Sprintf("%d-%d", t, i)), bufs[t][:3000], 0o644)
 	}))
-	fs = files(filepath.Join(in, "log%d"), os.O_RDWR|os.O_CREATE)
+	fs = files(func(t int) string { return filepath.Join(in, fmt.Sprint("log", t)) }, os.O_RDWR|os.O_CREATE)
 	report("append and fsync", slowRate(b, threads, func(t, i int) error {
 		if _, err := fs[t].WriteAt(bufs[t][:512], int64(i)*512); err != nil {
 			return err
@@ -292,7 +292,7 @@ func slowWorkloads(b *testing.B, dir string, threads int, report func(what strin
 		return fs[t].Sync()
 	}))
 	closeAll(fs)
-	closeAll(files(filepath.Join(in, "d%d", "a"), os.O_RDWR|os.O_CREATE))
+	closeAll(files(func(t int) string { return filepath.Join(in, fmt.Sprint("d", t), "a") }, os.O_RDWR|os.O_CREATE))
 	rename := func(t, i int) error {
 		d := filepath.Join(in, fmt.Sprint("d", t))
 		return os.Rename(filepath.Join(d, "ab"[i%2:][:1]), filepath.Join(d, "ba"[i%2:][:1]))

@@ -16,6 +16,7 @@ import (
 
 	"github.com/hanwen/go-fuse/v2/fs" // the library of the filesystem under test; its loopback is a whole passthrough
 	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
 )
 
 // Latency is how long operations wait.
@@ -69,6 +70,7 @@ func New(t testing.TB, backing string, l Latency) *Disk {
 	}
 	d.in, d.out = in, bufio.NewReader(out)
 	t.Cleanup(func() {
+		unix.Unmount(d.Dir, unix.MNT_DETACH) // a failed test may have left something open
 		d.in.Close()
 		if err := d.cmd.Wait(); err != nil {
 			t.Errorf("the slow disk: %v", err)
@@ -135,7 +137,8 @@ func serve(arg string) error {
 		}
 		s.latency.Store(&l)
 	}
-	return server.Unmount()
+	server.Wait() // it is unmounted before standard input ends
+	return nil
 }
 
 // slow waits before each operation of the filesystem that it wraps.
