@@ -35,6 +35,7 @@ type loop struct {
 	reading atomic.Int32  // workers that wait for a request, or are about to
 	reads   atomic.Uint64 // requests so far
 	most    atomic.Int32  // workers that read while nothing takes long
+	procs   int32         // of which there are at most as many as processors
 	busy    atomic.Int32  // requests that are being answered
 	long    atomic.Int32  // of these, those that were expected to take long
 
@@ -67,7 +68,7 @@ const (
 	watchIdle    = 100 * time.Millisecond // without a request, after which the watchdog sleeps
 
 	mostBusy    = 8192 // requests that are answered at the same time: each has a thread, and some 64 KiB
-	longReaders = 16   // workers that read while something takes long
+	longReaders = 4    // workers that read while something takes long
 	maxParked   = 64
 	quickRead   = 3 * time.Microsecond // a read that took less found a request waiting
 	manyMore    = 32                   // so many more reads that left requests waiting than others call for another worker, the reverse for one less
@@ -75,7 +76,7 @@ const (
 )
 
 func newLoop(fd int, ps *fuse.ProtocolServer, log *slog.Logger) *loop {
-	l := &loop{fd: fd, ps: ps, log: log, free: make(chan struct{}), done: make(chan struct{}), wake: make(chan struct{}, 1), begun: time.Now()}
+	l := &loop{fd: fd, ps: ps, log: log, free: make(chan struct{}), done: make(chan struct{}), wake: make(chan struct{}, 1), begun: time.Now(), procs: int32(runtime.GOMAXPROCS(0))}
 	l.most.Store(1)
 	return l
 }
@@ -174,7 +175,7 @@ func (l *loop) serve() bool {
 				b, in = s, s.in[:n]
 			}
 			l.needReader()
-		case score > manyMore && int(most) < runtime.GOMAXPROCS(0):
+		case score > manyMore && most < l.procs:
 			score = 0
 			l.most.CompareAndSwap(most, most+1)
 			l.addReader(most)
@@ -238,6 +239,7 @@ func (l *loop) yield(unique uint64) {
 // syscall: a timer of the runtime that comes so often makes processors look for work that
 // there is not, and small requests take twice the time.
 func (l *loop) watch() {
+	procs := newProcs()
 	for {
 		select {
 		case <-l.wake:
@@ -246,6 +248,7 @@ func (l *loop) watch() {
 		}
 		var last uint64
 		for idle := time.Duration(0); idle < watchIdle; {
+			procs.see(int(l.long.Load()))
 			reads, reading := l.reads.Load(), l.reading.Load() > 0
 			if reads != last || !reading {
 				idle = 0
@@ -262,6 +265,7 @@ func (l *loop) watch() {
 			unix.Nanosleep(&ts, nil)
 			idle += tick
 		}
+		procs.set(false)
 		l.awake.Store(false)
 		// A request that came just now may have counted on being watched.
 		if l.reading.Load() == 0 && l.awake.CompareAndSwap(false, true) {

@@ -2,6 +2,7 @@ package fs
 
 import (
 	"log/slog"
+	"runtime"
 	"sync"
 	"testing"
 	"time"
@@ -225,5 +226,29 @@ func TestSmallBuffers(t *testing.T) {
 	}
 	if small(make([]byte, smallSize+1)) != nil {
 		t.Error("a large request is a small one")
+	}
+}
+
+// The runtime has more processors while many requests wait, and as many as before afterwards.
+func TestProcs(t *testing.T) {
+	was := runtime.GOMAXPROCS(0)
+	p := newProcs()
+	many := 2*was + 1
+	see := func(long int, during time.Duration) {
+		for end := time.Now().Add(during); time.Now().Before(end); time.Sleep(time.Millisecond) {
+			p.see(long)
+		}
+	}
+	p.see(many)
+	if n := runtime.GOMAXPROCS(0); n != was {
+		t.Errorf("%d processors at once, want %d", n, was)
+	}
+	see(many, 4*doubleAfter)
+	if n := runtime.GOMAXPROCS(0); n != 2*was {
+		t.Errorf("%d processors while many wait, want %d", n, 2*was)
+	}
+	see(0, singleAfter+singleAfter/2)
+	if n := runtime.GOMAXPROCS(0); n != was {
+		t.Errorf("%d processors afterwards, want %d", n, was)
 	}
 }

@@ -147,7 +147,9 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 	if err != nil {
 		return nil, err
 	}
-	v.calm = (sfs.Type == unix.TMPFS_MAGIC || sfs.Type == unix.RAMFS_MAGIC) && !o.torn
+	memory := sfs.Type == unix.TMPFS_MAGIC || sfs.Type == unix.RAMFS_MAGIC
+	v.calm = memory && !o.torn
+	v.blind.Store(memory) // and need not be asked: it never waits
 	v.root = &Node{v: v, id: 1, dev: st.Dev, ino: st.Ino, typ: unix.S_IFDIR, dirFD: v.rootD, last: -1, lookups: 1, dirID: u.Config.Volume, hasID: true, idSynced: true}
 	v.nodes[1], v.inodes[inodeKey{st.Dev, st.Ino}] = v.root, v.root
 	v.nextID.Store(1)

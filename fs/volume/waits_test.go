@@ -1,0 +1,240 @@
+package volume_test
+
+import (
+	"context"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/fs/volume"
+	"kmsfs/keystore"
+)
+
+// stalls is a disk on which one call does not return before it is let.
+type stalls struct {
+	mu    sync.Mutex
+	match func(volume.Call) bool // of the next call that stalls
+	met   chan struct{}          // closed when it does
+	held  chan struct{}
+}
+
+func (s *stalls) hook(c volume.Call) error {
+	s.mu.Lock()
+	stall := s.match != nil && s.match(c)
+	if stall {
+		s.match = nil
+		close(s.met)
+	}
+	s.mu.Unlock()
+	if stall {
+		<-s.held
+	}
+	return nil
+}
+
+// stall lets the next call that matches wait.
+func (s *stalls) stall(match func(volume.Call) bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.match, s.met, s.held = match, make(chan struct{}), make(chan struct{})
+}
+
+// within fails if f takes long: it waits for what stalls.
+func within(t *testing.T, what string, f func()) {
+	t.Helper()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		f()
+	}()
+	select {
+	case <-done:
+	case <-time.After(20 * time.Second):
+		t.Errorf("%s waits for what stalls", what)
+	}
+}
+
+// Operations on different directories do not meet, whatever call of one stalls; nor does an
+// operation on one file wait for another's, nor who asks for attributes for anything.
+func TestNothingWaitsForAnother(t *testing.T) {
+	op := func(names ...string) func(volume.Call) bool {
+		return func(c volume.Call) bool { return slices.Contains(names, c.Op) }
+	}
+	for _, c := range []struct {
+		what    string
+		stalled func(volume.Call) bool
+		do      func(w *world) error
+		beside  []string // in the same directory
+		grown   bool     // d/a is to settle
+	}{
+		{"rename", op("renameat2"), func(w *world) error { return w.v.Rename(w.must("d"), "a", w.must("d"), "b", 0) }, nil, false},
+		{"rename to another directory", op("renameat2"), func(w *world) error { return w.v.Rename(w.must("d"), "a", w.must("d2"), "b", 0) }, nil, false},
+		{"unlink", op("unlinkat"), func(w *world) error { return w.v.Unlink(w.must("d"), "a") }, nil, false},
+		{"rmdir", op("unlinkat"), func(w *world) error { return w.v.Rmdir(w.must("d"), "sub") }, nil, false},
+		{"create", func(c volume.Call) bool { return c.Op == "openat" && c.Mode&unix.O_CREAT != 0 }, func(w *world) error {
+			h, err := w.create("d/new")
+			if err == nil {
+				err = h.Release()
+			}
+			return err
+		}, []string{"lookup", "attr"}, false},
+		{"mkdir", op("mkdirat"), func(w *world) error {
+			_, _, err := w.v.Mkdir(ctx, w.must("d"), "newdir", 0o755, volume.Caller{})
+			return err
+		}, []string{"lookup", "attr"}, false},
+		{"open", op("pread"), func(w *world) error { _, err := w.read("d/cold"); return err }, []string{"lookup", "attr", "create"}, false},
+		{"write", op("pwrite"), func(w *world) error {
+			h := w.opened("d/a")
+			_, err := h.Write(ctx, noise(100000), 0)
+			h.Release()
+			return err
+		}, []string{"lookup", "attr", "create"}, false},
+		{"growth of a settled file", op("fdatasync"), func(w *world) error {
+			h := w.opened("d/a")
+			_, err := h.Write(ctx, noise(100), 3000)
+			h.Release()
+			return err
+		}, []string{"lookup", "attr", "create"}, false},
+		{"fsync", op("fsync"), func(w *world) error {
+			h := w.opened("d/a")
+			h.Write(ctx, noise(100), 0)
+			err := h.Fsync()
+			h.Release()
+			return err
+		}, []string{"lookup", "attr", "create", "write"}, false},
+		{"settling", op("ftruncate"), func(w *world) error {
+			w.v.Settle()
+			return nil
+		}, []string{"lookup", "attr", "create"}, true},
+	} {
+		t.Run(c.what, func(t *testing.T) {
+			var s stalls
+			w := newWorld(t, volume.Options{KernelTimes: true, Hook: s.hook}.Torn())
+			for _, d := range []string{"d", "d/sub", "d2", "e"} {
+				w.mkdir(d)
+			}
+			for _, f := range []string{"d/a", "d/cold", "e/a", "e/sub"} {
+				w.write(f, noise(3000))
+			}
+			w.write("d2/x", nil)
+			w.write("d/sub/x", nil)
+			w.do("unlink", w.v.Unlink(w.must("d/sub"), "x"))
+			h := w.opened("d/a")
+			w.do("fsync", h.Fsync()) // all of it is confirmed
+			if c.grown {
+				_, err := h.Write(ctx, noise(100), 3000)
+				w.do("write", err)
+			}
+			w.do("close", h.Release())
+			d, e, a := w.must("d"), w.must("e"), w.must("d/a")
+			s.stall(c.stalled)
+			done := make(chan error, 1)
+			go func() { done <- c.do(w) }()
+			select {
+			case <-s.met:
+			case err := <-done:
+				t.Fatalf("it ends without the call that stalls: %v", err)
+			case <-time.After(20 * time.Second):
+				t.Fatal("it never comes to the call that stalls")
+			}
+			open := func(path string) {
+				h := w.opened(path)
+				_, err := h.Write(ctx, noise(5000), 0)
+				w.do("write", err)
+				w.do("fsync", h.Fsync())
+				w.do("close", h.Release())
+			}
+			within(t, "a lookup elsewhere", func() { w.v.Lookup(ctx, e, "none") })
+			within(t, "a write elsewhere", func() { open("e/a") })
+			within(t, "a creation elsewhere", func() { w.write("e/new", noise(10)) })
+			within(t, "a rename elsewhere", func() { w.do("rename", w.v.Rename(e, "new", e, "newer", 0)) })
+			within(t, "an unlink elsewhere", func() { w.do("unlink", w.v.Unlink(e, "newer")) })
+			for _, b := range c.beside {
+				within(t, "beside it, "+b, func() {
+					switch b {
+					case "lookup":
+						if _, st, _, err := w.v.Lookup(ctx, d, "a"); err != nil || st.Size < 3000 {
+							t.Errorf("lookup: %d bytes, %v", st.Size, err)
+						}
+					case "attr":
+						if st, err := a.Attr(); err != nil || st.Size < 3000 {
+							t.Errorf("attributes: %d bytes, %v", st.Size, err)
+						}
+					case "create":
+						w.write("d/other", noise(10))
+					case "write":
+						h := w.opened("d/a")
+						_, err := h.Write(ctx, noise(10), 0)
+						w.do("write", err)
+						w.do("fsync", h.Fsync())
+						w.do("close", h.Release())
+					}
+				})
+			}
+			close(s.held)
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// A file whose key is waited for is neither opened nor read again when the key has come, by
+// however many.
+func TestNothingIsReadTwice(t *testing.T) {
+	w := newWorld(t, volume.Options{})
+	w.write("f", noise(3000))
+	w.close()
+	var c calls
+	w.store = distant{hidden{w.store}, new(atomic.Int32)}
+	w.open(volume.Options{Seen: c.see, NoPrefetch: true})
+	n := w.must("f")
+	c.take()
+	handles := make([]*volume.Handle, 8)
+	var wg sync.WaitGroup
+	for i := range handles {
+		wg.Go(func() {
+			var err error
+			if handles[i], err = n.Open(ctx, false); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if got := c.take(); got != "openat fstat pread" {
+		t.Errorf("opened by %s", got)
+	}
+	for i, h := range handles {
+		if h == nil {
+			continue
+		}
+		m, err := h.Read(ctx, make([]byte, 4096), 0)
+		if err != nil || m != 3000 {
+			t.Errorf("%d bytes, %v", m, err)
+		}
+		if got := c.take(); (got == "") != (i == 0) {
+			t.Errorf("read %d by %q", i, got)
+		}
+		w.do("close", h.Release())
+	}
+	fds := w.v.Descriptors()
+
+	// One who gives up leaves nothing behind.
+	w.reopen(volume.Options{Seen: c.see, NoPrefetch: true})
+	n = w.must("f")
+	canceled, cancel := context.WithCancel(ctx)
+	cancel()
+	if _, err := n.Open(canceled, false); keystore.KindOf(err) != keystore.Canceled {
+		t.Errorf("opened by one who gave up: %v", err)
+	}
+	if now := w.v.Descriptors(); now != fds {
+		t.Errorf("%d descriptors are open, want %d", now, fds)
+	}
+	if b, err := w.read("f"); err != nil || len(b) != 3000 {
+		t.Errorf("read afterwards: %d bytes, %v", len(b), err)
+	}
+}
