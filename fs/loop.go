@@ -32,12 +32,13 @@ type loop struct {
 	slowSync bool   // a sync waits for a disk
 	timeGran uint32 // of the times that the disk keeps, in nanoseconds; 0: not told
 
-	reading atomic.Int32  // workers that wait for a request, or are about to
-	reads   atomic.Uint64 // requests so far
-	most    atomic.Int32  // workers that read while nothing takes long
-	procs   int32         // of which there are at most as many as processors
-	busy    atomic.Int32  // requests that are being answered
-	long    atomic.Int32  // of these, those that were expected to take long
+	reading  atomic.Int32  // workers that wait for a request, or are about to
+	reads    atomic.Uint64 // requests so far
+	most     atomic.Int32  // workers that read while nothing takes long
+	procs    int32         // of which there are at most as many as processors
+	busy     atomic.Int32  // requests that are being answered
+	mostBusy int32
+	long     atomic.Int32 // of these, those that were expected to take long
 
 	free    chan struct{} // calls a parked worker to read
 	done    chan struct{} // closed when the connection ends
@@ -67,8 +68,7 @@ const (
 	closeFor     = time.Second
 	watchIdle    = 100 * time.Millisecond // without a request, after which the watchdog sleeps
 
-	mostBusy    = 8192 // requests that are answered at the same time: each has a thread, and some 64 KiB
-	longReaders = 4    // workers that read while something takes long
+	longReaders = 4 // workers that read while something takes long
 	maxParked   = 64
 	quickRead   = 3 * time.Microsecond // a read that took less found a request waiting
 	manyMore    = 32                   // so many more reads that left requests waiting than others call for another worker, the reverse for one less
@@ -76,7 +76,7 @@ const (
 )
 
 func newLoop(fd int, ps *fuse.ProtocolServer, log *slog.Logger) *loop {
-	l := &loop{fd: fd, ps: ps, log: log, free: make(chan struct{}), done: make(chan struct{}), wake: make(chan struct{}, 1), begun: time.Now(), procs: int32(runtime.GOMAXPROCS(0))}
+	l := &loop{fd: fd, ps: ps, log: log, free: make(chan struct{}), done: make(chan struct{}), wake: make(chan struct{}, 1), begun: time.Now(), procs: int32(runtime.GOMAXPROCS(0)), mostBusy: threadLimit()}
 	l.most.Store(1)
 	return l
 }
@@ -106,7 +106,7 @@ func (l *loop) wait() {
 // needReader lets another worker read, if none does. One that answers the most requests
 // that there may be waits for none to be read.
 func (l *loop) needReader() {
-	if l.busy.Load() < mostBusy {
+	if l.busy.Load() < l.mostBusy {
 		l.addReader(1)
 	}
 }

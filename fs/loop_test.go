@@ -2,6 +2,8 @@ package fs
 
 import (
 	"log/slog"
+	"os"
+	"path/filepath"
 	"runtime"
 	"sync"
 	"testing"
@@ -45,7 +47,7 @@ type device struct {
 }
 
 // newDevice begins a connection. An answer that does not come within a long time is an error.
-func newDevice(t *testing.T) *device {
+func newDevice(t *testing.T, configure ...func(*loop)) *device {
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -58,6 +60,9 @@ func newDevice(t *testing.T) *device {
 	d := &device{t: t, fd: pair[0], w: w, hold: sync.OnceFunc(func() { close(w.held) })}
 	d.l = newLoop(pair[1], fuse.NewProtocolServer(w, &fuse.MountOptions{MaxWrite: maxWrite}), slog.New(slog.DiscardHandler))
 	w.waits = d.l.yield
+	for _, f := range configure {
+		f(d.l)
+	}
 	const opInit = 26
 	init := &fuse.InitIn{Major: 7, Minor: 36, MaxReadAhead: 1 << 17}
 	init.Opcode = opInit
@@ -250,5 +255,53 @@ func TestProcs(t *testing.T) {
 	see(0, singleAfter+singleAfter/2)
 	if n := runtime.GOMAXPROCS(0); n != was {
 		t.Errorf("%d processors afterwards, want %d", n, was)
+	}
+}
+
+func TestThreadLimit(t *testing.T) {
+	mount := t.TempDir()
+	for dir, n := range map[string]string{"system.slice/a": "max", "system.slice": "1000", "b": "100000", "pids/c": "400"} {
+		if err := os.MkdirAll(filepath.Join(mount, dir), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(mount, dir, "pids.max"), []byte(n+"\n"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for cgroups, want := range map[string]int32{
+		"0::/system.slice/a\n": 750,
+		"0::/b\n":              mostThreads,
+		"0::/none\n":           mostThreads,
+		"":                     mostThreads,
+		"12:cpu,cpuacct:/system.slice\n11:pids:/c\n0::/\n": 300,
+	} {
+		if got := cgroupLimit(cgroups, mount); got != want {
+			t.Errorf("%q: %d, want %d", cgroups, got, want)
+		}
+	}
+}
+
+// When as many requests wait as may, no further one is read, until one is answered.
+func TestMostBusy(t *testing.T) {
+	d := newDevice(t, func(l *loop) { l.mostBusy = 5 })
+	for range 5 {
+		d.lookup()
+	}
+	d.soon("five requests are being answered", func() bool { return d.l.busy.Load() == 5 })
+	want := d.statfs()
+	time.Sleep(3 * watchTick)
+	if n := d.l.reading.Load(); n != 0 {
+		t.Errorf("%d workers read", n)
+	}
+	d.hold()
+	if d.answered() == want {
+		t.Error("a further request was answered")
+	}
+	answered := false
+	for range 5 {
+		answered = d.answered() == want || answered
+	}
+	if !answered {
+		t.Error("the further request is never answered")
 	}
 }

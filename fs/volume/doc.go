@@ -21,9 +21,24 @@
 // All syscalls on the ciphertext tree are in disk.go, relative to descriptors of
 // directories, and never follow a symlink.
 //
-// Locks, in this order: Volume.tree, Node.openMu, file.mu, Node.lostMu,
-// Node.dirMu, settler.mu, Volume.mu, Volume.fdMu; under doubts.mu no other lock
-// is taken. No call to a key service is made under any of them. A call that finds
-// no descriptor closes idle ones (descriptors.go): it only tries the locks of
+// Locks, in this order: Volume.crossing, Node.entries (see lockDirs), Node.openMu,
+// file.mu, Node.lostMu, Node.dirMu, settler.mu, Volume.mu, Volume.fdMu; under doubts.mu and
+// file.shownMu no other lock is taken. No call to a key service is made under any of them.
+//
+// A request waits for the disk only as long as its own calls take, and those of requests
+// that it has to do with. What is held across a syscall, and who waits for it:
+//
+//   - Node.entries of a directory, for reading while an entry is looked up or made, for
+//     writing while one is removed or renamed: who does the reverse in that directory.
+//   - Volume.crossing while an entry goes from one directory to another: other such
+//     renames, as in Linux.
+//   - Node.openMu while a file is opened, repaired or closed: who does the same to it.
+//   - file.mu while a file is read (shared), written, cut or settled: who needs its
+//     content. Not during an fsync, and who asks for its attributes does not wait at all.
+//   - Node.dirMu while the ID of a directory is read: who needs a name in it.
+//   - Node.lostMu while a file is read of which bytes were lost.
+//
+// Volume.mu and Volume.fdMu, which every request takes, are held across no syscall. A call
+// that finds no descriptor closes idle ones (descriptors.go): it only tries the locks of
 // other files.
 package volume

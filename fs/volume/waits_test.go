@@ -2,6 +2,7 @@ package volume_test
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -223,18 +224,33 @@ func TestNothingIsReadTwice(t *testing.T) {
 	}
 	fds := w.v.Descriptors()
 
-	// One who gives up leaves nothing behind.
-	w.reopen(volume.Options{Seen: c.see, NoPrefetch: true})
+	// A refusal leaves nothing behind.
+	w.close()
+	far := w.store
+	w.store = refusing{far}
+	w.quiet = true
+	w.open(volume.Options{Seen: c.see, NoPrefetch: true})
 	n = w.must("f")
-	canceled, cancel := context.WithCancel(ctx)
-	cancel()
-	if _, err := n.Open(canceled, false); keystore.KindOf(err) != keystore.Canceled {
-		t.Errorf("opened by one who gave up: %v", err)
+	if _, err := n.Open(ctx, false); keystore.KindOf(err) != keystore.Denied {
+		t.Errorf("opened with a key that is refused: %v", err)
 	}
 	if now := w.v.Descriptors(); now != fds {
 		t.Errorf("%d descriptors are open, want %d", now, fds)
 	}
+	w.close()
+	w.store = far
+	w.open(volume.Options{})
 	if b, err := w.read("f"); err != nil || len(b) != 3000 {
 		t.Errorf("read afterwards: %d bytes, %v", len(b), err)
 	}
+}
+
+// refusing is a store that unwraps no data key.
+type refusing struct{ keystore.Store }
+
+func (s refusing) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
+	if b.Use == keystore.ForFile {
+		return nil, &keystore.Error{Kind: keystore.Denied, Op: "unwrap", Err: errors.New("refused")}
+	}
+	return s.Store.Unwrap(ctx, b, w)
 }
