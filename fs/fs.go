@@ -23,11 +23,12 @@ type fileSystem struct {
 	timeout            time.Duration
 	kernelChecks       bool // permissions
 	waits              func(unique uint64)
+	waitsForDisk       func(unique uint64)
 	notify             notifier
 }
 
 func newFS(v *volume.Volume, kernelChecks bool) *fileSystem {
-	f := &fileSystem{RawFileSystem: fuse.NewDefaultRawFileSystem(), v: v, timeout: remember, kernelChecks: kernelChecks, waits: func(uint64) {}}
+	f := &fileSystem{RawFileSystem: fuse.NewDefaultRawFileSystem(), v: v, timeout: remember, kernelChecks: kernelChecks, waits: func(uint64) {}, waitsForDisk: func(uint64) {}}
 	if v.ReadOnly() {
 		f.timeout = rememberRead
 	}
@@ -63,8 +64,11 @@ func (r *asked) Err() error {
 }
 
 func (r *asked) Value(key any) any {
-	if _, ok := key.(keystore.WaitsKey); ok {
+	switch key.(type) {
+	case keystore.WaitsKey:
 		return func() { r.f.waits(r.unique) }
+	case volume.DiskKey:
+		return func() { r.f.waitsForDisk(r.unique) }
 	}
 	return nil
 }

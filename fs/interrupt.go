@@ -32,6 +32,7 @@ type request struct {
 	thread  uint32      // the ID of who asks, 0 where it is of another PID namespace
 	long    bool        // it was expected to take long
 	yielded atomic.Bool // it was known when it began to wait
+	missed  time.Time   // when it first asked the disk for what is not in the page cache
 }
 
 const (

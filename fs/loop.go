@@ -22,8 +22,9 @@ import (
 // A request that waits must not keep the next one from being read. So a worker sees to
 // it that another reads, in one of three ways. Before it begins, if requests of that
 // kind have mostly taken long of late (pace). When it is about to wait, if it can tell:
-// for pages that are not in the page cache, for a lock that another has, for a key
-// service (yield). Or the watchdog finds that nobody has read for one or two ticks.
+// for pages that are not in the page cache, where the disk mostly takes long, for a lock
+// that another has, for a key service (yield). Or the watchdog finds that nobody has read
+// for one or two ticks.
 // While something takes long, more workers read than would else.
 type loop struct {
 	fd       int
@@ -47,6 +48,7 @@ type loop struct {
 	parked  atomic.Int32
 
 	paces    [opcodes]pace
+	misses   pace // of reads, from where the disk is asked
 	buffers  buffers
 	requests requests
 
@@ -235,6 +237,22 @@ func (l *loop) yield(unique uint64) {
 	l.needReader()
 }
 
+// yieldForDisk is yield before a read that is not answered from the page cache: nothing is
+// done if those have been quick of late.
+func (l *loop) yieldForDisk(unique uint64) {
+	r := l.requests.get(unique)
+	if r == nil {
+		return
+	}
+	if r.missed.IsZero() {
+		r.missed = time.Now()
+	}
+	if l.misses.long() {
+		r.yielded.Store(true)
+		l.needReader()
+	}
+}
+
 // watch looks whether somebody reads, and sleeps while nothing is asked. It sleeps by a
 // syscall: a timer of the runtime that comes so often makes processors look for work that
 // there is not, and small requests take twice the time.
@@ -356,6 +374,9 @@ func (l *loop) answer(r *request, in, out []byte) {
 	begun := time.Now()
 	n := l.handle(r, in, out)
 	took := time.Since(begun)
+	if !r.missed.IsZero() {
+		l.misses.note(begun.Add(took).Sub(r.missed) > longAfter)
+	}
 	if r.yielded.Load() {
 		took = 0
 	}

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 	"unsafe"
@@ -19,10 +20,12 @@ type waiting struct {
 	fuse.RawFileSystem
 	held  chan struct{}
 	waits func(unique uint64)
+	asked atomic.Uint64 // the last read that has called waits
 }
 
 func (w *waiting) Read(_ <-chan struct{}, in *fuse.ReadIn, b []byte) (fuse.ReadResult, fuse.Status) {
 	w.waits(in.Unique)
+	w.asked.Store(in.Unique)
 	<-w.held
 	return fuse.ReadResultData(b[:8]), fuse.OK
 }
@@ -303,5 +306,33 @@ func TestMostBusy(t *testing.T) {
 	}
 	if !answered {
 		t.Error("the further request is never answered")
+	}
+}
+
+// A read that goes to the disk lets another worker read only where the disk is slow.
+func TestMisses(t *testing.T) {
+	d := newDevice(t)
+	d.w.waits = d.l.yieldForDisk
+	read := func(wait time.Duration) (yielded bool) {
+		d.read()
+		var r *request
+		d.soon("the read asks the disk", func() bool {
+			r = d.l.requests.get(d.unique)
+			return r != nil && d.w.asked.Load() == d.unique
+		})
+		time.Sleep(wait)
+		yielded = r.yielded.Load()
+		d.w.held <- struct{}{}
+		d.answered()
+		return yielded
+	}
+	if read(0) {
+		t.Error("the first one expects a slow disk")
+	}
+	for range 5 {
+		read(4 * longAfter)
+	}
+	if !read(4 * longAfter) {
+		t.Error("after five slow ones another is expected to be quick")
 	}
 }

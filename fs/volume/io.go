@@ -26,6 +26,11 @@ const maxGap = 1 << 20
 
 var zeroBlock [blockcrypt.BlockSize]byte
 
+// DiskKey is the key of a context value of type func(): a read calls it when it is about to
+// wait for the disk, so that who handles requests can let somebody else go on with the next
+// one.
+type DiskKey struct{}
+
 // Read fills b from offset off; less is read only at the end of the file.
 func (h *Handle) Read(ctx context.Context, b []byte, off int64) (int, error) {
 	f := h.f
@@ -49,7 +54,8 @@ func (h *Handle) Read(ctx context.Context, b []byte, off int64) (int, error) {
 		keystore.Waits(ctx)
 		n, err = f.readAround(b, off)
 	} else {
-		n, err = f.read(func() { keystore.Waits(ctx) }, b, off)
+		waits, _ := ctx.Value(DiskKey{}).(func())
+		n, err = f.read(waits, b, off)
 	}
 	return n, f.failed("read", err)
 }
