@@ -1,6 +1,7 @@
 package fs
 
 import (
+	"errors"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -101,6 +102,9 @@ func (d *device) answered() uint64 {
 	d.t.Helper()
 	b := make([]byte, 1<<16)
 	n, err := unix.Read(d.fd, b)
+	for errors.Is(err, unix.EINTR) {
+		n, err = unix.Read(d.fd, b)
+	}
 	if err != nil || n < int(unsafe.Sizeof(fuse.OutHeader{})) {
 		d.t.Fatalf("no answer: %d bytes, %v", n, err)
 	}
