@@ -33,13 +33,11 @@ type loop struct {
 	slowSync bool   // a sync waits for a disk
 	timeGran uint32 // of the times that the disk keeps, in nanoseconds; 0: not told
 
-	reading  atomic.Int32  // workers that wait for a request, or are about to
-	reads    atomic.Uint64 // requests so far
-	most     atomic.Int32  // workers that read while nothing takes long
-	procs    int32         // of which there are at most as many as processors
-	busy     atomic.Int32  // requests that are being answered
-	mostBusy int32
-	long     atomic.Int32 // of these, those that were expected to take long
+	reading atomic.Int32  // workers that wait for a request, or are about to
+	reads   atomic.Uint64 // requests so far
+	most    atomic.Int32  // workers that read while nothing takes long
+	procs   int32         // of which there are at most as many as processors
+	long    atomic.Int32  // of these, those that were expected to take long
 
 	free    chan struct{} // calls a parked worker to read
 	done    chan struct{} // closed when the connection ends
@@ -51,6 +49,7 @@ type loop struct {
 	misses   pace // of reads, from where the disk is asked
 	buffers  buffers
 	requests requests
+	queue    queue
 
 	gate   sync.RWMutex // held for reading by who writes notifications
 	closed atomic.Bool
@@ -78,7 +77,7 @@ const (
 )
 
 func newLoop(fd int, ps *fuse.ProtocolServer, log *slog.Logger) *loop {
-	l := &loop{fd: fd, ps: ps, log: log, free: make(chan struct{}), done: make(chan struct{}), wake: make(chan struct{}, 1), begun: time.Now(), procs: int32(runtime.GOMAXPROCS(0)), mostBusy: threadLimit()}
+	l := &loop{fd: fd, ps: ps, log: log, free: make(chan struct{}), done: make(chan struct{}), wake: make(chan struct{}, 1), begun: time.Now(), procs: int32(runtime.GOMAXPROCS(0)), queue: queue{most: threadLimit()}}
 	l.most.Store(1)
 	return l
 }
@@ -105,13 +104,8 @@ func (l *loop) wait() {
 	unix.Close(l.fd)
 }
 
-// needReader lets another worker read, if none does. One that answers the most requests
-// that there may be waits for none to be read.
-func (l *loop) needReader() {
-	if l.busy.Load() < l.mostBusy {
-		l.addReader(1)
-	}
-}
+// needReader lets another worker read, if none does.
+func (l *loop) needReader() { l.addReader(1) }
 
 // addReader lets another worker read, if fewer than most do.
 func (l *loop) addReader(most int32) {
@@ -165,9 +159,11 @@ func (l *loop) serve() bool {
 			score = min(score, manyMore) - 1
 		}
 		l.reads.Add(1)
-		l.busy.Add(1)
-		l.reading.Add(-1)
 		in, r := b.in[:n], &request{}
+		if !l.queue.admit(in) {
+			continue
+		}
+		l.reading.Add(-1)
 		switch most := l.most.Load(); {
 		case l.takesLong(in):
 			r.long = true
@@ -189,10 +185,10 @@ func (l *loop) serve() bool {
 			l.wake <- struct{}{}
 		}
 		l.answer(r, in, b.answer(in))
-		l.busy.Add(-1)
 		if r.long {
 			l.long.Add(-1)
 		}
+		l.answerQueued()
 		most := l.most.Load()
 		if r.long || l.long.Load() > 0 {
 			most = longReaders
@@ -204,6 +200,19 @@ func (l *loop) serve() bool {
 			l.buffers.put(b)
 			b = l.buffers.get()
 		}
+	}
+}
+
+// answerQueued answers requests that had to wait until others were answered.
+func (l *loop) answerQueued() {
+	for in := l.queue.done(); in != nil; in = l.queue.done() {
+		b := small(in)
+		if b == nil {
+			b = newBuffer()
+		}
+		l.needReader()
+		l.answer(&request{}, in, b.answer(in))
+		l.buffers.put(b)
 	}
 }
 
@@ -299,6 +308,8 @@ const (
 	opGetXattr, opListXattr                               = 22, 23
 	opReadDir, opReadDirPlus                              = 28, 44
 	opInterrupt, opIoctl                                  = 36, 39
+	opForget, opBatchForget, opRelease, opReleaseDir      = 2, 42, 18, 29
+	opSetAttr, opFlush, opDestroy                         = 4, 25, 38
 
 	opcodes = 64 // more than there are
 )
@@ -374,7 +385,7 @@ func (l *loop) answer(r *request, in, out []byte) {
 	begun := time.Now()
 	n := l.handle(r, in, out)
 	took := time.Since(begun)
-	if !r.missed.IsZero() {
+	if h := (*fuse.InHeader)(unsafe.Pointer(&in[0])); h.Opcode == opRead && !r.missed.IsZero() {
 		l.misses.note(begun.Add(took).Sub(r.missed) > longAfter)
 	}
 	if r.yielded.Load() {

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -139,7 +140,7 @@ func TestNothingWaitsBehindOthers(t *testing.T) {
 			t.Fatal("a request that waits was answered")
 		}
 	}
-	d.soon("as many requests are being answered as wait", func() bool { return int(d.l.busy.Load()) == len(waits) })
+	d.soon("as many requests are being answered as wait", func() bool { return int(d.l.queue.busy.Load()) == len(waits) })
 	d.hold()
 	for range len(waits) {
 		got := d.answered()
@@ -288,28 +289,74 @@ func TestThreadLimit(t *testing.T) {
 	}
 }
 
-// When as many requests wait as may, no further one is read, until one is answered.
+// When as many requests wait as may, a further one waits until one is answered, but not what
+// others may wait for.
 func TestMostBusy(t *testing.T) {
-	d := newDevice(t, func(l *loop) { l.mostBusy = 5 })
+	d := newDevice(t, func(l *loop) { l.queue.most = 5 })
+	waits := map[uint64]bool{}
 	for range 5 {
-		d.lookup()
+		waits[d.lookup()] = true
 	}
-	d.soon("five requests are being answered", func() bool { return d.l.busy.Load() == 5 })
-	want := d.statfs()
-	time.Sleep(3 * watchTick)
-	if n := d.l.reading.Load(); n != 0 {
-		t.Errorf("%d workers read", n)
+	d.soon("five requests are being answered", func() bool { return d.l.queue.busy.Load() == 5 })
+	var further []uint64
+	for range 20 {
+		further = append(further, d.statfs())
+	}
+	d.soon("the others are kept", func() bool { return d.l.queue.waiting.Load() == 20 })
+	w := &fuse.WriteIn{Size: 1}
+	w.Opcode = opWrite
+	if want := d.send(&w.InHeader, unsafe.Sizeof(*w), 'x'); d.answered() != want {
+		t.Error("a write waits for those that wait")
 	}
 	d.hold()
-	if d.answered() == want {
-		t.Error("a further request was answered")
+	for range 25 {
+		got := d.answered()
+		if waits[got] {
+			delete(waits, got)
+		} else if i := slices.Index(further, got); i >= 0 {
+			further = slices.Delete(further, i, i+1)
+		} else {
+			t.Errorf("request %d is answered twice, or was never made", got)
+		}
 	}
-	answered := false
-	for range 5 {
-		answered = d.answered() == want || answered
+	d.soon("nothing is being answered", func() bool { return d.l.queue.busy.Load() == 0 && d.l.queue.waiting.Load() == 0 })
+	if want := d.statfs(); d.answered() != want {
+		t.Error("another request was answered")
 	}
-	if !answered {
-		t.Error("the further request is never answered")
+}
+
+// Requests that are admitted and those that are kept are all answered, whoever comes when.
+func TestQueue(t *testing.T) {
+	q := queue{most: 3}
+	h := &fuse.InHeader{Opcode: 1}
+	in := unsafe.Slice((*byte)(unsafe.Pointer(h)), unsafe.Sizeof(*h))
+	var answering, most, all atomic.Int32
+	work := func() {
+		for more := true; more; more = q.done() != nil {
+			n := answering.Add(1)
+			for was := most.Load(); n > was && !most.CompareAndSwap(was, n); was = most.Load() {
+			}
+			runtime.Gosched()
+			answering.Add(-1)
+			all.Add(1)
+		}
+	}
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for range 20000 {
+				if q.admit(in) {
+					work()
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if n := all.Load(); n != 8*20000 || q.busy.Load() != 0 || len(q.kept) != 0 {
+		t.Errorf("%d requests were answered, %d are busy, %d are kept", n, q.busy.Load(), len(q.kept))
+	}
+	if most.Load() > 3 {
+		t.Errorf("%d were answered at once", most.Load())
 	}
 }
 

@@ -21,10 +21,20 @@ func (n *Node) Attr() (st Attr, err error) {
 			n.tell(&st, clock)
 		}
 	}()
-	if f := n.file.Load(); f != nil {
-		if done, err := f.attr(&st); done {
+	f := n.file.Load()
+	if f != nil {
+		if done, err := f.attr(&st, false); done {
 			return st, err
 		}
+		defer func() {
+			// Somebody changes it, and no name leads to it: then it has to be waited for.
+			if err == nil {
+				return
+			}
+			if done, ferr := f.attr(&st, true); done {
+				err = ferr
+			}
+		}()
 	}
 	if n.IsDir() {
 		err = n.withFD(func(fd int) error { return v.fstat(fd, &st) })
@@ -196,11 +206,20 @@ func (n *Node) setTimes(atime, mtime *unix.Timespec) error {
 	if mtime != nil {
 		m = *mtime
 	}
-	err := n.withFD(func(fd int) error { return n.v.utimens(fd, a, m) })
-	if f := n.file.Load(); err == nil && mtime != nil && f != nil {
-		f.setMtime(*mtime)
+	set := func(fd int) error { return n.v.utimens(fd, a, m) }
+	if f := n.file.Load(); f != nil {
+		f.mu.Lock()
+		if !f.closed && f.fd >= 0 {
+			defer f.unlock()
+			err := set(f.fd)
+			if err == nil && mtime != nil {
+				f.setMtime(*mtime)
+			}
+			return err
+		}
+		f.unlock()
 	}
-	return err
+	return n.withFD(set)
 }
 
 // KillPriv takes setuid, setgid of an executable, and capabilities away, as a

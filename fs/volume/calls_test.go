@@ -31,6 +31,18 @@ func (c *calls) take() string {
 	return s
 }
 
+// count returns how many there were of one since the last take.
+func (c *calls) count(op string) (n int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, o := range c.ops {
+		if o == op {
+			n++
+		}
+	}
+	return n
+}
+
 // What operations cost on a disk with latency is how many calls they make one after the
 // other.
 func TestCalls(t *testing.T) {

@@ -332,6 +332,9 @@ func (f *file) dropIfIdleLocked() {
 		f.v.settler.add(f)
 		return
 	}
+	if f.touched && f.rw && f.fd >= 0 && !f.broken && !f.n.Gone() { // a time came after the last close
+		f.failed("close", f.putMtime())
+	}
 	f.n.fresh = fresh{epoch: f.epoch, inked: f.inked, sealed: f.sealed}
 	if f.broken {
 		f.n.believed = f.size
@@ -409,10 +412,12 @@ func (f *file) unlock() {
 	f.mu.Unlock()
 }
 
-// attr is stat of the open file; done is false where it was closed, or somebody changes it
-// at the moment.
-func (f *file) attr(st *Attr) (done bool, err error) {
-	if !f.mu.TryRLock() {
+// attr is stat of the open file; done is false where it was closed, or, if wait is not set,
+// somebody changes it at the moment.
+func (f *file) attr(st *Attr, wait bool) (done bool, err error) {
+	if wait {
+		f.mu.RLock()
+	} else if !f.mu.TryRLock() {
 		return false, nil
 	}
 	defer f.mu.RUnlock()
@@ -449,9 +454,9 @@ func (f *file) fillLocked(st *Attr) {
 	}
 }
 
+// setMtime notes that the backing file was given a time. mu is held.
 func (f *file) setMtime(t unix.Timespec) {
-	f.mu.Lock()
-	defer f.unlock()
+	f.wroteAt = time.Time{}
 	if t.Nsec == unix.UTIME_NOW {
 		var st unix.Stat_t
 		if f.v.fstat(f.fd, &st) == nil {
@@ -485,7 +490,9 @@ func (f *file) putMtime() error {
 		return nil
 	}
 	err := f.v.utimens(f.fd, unix.Timespec{Nsec: unix.UTIME_OMIT}, f.mtime)
-	f.touched = err != nil
+	if f.touched = err != nil; err == nil {
+		f.wroteAt = time.Time{}
+	}
 	f.n.change()
 	return err
 }

@@ -226,7 +226,7 @@ func (h *Handle) put(ctx context.Context, b []byte, off int64, how writeHow) (in
 		return 0, err
 	}
 	defer unlock()
-	if how == writeDelayed && f.hdr == nil && off == 0 && len(b) < kernelWrites {
+	if how == writeDelayed && f.hdr == nil && off == 0 && len(b) <= mostWritten {
 		err = f.writeAll(b)
 	} else {
 		err = f.write(b, off, int64(len(b)))
@@ -241,9 +241,10 @@ func (h *Handle) put(ctx context.Context, b []byte, off int64, how writeHow) (in
 	return len(b), nil
 }
 
-// kernelWrites is the most that the kernel writes at once of what its cache holds back. Less
-// is mostly all there is.
-const kernelWrites = 1 << 20
+// mostWritten is up to how many bytes a first write from the kernel's cache is taken for the
+// only one: the kernel writes up to 1 MiB at once, so that less is mostly all there is. While
+// it goes on, a copy of the ciphertext file shows as damaged, so it must be short.
+const mostWritten = 64 << 10
 
 // writeAll writes b to an empty file, as all of it: a file that is not written again needs no
 // second write for its state. mu is held.

@@ -16,9 +16,15 @@ import (
 // half is a file that was opened and whose header was read, and whose key is not known.
 type half struct {
 	f       *file
-	length  int64 // of the ciphertext file
-	blocks  int64 // of 512 bytes that it takes
+	st      unix.Stat_t // before the header was read
 	doubted bool
+}
+
+// holds reports whether what was read of the file still holds.
+func (h *half) holds() bool {
+	var st unix.Stat_t
+	f := h.f
+	return !f.v.doubts.of(f.n) && f.v.fstat(f.fd, &st) == nil && st.Size == h.st.Size && st.Mtim == h.st.Mtim && st.Ctim == h.st.Ctim
 }
 
 // dropHalf closes the file that waits for its key. openMu is held.
@@ -33,10 +39,17 @@ func (n *Node) dropHalf() {
 // what a session that ended badly has left. openMu is held. If its key must be waited for,
 // that is a needsKey, and the next load goes on with what was read.
 func (n *Node) load() (*file, error) {
-	if n.half != nil && n.v.doubts.of(n) { // since it was read
+	n.v.mu.Lock()
+	pending := n.pending
+	n.v.mu.Unlock()
+	if pending {
+		// What was told of it is wrong, and the node that a lookup makes now may have
+		// changed the file already: this one must not touch it.
 		n.dropHalf()
+		return nil, unix.ESTALE
 	}
 	h := n.half
+	resumed := h != nil
 	if h == nil {
 		var err error
 		if h, err = n.openHalf(); err != nil {
@@ -44,13 +57,20 @@ func (n *Node) load() (*file, error) {
 		}
 		n.half = h
 	}
-	err := h.f.openKeys(h.length)
+	f := h.f
+	err := f.openKeys()
 	if need, ok := errors.AsType[*needsKey](err); ok {
 		n.halfFor++
 		need.n = n
 		return nil, err
 	}
-	f := h.f
+	if err == nil && resumed && !h.holds() {
+		n.dropHalf()
+		return n.load()
+	}
+	if err == nil && f.hdr != nil { // or it is empty
+		err = f.takeState(h.st.Size)
+	}
 	if err == nil {
 		n.half = nil
 		n.v.doubts.end(n)
@@ -58,17 +78,10 @@ func (n *Node) load() (*file, error) {
 			f.loseEnd(n.believed)
 		}
 		n.believed = 0
-		if f.whole && h.blocks*512 > h.length+reservedLeast {
-			f.reserved = h.blocks * 512 // so many were reserved, and left so when it settled
+		if f.whole && h.st.Blocks*512 > h.st.Size+reservedLeast {
+			f.reserved = h.st.Blocks * 512 // so many were reserved, and left so when it settled
 		}
-		n.v.mu.Lock()
-		pending := n.pending
-		n.v.mu.Unlock()
-		if !pending {
-			return f, nil
-		}
-		n.half = h
-		err = unix.ESTALE // it is right now, but not what was told: look it up again
+		return f, nil
 	}
 	n.dropHalf()
 	return nil, n.loadFailed(err)
@@ -88,7 +101,7 @@ func (n *Node) openHalf() (*half, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &half{f: f, length: st.Size, blocks: st.Blocks, doubted: n.v.doubts.of(n)}
+	h := &half{f: f, st: st, doubted: n.v.doubts.of(n)}
 	// After a sync that failed, of this mount or of one that ended badly, the page cache
 	// can say more than the disk has.
 	if h.doubted || n.v.repairs() {
@@ -196,10 +209,10 @@ func (f *file) readHeader(length int64) error {
 	return nil
 }
 
-// openKeys unwraps the key of a file whose header was read, and believes its state, or
-// repairs the file. A key service is not asked: see needsKey.
-func (f *file) openKeys(length int64) error {
-	if f.hdr == nil { // it is empty
+// openKeys unwraps the key of a file whose header was read. A key service is not asked: see
+// needsKey.
+func (f *file) openKeys() error {
+	if f.hdr == nil {
 		return nil
 	}
 	ws := wrapped(f.hdr.Recipients)
@@ -216,7 +229,7 @@ func (f *file) openKeys(length int64) error {
 		return err
 	}
 	f.keys = keys
-	return f.takeState(length)
+	return nil
 }
 
 func wrapped(rs []blockcrypt.Recipient) []keystore.Wrapped {
@@ -250,7 +263,11 @@ func (f *file) takeState(length int64) error {
 			f.hdr, f.keys, f.head = nil, nil, nil
 			return nil
 		}
-		return &blockcrypt.DamageError{Class: blockcrypt.BadSize, Pos: -1, Detail: fmt.Sprintf("the file is %d bytes long, not the %d of %d bytes of plaintext", length, v.geo.Exact(s.Size), s.Size)}
+		detail := fmt.Sprintf("the file is %d bytes long, not the %d of %d bytes of plaintext", length, v.geo.Exact(s.Size), s.Size)
+		if s.Generation == 1 && s.Floor == 0 && length < v.geo.Exact(s.Size) {
+			detail += "; if it is a copy, it may have been copied while it was first written: copy it again"
+		}
+		return &blockcrypt.DamageError{Class: blockcrypt.BadSize, Pos: -1, Detail: detail}
 	}
 	f.size, f.conf, f.durable, f.synced = s.Size, s.Size, s.Size, int64(f.changes)
 	last := f.n.fresh

@@ -26,7 +26,15 @@ func (n *Node) tell(st *Attr, clock uint64) {
 }
 
 // change notes that the attributes on the disk are others than those that were told.
-func (n *Node) change() { n.changed.Store(n.v.clock.Add(1)) }
+func (n *Node) change() {
+	now := n.v.clock.Add(1)
+	for {
+		was := n.changed.Load()
+		if was >= now || n.changed.CompareAndSwap(was, now) {
+			return
+		}
+	}
+}
 
 // mtimeNear is how much later the modification time on the disk may be than the one that the
 // kernel believes, while a file is open for writing. After a power cut it can stay so.

@@ -3,6 +3,7 @@ package volume_test
 import (
 	"context"
 	"errors"
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -206,7 +207,7 @@ func TestNothingIsReadTwice(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if got := c.take(); got != "openat fstat pread" {
+	if got := c.take(); got != "openat fstat pread fstat" { // the last one sees that the file is as it was
 		t.Errorf("opened by %s", got)
 	}
 	for i, h := range handles {
@@ -253,4 +254,82 @@ func (s refusing) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wra
 		return nil, &keystore.Error{Kind: keystore.Denied, Op: "unwrap", Err: errors.New("refused")}
 	}
 	return s.Store.Unwrap(ctx, b, w)
+}
+
+// What was read of a file before its key came is read again if the file has changed.
+func TestChangedBeforeTheKeyCame(t *testing.T) {
+	w := newWorld(t, volume.Options{})
+	w.write("f", noise(3000))
+	w.close()
+	var c calls
+	come := make(chan struct{})
+	w.store = late{hidden{w.store}, come}
+	w.open(volume.Options{Seen: c.see, NoPrefetch: true})
+	n := w.must("f")
+	done := make(chan error, 1)
+	c.take()
+	go func() {
+		h, err := n.Open(ctx, false)
+		if err == nil {
+			err = h.Release()
+		}
+		done <- err
+	}()
+	for c.count("pread") == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	w.do("chtimes", os.Chtimes(w.cipherFile(), time.Now(), time.Unix(1e9, 0)))
+	close(come)
+	w.do("open", <-done)
+	if n := c.count("pread"); n != 2 {
+		t.Errorf("the header was read %d times, want 2", n)
+	}
+}
+
+// late is a store that unwraps data keys when it is let.
+type late struct {
+	keystore.Store
+	come chan struct{}
+}
+
+func (s late) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
+	if b.Use == keystore.ForFile {
+		<-s.come
+	}
+	return s.Store.Unwrap(ctx, b, w)
+}
+
+// A file that is being written has attributes, even if no name that is known leads to it.
+func TestAttrOfUnnamedBesideWrite(t *testing.T) {
+	var s stalls
+	w := newWorld(t, volume.Options{Hook: s.hook})
+	w.write("a", noise(3000))
+	_, _, err := w.v.Link(ctx, w.must("a"), w.v.Root(), "b")
+	w.do("link", err)
+	w.reopen(volume.Options{Hook: s.hook}) // and b was never looked up
+	h := w.opened("a")
+	w.do("unlink", w.v.Unlink(w.v.Root(), "a"))
+	s.stall(func(c volume.Call) bool { return c.Op == "pwrite" })
+	wrote, told := make(chan error, 1), make(chan error, 1)
+	go func() {
+		_, err := h.Write(ctx, noise(100), 0)
+		wrote <- err
+	}()
+	<-s.met
+	go func() {
+		st, err := h.Node().Attr()
+		if err == nil && st.Size != 3000 {
+			t.Errorf("%d bytes, want 3000", st.Size)
+		}
+		told <- err
+	}()
+	select {
+	case err := <-told:
+		t.Errorf("told before the write ended: %v", err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	close(s.held)
+	w.do("write", <-wrote)
+	w.do("attributes", <-told)
+	w.do("close", h.Release())
 }
