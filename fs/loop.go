@@ -3,6 +3,7 @@ package fs
 import (
 	"errors"
 	"log/slog"
+	"os"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -41,6 +42,7 @@ type loop struct {
 
 	free    chan struct{} // calls a parked worker to read
 	done    chan struct{} // closed when the connection ends
+	ended   int           // an eventfd, written then
 	end     sync.Once
 	workers sync.WaitGroup
 	parked  atomic.Int32
@@ -76,10 +78,14 @@ const (
 	bigRequest  = 64 << 10             // bytes whose sealing or opening takes as long as a wake-up
 )
 
-func newLoop(fd int, ps *fuse.ProtocolServer, log *slog.Logger) *loop {
-	l := &loop{fd: fd, ps: ps, log: log, free: make(chan struct{}), done: make(chan struct{}), wake: make(chan struct{}, 1), begun: time.Now(), procs: int32(runtime.GOMAXPROCS(0)), queue: queue{most: threadLimit()}}
+func newLoop(fd int, ps *fuse.ProtocolServer, log *slog.Logger) (*loop, error) {
+	ended, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+	if err != nil {
+		return nil, os.NewSyscallError("eventfd", err)
+	}
+	l := &loop{fd: fd, ended: ended, ps: ps, log: log, free: make(chan struct{}), done: make(chan struct{}), wake: make(chan struct{}, 1), begun: time.Now(), procs: int32(runtime.GOMAXPROCS(0)), queue: queue{most: threadLimit()}}
 	l.most.Store(1)
-	return l
+	return l, nil
 }
 
 // start answers the kernel's INIT, the first request, and then serves.
@@ -102,6 +108,7 @@ func (l *loop) wait() {
 	l.gate.Lock()
 	defer l.gate.Unlock()
 	unix.Close(l.fd)
+	unix.Close(l.ended)
 }
 
 // needReader lets another worker read, if none does.
@@ -117,6 +124,12 @@ func (l *loop) addReader(most int32) {
 	default:
 		l.workers.Go(l.work)
 	}
+}
+
+// hasEnded tells those that wait for something else than requests.
+func (l *loop) hasEnded() {
+	close(l.done)
+	unix.Write(l.ended, []byte{1, 0, 0, 0, 0, 0, 0, 0}) // cannot fail: nothing else is written
 }
 
 // mayRead counts one more worker that reads, if fewer than most do.
@@ -147,7 +160,7 @@ func (l *loop) serve() bool {
 		begun := time.Now()
 		n, err := l.read(b.in)
 		if err != nil {
-			l.end.Do(func() { close(l.done) })
+			l.end.Do(l.hasEnded)
 			return false
 		}
 		if l.interrupt(b.in[:n]) {
@@ -262,9 +275,16 @@ func (l *loop) yieldForDisk(unique uint64) {
 	}
 }
 
-// watch looks whether somebody reads, and sleeps while nothing is asked. It sleeps by a
-// syscall: a timer of the runtime that comes so often makes processors look for work that
-// there is not, and small requests take twice the time.
+// sleep waits for so long, or until the connection has ended, and reports whether it has. It
+// does so by a syscall: a timer of the runtime that comes so often makes processors look for
+// work that there is not, and small requests take twice the time.
+func (l *loop) sleep(d time.Duration) (ended bool) {
+	t := unix.NsecToTimespec(int64(d))
+	n, err := unix.Ppoll([]unix.PollFd{{Fd: int32(l.ended), Events: unix.POLLIN}}, &t, nil)
+	return err == nil && n > 0
+}
+
+// watch looks whether somebody reads, and sleeps while nothing is asked.
 func (l *loop) watch() {
 	procs := newProcs()
 	for {
@@ -288,8 +308,10 @@ func (l *loop) watch() {
 			if time.Since(l.begun) < time.Duration(l.closely.Load()) {
 				tick = watchClosely
 			}
-			ts := unix.NsecToTimespec(int64(tick))
-			unix.Nanosleep(&ts, nil)
+			if l.sleep(tick) {
+				procs.set(false)
+				return
+			}
 			idle += tick
 		}
 		procs.set(false)

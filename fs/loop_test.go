@@ -63,7 +63,10 @@ func newDevice(t *testing.T, configure ...func(*loop)) *device {
 	}
 	w := &waiting{RawFileSystem: fuse.NewDefaultRawFileSystem(), held: make(chan struct{})}
 	d := &device{t: t, fd: pair[0], w: w, hold: sync.OnceFunc(func() { close(w.held) })}
-	d.l = newLoop(pair[1], fuse.NewProtocolServer(w, &fuse.MountOptions{MaxWrite: maxWrite}), slog.New(slog.DiscardHandler))
+	d.l, err = newLoop(pair[1], fuse.NewProtocolServer(w, &fuse.MountOptions{MaxWrite: maxWrite}), slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
 	w.waits = d.l.yield
 	for _, f := range configure {
 		f(d.l)

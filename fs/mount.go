@@ -66,7 +66,13 @@ func Mount(v *volume.Volume, dir string, o MountOptions) (*Server, error) {
 		return nil, err
 	}
 	f := newFS(v, o.AllowOther)
-	s := &Server{dir, newLoop(fd, fuse.NewProtocolServer(f, po), o.Logger)}
+	l, err := newLoop(fd, fuse.NewProtocolServer(f, po), o.Logger)
+	if err != nil {
+		unmountDevice(dir)
+		unix.Close(fd)
+		return nil, err
+	}
+	s := &Server{dir, l}
 	f.waits, f.waitsForDisk, f.notify = s.loop.yield, s.loop.yieldForDisk, notifier{fd, s.loop.workers.Go, &s.loop.gate, &s.loop.closed}
 	v.AttachKernel(f.notify)
 	s.loop.slowSync, s.loop.timeGran = v.SyncWaits(), v.TimeGranularity()
