@@ -13,7 +13,7 @@ type buffer struct{ in, out []byte }
 // answer returns where the answer to a request goes.
 func (b *buffer) answer(in []byte) []byte {
 	if n := smallSize/2 + answerSize(in); n > len(b.out) {
-		b.out = make([]byte, max(n, bufferSize))
+		b.out = make([]byte, max(n, len(b.in)))
 	}
 	return b.out
 }

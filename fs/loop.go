@@ -25,8 +25,8 @@ import (
 // kind have mostly taken long of late (pace). When it is about to wait, if it can tell:
 // for pages that are not in the page cache, where the disk mostly takes long, for a lock
 // that another has, for a key service (yield). Or the watchdog finds that nobody has read
-// for one or two ticks.
-// While something takes long, more workers read than would else.
+// for one or two ticks. While something takes long, some more workers read, so that one
+// that begins what takes long need not call another first.
 type loop struct {
 	fd       int
 	ps       *fuse.ProtocolServer
@@ -36,9 +36,10 @@ type loop struct {
 
 	reading atomic.Int32  // workers that wait for a request, or are about to
 	reads   atomic.Uint64 // requests so far
-	most    atomic.Int32  // workers that read while nothing takes long
-	procs   int32         // of which there are at most as many as processors
-	long    atomic.Int32  // of these, those that were expected to take long
+	most    atomic.Int32  // workers that read while nothing takes long, at most procs
+	procs   int32         // processors
+	long    atomic.Int32  // requests under way that were expected to take long
+	longs   atomic.Uint64 // all of these so far, for what they do with the disk
 
 	free    chan struct{} // calls a parked worker to read
 	done    chan struct{} // closed when the connection ends
@@ -67,7 +68,7 @@ const (
 	// it has missed something of late.
 	watchTick    = 10 * time.Millisecond
 	watchClosely = 200 * time.Microsecond
-	closeAfter   = 20 * time.Millisecond // a request that nobody has read beside
+	closeAfter   = 20 * time.Millisecond // a request that was not expected to take long
 	closeFor     = time.Second
 	watchIdle    = 100 * time.Millisecond // without a request, after which the watchdog sleeps
 
@@ -181,6 +182,9 @@ func (l *loop) serve() bool {
 		case l.takesLong(in):
 			r.long = true
 			l.long.Add(1)
+			if len(in) <= bigRequest && answerSize(in) <= bigRequest {
+				l.longs.Add(1)
+			}
 			if s := small(in); s != nil {
 				l.buffers.put(b) // for who reads next
 				b, in = s, s.in[:n]
@@ -295,7 +299,7 @@ func (l *loop) watch() {
 		}
 		var last uint64
 		for idle := time.Duration(0); idle < watchIdle; {
-			procs.see(int(l.long.Load()))
+			procs.see(l.longs.Load())
 			reads, reading := l.reads.Load(), l.reading.Load() > 0
 			if reads != last || !reading {
 				idle = 0

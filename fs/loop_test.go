@@ -10,6 +10,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 	"unsafe"
 
@@ -245,25 +246,30 @@ func TestSmallBuffers(t *testing.T) {
 	}
 }
 
-// The runtime has more processors while many requests wait, and as many as before afterwards.
+// The runtime has more processors while requests take long, and as many as before afterwards.
 func TestProcs(t *testing.T) {
 	was := runtime.GOMAXPROCS(0)
-	p := newProcs()
-	many := 2*was + 1
-	see := func(long int, during time.Duration) {
-		for end := time.Now().Add(during); time.Now().Before(end); time.Sleep(time.Millisecond) {
-			p.see(long)
+	synctest.Test(t, func(t *testing.T) {
+		p := newProcs()
+		defer p.set(false)
+		long := uint64(0)
+		see := func(each uint64, during time.Duration) {
+			for begun := time.Now(); time.Since(begun) < during; time.Sleep(watchTick) {
+				long += each
+				p.see(long)
+			}
 		}
-	}
-	p.see(many)
-	if n := runtime.GOMAXPROCS(0); n != was {
-		t.Errorf("%d processors at once, want %d", n, was)
-	}
-	see(many, 4*doubleAfter)
-	if n := runtime.GOMAXPROCS(0); n != 2*was {
-		t.Errorf("%d processors while many wait, want %d", n, 2*was)
-	}
-	see(0, singleAfter+singleAfter/2)
+		for _, c := range []struct {
+			each   uint64
+			during time.Duration
+			want   int
+		}{{0, time.Second, was}, {2, 2 * procsEvery, 2 * was}, {0, singleAfter / 2, 2 * was}, {0, singleAfter, was}, {2, time.Minute, 2 * was}} {
+			see(c.each, c.during)
+			if n := runtime.GOMAXPROCS(0); n != c.want {
+				t.Errorf("after %d long requests a tick for %v: %d processors, want %d", c.each, c.during, n, c.want)
+			}
+		}
+	})
 	if n := runtime.GOMAXPROCS(0); n != was {
 		t.Errorf("%d processors afterwards, want %d", n, was)
 	}

@@ -53,41 +53,40 @@ func cgroupLimit(cgroups, mount string) int32 {
 	return max(limit, 16)
 }
 
-// procs gives the runtime twice as many processors while many threads wait in syscalls: one
-// that waits keeps its processor until the runtime notices, up to 10 ms later, and what could
-// run waits for it. On a disk with latency a quarter more requests are answered then. While
-// requests are quick, more processors than there are cost a tenth.
+// procs gives the runtime twice as many processors while requests wait for the disk: a thread
+// that waits in a syscall keeps its processor until the runtime notices, up to 10 ms later,
+// and what could run waits for it. While requests are quick, more processors than there are
+// cost a tenth.
 type procs struct {
-	usual  int
-	double bool
-	since  time.Time // the other number would have been better; zero: it is right
+	usual    int
+	double   bool
+	seen     uint64 // requests that took long
+	at       time.Time
+	lastSlow time.Time
 }
 
 const (
-	doubleAfter = 50 * time.Millisecond
+	procsEvery  = 50 * time.Millisecond
+	procsLong   = 5 // requests that took long, in that time
 	singleAfter = time.Second
 )
 
 func newProcs() *procs { return &procs{usual: runtime.GOMAXPROCS(0)} }
 
-// see is told how many requests take long.
-func (p *procs) see(long int) {
-	want, after := long > 2*p.usual, singleAfter
-	if want {
-		after = doubleAfter
+// see is told how many requests have been expected to take long so far.
+func (p *procs) see(long uint64) {
+	now := time.Now()
+	if now.Sub(p.at) < procsEvery {
+		return
 	}
-	switch {
-	case want == p.double:
-		p.since = time.Time{}
-	case p.since.IsZero():
-		p.since = time.Now()
-	case time.Since(p.since) > after:
-		p.set(want)
+	if long-p.seen >= procsLong {
+		p.lastSlow = now
 	}
+	p.seen, p.at = long, now
+	p.set(now.Sub(p.lastSlow) < singleAfter)
 }
 
 func (p *procs) set(double bool) {
-	p.since = time.Time{}
 	if p.double == double {
 		return
 	}
