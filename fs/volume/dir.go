@@ -320,7 +320,7 @@ func (v *Volume) remove(dir *Node, name string, f func(fd int, cname string) err
 			return nil, err
 		}
 		e.dropName(&v.disk, fd)
-		return v.left(x), nil
+		return v.leaves(x), nil
 	}()
 	gone.dropIfGone()
 	return err
@@ -437,7 +437,7 @@ func (v *Volume) renameLocked(from *Node, oldName string, to *Node, newName stri
 		v.moved(m, b, a)
 		return nil, nil
 	}
-	gone = v.left(x)
+	gone = v.leaves(x)
 	v.moved(n, a, b)
 	if flags&unix.RENAME_WHITEOUT == 0 {
 		old.dropName(&v.disk, ofd)

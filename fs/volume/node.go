@@ -129,12 +129,13 @@ func (v *Volume) at(p place) *Node {
 
 // unlock unlocks mu, and closes what nobody needs any more: closing can wait for the disk.
 func (v *Volume) unlock() {
-	fds := v.unneeded
-	v.unneeded = nil
+	fds, left := v.unneeded, v.left
+	v.unneeded, v.left = nil, 0
 	v.mu.Unlock()
 	for _, fd := range fds {
 		v.disk.close(fd)
 	}
+	v.leaving.Add(-left) // now their space is free
 }
 
 // intern returns the node of what st describes, found at dir/cname, counting a
@@ -244,7 +245,7 @@ func (v *Volume) dropIfUnknown(n *Node) {
 	}
 	if n.leaving {
 		n.leaving = false
-		v.leaving.Add(-1)
+		v.left++
 	}
 }
 
@@ -300,8 +301,8 @@ func (v *Volume) stays(x parting) {
 	v.unhold(x.n)
 }
 
-// left ends a removal that was made. It returns the node if that was its last name.
-func (v *Volume) left(x parting) (gone *Node) {
+// leaves ends a removal that was made. It returns the node if that was its last name.
+func (v *Volume) leaves(x parting) (gone *Node) {
 	n := x.n
 	if n == nil {
 		return nil

@@ -92,6 +92,7 @@ type Volume struct {
 	inodes   map[inodeKey]*Node
 	places   map[place]*Node // of all links
 	unneeded []int           // descriptors that unlock closes
+	left     int32           // nodes without a name that are known no more; unlock counts them
 	bad      map[uint64]bool // sessions not known to have ended well
 	mine     []uint64        // sessions of this mount that the marker names
 
