@@ -29,8 +29,11 @@ type requests struct {
 
 // request is one that is being answered.
 type request struct {
-	thread  uint32      // the ID of who asks, 0 where it is of another PID namespace
+	thread  uint32 // the ID of who asks, 0 where it is of another PID namespace
+	opcode  uint32
+	begun   time.Time
 	long    bool        // it was expected to take long
+	noted   atomic.Bool // that it takes long is known before it ends
 	yielded atomic.Bool // it was known when it began to wait
 	missed  time.Time   // when it first asked the disk for what is not in the page cache
 }
@@ -41,7 +44,7 @@ const (
 )
 
 func (r *requests) begin(h *fuse.InHeader, q *request) {
-	q.thread = h.Pid
+	q.thread, q.opcode = h.Pid, h.Opcode
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.made == nil {
@@ -61,6 +64,17 @@ func (r *requests) get(unique uint64) *request {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.made[unique]
+}
+
+// stuck calls f for each request that has kept its worker for so long without a word.
+func (r *requests) stuck(d time.Duration, f func(*request)) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, q := range r.made {
+		if !q.long && !q.yielded.Load() && time.Since(q.begun) > d {
+			f(q)
+		}
+	}
 }
 
 // interrupt handles an INTERRUPT, and reports whether in is one.

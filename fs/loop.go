@@ -68,7 +68,6 @@ const (
 	// it has missed something of late.
 	watchTick    = 10 * time.Millisecond
 	watchClosely = 200 * time.Microsecond
-	closeAfter   = 20 * time.Millisecond // a request that was not expected to take long
 	closeFor     = time.Second
 	watchIdle    = 100 * time.Millisecond // without a request, after which the watchdog sleeps
 
@@ -298,6 +297,7 @@ func (l *loop) watch() {
 			return
 		}
 		var last uint64
+		tick := watchTick
 		for idle := time.Duration(0); idle < watchIdle; {
 			procs.see(l.longs.Load())
 			reads, reading := l.reads.Load(), l.reading.Load() > 0
@@ -305,10 +305,10 @@ func (l *loop) watch() {
 				idle = 0
 			}
 			if reads == last && !reading {
-				l.needReader()
+				l.stalled(tick)
 			}
 			last = reads
-			tick := watchTick
+			tick = watchTick
 			if time.Since(l.begun) < time.Duration(l.closely.Load()) {
 				tick = watchClosely
 			}
@@ -408,25 +408,35 @@ func (l *loop) read(b []byte) (int, error) {
 // answer handles a request, writes the reply, and notes how long it has taken, if it was not
 // known that it would wait.
 func (l *loop) answer(r *request, in, out []byte) {
-	begun := time.Now()
+	r.begun = time.Now()
 	n := l.handle(r, in, out)
-	took := time.Since(begun)
-	if h := (*fuse.InHeader)(unsafe.Pointer(&in[0])); h.Opcode == opRead && !r.missed.IsZero() {
-		l.misses.note(begun.Add(took).Sub(r.missed) > longAfter)
+	took := time.Since(r.begun)
+	if r.opcode == opRead && !r.missed.IsZero() {
+		l.misses.note(time.Since(r.missed) > longAfter)
 	}
-	if r.yielded.Load() {
-		took = 0
+	if r.opcode == opReadDirPlus {
+		took -= time.Duration(n/bytesOfEntry) * lookupTakes
 	}
-	if took > closeAfter && !r.long {
-		l.closely.Store(int64(begun.Sub(l.begun) + took + closeFor))
-	}
-	if h := (*fuse.InHeader)(unsafe.Pointer(&in[0])); len(in) <= bigRequest && n <= bigRequest {
-		if h.Opcode == opReadDirPlus {
-			took -= time.Duration(n/bytesOfEntry) * lookupTakes
-		}
-		l.paces[h.Opcode%opcodes].note(took > longAfter)
+	if len(in) <= bigRequest && n <= bigRequest && !r.noted.Load() {
+		l.paces[r.opcode%opcodes].note(took > longAfter && !r.yielded.Load())
 	}
 	l.reply(in, out[:n])
+}
+
+// stalled is called by the watchdog when nobody has read since its last tick, so long ago. What the workers
+// are at takes long, and so may the next ones. A long list of entries is no sign of a disk
+// that does.
+func (l *loop) stalled(tick time.Duration) {
+	l.requests.stuck(tick, func(r *request) {
+		if r.opcode == opReadDirPlus {
+			return
+		}
+		l.closely.Store(int64(time.Since(l.begun) + closeFor))
+		if !r.noted.Swap(true) {
+			l.paces[r.opcode%opcodes].note(true)
+		}
+	})
+	l.needReader()
 }
 
 // answerInit is answer of the INIT request. The kernel cuts the times that it keeps to the
