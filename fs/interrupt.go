@@ -33,6 +33,7 @@ type request struct {
 	opcode  uint32
 	begun   time.Time
 	long    bool        // it was expected to take long
+	waits   bool        // and that for the disk
 	noted   atomic.Bool // that it takes long is known before it ends
 	yielded atomic.Bool // it was known when it began to wait
 	missed  time.Time   // when it first asked the disk for what is not in the page cache

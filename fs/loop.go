@@ -23,9 +23,8 @@ import (
 // A request that waits must not keep the next one from being read. So a worker sees to
 // it that another reads, in one of three ways. Before it begins, if requests of that
 // kind have mostly taken long of late (pace). When it is about to wait, if it can tell:
-// for pages that are not in the page cache, where the disk mostly takes long, for a lock
-// that another has, for a key service (yield). Or the watchdog finds that nobody has read
-// for one or two ticks. While something takes long, some more workers read, so that one
+// for pages that are not in the page cache, where the disk mostly takes long, for a key
+// service (yield). Or the watchdog finds that nobody has read for one or two ticks. While something takes long, some more workers read, so that one
 // that begins what takes long need not call another first.
 type loop struct {
 	fd       int
@@ -38,8 +37,8 @@ type loop struct {
 	reads   atomic.Uint64 // requests so far
 	most    atomic.Int32  // workers that read while nothing takes long, at most procs
 	procs   int32         // processors
-	long    atomic.Int32  // requests under way that were expected to take long
-	longs   atomic.Uint64 // all of these so far, for what they do with the disk
+	long    atomic.Int32  // requests under way that were expected to wait long
+	longs   atomic.Uint64 // all of these so far
 
 	free    chan struct{} // calls a parked worker to read
 	done    chan struct{} // closed when the connection ends
@@ -179,9 +178,11 @@ func (l *loop) serve() bool {
 		l.reading.Add(-1)
 		switch most := l.most.Load(); {
 		case l.takesLong(in):
-			r.long = true
-			l.long.Add(1)
-			if len(in) <= bigRequest && answerSize(in) <= bigRequest {
+			// What has much data takes long by what the processor does: more workers would
+			// only be in each other's way.
+			if r.long = true; len(in) <= bigRequest && answerSize(in) <= bigRequest {
+				r.waits = true
+				l.long.Add(1)
 				l.longs.Add(1)
 			}
 			if s := small(in); s != nil {
@@ -201,12 +202,12 @@ func (l *loop) serve() bool {
 			l.wake <- struct{}{}
 		}
 		l.answer(r, in, b.answer(in))
-		if r.long {
+		if r.waits {
 			l.long.Add(-1)
 		}
 		l.answerQueued()
 		most := l.most.Load()
-		if r.long || l.long.Load() > 0 {
+		if r.waits || l.long.Load() > 0 {
 			most = longReaders
 		}
 		if !l.mayRead(most) {

@@ -38,10 +38,7 @@ func (h *Handle) Read(ctx context.Context, b []byte, off int64) (int, error) {
 		if err := f.ready(ctx, false); err != nil {
 			return 0, err
 		}
-		if !f.mu.TryRLock() {
-			keystore.Waits(ctx)
-			f.mu.RLock()
-		}
+		f.mu.RLock()
 		if f.fd >= 0 && !f.keyless() && f.refuses(false) == nil {
 			break
 		}
@@ -345,10 +342,7 @@ func (f *file) lockForContent(ctx context.Context, delayedWrite bool) (unlock fu
 		if err := f.ready(ctx, delayedWrite); err != nil {
 			return nil, err
 		}
-		if !f.mu.TryLock() {
-			keystore.Waits(ctx)
-			f.mu.Lock()
-		}
+		f.mu.Lock()
 		if f.broken {
 			f.unlock()
 			return nil, unix.EIO
