@@ -424,9 +424,9 @@ func (l *loop) answer(r *request, in, out []byte) {
 	l.reply(in, out[:n])
 }
 
-// stalled is called by the watchdog when nobody has read since its last tick, so long ago. What the workers
-// are at takes long, and so may the next ones. A long list of entries is no sign of a disk
-// that does.
+// stalled is called by the watchdog when no worker has read for a tick. Requests that are
+// older than that take long, and so may the next ones of their kind. A long list of entries
+// takes the processor's time, not the disk's.
 func (l *loop) stalled(tick time.Duration) {
 	l.requests.stuck(tick, func(r *request) {
 		if r.opcode == opReadDirPlus {

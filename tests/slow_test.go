@@ -172,7 +172,7 @@ func newSecurefs(b *testing.B, cipher string) system {
 	return system{"securefs", dir, stop}
 }
 
-// slowRate calls step in so many threads for two seconds and returns calls a second.
+// slowRate calls step in a number of threads for two seconds and returns calls a second.
 func slowRate(b *testing.B, threads int, step func(thread, i int) error) float64 {
 	var n atomic.Int64
 	var wg sync.WaitGroup

@@ -28,7 +28,7 @@ type Node struct {
 	// Guarded by Volume.mu.
 	lookups uint64  // the kernel's
 	holds   int     // of children's links, open files and directories
-	links   []place // where it is: none for the root, or when it is gone
+	links   []place // its names; the root, and an object that was removed, have none
 	gone    bool    // the last name went
 	leaving bool    // with the space that it took
 	last    int     // O_PATH, of what lost its last name or is about to; -1 otherwise
@@ -257,7 +257,7 @@ type parting struct {
 	n    *Node       // nil if the kernel does not know what is there
 	fd   int         // O_PATH; -1 if it could not be opened
 	ours bool        // fd is not n's yet
-	st   unix.Stat_t // of what was there
+	st   unix.Stat_t // of the object before its name went
 }
 
 // part begins the removal of a name in the directory that fd is of, whose entries are
@@ -310,7 +310,7 @@ func (v *Volume) leaves(x parting) (gone *Node) {
 	same := n.is(&x.st) // or the tree was changed behind our back
 	last := x.st.Nlink <= 1 || n.IsDir()
 	// If others add or remove names at the same time, the disk tells who was the last. A
-	// network filesystem may keep a name of its own for what is open here (.nfsXXXX).
+	// network filesystem may keep a name of its own for an open object (.nfsXXXX).
 	if same && x.fd >= 0 && (!last || n.linked.Load()) {
 		var now unix.Stat_t
 		last = v.fstat(x.fd, &now) != nil || now.Nlink == 0
@@ -323,7 +323,7 @@ func (v *Volume) leaves(x parting) (gone *Node) {
 	if last && !n.gone {
 		gone = n
 		n.gone = true
-		// The filesystem gives the number of what has no name to the next file: no
+		// The filesystem gives the inode number of a removed file to the next file: no
 		// later lookup may find this node by it.
 		if key := (inodeKey{n.dev, n.ino}); v.inodes[key] == n {
 			delete(v.inodes, key)
@@ -359,16 +359,16 @@ func (n *Node) setNamed(named bool) {
 	}
 }
 
-// kept returns the descriptor that part made, of what has no name any more.
+// kept returns the descriptor that part made, if the node has no name any more.
 func (n *Node) kept() (fd int, ok bool) {
 	n.v.mu.Lock()
 	defer n.v.mu.Unlock()
 	return n.last, n.last >= 0 && len(n.links) == 0
 }
 
-// dropIfGone closes the file of a node that has lost its last name, if nothing has it open:
-// what was to be settled is let go. Nobody is waited for: who has the file will see that
-// it is gone.
+// dropIfGone closes the file of a node that has lost its last name, if no program has it
+// open: a removed file needs no settling. It waits for no lock: the holder of the lock will
+// see that the file is gone.
 func (n *Node) dropIfGone() {
 	if n == nil || !n.openMu.TryLock() {
 		return

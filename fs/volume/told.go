@@ -11,8 +11,8 @@ import (
 //
 // With its writeback cache the kernel owns the times of files. It writes them back a while
 // after it changed one: after each write, and after a rename or a link, for the ctime that
-// is the disk's own affair. So most of what it writes the disk has already, or is about to
-// be written anyway, and no syscall is made for it.
+// is the disk's own affair. The disk has most of these times already, or gets them when the
+// file is closed, so no syscall is made for them.
 type told struct {
 	st    Attr
 	clock uint64

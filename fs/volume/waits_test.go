@@ -256,7 +256,7 @@ func (s refusing) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wra
 	return s.Store.Unwrap(ctx, b, w)
 }
 
-// What was read of a file before its key came is read again if the file has changed.
+// The header that was read before the key came is read again if the file has changed.
 func TestChangedBeforeTheKeyCame(t *testing.T) {
 	w := newWorld(t, volume.Options{})
 	w.write("f", noise(3000))
