@@ -126,7 +126,7 @@ func (f *fileSystem) Fallocate(cancel <-chan struct{}, in *fuse.FallocateIn) fus
 func (f *fileSystem) Lseek(_ <-chan struct{}, in *fuse.LseekIn, out *fuse.LseekOut) fuse.Status {
 	h := f.files.get(in.Fh)
 	if h.Node().Writing() {
-		f.waits(in.Unique)
+		f.waits.yield(in.Unique)
 		if err := f.notify.WriteBack(in.NodeId); err != nil {
 			return status(err)
 		}
@@ -144,7 +144,7 @@ func (f *fileSystem) Ioctl(_ <-chan struct{}, in *fuse.IoctlIn, inbuf []byte, _ 
 	}
 	if (in.Cmd == unix.FS_IOC_SETFLAGS || in.Cmd == volume.FSSetXAttr) && n.Writing() {
 		// What was written before the file became immutable belongs to it.
-		f.waits(in.Unique)
+		f.waits.yield(in.Unique)
 		if err := f.notify.WriteBack(in.NodeId); err != nil {
 			return status(err)
 		}

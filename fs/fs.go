@@ -22,13 +22,25 @@ type fileSystem struct {
 	dirs               table[*volume.Dir]
 	timeout            time.Duration
 	kernelChecks       bool // permissions
-	waits              func(unique uint64)
-	waitsForDisk       func(unique uint64)
+	waits              waits
 	notify             notifier
 }
 
+// waits is told what a request waits for.
+type waits interface {
+	yield(unique uint64)        // a key service
+	yieldForDisk(unique uint64) // perhaps the disk: what it reads is not in the page cache
+	behind(unique uint64)       // another request of the same file
+}
+
+type nobody struct{}
+
+func (nobody) yield(uint64)        {}
+func (nobody) yieldForDisk(uint64) {}
+func (nobody) behind(uint64)       {}
+
 func newFS(v *volume.Volume, kernelChecks bool) *fileSystem {
-	f := &fileSystem{RawFileSystem: fuse.NewDefaultRawFileSystem(), v: v, timeout: remember, kernelChecks: kernelChecks, waits: func(uint64) {}, waitsForDisk: func(uint64) {}}
+	f := &fileSystem{RawFileSystem: fuse.NewDefaultRawFileSystem(), v: v, timeout: remember, kernelChecks: kernelChecks, waits: nobody{}}
 	if v.ReadOnly() {
 		f.timeout = rememberRead
 	}
@@ -66,9 +78,11 @@ func (r *asked) Err() error {
 func (r *asked) Value(key any) any {
 	switch key.(type) {
 	case keystore.WaitsKey:
-		return func() { r.f.waits(r.unique) }
+		return func() { r.f.waits.yield(r.unique) }
 	case volume.DiskKey:
-		return func() { r.f.waitsForDisk(r.unique) }
+		return func() { r.f.waits.yieldForDisk(r.unique) }
+	case volume.BehindKey:
+		return func() { r.f.waits.behind(r.unique) }
 	}
 	return nil
 }

@@ -34,7 +34,7 @@ type request struct {
 	begun   time.Time
 	long    bool        // it was expected to take long
 	waits   bool        // and that for the disk
-	noted   atomic.Bool // that it takes long is known before it ends
+	noted   atomic.Bool // it has counted for the pace of its kind already, or does not
 	yielded atomic.Bool // it was known when it began to wait
 	missed  time.Time   // when it first asked the disk for what is not in the page cache
 }

@@ -279,6 +279,14 @@ func (l *loop) yieldForDisk(unique uint64) {
 	}
 }
 
+// behind says that a request waits for another one of the same file: it does not count for
+// the pace of its kind.
+func (l *loop) behind(unique uint64) {
+	if r := l.requests.get(unique); r != nil {
+		r.noted.Store(true)
+	}
+}
+
 // sleep waits for so long, or until the connection has ended, and reports whether it has. It
 // does so by a syscall: a timer of the runtime that comes so often makes processors look for
 // work that there is not, and small requests take twice the time.

@@ -73,7 +73,7 @@ func Mount(v *volume.Volume, dir string, o MountOptions) (*Server, error) {
 		return nil, err
 	}
 	s := &Server{dir, l}
-	f.waits, f.waitsForDisk, f.notify = s.loop.yield, s.loop.yieldForDisk, notifier{fd, s.loop.workers.Go, &s.loop.gate, &s.loop.closed}
+	f.waits, f.notify = s.loop, notifier{fd, s.loop.workers.Go, &s.loop.gate, &s.loop.closed}
 	v.AttachKernel(f.notify)
 	s.loop.slowSync, s.loop.timeGran = v.SyncWaits(), v.TimeGranularity()
 	if err := s.loop.start(); err != nil {

@@ -31,6 +31,16 @@ var zeroBlock [blockcrypt.BlockSize]byte
 // one.
 type DiskKey struct{}
 
+// BehindKey is the key of a context value of type func(): a call calls it when it waits for
+// another one of the same file. How long it then takes says nothing about the disk.
+type BehindKey struct{}
+
+func behind(ctx context.Context) {
+	if told, _ := ctx.Value(BehindKey{}).(func()); told != nil {
+		told()
+	}
+}
+
 // Read fills b from offset off; less is read only at the end of the file.
 func (h *Handle) Read(ctx context.Context, b []byte, off int64) (int, error) {
 	f := h.f
@@ -38,7 +48,10 @@ func (h *Handle) Read(ctx context.Context, b []byte, off int64) (int, error) {
 		if err := f.ready(ctx, false); err != nil {
 			return 0, err
 		}
-		f.mu.RLock()
+		if !f.mu.TryRLock() {
+			behind(ctx)
+			f.mu.RLock()
+		}
 		if f.fd >= 0 && !f.keyless() && f.refuses(false) == nil {
 			break
 		}
@@ -342,7 +355,10 @@ func (f *file) lockForContent(ctx context.Context, delayedWrite bool) (unlock fu
 		if err := f.ready(ctx, delayedWrite); err != nil {
 			return nil, err
 		}
-		f.mu.Lock()
+		if !f.mu.TryLock() {
+			behind(ctx)
+			f.mu.Lock()
+		}
 		if f.broken {
 			f.unlock()
 			return nil, unix.EIO
