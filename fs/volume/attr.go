@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/disk"
 )
 
 // Attr returns what stat says of the node.
@@ -37,12 +38,12 @@ func (n *Node) Attr() (st Attr, err error) {
 		}()
 	}
 	if n.IsDir() {
-		err = n.withFD(func(fd int) error { return v.fstat(fd, &st) })
+		err = n.withFD(func(fd int) error { return v.disk.Fstat(fd, &st) })
 		n.fill(&st, -1, "")
 		return st, err
 	}
 	err = n.find(func(dir int, name string) error {
-		err := v.stat(dir, name, &st)
+		err := v.disk.Stat(dir, name, &st)
 		if err == nil && !n.is(&st) {
 			err = errMoved
 		}
@@ -52,7 +53,7 @@ func (n *Node) Attr() (st Attr, err error) {
 		n.fill(&st, -1, "") // by a descriptor: the name may be another file's by now
 	}
 	if last, ok := n.kept(); ok && errors.Is(err, unix.ENOENT) {
-		if err = v.fstat(last, &st); err == nil {
+		if err = v.disk.Fstat(last, &st); err == nil {
 			n.fill(&st, -1, "")
 		}
 	}
@@ -75,7 +76,7 @@ func (n *Node) fill(st *Attr, dir int, name string) {
 			if dir < 0 {
 				return n.open(unix.O_RDONLY)
 			}
-			return n.v.disk.open(dir, name, unix.O_RDONLY|fileFlags, 0)
+			return n.v.disk.Open(dir, name, unix.O_RDONLY|disk.FileFlags, 0)
 		})
 	}
 }
@@ -90,7 +91,7 @@ func (n *Node) plainSize(length int64, open func() (int, error)) int64 {
 		if err != nil {
 			return 0, err
 		}
-		defer v.disk.close(fd)
+		defer v.disk.Close(fd)
 		return v.lastLen(fd, k)
 	})
 	if err != nil {
@@ -103,7 +104,7 @@ func (n *Node) plainSize(length int64, open func() (int, error)) int64 {
 // lastLen reads n of block k.
 func (v *Volume) lastLen(fd int, k int64) (int, error) {
 	var b [2]byte
-	if _, err := v.pread(fd, b[:], v.geo.PageOff(k)+int64(v.geo.Lead(k))); err != nil {
+	if _, err := v.disk.Pread(fd, b[:], v.geo.PageOff(k)+int64(v.geo.Lead(k))); err != nil {
 		return 0, err
 	}
 	return blockcrypt.BlockLen(b[:]), nil
@@ -119,7 +120,7 @@ func (v *Volume) foldIno(dev, ino uint64) uint64 {
 // does not say.
 func (n *Node) Birth() (t unix.StatxTimestamp, ok bool, err error) {
 	err = n.withFD(func(fd int) error {
-		t, ok, err = n.v.birth(fd)
+		t, ok, err = n.v.disk.Birth(fd)
 		return err
 	})
 	return t, ok, err
@@ -138,7 +139,7 @@ func (n *Node) Access(mask uint32) error {
 	if mask == 0 {
 		return nil
 	}
-	return n.withFD(func(fd int) error { return n.v.access(fd, mask) })
+	return n.withFD(func(fd int) error { return n.v.disk.Access(fd, mask) })
 }
 
 // SetAttr is what [Node.SetAttr] changes; nil leaves a thing as it is.
@@ -175,10 +176,10 @@ func (n *Node) SetAttr(ctx context.Context, s SetAttr) (Attr, error) {
 	}
 	var err error
 	if s.UID != nil || s.GID != nil {
-		err = n.withFD(func(fd int) error { return n.v.chown(fd, orMinusOne(s.UID), orMinusOne(s.GID)) })
+		err = n.withFD(func(fd int) error { return n.v.disk.Chown(fd, orMinusOne(s.UID), orMinusOne(s.GID)) })
 	}
 	if err == nil && s.Mode != nil {
-		err = n.withFD(func(fd int) error { return n.v.chmod(fd, *s.Mode&0o7777) })
+		err = n.withFD(func(fd int) error { return n.v.disk.Chmod(fd, *s.Mode&0o7777) })
 	}
 	if err == nil && (s.Atime != nil || s.Mtime != nil) {
 		err = n.setTimes(s.Atime, s.Mtime)
@@ -206,7 +207,7 @@ func (n *Node) setTimes(atime, mtime *unix.Timespec) error {
 	if mtime != nil {
 		m = *mtime
 	}
-	set := func(fd int) error { return n.v.utimens(fd, a, m) }
+	set := func(fd int) error { return n.v.disk.Utimens(fd, a, m) }
 	if f := n.file.Load(); f != nil {
 		f.mu.Lock()
 		if !f.closed && f.fd >= 0 {
@@ -233,7 +234,7 @@ func (n *Node) KillPriv(outsider bool) error {
 	defer n.change()
 	return n.withFD(func(fd int) error {
 		var st unix.Stat_t
-		if err := n.v.fstat(fd, &st); err != nil {
+		if err := n.v.disk.Fstat(fd, &st); err != nil {
 			return err
 		}
 		drop := privileges(st.Mode)
@@ -241,11 +242,11 @@ func (n *Node) KillPriv(outsider bool) error {
 			drop |= st.Mode & unix.S_ISGID
 		}
 		if drop != 0 {
-			if err := n.v.chmod(fd, st.Mode&0o7777&^drop); err != nil {
+			if err := n.v.disk.Chmod(fd, st.Mode&0o7777&^drop); err != nil {
 				return err
 			}
 		}
-		err := n.v.removexattr(fd, capabilityName)
+		err := n.v.disk.Removexattr(fd, capabilityName)
 		if errors.Is(err, unix.ENODATA) || errors.Is(err, unix.EOPNOTSUPP) {
 			return nil
 		}
@@ -312,7 +313,7 @@ func (n *Node) Getxattr(name string) (value []byte, err error) {
 		return nil, err
 	}
 	err = n.withFD(func(fd int) error {
-		value, err = n.v.getxattr(fd, enc)
+		value, err = n.v.disk.Getxattr(fd, enc)
 		return err
 	})
 	if err != nil || enc == name {
@@ -346,7 +347,7 @@ func (n *Node) Setxattr(name string, value []byte, flags int, killSGID bool) err
 		}
 	}
 	err = n.withFD(func(fd int) error {
-		err := n.v.setxattr(fd, enc, value, flags)
+		err := n.v.disk.Setxattr(fd, enc, value, flags)
 		if err == nil && killSGID {
 			err = n.killSGID(fd)
 		}
@@ -358,10 +359,10 @@ func (n *Node) Setxattr(name string, value []byte, flags int, killSGID bool) err
 
 func (n *Node) killSGID(fd int) error {
 	var st unix.Stat_t
-	if err := n.v.fstat(fd, &st); err != nil || st.Mode&unix.S_ISGID == 0 {
+	if err := n.v.disk.Fstat(fd, &st); err != nil || st.Mode&unix.S_ISGID == 0 {
 		return err
 	}
-	return n.v.chmod(fd, st.Mode&0o7777&^unix.S_ISGID)
+	return n.v.disk.Chmod(fd, st.Mode&0o7777&^unix.S_ISGID)
 }
 
 // Removexattr removes an attribute.
@@ -373,7 +374,7 @@ func (n *Node) Removexattr(name string) error {
 	if err != nil {
 		return err
 	}
-	err = n.withFD(func(fd int) error { return n.v.removexattr(fd, enc) })
+	err = n.withFD(func(fd int) error { return n.v.disk.Removexattr(fd, enc) })
 	n.aclChanged(name)
 	return err
 }
@@ -390,7 +391,7 @@ func (n *Node) aclChanged(name string) {
 func (n *Node) Listxattr() ([]byte, error) {
 	var raw []byte
 	err := n.withFD(func(fd int) (err error) {
-		raw, err = n.v.listxattr(fd)
+		raw, err = n.v.disk.Listxattr(fd)
 		return err
 	})
 	if err != nil {

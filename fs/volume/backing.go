@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/disk"
 )
 
 // What the backing filesystem must have, and what kmsfs keeps in the root besides
@@ -27,17 +28,17 @@ var rootNames = []string{blockcrypt.ConfigName, markerName, lockName, linksName}
 
 // makeRootEntries makes kmsfs.lock and kmsfs.links in a volume that has no kmsfs.lock: a new
 // one, or one of an earlier version.
-func (d *disk) makeRootEntries(root int) error {
-	if err := d.makeLock(root); err != nil {
+func makeRootEntries(d *disk.Disk, root int) error {
+	if err := makeLock(d, root); err != nil {
 		return err
 	}
-	return ignore(d.symlink(linksTarget, root, linksName), unix.EEXIST)
+	return ignore(d.Symlink(linksTarget, root, linksName), unix.EEXIST)
 }
 
 // lacksLinks reports whether the volume was copied without its symlinks.
-func (d *disk) lacksLinks(root int) bool {
+func lacksLinks(d *disk.Disk, root int) bool {
 	var st unix.Stat_t
-	return d.stat(root, lockName, &st) == nil && errors.Is(d.stat(root, linksName, &st), unix.ENOENT)
+	return d.Stat(root, lockName, &st) == nil && errors.Is(d.Stat(root, linksName, &st), unix.ENOENT)
 }
 
 // An UnfitError says which property a backing filesystem lacks.
@@ -60,118 +61,118 @@ func (e *UnfitError) Unwrap() error { return e.Err }
 // that a volume needs; an [UnfitError] names the first one that it lacks. The notes are
 // about properties that programs may miss. It leaves the directory empty.
 func CheckBacking(dir string, plainNames bool) (notes []string, err error) {
-	d := &disk{}
+	d := &disk.Disk{}
 	root, err := openRoot(d, dir)
 	if err != nil {
 		return nil, err
 	}
-	defer d.close(root)
-	return d.checkBacking(root, plainNames)
+	defer d.Close(root)
+	return checkBacking(d, root, plainNames)
 }
 
 const probeName = "kmsfs.probe"
 
-func (d *disk) checkBacking(root int, plainNames bool) (notes []string, err error) {
+func checkBacking(d *disk.Disk, root int, plainNames bool) (notes []string, err error) {
 	long := probeName + "." + strings.Repeat("n", 255-len(probeName)-1)
 	other := probeName + ".2"
 	made := []string{probeName, other, long}
 	defer func() {
 		for _, name := range made {
-			d.unlink(root, name, 0)
+			d.Unlink(root, name, 0)
 		}
 	}()
-	fd, err := d.open(root, probeName, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|fileFlags, 0o600)
+	fd, err := d.Open(root, probeName, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|disk.FileFlags, 0o600)
 	if errors.Is(err, unix.EROFS) {
 		return nil, &UnfitError{"is read-only", nil}
 	}
 	if err != nil {
 		return nil, &UnfitError{"lets no file be made", err}
 	}
-	defer d.close(fd)
-	if err := d.checkFile(fd); err != nil {
+	defer d.Close(fd)
+	if err := checkFile(d, fd); err != nil {
 		return nil, err
 	}
-	if err := d.mknod(root, other, unix.S_IFREG|0o400, 0); err != nil {
+	if err := d.Mknod(root, other, unix.S_IFREG|0o400, 0); err != nil {
 		return nil, &UnfitError{"has no mknod", err}
 	}
-	if err := d.rename(root, probeName, root, other, 0); err != nil {
+	if err := d.Rename(root, probeName, root, other, 0); err != nil {
 		return nil, &UnfitError{"does not rename a file over another", err}
 	}
-	if err := d.symlink(linksTarget, root, probeName); err != nil {
+	if err := d.Symlink(linksTarget, root, probeName); err != nil {
 		return nil, &UnfitError{"has no symlinks, in which kmsfs keeps directory IDs, long names and its marker", err}
 	}
-	if t, err := d.readlink(root, probeName); err != nil || t != linksTarget {
+	if t, err := d.Readlink(root, probeName); err != nil || t != linksTarget {
 		return nil, &UnfitError{"does not keep the targets of symlinks", err}
 	}
 	if !plainNames {
-		if err := d.checkNames(root, long); err != nil {
+		if err := checkNames(d, root, long); err != nil {
 			return nil, err
 		}
 	}
-	if err := d.fsync(root); err != nil {
+	if err := d.Fsync(root); err != nil {
 		return nil, &UnfitError{"does not sync directories", err}
 	}
-	return d.backingNotes(fd), nil
+	return backingNotes(d, fd), nil
 }
 
 // checkFile tests how a regular file is read, written, cut and locked.
-func (d *disk) checkFile(fd int) error {
+func checkFile(d *disk.Disk, fd int) error {
 	text, far := []byte("kmsfs"), int64(64<<10)
-	if err := d.pwrite(fd, text, far); err != nil {
+	if err := d.Pwrite(fd, text, far); err != nil {
 		return &UnfitError{"does not write behind the end of a file", err}
 	}
 	got := make([]byte, far+int64(len(text))+1)
-	n, err := d.pread(fd, got, 0)
+	n, err := d.Pread(fd, got, 0)
 	if want := append(make([]byte, far), text...); err != nil || !bytes.Equal(got[:n], want) {
 		return &UnfitError{"does not read back what was written behind the end of a file", err}
 	}
 	var st unix.Stat_t
-	err = errors.Join(d.truncate(fd, 100), d.truncate(fd, 8192), d.fstat(fd, &st))
+	err = errors.Join(d.Truncate(fd, 100), d.Truncate(fd, 8192), d.Fstat(fd, &st))
 	if err != nil || st.Size != 8192 {
 		return &UnfitError{"does not change the length of a file", err}
 	}
-	if err := d.fsync(fd); err != nil {
+	if err := d.Fsync(fd); err != nil {
 		return &UnfitError{"does not sync files", err}
 	}
-	if err := d.ofdLock(fd, lockByte); err != nil {
+	if err := d.OFDLock(fd, lockByte); err != nil {
 		return errNoLocks{err}
 	}
 	return nil
 }
 
 // checkNames tests whether encoded names, of up to 255 bytes in both cases, are kept.
-func (d *disk) checkNames(root int, long string) error {
-	if err := d.mknod(root, long, unix.S_IFREG|0o400, 0); err != nil {
+func checkNames(d *disk.Disk, root int, long string) error {
+	if err := d.Mknod(root, long, unix.S_IFREG|0o400, 0); err != nil {
 		return &UnfitError{"has no names of 255 bytes (init --plain-names does without)", err}
 	}
 	var st unix.Stat_t
-	if err := d.stat(root, strings.ToUpper(long), &st); err == nil {
+	if err := d.Stat(root, strings.ToUpper(long), &st); err == nil {
 		return &UnfitError{"takes upper and lower case for the same (init --plain-names does without)", nil}
 	}
 	return nil
 }
 
 // backingNotes says what programs may miss on a filesystem on which a volume works.
-func (d *disk) backingNotes(fd int) (notes []string) {
+func backingNotes(d *disk.Disk, fd int) (notes []string) {
 	var st unix.Stat_t
-	if err := d.chmod(fd, 0o640); err != nil || d.fstat(fd, &st) != nil || st.Mode&0o777 != 0o640 {
+	if err := d.Chmod(fd, 0o640); err != nil || d.Fstat(fd, &st) != nil || st.Mode&0o777 != 0o640 {
 		notes = append(notes, "the filesystem does not keep modes: files have those that it gives them")
 	}
-	if err := d.setxattr(fd, "user.kmsfs.probe", []byte("x"), 0); err != nil {
+	if err := d.Setxattr(fd, "user.kmsfs.probe", []byte("x"), 0); err != nil {
 		notes = append(notes, "the filesystem has no extended attributes, so the volume has none")
 	}
 	return notes
 }
 
-// granularity returns how exactly the filesystem keeps the times of files, in nanoseconds:
+// timeGranularity returns how exactly the filesystem keeps the times of files, in nanoseconds:
 // a power of ten from 1 to 10^9. It sets the times of the file.
-func (d *disk) granularity(fd int) uint32 {
+func timeGranularity(d *disk.Disk, fd int) uint32 {
 	probe := unix.Timespec{Sec: 1e9, Nsec: 123456789}
 	var was, st unix.Stat_t
-	if d.fstat(fd, &was) != nil || d.utimens(fd, unix.Timespec{Nsec: unix.UTIME_OMIT}, probe) != nil || d.fstat(fd, &st) != nil {
+	if d.Fstat(fd, &was) != nil || d.Utimens(fd, unix.Timespec{Nsec: unix.UTIME_OMIT}, probe) != nil || d.Fstat(fd, &st) != nil {
 		return 1
 	}
-	d.utimens(fd, unix.Timespec{Nsec: unix.UTIME_OMIT}, unix.NsecToTimespec(time.Now().UnixNano()))
+	d.Utimens(fd, unix.Timespec{Nsec: unix.UTIME_OMIT}, unix.NsecToTimespec(time.Now().UnixNano()))
 	return granularityOf(st.Mtim.Nsec)
 }
 

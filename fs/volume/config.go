@@ -5,13 +5,13 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/disk"
 	"kmsfs/keystore"
 )
 
@@ -47,13 +47,13 @@ type InitOptions struct {
 // Init makes a volume in an empty directory: kmsfs.json, durable when it
 // returns. The volume key is wrapped for every store.
 func Init(ctx context.Context, dir string, stores []keystore.Store, id blockcrypt.ID, o InitOptions) (*Record, error) {
-	d := &disk{done: o.Done}
+	d := &disk.Disk{Done: o.Done}
 	root, err := openRoot(d, dir)
 	if err != nil {
 		return nil, err
 	}
-	defer d.close(root)
-	if err := d.mustBeEmpty(root); err != nil {
+	defer d.Close(root)
+	if err := mustBeEmpty(d, root); err != nil {
 		return nil, err
 	}
 	key, err := keystore.New(ctx, stores, keystore.Binding{Use: keystore.ForVolume, Volume: id})
@@ -77,13 +77,13 @@ func Init(ctx context.Context, dir string, stores []keystore.Store, id blockcryp
 	if err != nil {
 		return nil, err
 	}
-	err = d.makeRootEntries(root)
+	err = makeRootEntries(d, root)
 	if err == nil {
-		err = d.replace(root, blockcrypt.ConfigName, b) // last: with it there is a volume
+		err = d.Replace(root, blockcrypt.ConfigName, b) // last: with it there is a volume
 	}
 	if err != nil {
-		d.unlink(root, lockName, 0)
-		d.unlink(root, linksName, 0)
+		d.Unlink(root, lockName, 0)
+		d.Unlink(root, linksName, 0)
 		return nil, fmt.Errorf("make the volume in %s: %w", dir, err)
 	}
 	return record(cfg, vk), nil
@@ -100,22 +100,22 @@ func record(cfg *blockcrypt.Config, vk *blockcrypt.VolumeKeys) *Record {
 
 // IsEmpty reports whether dir holds nothing.
 func IsEmpty(dir string) (bool, error) {
-	d := &disk{}
+	d := &disk.Disk{}
 	root, err := openRoot(d, dir)
 	if err != nil {
 		return false, err
 	}
-	defer d.close(root)
-	err = d.mustBeEmpty(root)
+	defer d.Close(root)
+	err = mustBeEmpty(d, root)
 	return err == nil, ignore(err, ErrNotEmpty)
 }
 
-func (d *disk) mustBeEmpty(root int) error {
-	return d.scan(root, func(e dirent) error { return ErrNotEmpty })
+func mustBeEmpty(d *disk.Disk, root int) error {
+	return d.Scan(root, func(e disk.Dirent) error { return ErrNotEmpty })
 }
 
-func openRoot(d *disk, dir string) (int, error) {
-	fd, err := d.openRoot(dir)
+func openRoot(d *disk.Disk, dir string) (int, error) {
+	fd, err := d.OpenRoot(dir)
 	switch {
 	case errors.Is(err, unix.ENOENT):
 		return -1, fmt.Errorf("the directory %s does not exist", dir)
@@ -127,33 +127,10 @@ func openRoot(d *disk, dir string) (int, error) {
 	return fd, nil
 }
 
-// replace puts a file in the place of another, durably: write-new, fsync,
-// rename, fsync of the directory.
-func (d *disk) replace(dir int, name string, b []byte) (err error) {
-	tmp := name + ".new"
-	fd, err := d.open(dir, tmp, unix.O_WRONLY|unix.O_CREAT|unix.O_TRUNC, 0o644)
-	if err != nil {
-		return err
-	}
-	err = d.pwrite(fd, b, 0)
-	if err == nil {
-		err = d.fsync(fd)
-	}
-	err = errors.Join(err, d.close(fd))
-	if err == nil {
-		err = d.rename(dir, tmp, dir, name, 0)
-	}
-	if err != nil {
-		d.unlink(dir, tmp, 0)
-		return err
-	}
-	return d.fsync(dir)
-}
-
 // Locked is a volume whose kmsfs.json was read, with nothing authenticated yet.
 type Locked struct {
 	Config *blockcrypt.Config
-	disk   disk
+	disk   disk.Disk
 	root   int
 }
 
@@ -164,7 +141,7 @@ func Find(dir string) (*Locked, error) {
 	if l.root, err = openRoot(&l.disk, dir); err != nil {
 		return nil, err
 	}
-	if l.Config, err = l.disk.readConfig(l.root); err != nil {
+	if l.Config, err = readConfig(&l.disk, l.root); err != nil {
 		l.Close()
 		return nil, err
 	}
@@ -174,29 +151,29 @@ func Find(dir string) (*Locked, error) {
 // Close gives the volume up.
 func (l *Locked) Close() {
 	if l.root >= 0 {
-		l.disk.close(l.root)
+		l.disk.Close(l.root)
 		l.root = -1
 	}
 }
 
-func (d *disk) readConfig(root int) (*blockcrypt.Config, error) {
-	fd, err := d.open(root, blockcrypt.ConfigName, unix.O_RDONLY|fileFlags, 0)
+func readConfig(d *disk.Disk, root int) (*blockcrypt.Config, error) {
+	fd, err := d.Open(root, blockcrypt.ConfigName, unix.O_RDONLY|disk.FileFlags, 0)
 	if errors.Is(err, unix.ENOENT) {
 		return nil, ErrNotVolume
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", blockcrypt.ConfigName, err)
 	}
-	defer d.close(fd)
+	defer d.Close(fd)
 	var st unix.Stat_t
-	if err := d.fstat(fd, &st); err != nil {
+	if err := d.Fstat(fd, &st); err != nil {
 		return nil, err
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Size > 4<<20 {
 		return nil, &blockcrypt.DamageError{Class: blockcrypt.BadConfig, Pos: -1, Detail: "kmsfs.json is no file of a sensible size"}
 	}
 	b := make([]byte, st.Size)
-	n, err := d.pread(fd, b, 0)
+	n, err := d.Pread(fd, b, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -210,7 +187,7 @@ type Unlocked struct {
 
 	keys   *blockcrypt.VolumeKeys
 	stores []keystore.Store
-	disk   disk
+	disk   disk.Disk
 	root   int
 }
 
@@ -315,7 +292,7 @@ func matching(stores []keystore.Store, uri string) keystore.Store {
 // Close gives the volume up, unless Open took it.
 func (u *Unlocked) Close() {
 	if u.root >= 0 {
-		u.disk.close(u.root)
+		u.disk.Close(u.root)
 		u.root = -1
 	}
 }
@@ -326,33 +303,6 @@ func ignore(err, target error) error {
 		return nil
 	}
 	return err
-}
-
-// scan calls f for every entry of a directory but . and .., until f fails.
-func (d *disk) scan(dir int, f func(dirent) error) error {
-	fd, err := d.open(dir, ".", unix.O_RDONLY|unix.O_DIRECTORY, 0)
-	if err != nil {
-		return err
-	}
-	defer d.close(fd)
-	buf := make([]byte, 32<<10)
-	for {
-		es, err := d.dirents(fd, buf)
-		if err != nil || len(es) == 0 {
-			return err
-		}
-		for _, e := range es {
-			if e.name == "." || e.name == ".." {
-				continue
-			}
-			if err := f(e); err != nil {
-				if err == io.EOF {
-					return nil
-				}
-				return err
-			}
-		}
-	}
 }
 
 func isOwn(name string) bool { return strings.HasPrefix(name, blockcrypt.Reserved) }

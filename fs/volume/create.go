@@ -6,6 +6,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kmsfs/fs/volume/internal/disk"
 	"kmsfs/keystore"
 )
 
@@ -51,7 +52,7 @@ func (v *Volume) create(ctx context.Context, dir *Node, name string, mode uint32
 	*k = nil
 	created := -1
 	n, st, err := v.make(dir, name, c, mode|unix.S_IFREG, func(fd int, cname string, mode uint32) (_ int, err error) {
-		created, err = v.open(fd, cname, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|fileFlags, mode&^unix.S_IFMT)
+		created, err = v.disk.Open(fd, cname, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|disk.FileFlags, mode&^unix.S_IFMT)
 		return created, err
 	})
 	if errors.Is(err, unix.EEXIST) && !excl && created < 0 {
@@ -74,7 +75,7 @@ func (v *Volume) create(ctx context.Context, dir *Node, name string, mode uint32
 	}
 	if err != nil {
 		if created >= 0 {
-			v.disk.close(created)
+			v.disk.Close(created)
 		}
 		v.ring.PutBack(key)
 		return nil, Attr{}, nil, err
@@ -118,22 +119,22 @@ func (v *Volume) tmpfile(dir *Node, mode uint32, c Caller) (st Attr, fd, last in
 	}
 	defer dir.leave()
 	mode = dir.masked(d, mode, c) &^ unix.S_IFMT
-	if fd, err = v.disk.open(d, ".", unix.O_TMPFILE|unix.O_RDWR, mode); err != nil {
+	if fd, err = v.disk.Open(d, ".", unix.O_TMPFILE|unix.O_RDWR, mode); err != nil {
 		return st, -1, -1, err
 	}
 	if uid, gid, ok := v.owners(d, c); ok {
-		if err = v.chown(fd, uid, gid); err == nil && mode&(unix.S_ISUID|unix.S_ISGID) != 0 {
-			err = v.chmod(fd, mode) // chown took the bits
+		if err = v.disk.Chown(fd, uid, gid); err == nil && mode&(unix.S_ISUID|unix.S_ISGID) != 0 {
+			err = v.disk.Chmod(fd, mode) // chown took the bits
 		}
 	}
 	if err == nil {
-		err = v.fstat(fd, &st)
+		err = v.disk.Fstat(fd, &st)
 	}
 	if err == nil {
-		last, err = v.reopen(fd, unix.O_PATH)
+		last, err = v.disk.Reopen(fd, unix.O_PATH)
 	}
 	if err != nil {
-		v.disk.close(fd)
+		v.disk.Close(fd)
 	}
 	return st, fd, last, err
 }
@@ -153,7 +154,7 @@ func (n *Node) adopt(fd int, st *Attr, key *keystore.DataKey, write bool) *Handl
 		n.attach(f)
 		return &Handle{f, write}
 	}
-	n.v.disk.close(fd) // another has opened it already
+	n.v.disk.Close(fd) // another has opened it already
 	f.mu.Lock()
 	defer f.unlock()
 	f.handles++

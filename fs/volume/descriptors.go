@@ -47,16 +47,16 @@ func (v *Volume) roomForFile() error { return v.room(v.fdLimits.files) }
 func (v *Volume) roomForDir() error { return v.room(v.fdLimits.dirs) }
 
 func (v *Volume) room(most int64) error {
-	if v.fds.Load() < most {
+	if v.disk.Descriptors() < most {
 		return nil
 	}
 	v.giveUpIdle()
-	if v.fds.Load() >= most && !v.o.ReadOnly { // files keep theirs until they are settled
+	if v.disk.Descriptors() >= most && !v.o.ReadOnly { // files keep theirs until they are settled
 		v.settler.settle(v.settler.due(0))
 		v.settleOpen()
 		v.giveUpIdle()
 	}
-	if v.fds.Load() < most {
+	if v.disk.Descriptors() < most {
 		return nil
 	}
 	v.report("descriptors", "programs have too many files open on the mount; raise the limit of the daemon (ulimit -n)", unix.ENFILE)
@@ -123,7 +123,7 @@ func (f *file) park(used bool) bool {
 		return false
 	case f.hdr != nil && (f.keyless() || f.view || f.synced != int64(f.changes) || f.unconfirmed() && f.v.isBad(f.hdr.State.Session)):
 		return false // if its writeback fails, this descriptor is the one to hear of it
-	case !f.n.named() || f.n.linked.Load() || f.v.fstat(f.fd, &st) != nil || st.Nlink != 1:
+	case !f.n.named() || f.n.linked.Load() || f.v.disk.Fstat(f.fd, &st) != nil || st.Nlink != 1:
 		return false // no name surely leads to it, now and after an unlink
 	}
 	f.closeFDs()
@@ -173,9 +173,9 @@ func (f *file) wake() error {
 	defer f.unlock()
 	switch {
 	case f.fd >= 0 || f.closed:
-		f.v.disk.close(fd)
+		f.v.disk.Close(fd)
 	case f.rw && !rw && flags == unix.O_RDONLY: // needWrite was faster: the next attempt opens for writing
-		f.v.disk.close(fd)
+		f.v.disk.Close(fd)
 	default:
 		f.fd, f.rw = fd, rw
 		f.parked.Store(false)
@@ -190,7 +190,7 @@ func (v *Volume) closeIdleDirs() bool {
 	fds := v.takeDirsDownTo(0)
 	v.fdMu.Unlock()
 	for _, fd := range fds {
-		v.disk.close(fd)
+		v.disk.Close(fd)
 	}
 	return len(fds) > 0
 }
@@ -207,10 +207,6 @@ func (v *Volume) takeDirsDownTo(n int) (fds []int) {
 	}
 	return fds
 }
-
-// noDescriptor reports whether a call failed since the process or the system has no
-// descriptor left.
-func noDescriptor(err error) bool { return errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) }
 
 // awake holds mu for reading with the descriptor open, until unlock is called.
 func (f *file) awake() (unlock func(), err error) {

@@ -7,6 +7,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/disk"
 )
 
 // A Caller is who asks for a new object: a daemon run by root gives it to them.
@@ -44,7 +45,7 @@ func (v *Volume) lookup(dir *Node, cname string) (n *Node, st Attr, err error) {
 	}
 	defer dir.leave()
 	clock := v.clock.Load()
-	if err := v.stat(fd, cname, &st); err != nil {
+	if err := v.disk.Stat(fd, cname, &st); err != nil {
 		return nil, st, err
 	}
 	n = v.intern(&st, dir, cname)
@@ -114,7 +115,7 @@ func (v *Volume) make(dir *Node, name string, c Caller, mode uint32, f func(fd i
 		return v.lookup(dir, e.cname)
 	}
 	clock := v.clock.Load()
-	if err := v.fstat(made, &st); err != nil {
+	if err := v.disk.Fstat(made, &st); err != nil {
 		return nil, st, err
 	}
 	n = v.intern(&st, dir, e.cname)
@@ -129,14 +130,14 @@ func nothing(err error) (int, error) { return -1, err }
 // Mkdir makes a directory.
 func (v *Volume) Mkdir(ctx context.Context, dir *Node, name string, mode uint32, c Caller) (*Node, Attr, error) {
 	return v.make(dir, name, c, mode, func(fd int, cname string, mode uint32) (int, error) {
-		return nothing(v.mkdir(fd, cname, mode&^unix.S_IFMT))
+		return nothing(v.disk.Mkdir(fd, cname, mode&^unix.S_IFMT))
 	})
 }
 
 // Mknod makes a file, device, pipe or socket.
 func (v *Volume) Mknod(ctx context.Context, dir *Node, name string, mode, rdev uint32, c Caller) (*Node, Attr, error) {
 	return v.make(dir, name, c, mode, func(fd int, cname string, mode uint32) (int, error) {
-		return nothing(v.mknod(fd, cname, mode, int(rdev)))
+		return nothing(v.disk.Mknod(fd, cname, mode, int(rdev)))
 	})
 }
 
@@ -146,7 +147,7 @@ func (v *Volume) Symlink(ctx context.Context, dir *Node, name, target string, c 
 	if err != nil {
 		return nil, Attr{}, err
 	}
-	return v.make(dir, name, c, unix.S_IFLNK, func(fd int, cname string, _ uint32) (int, error) { return nothing(v.symlink(sealed, fd, cname)) })
+	return v.make(dir, name, c, unix.S_IFLNK, func(fd int, cname string, _ uint32) (int, error) { return nothing(v.disk.Symlink(sealed, fd, cname)) })
 }
 
 // Link makes a further name of a file. One that is still to settle settles
@@ -161,7 +162,7 @@ func (v *Volume) Link(ctx context.Context, n, dir *Node, name string) (*Node, At
 		if last, ok := n.kept(); ok { // made without a name
 			// Before the name is there: who looks it up must find this node.
 			n.setNamed(true)
-			err := v.linkFD(last, fd, cname)
+			err := v.disk.LinkFD(last, fd, cname)
 			if err != nil {
 				n.setNamed(false)
 			}
@@ -170,7 +171,7 @@ func (v *Volume) Link(ctx context.Context, n, dir *Node, name string) (*Node, At
 		n.linked.Store(true)
 		n.change()
 		// By a descriptor: the old name may be another file's by now.
-		return nothing(n.withFD(func(old int) error { return v.linkFD(old, fd, cname) }))
+		return nothing(n.withFD(func(old int) error { return v.disk.LinkFD(old, fd, cname) }))
 	})
 }
 
@@ -178,7 +179,7 @@ func (v *Volume) Link(ctx context.Context, n, dir *Node, name string) (*Node, At
 func (v *Volume) Readlink(n *Node) (target string, err error) {
 	// By a descriptor: the name may be another symlink's from one call to the next.
 	err = n.withFD(func(fd int) error {
-		sealed, err := v.readlink(fd, "")
+		sealed, err := v.disk.Readlink(fd, "")
 		if err == nil {
 			target, err = v.vk.OpenTarget(sealed)
 		}
@@ -211,7 +212,7 @@ func (n *Node) hasDefaultACL(fd int) bool {
 	defer n.dirMu.Unlock()
 	if n.acl == aclUnknown {
 		n.acl = aclNone
-		if n.v.hasxattr(fd, aclDefaultName) {
+		if n.v.disk.Hasxattr(fd, aclDefaultName) {
 			n.acl = aclDefault
 		}
 	}
@@ -225,7 +226,7 @@ func (v *Volume) owners(fd int, c Caller) (uid, gid int, ok bool) {
 		return 0, 0, false
 	}
 	var parent unix.Stat_t
-	if err := v.fstat(fd, &parent); err == nil && parent.Mode&unix.S_ISGID != 0 {
+	if err := v.disk.Fstat(fd, &parent); err == nil && parent.Mode&unix.S_ISGID != 0 {
 		return int(c.UID), -1, true
 	}
 	return int(c.UID), int(c.GID), true
@@ -238,13 +239,13 @@ func (v *Volume) give(fd int, cname string, c Caller, mode uint32) (err error) {
 	if !ok {
 		return nil
 	}
-	err = v.chownAt(fd, cname, uid, gid)
+	err = v.disk.ChownAt(fd, cname, uid, gid)
 	if err == nil && mode&(unix.S_ISUID|unix.S_ISGID) != 0 && mode&unix.S_IFMT != unix.S_IFLNK {
-		err = v.chmodAt(fd, cname, mode&^unix.S_IFMT) // chown took the bits
+		err = v.disk.ChmodAt(fd, cname, mode&^unix.S_IFMT) // chown took the bits
 	}
 	if err != nil {
-		if v.unlink(fd, cname, 0) == unix.EISDIR {
-			v.unlink(fd, cname, unix.AT_REMOVEDIR)
+		if v.disk.Unlink(fd, cname, 0) == unix.EISDIR {
+			v.disk.Unlink(fd, cname, unix.AT_REMOVEDIR)
 		}
 	}
 	return err
@@ -285,7 +286,7 @@ func (n *Node) above(m *Node) bool {
 
 // Unlink removes a name of what is not a directory. No key is needed.
 func (v *Volume) Unlink(dir *Node, name string) error {
-	return v.remove(dir, name, func(fd int, cname string) error { return v.unlink(fd, cname, 0) })
+	return v.remove(dir, name, func(fd int, cname string) error { return v.disk.Unlink(fd, cname, 0) })
 }
 
 // Rmdir removes an empty directory, with what kmsfs keeps in it.
@@ -294,7 +295,7 @@ func (v *Volume) Rmdir(dir *Node, name string) error {
 		if err := v.clearDir(dir, fd, cname, nil); err != nil {
 			return err
 		}
-		return v.unlink(fd, cname, unix.AT_REMOVEDIR)
+		return v.disk.Unlink(fd, cname, unix.AT_REMOVEDIR)
 	})
 }
 
@@ -331,7 +332,7 @@ func (v *Volume) remove(dir *Node, name string, f func(fd int, cname string) err
 // and of held too if it is not nil.
 func (v *Volume) clearDir(dir *Node, fd int, cname string, held *Node) error {
 	var st unix.Stat_t
-	if err := v.stat(fd, cname, &st); err != nil {
+	if err := v.disk.Stat(fd, cname, &st); err != nil {
 		return err
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFDIR {
@@ -351,17 +352,17 @@ func (v *Volume) clearDir(dir *Node, fd int, cname string, held *Node) error {
 	defer n.leave()
 	if !v.super && st.Mode&0o700 != 0o700 && int(st.Uid) == unix.Geteuid() {
 		// An empty directory can be removed whatever its own mode is.
-		if err := v.chmod(d, st.Mode&0o7777|0o700); err != nil {
+		if err := v.disk.Chmod(d, st.Mode&0o7777|0o700); err != nil {
 			return err
 		}
-		defer v.chmod(d, st.Mode&0o7777)
+		defer v.disk.Chmod(d, st.Mode&0o7777)
 	}
 	own, err := n.emptied(d)
 	if err != nil {
 		return err
 	}
 	for _, name := range own {
-		if err := v.unlink(d, name, 0); err != nil {
+		if err := v.disk.Unlink(d, name, 0); err != nil {
 			return err
 		}
 	}
@@ -414,10 +415,10 @@ func (v *Volume) renameLocked(from *Node, oldName string, to *Node, newName stri
 	case !exchange && m != n:
 		x = v.part(b, nfd)
 	}
-	err = v.rename(ofd, old.cname, nfd, now.cname, flags)
+	err = v.disk.Rename(ofd, old.cname, nfd, now.cname, flags)
 	if flags&(unix.RENAME_NOREPLACE|unix.RENAME_EXCHANGE) == 0 && (errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EEXIST)) {
 		if err = v.clearDir(to, nfd, now.cname, from); err == nil {
-			err = v.rename(ofd, old.cname, nfd, now.cname, flags)
+			err = v.disk.Rename(ofd, old.cname, nfd, now.cname, flags)
 		}
 	}
 	if err != nil {
@@ -450,7 +451,7 @@ type Dir struct {
 	n    *Node
 	fd   int
 	buf  []byte
-	next []dirent
+	next []disk.Dirent
 	off  int64 // the position of next[0], or of fd where next is empty
 	id   blockcrypt.ID
 	ok   bool
@@ -480,7 +481,7 @@ func (n *Node) OpenDir() (*Dir, error) {
 	}
 	defer n.leave()
 	d := &Dir{n: n}
-	if d.fd, err = n.v.disk.open(fd, ".", unix.O_RDONLY|unix.O_DIRECTORY, 0); err != nil {
+	if d.fd, err = n.v.disk.Open(fd, ".", unix.O_RDONLY|unix.O_DIRECTORY, 0); err != nil {
 		return nil, err
 	}
 	n.hold()
@@ -489,7 +490,7 @@ func (n *Node) OpenDir() (*Dir, error) {
 
 // Close ends it.
 func (d *Dir) Close() {
-	d.n.v.disk.close(d.fd)
+	d.n.v.disk.Close(d.fd)
 	d.n.release()
 }
 
@@ -501,7 +502,7 @@ func (d *Dir) Sync() error {
 	if err := d.n.syncIDs(); err != nil {
 		return err
 	}
-	return d.n.v.fsync(d.fd)
+	return d.n.v.disk.Fsync(d.fd)
 }
 
 // SeekTo goes to a position that an Entry gave, or to 0, the start.
@@ -509,7 +510,7 @@ func (d *Dir) SeekTo(off int64) error {
 	if off == d.off && off != 0 {
 		return nil
 	}
-	if _, err := d.n.v.seek(d.fd, off, unix.SEEK_SET); err != nil {
+	if _, err := d.n.v.disk.Seek(d.fd, off, unix.SEEK_SET); err != nil {
 		return err
 	}
 	d.next, d.off, d.ok = nil, off, false
@@ -534,24 +535,24 @@ func (d *Dir) Next(f func(Entry) bool) error {
 				d.buf = make([]byte, 32<<10)
 			}
 			var err error
-			if d.next, err = v.dirents(d.fd, d.buf); err != nil || len(d.next) == 0 {
+			if d.next, err = v.disk.Dirents(d.fd, d.buf); err != nil || len(d.next) == 0 {
 				return err
 			}
 		}
 		for len(d.next) > 0 {
 			e := d.next[0]
-			out := Entry{Name: e.name, Ino: v.foldIno(d.n.dev, e.ino), Type: e.typ, Off: e.off, cname: e.name}
+			out := Entry{Name: e.Name, Ino: v.foldIno(d.n.dev, e.Ino), Type: e.Type, Off: e.Off, cname: e.Name}
 			show := true
-			if e.name != "." && e.name != ".." {
+			if e.Name != "." && e.Name != ".." {
 				var err error
-				if out.Name, show, err = d.n.decode(d.fd, d.id, e.name); err != nil {
-					v.report(d.n.where()+"/"+e.name, "an entry is not shown", err)
+				if out.Name, show, err = d.n.decode(d.fd, d.id, e.Name); err != nil {
+					v.report(d.n.where()+"/"+e.Name, "an entry is not shown", err)
 				}
 			}
 			if show && !f(out) {
 				return nil
 			}
-			d.next, d.off = d.next[1:], e.off
+			d.next, d.off = d.next[1:], e.Off
 		}
 	}
 }

@@ -18,8 +18,8 @@
 //  4. A full disk, a failing disk, a refusal by the key service: the file keeps
 //     what it had.
 //
-// All syscalls on the ciphertext tree are in disk.go, relative to descriptors of
-// directories, and never follow a symlink.
+// Package disk below makes all syscalls on the ciphertext tree, relative to descriptors of
+// directories, and never follows a symlink.
 //
 // Locks, in this order: Volume.crossing, Node.entries (see lockDirs), Node.openMu,
 // file.mu, Node.lostMu, Node.dirMu, settler.mu, Volume.mu, Volume.fdMu; under doubts.mu and

@@ -57,7 +57,7 @@ func (d *doubts) end(n *Node) {
 
 // syncAll is syncfs, whose failure is every open file's.
 func (v *Volume) syncAll() error {
-	err := v.syncfs(v.rootD)
+	err := v.disk.Syncfs(v.rootD)
 	if err != nil {
 		// It does not say whose data is lost: perhaps that of files that are closed.
 		v.doubts.beginAll()

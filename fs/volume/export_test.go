@@ -5,6 +5,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"kmsfs/fs/volume/internal/disk"
 )
 
 var errCrashed = errors.New("the daemon is dead")
@@ -14,7 +16,7 @@ func (v *Volume) Crash() {
 	close(v.quit)
 	v.bg.Wait()
 	v.settler.stop()
-	v.disk.hook = func(Call) error { return errCrashed }
+	v.disk.Hook = func(disk.Call) error { return errCrashed }
 	v.ring.Close()
 	for _, f := range v.files() {
 		f.mu.Lock()
@@ -58,7 +60,7 @@ func (o Options) FDLimit(n uint64) Options {
 }
 
 // Descriptors returns how many are open.
-func (v *Volume) Descriptors() int64 { return v.fds.Load() }
+func (v *Volume) Descriptors() int64 { return v.disk.Descriptors() }
 
 // Age makes every open file older than the time in which it counts as fresh.
 func (v *Volume) Age() {
@@ -102,20 +104,20 @@ func (v *Volume) KnownNodes() int {
 }
 
 // CheckBackingWith is [CheckBacking] with a hook.
-func CheckBackingWith(dir string, hook func(Call) error) ([]string, error) {
-	d := &disk{}
+func CheckBackingWith(dir string, hook func(disk.Call) error) ([]string, error) {
+	d := &disk.Disk{}
 	root, err := openRoot(d, dir)
 	if err != nil {
 		return nil, err
 	}
-	defer d.close(root)
-	d.hook = func(c Call) error {
+	defer d.Close(root)
+	d.Hook = func(c disk.Call) error {
 		if c.Op == "unlinkat" {
 			return nil
 		}
 		return hook(c)
 	}
-	return d.checkBacking(root, false)
+	return checkBacking(d, root, false)
 }
 
 // GranularityOf returns the granularity of a disk that keeps a time like this one.

@@ -354,10 +354,10 @@ func (f *file) dropIfIdleLocked() {
 // closeFDs closes the file's descriptors.
 func (f *file) closeFDs() {
 	if f.fd >= 0 {
-		f.v.disk.close(f.fd)
+		f.v.disk.Close(f.fd)
 	}
 	for _, fd := range f.old {
-		f.v.disk.close(fd)
+		f.v.disk.Close(fd)
 	}
 	f.fd, f.old = -1, nil
 }
@@ -424,7 +424,7 @@ func (f *file) attr(st *Attr, wait bool) (done bool, err error) {
 	if f.closed || f.fd < 0 {
 		return false, nil
 	}
-	if err := f.v.fstat(f.fd, st); err != nil {
+	if err := f.v.disk.Fstat(f.fd, st); err != nil {
 		return true, err
 	}
 	st.Ino = f.v.foldIno(st.Dev, st.Ino)
@@ -459,7 +459,7 @@ func (f *file) setMtime(t unix.Timespec) {
 	f.wroteAt = time.Time{}
 	if t.Nsec == unix.UTIME_NOW {
 		var st unix.Stat_t
-		if f.v.fstat(f.fd, &st) == nil {
+		if f.v.disk.Fstat(f.fd, &st) == nil {
 			f.mtime, f.touched = st.Mtim, false
 		}
 		return
@@ -489,7 +489,7 @@ func (f *file) putMtime() error {
 	if !f.touched {
 		return nil
 	}
-	err := f.v.utimens(f.fd, unix.Timespec{Nsec: unix.UTIME_OMIT}, f.mtime)
+	err := f.v.disk.Utimens(f.fd, unix.Timespec{Nsec: unix.UTIME_OMIT}, f.mtime)
 	if f.touched = err != nil; err == nil {
 		f.wroteAt = time.Time{}
 	}

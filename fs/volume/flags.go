@@ -30,7 +30,7 @@ const (
 
 // Flags returns the inode's flags; ENOTTY where the backing filesystem has none.
 func (n *Node) Flags() (flags uint32, err error) {
-	err = n.withReal(func(fd int) error { return n.v.ioctl(fd, unix.FS_IOC_GETFLAGS, unsafe.Pointer(&flags)) })
+	err = n.withReal(func(fd int) error { return n.v.disk.Ioctl(fd, unix.FS_IOC_GETFLAGS, unsafe.Pointer(&flags)) })
 	return flags, err
 }
 
@@ -44,12 +44,12 @@ func (n *Node) SetFlags(flags uint32) error {
 	if (flags^old)&(flagAppend|flagCasefold) != 0 {
 		return unix.EOPNOTSUPP
 	}
-	return n.setFlags(old&flagImmutable != 0, flags&flagImmutable != 0, func(fd int) error { return n.v.ioctl(fd, unix.FS_IOC_SETFLAGS, unsafe.Pointer(&flags)) })
+	return n.setFlags(old&flagImmutable != 0, flags&flagImmutable != 0, func(fd int) error { return n.v.disk.Ioctl(fd, unix.FS_IOC_SETFLAGS, unsafe.Pointer(&flags)) })
 }
 
 // FSXAttr returns the inode's attributes by FS_IOC_FSGETXATTR.
 func (n *Node) FSXAttr() (x FSXAttr, err error) {
-	err = n.withReal(func(fd int) error { return n.v.ioctl(fd, FSGetXAttr, unsafe.Pointer(&x)) })
+	err = n.withReal(func(fd int) error { return n.v.disk.Ioctl(fd, FSGetXAttr, unsafe.Pointer(&x)) })
 	return x, err
 }
 
@@ -62,7 +62,7 @@ func (n *Node) SetFSXAttr(x FSXAttr) error {
 	if (x.XFlags^old.XFlags)&xflagAppend != 0 {
 		return unix.EOPNOTSUPP
 	}
-	return n.setFlags(old.XFlags&xflagImmutable != 0, x.XFlags&xflagImmutable != 0, func(fd int) error { return n.v.ioctl(fd, FSSetXAttr, unsafe.Pointer(&x)) })
+	return n.setFlags(old.XFlags&xflagImmutable != 0, x.XFlags&xflagImmutable != 0, func(fd int) error { return n.v.disk.Ioctl(fd, FSSetXAttr, unsafe.Pointer(&x)) })
 }
 
 // FS_IOC_FSGETXATTR and FS_IOC_FSSETXATTR of linux/fs.h.
@@ -100,11 +100,11 @@ func (n *Node) withReal(f func(fd int) error) error {
 		return unix.ENOTTY
 	}
 	return n.withFD(func(p int) error {
-		fd, err := n.v.reopen(p, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC)
+		fd, err := n.v.disk.Reopen(p, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC)
 		if err != nil {
 			return err
 		}
-		defer n.v.disk.close(fd)
+		defer n.v.disk.Close(fd)
 		return f(fd)
 	})
 }

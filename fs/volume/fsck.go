@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/disk"
 	"kmsfs/keystore"
 )
 
@@ -81,7 +82,7 @@ type CheckOptions struct {
 // checker checks a tree of ciphertext: its structure, and with keys each name,
 // wrapped key and block. It changes nothing.
 type checker struct {
-	disk
+	disk disk.Disk
 	o    CheckOptions
 	root int
 	cfg  *blockcrypt.Config
@@ -116,10 +117,10 @@ func (u *Unlocked) Check(ctx context.Context, o CheckOptions) (Checked, error) {
 }
 
 // Writer is the function [Writer] of this volume.
-func (l *Locked) Writer() error { return l.disk.writer(l.root) }
+func (l *Locked) Writer() error { return writer(&l.disk, l.root) }
 
 // hasWriter reports whether a mount is writing to the volume now.
-func (c *checker) hasWriter() bool { return errors.Is(c.writer(c.root), ErrLocked) }
+func (c *checker) hasWriter() bool { return errors.Is(writer(&c.disk, c.root), ErrLocked) }
 
 func (c *checker) run(ctx context.Context) (Checked, error) {
 	var err error
@@ -145,11 +146,11 @@ func (c *checker) run(ctx context.Context) (Checked, error) {
 		})
 	}
 	var st unix.Stat_t
-	if err := c.stat(c.root, lockName, &st); err == nil && (st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink > 1) {
+	if err := c.disk.Stat(c.root, lockName, &st); err == nil && (st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink > 1) {
 		c.found(Finding{Path: lockName, Grade: Damaged, What: FoundForeign, Detail: "it is not a regular file with one name, so the volume cannot be mounted for writing",
 			Advice: "if the volume is mounted nowhere, remove it: the next mount makes it again"})
 	}
-	if c.lacksLinks(c.root) {
+	if lacksLinks(&c.disk, c.root) {
 		c.found(Finding{Path: linksName, Grade: Damaged, What: FoundLinks,
 			Detail: "this copy was made without symlinks: the symlinks of the volume and its names of more than 160 bytes are missing",
 			Advice: "copy the directory again with its symlinks (rsync -a, tar; rclone needs --links); fsck --repair accepts the copy as it is"})
@@ -193,7 +194,7 @@ func (c *checker) found(f Finding) {
 // readMarker learns which sessions did not end well.
 func (c *checker) readMarker() error {
 	c.bad = map[uint64]bool{}
-	target, err := c.readlink(c.root, markerName)
+	target, err := c.disk.Readlink(c.root, markerName)
 	if errors.Is(err, unix.ENOENT) {
 		return nil
 	}
@@ -220,7 +221,7 @@ func (c *checker) readMarker() error {
 }
 
 func (c *checker) open(cpath string, flags int) (int, error) {
-	return c.openBelow(c.root, cpath, flags)
+	return c.disk.OpenBelow(c.root, cpath, flags)
 }
 
 // walk checks a directory and all below it. id is nil where its ID must be read.
@@ -235,8 +236,8 @@ func (c *checker) walk(ctx context.Context, cpath, ppath string, id *blockcrypt.
 		c.found(Finding{Path: cpath, Name: ppath, Grade: Unchecked, What: FoundIO, Detail: err.Error()})
 		return
 	}
-	var entries []dirent
-	if err := c.scan(fd, func(e dirent) error { entries = append(entries, e); return nil }); err != nil {
+	var entries []disk.Dirent
+	if err := c.disk.Scan(fd, func(e disk.Dirent) error { entries = append(entries, e); return nil }); err != nil {
 		c.found(Finding{Path: cpath, Name: ppath, Grade: Unchecked, What: FoundIO, Detail: err.Error()})
 	}
 	plain := c.cfg.Names == blockcrypt.NamesPlain
@@ -245,7 +246,7 @@ func (c *checker) walk(ctx context.Context, cpath, ppath string, id *blockcrypt.
 	}
 	names := make(map[string]bool, len(entries))
 	for _, e := range entries {
-		names[e.name] = true
+		names[e.Name] = true
 	}
 	var subdirs []checkJob
 	for _, e := range entries {
@@ -253,14 +254,14 @@ func (c *checker) walk(ctx context.Context, cpath, ppath string, id *blockcrypt.
 		if !show {
 			continue
 		}
-		j := checkJob{path.Join(cpath, e.name), name}
+		j := checkJob{path.Join(cpath, e.Name), name}
 		c.checkAttrs(fd, e, j)
 		switch c.typeOf(fd, e) {
 		case unix.S_IFDIR:
 			subdirs = append(subdirs, j)
 		case unix.S_IFREG:
 			var st unix.Stat_t
-			if c.stat(fd, e.name, &st) == nil {
+			if c.disk.Stat(fd, e.Name, &st) == nil {
 				c.expected.Add(min(st.Size, st.Blocks*512))
 			}
 			c.jobs <- j
@@ -268,18 +269,18 @@ func (c *checker) walk(ctx context.Context, cpath, ppath string, id *blockcrypt.
 			c.checkTarget(fd, e, j)
 		}
 	}
-	c.close(fd)
+	c.disk.Close(fd)
 	for _, j := range subdirs {
 		c.walk(ctx, j.cpath, j.ppath, nil)
 	}
 }
 
-func (c *checker) typeOf(fd int, e dirent) uint32 {
-	if e.typ != 0 {
-		return e.typ
+func (c *checker) typeOf(fd int, e disk.Dirent) uint32 {
+	if e.Type != 0 {
+		return e.Type
 	}
 	var st unix.Stat_t
-	if c.stat(fd, e.name, &st) != nil {
+	if c.disk.Stat(fd, e.Name, &st) != nil {
 		return 0
 	}
 	return st.Mode & unix.S_IFMT
@@ -287,7 +288,7 @@ func (c *checker) typeOf(fd int, e dirent) uint32 {
 
 // dirID reads a directory's ID from its two places; nil where there is none to
 // trust.
-func (c *checker) dirID(fd int, cpath, ppath string, entries []dirent) *blockcrypt.ID {
+func (c *checker) dirID(fd int, cpath, ppath string, entries []disk.Dirent) *blockcrypt.ID {
 	var ids []blockcrypt.ID
 	places, others := 0, 0
 	add := func(s string, ok bool) {
@@ -297,12 +298,12 @@ func (c *checker) dirID(fd int, cpath, ppath string, entries []dirent) *blockcry
 		}
 	}
 	for _, e := range entries {
-		if e.name == dirLink {
-			t, err := c.readlink(fd, dirLink)
+		if e.Name == dirLink {
+			t, err := c.disk.Readlink(fd, dirLink)
 			add(t, err == nil)
-		} else if s, ok := strings.CutPrefix(e.name, dirLink+"."); ok {
+		} else if s, ok := strings.CutPrefix(e.Name, dirLink+"."); ok {
 			add(s, true)
-		} else if !strings.HasPrefix(e.name, blockcrypt.LongName) {
+		} else if !strings.HasPrefix(e.Name, blockcrypt.LongName) {
 			others++
 		}
 	}
@@ -327,17 +328,17 @@ func (c *checker) dirID(fd int, cpath, ppath string, entries []dirent) *blockcry
 
 // entryName returns the plaintext path of an entry; show is false for what is
 // kmsfs' own, which is checked here.
-func (c *checker) entryName(fd int, cpath, ppath string, id *blockcrypt.ID, e dirent, all map[string]bool) (name string, show bool) {
+func (c *checker) entryName(fd int, cpath, ppath string, id *blockcrypt.ID, e disk.Dirent, all map[string]bool) (name string, show bool) {
 	plain := c.cfg.Names == blockcrypt.NamesPlain
-	f := Finding{Path: path.Join(cpath, e.name)}
-	encoded := e.name
-	switch hash, isLong := strings.CutPrefix(e.name, blockcrypt.LongPrefix); {
-	case plain && (cpath != "" || !isOwn(e.name)):
-		return path.Join(ppath, e.name), true
-	case !isOwn(e.name):
+	f := Finding{Path: path.Join(cpath, e.Name)}
+	encoded := e.Name
+	switch hash, isLong := strings.CutPrefix(e.Name, blockcrypt.LongPrefix); {
+	case plain && (cpath != "" || !isOwn(e.Name)):
+		return path.Join(ppath, e.Name), true
+	case !isOwn(e.Name):
 	case isLong && !plain:
 		var err error
-		if encoded, err = c.readlink(fd, blockcrypt.LongName+hash); err != nil {
+		if encoded, err = c.disk.Readlink(fd, blockcrypt.LongName+hash); err != nil {
 			f.Grade, f.What, f.Detail, f.Advice = Damaged, string(blockcrypt.BadName), "the name of a long entry is lost", "its content can be read: kmsfs cat; or restore "+blockcrypt.LongName+hash+" from a backup"
 			c.found(f)
 			return "", true
@@ -347,14 +348,14 @@ func (c *checker) entryName(fd int, cpath, ppath string, id *blockcrypt.ID, e di
 			c.found(f)
 			return "", true
 		}
-	case isDirID(e.name) && !plain, cpath == "" && slices.Contains(rootNames, e.name):
+	case isDirID(e.Name) && !plain, cpath == "" && slices.Contains(rootNames, e.Name):
 		return "", false
-	case cpath == "" && (e.name == blockcrypt.ConfigName+".new" || e.name == markerName+".new"):
+	case cpath == "" && (e.Name == blockcrypt.ConfigName+".new" || e.Name == markerName+".new"):
 		f.Grade, f.What, f.Detail, f.Advice = Mendable, FoundLeftover, "left behind by an interrupted replacement", "fsck --repair removes it"
 		c.found(f)
 		return "", false
-	case strings.HasPrefix(e.name, blockcrypt.LongName) && !plain:
-		if !all[blockcrypt.LongPrefix+strings.TrimPrefix(e.name, blockcrypt.LongName)] {
+	case strings.HasPrefix(e.Name, blockcrypt.LongName) && !plain:
+		if !all[blockcrypt.LongPrefix+strings.TrimPrefix(e.Name, blockcrypt.LongName)] {
 			f.Grade, f.What, f.Detail, f.Advice = Mendable, FoundOrphan, "the name of a long entry that is not there", "fsck --repair removes it"
 			c.found(f)
 		}
@@ -381,11 +382,11 @@ func (c *checker) entryName(fd int, cpath, ppath string, id *blockcrypt.ID, e di
 }
 
 // checkTarget opens a symlink's target.
-func (c *checker) checkTarget(fd int, e dirent, j checkJob) {
+func (c *checker) checkTarget(fd int, e disk.Dirent, j checkJob) {
 	if c.vk == nil {
 		return
 	}
-	t, err := c.readlink(fd, e.name)
+	t, err := c.disk.Readlink(fd, e.Name)
 	if err == nil {
 		_, err = c.vk.OpenTarget(t)
 	}
@@ -395,17 +396,17 @@ func (c *checker) checkTarget(fd int, e dirent, j checkJob) {
 }
 
 // checkAttrs opens the extended attributes that are encrypted.
-func (c *checker) checkAttrs(fd int, e dirent, j checkJob) {
+func (c *checker) checkAttrs(fd int, e disk.Dirent, j checkJob) {
 	if c.vk == nil {
 		return
 	}
-	p, err := c.disk.open(fd, e.name, unix.O_PATH, 0)
+	p, err := c.disk.Open(fd, e.Name, unix.O_PATH, 0)
 	if err != nil {
 		return // checkFile says so
 	}
-	defer c.close(p)
-	raw, err := c.listxattr(p)
-	if err != nil || len(raw) == 0 || e.typ == unix.S_IFLNK {
+	defer c.disk.Close(p)
+	raw, err := c.disk.Listxattr(p)
+	if err != nil || len(raw) == 0 || e.Type == unix.S_IFLNK {
 		return
 	}
 	for name := range strings.SplitSeq(string(raw), "\x00") {
@@ -419,7 +420,7 @@ func (c *checker) checkAttrs(fd int, e dirent, j checkJob) {
 			c.found(f)
 			continue
 		}
-		v, err := c.getxattr(p, name)
+		v, err := c.disk.Getxattr(p, name)
 		if err == nil {
 			_, err = c.vk.OpenValue(attr, v)
 		}

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/disk"
 	"kmsfs/keystore"
 )
 
@@ -27,7 +28,7 @@ func (c *checker) checkFile(ctx context.Context, j checkJob) {
 		c.found(f)
 		return
 	}
-	defer c.close(fd)
+	defer c.disk.Close(fd)
 	k := &fileCheck{checker: c, fd: fd, f: f}
 	if err := k.check(ctx); err != nil {
 		k.fail(err)
@@ -68,7 +69,7 @@ func (k *fileCheck) fail(err error) {
 
 func (k *fileCheck) check(ctx context.Context) error {
 	var st unix.Stat_t
-	if err := k.fstat(k.fd, &st); err != nil {
+	if err := k.disk.Fstat(k.fd, &st); err != nil {
 		return err
 	}
 	k.stored = st.Blocks * 512
@@ -76,7 +77,7 @@ func (k *fileCheck) check(ctx context.Context) error {
 		return nil
 	}
 	head := make([]byte, k.geo.Header())
-	n, err := k.pread(k.fd, head, 0)
+	n, err := k.disk.Pread(k.fd, head, 0)
 	if err != nil {
 		return err
 	}
@@ -196,7 +197,7 @@ func (k *fileCheck) unconfirmed(what, detail, advice string) {
 // told without.
 func (k *fileCheck) checkPages(keys *blockcrypt.FileKeys) error {
 	s := k.hdr.State
-	v := &Volume{disk: disk{hook: k.disk.hook, done: k.disk.done}, o: Options{ReadOnly: true}, geo: k.geo, log: slog.New(slog.DiscardHandler)}
+	v := &Volume{disk: disk.Disk{Hook: k.disk.Hook, Done: k.disk.Done}, o: Options{ReadOnly: true}, geo: k.geo, log: slog.New(slog.DiscardHandler)}
 	v.root = &Node{v: v, typ: unix.S_IFREG, last: -1}
 	f := &file{n: v.root, v: v, fd: k.fd, hdr: k.hdr, keys: keys, size: s.Size, tailK: -1}
 	if k.dirty() || k.bad[s.Session] && s.Floor < s.Size {
@@ -250,7 +251,7 @@ func (k *fileCheck) eachBlock(f *file, good func(b int64, page []byte, size int)
 			}
 			n = min(n, blocks)
 		}
-		m, err := k.pread(k.fd, (*buf)[:n*blockcrypt.PageSize], k.geo.PageOff(first))
+		m, err := k.disk.Pread(k.fd, (*buf)[:n*blockcrypt.PageSize], k.geo.PageOff(first))
 		if err != nil {
 			return err
 		}

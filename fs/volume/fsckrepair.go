@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/disk"
 )
 
 // Repaired is what a repair did about a finding.
@@ -36,7 +37,7 @@ func (v *Volume) Repair(ctx context.Context, findings []Finding, ask func(Findin
 		case f.What == FoundLeftover, f.What == FoundOrphan:
 			r.Done, r.Err = v.removeLeftover(f.Path)
 		case f.What == FoundLinks:
-			r.Done, r.Err = "accepted as a copy without symlinks", v.symlink(linksTarget, v.rootD, linksName)
+			r.Done, r.Err = "accepted as a copy without symlinks", v.disk.Symlink(linksTarget, v.rootD, linksName)
 		case f.What == FoundDirID:
 			r.Done, r.Err = v.mendDirID(f.Path)
 		case f.What == string(blockcrypt.BadBlock), f.What == string(blockcrypt.BadSize), f.What == FoundCopied:
@@ -54,7 +55,7 @@ func (v *Volume) Repair(ctx context.Context, findings []Finding, ask func(Findin
 }
 
 func (v *Volume) below(cpath string, flags int) (int, error) {
-	return v.openBelow(v.rootD, cpath, flags)
+	return v.disk.OpenBelow(v.rootD, cpath, flags)
 }
 
 func (v *Volume) removeLeftover(cpath string) (string, error) {
@@ -63,15 +64,15 @@ func (v *Volume) removeLeftover(cpath string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	defer v.disk.close(fd)
+	defer v.disk.Close(fd)
 	var st unix.Stat_t
-	if hash, ok := strings.CutPrefix(name, blockcrypt.LongName); ok && v.stat(fd, blockcrypt.LongPrefix+hash, &st) == nil {
+	if hash, ok := strings.CutPrefix(name, blockcrypt.LongName); ok && v.disk.Stat(fd, blockcrypt.LongPrefix+hash, &st) == nil {
 		return "", errors.New("its entry is there by now")
 	}
-	if err := v.unlink(fd, name, 0); err != nil {
+	if err := v.disk.Unlink(fd, name, 0); err != nil {
 		return "", err
 	}
-	return "removed", v.fsync(fd)
+	return "removed", v.disk.Fsync(fd)
 }
 
 // mendDirID finds a directory's ID: in one of its two places, or in the headers of
@@ -81,7 +82,7 @@ func (v *Volume) mendDirID(cpath string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	defer v.disk.close(fd)
+	defer v.disk.Close(fd)
 	var candidates []blockcrypt.ID
 	var places []string
 	encoded := "" // a name that the right one decodes
@@ -90,22 +91,22 @@ func (v *Volume) mendDirID(cpath string) (string, error) {
 			candidates = append(candidates, id)
 		}
 	}
-	if err := v.scan(fd, func(e dirent) error {
-		switch s, inName := strings.CutPrefix(e.name, dirLink+"."); {
-		case e.name == dirLink:
-			t, _ := v.readlink(fd, dirLink)
-			places = append(places, e.name)
+	if err := v.disk.Scan(fd, func(e disk.Dirent) error {
+		switch s, inName := strings.CutPrefix(e.Name, dirLink+"."); {
+		case e.Name == dirLink:
+			t, _ := v.disk.Readlink(fd, dirLink)
+			places = append(places, e.Name)
 			add(t)
 		case inName:
-			places = append(places, e.name)
+			places = append(places, e.Name)
 			add(s)
-		case strings.HasPrefix(e.name, blockcrypt.LongName):
+		case strings.HasPrefix(e.Name, blockcrypt.LongName):
 			if encoded == "" {
-				encoded, _ = v.readlink(fd, e.name)
+				encoded, _ = v.disk.Readlink(fd, e.Name)
 			}
-		case !isOwn(e.name):
-			encoded = e.name
-			if hdr, err := v.headerOf(fd, e.name); err == nil && !slices.Contains(candidates, hdr.Dir) {
+		case !isOwn(e.Name):
+			encoded = e.Name
+			if hdr, err := v.headerOf(fd, e.Name); err == nil && !slices.Contains(candidates, hdr.Dir) {
 				candidates = append(candidates, hdr.Dir)
 			}
 		}
@@ -120,27 +121,27 @@ func (v *Volume) mendDirID(cpath string) (string, error) {
 		}
 		for _, p := range places {
 			if p != dirLink+"."+id.String() {
-				if err := v.unlink(fd, p, 0); err != nil {
+				if err := v.disk.Unlink(fd, p, 0); err != nil {
 					return "", err
 				}
 			}
 		}
-		if err := errors.Join(ignore(v.symlink(id.String(), fd, dirLink), unix.EEXIST), ignore(v.nameDirID(fd, id), unix.EEXIST)); err != nil {
+		if err := errors.Join(ignore(v.disk.Symlink(id.String(), fd, dirLink), unix.EEXIST), ignore(v.nameDirID(fd, id), unix.EEXIST)); err != nil {
 			return "", err
 		}
-		return "its ID was found again", v.fsync(fd)
+		return "its ID was found again", v.disk.Fsync(fd)
 	}
 	return "", errors.New("none of the IDs that can be found decodes the names in it")
 }
 
 func (v *Volume) headerOf(dir int, name string) (*blockcrypt.Header, error) {
-	fd, err := v.disk.open(dir, name, unix.O_RDONLY|fileFlags, 0)
+	fd, err := v.disk.Open(dir, name, unix.O_RDONLY|disk.FileFlags, 0)
 	if err != nil {
 		return nil, err
 	}
-	defer v.disk.close(fd)
+	defer v.disk.Close(fd)
 	b := make([]byte, v.geo.Header())
-	n, err := v.pread(fd, b, 0)
+	n, err := v.disk.Pread(fd, b, 0)
 	if err != nil {
 		return nil, err
 	}
@@ -188,9 +189,9 @@ func (v *Volume) keepRest(ctx context.Context, cpath string) (done string, err e
 	if err != nil {
 		return "", err
 	}
-	defer v.disk.close(fd)
+	defer v.disk.Close(fd)
 	var st unix.Stat_t
-	if err := v.fstat(fd, &st); err != nil {
+	if err := v.disk.Fstat(fd, &st); err != nil {
 		return "", err
 	}
 	d, base := path.Split(cpath)
@@ -198,7 +199,7 @@ func (v *Volume) keepRest(ctx context.Context, cpath string) (done string, err e
 	if err != nil {
 		return "", err
 	}
-	defer v.disk.close(dfd)
+	defer v.disk.Close(dfd)
 	hdr, err := v.headerOf(dfd, base)
 	if err != nil {
 		return "", err
@@ -248,12 +249,12 @@ func (v *Volume) copyBlocks(ctx context.Context, h *Handle, fd int, keys *blockc
 	var page [blockcrypt.PageSize]byte
 	text := make([]byte, 0, blockcrypt.BlockSize)
 	for k := int64(0); k <= v.geo.Last(length); k++ {
-		n, err := v.pread(fd, page[:], v.geo.PageOff(k))
+		n, err := v.disk.Pread(fd, page[:], v.geo.PageOff(k))
 		if err != nil {
 			continue // the disk cannot read it
 		}
 		if n == len(page) && blockcrypt.IsHole(page[:]) {
-			at, err := v.seek(fd, v.geo.PageOff(k), unix.SEEK_DATA)
+			at, err := v.disk.Seek(fd, v.geo.PageOff(k), unix.SEEK_DATA)
 			if errors.Is(err, unix.ENXIO) { // none is behind it
 				break
 			}

@@ -142,7 +142,7 @@ func (f *file) pages(waits func(), buf []byte, first, last int64) ([]byte, error
 	if n == len(buf) {
 		return buf, nil
 	}
-	m, err := f.v.preadOr(waits, f.fd, buf[n:], at+int64(n))
+	m, err := f.v.disk.PreadOr(waits, f.fd, buf[n:], at+int64(n))
 	return buf[:n+m], err
 }
 
@@ -509,7 +509,7 @@ func (f *file) keepGrowth(k int64) bool {
 	var page [blockcrypt.PageSize]byte
 	text := make([]byte, 0, blockcrypt.BlockSize)
 	for ; ; k++ {
-		n, err := f.v.pread(f.fd, page[:], g.PageOff(k))
+		n, err := f.v.disk.Pread(f.fd, page[:], g.PageOff(k))
 		if err != nil {
 			break
 		}
@@ -588,7 +588,7 @@ func (f *file) putRun(buf []byte, first, last, size int64, b []byte, off, end in
 	}
 	f.v.wrote.Store(true)
 	f.tailK = -1
-	err := f.takeSpace(int64(used), func() error { return f.v.pwrite(f.fd, buf[:used], at) })
+	err := f.takeSpace(int64(used), func() error { return f.v.disk.Pwrite(f.fd, buf[:used], at) })
 	if err == nil { // the next write mostly goes on there
 		f.tailK, f.tail = last, append(f.tail[:0], text...)
 	}
@@ -635,5 +635,5 @@ func (f *file) guard(at, first, last int64) error {
 	if first > last {
 		return nil
 	}
-	return f.waited(f.v.settlePages(f.fd, at, f.v.geo.PageOff(last+1)-at))
+	return f.waited(f.v.disk.SettlePages(f.fd, at, f.v.geo.PageOff(last+1)-at))
 }

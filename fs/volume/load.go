@@ -24,7 +24,7 @@ type half struct {
 func (h *half) holds() bool {
 	var st unix.Stat_t
 	f := h.f
-	return !f.v.doubts.of(f.n) && f.v.fstat(f.fd, &st) == nil && st.Size == h.st.Size && st.Mtim == h.st.Mtim && st.Ctim == h.st.Ctim
+	return !f.v.doubts.of(f.n) && f.v.disk.Fstat(f.fd, &st) == nil && st.Size == h.st.Size && st.Mtim == h.st.Mtim && st.Ctim == h.st.Ctim
 }
 
 // dropHalf closes the file that waits for its key. openMu is held.
@@ -105,11 +105,11 @@ func (n *Node) openHalf() (*half, error) {
 	// After a sync that failed, of this mount or of one that ended badly, the page cache
 	// can say more than the disk has.
 	if h.doubted || n.v.repairs() {
-		n.v.forgetPages(f.fd, 0, 0)
+		n.v.disk.ForgetPages(f.fd, 0, 0)
 	}
 	if st.Size > 0 {
 		if err := f.readHeader(st.Size); err != nil {
-			n.v.disk.close(f.fd)
+			n.v.disk.Close(f.fd)
 			return nil, err
 		}
 	}
@@ -149,20 +149,20 @@ func (n *Node) openForced(flags int, now *unix.Stat_t) (fd int, err error) {
 	if err != nil {
 		return -1, err
 	}
-	defer n.v.disk.close(p)
+	defer n.v.disk.Close(p)
 	var st unix.Stat_t
-	if err := n.v.fstat(p, &st); err != nil {
+	if err := n.v.disk.Fstat(p, &st); err != nil {
 		return -1, err
 	}
 	if int(st.Uid) != unix.Geteuid() {
 		return -1, unix.EACCES
 	}
-	if err := n.v.chmod(p, st.Mode&0o7777|0o600); err != nil {
+	if err := n.v.disk.Chmod(p, st.Mode&0o7777|0o600); err != nil {
 		return -1, err
 	}
 	fd, err = n.openStat(flags, now)
-	if cerr := n.v.chmod(p, st.Mode&0o7777); cerr != nil && err == nil {
-		n.v.disk.close(fd)
+	if cerr := n.v.disk.Chmod(p, st.Mode&0o7777); cerr != nil && err == nil {
+		n.v.disk.Close(fd)
 		return -1, cerr
 	}
 	return fd, err
@@ -180,7 +180,7 @@ func (f *file) readHeader(length int64) error {
 	if first := v.geo.PageOff(1); length > mostAhead {
 		b = make([]byte, first)
 	}
-	m, err := v.pread(f.fd, b, 0)
+	m, err := v.disk.Pread(f.fd, b, 0)
 	if err != nil {
 		return err
 	}
@@ -188,10 +188,10 @@ func (f *file) readHeader(length int64) error {
 	if blockcrypt.IsHole(b[:min(m, blockcrypt.PageSize)]) && v.repairs() && f.rw {
 		// The power failed before the first page was written: nothing was confirmed.
 		v.log.Warn("a file was never written before the power failed; it is empty now", "at", f.n.where())
-		if err := v.truncate(f.fd, 0); err != nil {
+		if err := v.disk.Truncate(f.fd, 0); err != nil {
 			return err
 		}
-		return v.datasync(f.fd)
+		return v.disk.Datasync(f.fd)
 	}
 	head := slices.Clone(b[:min(m, v.geo.Header())])
 	hdr, err := blockcrypt.ParseHeader(head)
@@ -351,10 +351,10 @@ func (n *Node) needsRepair() (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	defer n.v.disk.close(fd)
+	defer n.v.disk.Close(fd)
 	b := make([]byte, min(int64(n.v.geo.Header()), st.Size))
-	n.v.forgetPages(fd, 0, 0) // as load does; a part of a file may be less than the kernel can forget
-	m, err := n.v.pread(fd, b, 0)
+	n.v.disk.ForgetPages(fd, 0, 0) // as load does; a part of a file may be less than the kernel can forget
+	m, err := n.v.disk.Pread(fd, b, 0)
 	if err != nil {
 		return false, err
 	}

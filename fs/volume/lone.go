@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/disk"
 	"kmsfs/keystore"
 )
 
@@ -20,7 +21,7 @@ type Lone struct {
 	Header *blockcrypt.Header // nil: an empty file
 	Length int64              // of the ciphertext
 
-	disk disk
+	disk disk.Disk
 	f    *file
 	fd   int
 }
@@ -30,7 +31,7 @@ type Lone struct {
 func OpenLone(path string) (*Lone, error) {
 	l := &Lone{}
 	var err error
-	if l.fd, err = l.disk.openPath(path, unix.O_RDONLY|unix.O_NONBLOCK); err != nil {
+	if l.fd, err = l.disk.OpenPath(path, unix.O_RDONLY|unix.O_NONBLOCK); err != nil {
 		return nil, &os.PathError{Op: "open", Path: path, Err: err}
 	}
 	if err := l.readHeader(); err != nil {
@@ -42,7 +43,7 @@ func OpenLone(path string) (*Lone, error) {
 
 func (l *Lone) readHeader() error {
 	var st unix.Stat_t
-	if err := l.disk.fstat(l.fd, &st); err != nil {
+	if err := l.disk.Fstat(l.fd, &st); err != nil {
 		return err
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFREG {
@@ -52,7 +53,7 @@ func (l *Lone) readHeader() error {
 		return nil
 	}
 	b := make([]byte, blockcrypt.MaxHeader)
-	n, err := l.disk.pread(l.fd, b, 0)
+	n, err := l.disk.Pread(l.fd, b, 0)
 	if err != nil {
 		return err
 	}
@@ -115,7 +116,7 @@ func (l *Lone) CopyTo(w io.Writer, skip func(n int64) error) error {
 }
 
 // Close closes the file.
-func (l *Lone) Close() { l.disk.close(l.fd) }
+func (l *Lone) Close() { l.disk.Close(l.fd) }
 
 // Encrypt writes what it reads from r as a ciphertext file outside any volume,
 // to w, an empty file: in bounded memory, the header last.

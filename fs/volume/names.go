@@ -1,17 +1,15 @@
 package volume
 
 import (
-	"bytes"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
 	"strings"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/disk"
 )
 
 // A directory's ID stands in two of its entries, both metadata: the target of
@@ -69,14 +67,14 @@ func (n *Node) forgetID() {
 // readDirID reads the ID from either place, and refuses two that differ. The
 // place that is lost is made again where the volume is writable.
 func (v *Volume) readDirID(fd int) (id blockcrypt.ID, ok bool, err error) {
-	target, err := v.readlink(fd, dirLink)
+	target, err := v.disk.Readlink(fd, dirLink)
 	switch {
 	case err == nil:
 		if id, ok = blockcrypt.ParseID(target); !ok {
 			return id, false, errors.New("kmsfs.dir is malformed")
 		}
 		var st unix.Stat_t
-		if v.stat(fd, dirLink+"."+target, &st) == nil {
+		if v.disk.Stat(fd, dirLink+"."+target, &st) == nil {
 			return id, true, nil
 		}
 	case !errors.Is(err, unix.ENOENT):
@@ -85,12 +83,12 @@ func (v *Volume) readDirID(fd int) (id blockcrypt.ID, ok bool, err error) {
 	// One place, or both, are missing.
 	var inName []string
 	entries := false
-	err = v.scan(fd, func(e dirent) error {
-		if s, found := strings.CutPrefix(e.name, dirLink+"."); found {
+	err = v.disk.Scan(fd, func(e disk.Dirent) error {
+		if s, found := strings.CutPrefix(e.Name, dirLink+"."); found {
 			inName = append(inName, s)
-		} else if !isOwn(e.name) {
+		} else if !isOwn(e.Name) {
 			entries = true
-		} else if strings.HasPrefix(e.name, blockcrypt.LongPrefix) {
+		} else if strings.HasPrefix(e.Name, blockcrypt.LongPrefix) {
 			entries = true
 		}
 		return nil
@@ -112,7 +110,7 @@ func (v *Volume) readDirID(fd int) (id blockcrypt.ID, ok bool, err error) {
 	if id, ok = blockcrypt.ParseID(inName[0]); !ok {
 		return id, false, errors.New("kmsfs.dir.ID is malformed")
 	}
-	v.makeAgain(fd, func() error { return v.symlink(id.String(), fd, dirLink) })
+	v.makeAgain(fd, func() error { return v.disk.Symlink(id.String(), fd, dirLink) })
 	return id, true, nil
 }
 
@@ -128,24 +126,24 @@ func (v *Volume) makeAgain(fd int, f func() error) {
 
 func (v *Volume) makeDirID(fd int) (blockcrypt.ID, error) {
 	id := blockcrypt.NewID()
-	if err := v.symlink(id.String(), fd, dirLink); err != nil {
+	if err := v.disk.Symlink(id.String(), fd, dirLink); err != nil {
 		return id, err
 	}
 	err := v.nameDirID(fd, id)
 	if err == nil && v.super {
 		// Who owns the directory can go on without the one who runs this mount.
 		var st unix.Stat_t
-		if err = v.fstat(fd, &st); err == nil && st.Uid != 0 {
+		if err = v.disk.Fstat(fd, &st); err == nil && st.Uid != 0 {
 			err = errors.Join(
-				v.chownAt(fd, dirLink, int(st.Uid), int(st.Gid)),
-				v.chownAt(fd, dirLink+"."+id.String(), int(st.Uid), int(st.Gid)))
+				v.disk.ChownAt(fd, dirLink, int(st.Uid), int(st.Gid)),
+				v.disk.ChownAt(fd, dirLink+"."+id.String(), int(st.Uid), int(st.Gid)))
 		}
 	}
 	return id, err
 }
 
 func (v *Volume) nameDirID(fd int, id blockcrypt.ID) error {
-	return v.mknod(fd, dirLink+"."+id.String(), unix.S_IFREG|0o444, 0)
+	return v.disk.Mknod(fd, dirLink+"."+id.String(), unix.S_IFREG|0o444, 0)
 }
 
 // encode returns the ciphertext name of an entry, and the encoded name in full
@@ -188,7 +186,7 @@ func (n *Node) encode(name string, create bool) (e entryName, err error) {
 			return e, err
 		}
 		defer n.leave()
-		err = v.symlink(encoded, fd, e.name)
+		err = v.disk.Symlink(encoded, fd, e.name)
 		e.made = err == nil
 		return e, ignore(err, unix.EEXIST)
 	}
@@ -204,20 +202,20 @@ type entryName struct {
 }
 
 // undo removes the symlink of a long name that this operation made, after it failed.
-func (e entryName) undo(d *disk, fd int) {
+func (e entryName) undo(d *disk.Disk, fd int) {
 	if e.made {
 		var st unix.Stat_t
-		if d.stat(fd, e.cname, &st) == unix.ENOENT {
-			d.unlink(fd, e.name, 0) // what is left is harmless: rmdir takes it along
+		if d.Stat(fd, e.cname, &st) == unix.ENOENT {
+			d.Unlink(fd, e.name, 0) // what is left is harmless: rmdir takes it along
 		}
 	}
 }
 
 // dropName removes the symlink of a long name whose entry is gone. What a
 // failure leaves is harmless.
-func (e entryName) dropName(d *disk, fd int) {
+func (e entryName) dropName(d *disk.Disk, fd int) {
 	if e.name != "" {
-		d.unlink(fd, e.name, 0)
+		d.Unlink(fd, e.name, 0)
 	}
 }
 
@@ -234,7 +232,7 @@ func (n *Node) decode(fd int, id blockcrypt.ID, cname string) (name string, ok b
 		if !long {
 			return "", false, nil
 		}
-		if encoded, err = v.readlink(fd, blockcrypt.LongName+hash); err != nil {
+		if encoded, err = v.disk.Readlink(fd, blockcrypt.LongName+hash); err != nil {
 			return "", false, fmt.Errorf("the name of a long entry is lost: %w", err)
 		}
 		if h, isLong := blockcrypt.LongHash(encoded); !isLong || h != hash {
@@ -248,36 +246,20 @@ func (n *Node) decode(fd int, id blockcrypt.ID, cname string) (name string, ok b
 // emptied reports whether only kmsfs' own entries are in a directory, and
 // which: those go with it. Anything foreign is ENOTEMPTY.
 func (n *Node) emptied(fd int) (own []string, err error) {
-	err = n.v.scan(fd, func(e dirent) error {
+	err = n.v.disk.Scan(fd, func(e disk.Dirent) error {
 		switch {
 		case n.v.plain:
 			return unix.ENOTEMPTY
-		case isDirID(e.name):
-		case strings.HasPrefix(e.name, blockcrypt.LongName) && e.typ&^unix.S_IFLNK == 0:
+		case isDirID(e.Name):
+		case strings.HasPrefix(e.Name, blockcrypt.LongName) && e.Type&^unix.S_IFLNK == 0:
 			// left behind by a crash; its entry would be seen too
 		default:
 			return unix.ENOTEMPTY
 		}
-		own = append(own, e.name)
+		own = append(own, e.Name)
 		return nil
 	})
 	return own, err
-}
-
-// parseDirent reads one struct linux_dirent64; size is its length.
-func parseDirent(b []byte) (e dirent, size int) {
-	const nameOff = int(unsafe.Offsetof(unix.Dirent{}.Name))
-	size = int(binary.NativeEndian.Uint16(b[unsafe.Offsetof(unix.Dirent{}.Reclen):]))
-	name := b[nameOff:size]
-	if i := bytes.IndexByte(name, 0); i >= 0 {
-		name = name[:i]
-	}
-	return dirent{
-		name: string(name),
-		ino:  binary.NativeEndian.Uint64(b),
-		off:  int64(binary.NativeEndian.Uint64(b[8:])),
-		typ:  uint32(b[unsafe.Offsetof(unix.Dirent{}.Type)]) << 12,
-	}, size
 }
 
 // syncIDs makes the IDs of a directory and of all its ancestors durable: an
@@ -319,10 +301,10 @@ func (n *Node) syncDir() error {
 		return err
 	}
 	defer n.leave()
-	real, err := n.v.disk.open(fd, ".", unix.O_RDONLY|unix.O_DIRECTORY, 0)
+	real, err := n.v.disk.Open(fd, ".", unix.O_RDONLY|unix.O_DIRECTORY, 0)
 	if err != nil {
 		return err
 	}
-	defer n.v.disk.close(real)
-	return n.v.fsync(real)
+	defer n.v.disk.Close(real)
+	return n.v.disk.Fsync(real)
 }

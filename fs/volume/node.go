@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/disk"
 )
 
 // Node is an object of the tree as long as the kernel, or something open, knows it.
@@ -133,9 +134,9 @@ func (v *Volume) unlock() {
 	v.unneeded, v.left = nil, 0
 	v.mu.Unlock()
 	for _, fd := range fds {
-		v.disk.close(fd)
+		v.disk.Close(fd)
 	}
-	v.leaving.Add(-left) // now their space is free
+	v.disk.Left(left)
 }
 
 // intern returns the node of what st describes, found at dir/cname, counting a
@@ -276,13 +277,13 @@ func (v *Volume) part(p place, fd int) parting {
 	x := parting{at: p, n: n, fd: last}
 	if last < 0 {
 		var err error
-		x.fd, err = v.disk.open(fd, p.cname, unix.O_PATH, 0)
+		x.fd, err = v.disk.Open(fd, p.cname, unix.O_PATH, 0)
 		x.ours = err == nil
 	}
 	if x.fd >= 0 {
-		v.fstat(x.fd, &x.st)
+		v.disk.Fstat(x.fd, &x.st)
 	} else {
-		v.stat(fd, p.cname, &x.st) // if it fails too, the removal will
+		v.disk.Stat(fd, p.cname, &x.st) // if it fails too, the removal will
 	}
 	return x
 }
@@ -313,7 +314,7 @@ func (v *Volume) leaves(x parting) (gone *Node) {
 	// network filesystem may keep a name of its own for an open object (.nfsXXXX).
 	if same && x.fd >= 0 && (!last || n.linked.Load()) {
 		var now unix.Stat_t
-		last = v.fstat(x.fd, &now) != nil || now.Nlink == 0
+		last = v.disk.Fstat(x.fd, &now) != nil || now.Nlink == 0
 	}
 	v.mu.Lock()
 	defer v.unlock()
@@ -329,9 +330,7 @@ func (v *Volume) leaves(x parting) (gone *Node) {
 			delete(v.inodes, key)
 		}
 		n.leaving = true
-		v.leaving.Add(1)
-		t := time.Now()
-		v.removed.Store(&t)
+		v.disk.Leaves()
 	}
 	if x.ours && last && same && n.last < 0 {
 		n.last = x.fd
@@ -403,7 +402,7 @@ func (l *dirLRU) init() { l.list.Init() }
 // closeDirs closes them all.
 func (v *Volume) closeDirs() {
 	for e := v.dirLRU.list.Front(); e != nil; e = e.Next() {
-		v.disk.close(e.Value.(*Node).dirFD)
+		v.disk.Close(e.Value.(*Node).dirFD)
 	}
 	v.dirLRU.list.Init()
 }
@@ -436,7 +435,7 @@ func (n *Node) enter() (int, error) {
 	fd = n.dirFD
 	v.fdMu.Unlock()
 	for _, fd := range unneeded {
-		v.disk.close(fd)
+		v.disk.Close(fd)
 	}
 	return fd, nil
 }
@@ -519,11 +518,11 @@ func (n *Node) openStat(flags int, st *unix.Stat_t) (fd int, err error) {
 		return fd, err
 	}
 	if last, ok := n.kept(); ok {
-		if fd, err = n.v.disk.reopen(last, flags|fileFlags); err != nil {
+		if fd, err = n.v.disk.Reopen(last, flags|disk.FileFlags); err != nil {
 			return -1, err
 		}
-		if err = n.v.fstat(fd, st); err != nil {
-			n.v.disk.close(fd)
+		if err = n.v.disk.Fstat(fd, st); err != nil {
+			n.v.disk.Close(fd)
 			return -1, err
 		}
 	}
@@ -532,16 +531,16 @@ func (n *Node) openStat(flags int, st *unix.Stat_t) (fd int, err error) {
 
 func (n *Node) openNamed(flags int, st *unix.Stat_t) (fd int, err error) {
 	err = n.find(func(dir int, name string) error {
-		fd, err = n.v.disk.open(dir, name, flags|fileFlags, 0)
+		fd, err = n.v.disk.Open(dir, name, flags|disk.FileFlags, 0)
 		if err != nil {
 			return err
 		}
-		err = n.v.fstat(fd, st)
+		err = n.v.disk.Fstat(fd, st)
 		if err == nil && (!n.is(st) || st.Mode&unix.S_IFMT != n.typ) {
 			err = errMoved
 		}
 		if err != nil {
-			n.v.disk.close(fd)
+			n.v.disk.Close(fd)
 		}
 		return err
 	})
@@ -570,7 +569,7 @@ func (n *Node) withFD(f func(fd int) error) error {
 	if err != nil {
 		return err
 	}
-	defer n.v.disk.close(fd)
+	defer n.v.disk.Close(fd)
 	return f(fd)
 }
 

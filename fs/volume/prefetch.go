@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/disk"
 )
 
 // prefetcher unwraps ahead the keys of files that a program is about to open. It
@@ -368,12 +369,12 @@ func (p *prefetcher) list(n *Node) []scanEntry {
 		return nil
 	}
 	var out []scanEntry
-	p.v.scan(fd, func(e dirent) error {
-		if isOwn(e.name) && !strings.HasPrefix(e.name, blockcrypt.LongPrefix) || e.typ != unix.S_IFREG && e.typ != unix.S_IFDIR {
+	p.v.disk.Scan(fd, func(e disk.Dirent) error {
+		if isOwn(e.Name) && !strings.HasPrefix(e.Name, blockcrypt.LongPrefix) || e.Type != unix.S_IFREG && e.Type != unix.S_IFDIR {
 			return nil
 		}
-		if name, ok, err := n.decode(fd, id, e.name); err == nil && ok {
-			out = append(out, scanEntry{cname: e.name, name: name, ino: e.ino, dir: e.typ == unix.S_IFDIR})
+		if name, ok, err := n.decode(fd, id, e.Name); err == nil && ok {
+			out = append(out, scanEntry{cname: e.Name, name: name, ino: e.Ino, dir: e.Type == unix.S_IFDIR})
 		}
 		if len(out) > maxListed {
 			return unix.E2BIG
@@ -391,13 +392,13 @@ func (p *prefetcher) fetch(at place) {
 		return
 	}
 	defer at.dir.leave()
-	f, err := v.disk.open(fd, at.cname, unix.O_RDONLY|fileFlags, 0)
+	f, err := v.disk.Open(fd, at.cname, unix.O_RDONLY|disk.FileFlags, 0)
 	if err != nil {
 		return
 	}
-	defer v.disk.close(f)
+	defer v.disk.Close(f)
 	b := make([]byte, v.geo.Header())
-	if n, err := v.pread(f, b, 0); err != nil || n < len(b) {
+	if n, err := v.disk.Pread(f, b, 0); err != nil || n < len(b) {
 		return
 	}
 	hdr, err := blockcrypt.ParseHeader(b)

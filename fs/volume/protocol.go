@@ -44,7 +44,7 @@ func (f *file) begin(flags uint32, size int64) error {
 // be on the disk, so the next attempt takes another key.
 func (f *file) abandon() {
 	f.becomeEmpty()
-	if err := f.v.truncate(f.fd, 0); err != nil {
+	if err := f.v.disk.Truncate(f.fd, 0); err != nil {
 		f.failed("emptying the file again", err)
 		f.breaks()
 	}
@@ -75,7 +75,7 @@ func (f *file) writeState(flags uint32) error {
 	f.hdr.EncodeState(b)
 	err := f.settleHead()
 	if err == nil {
-		err = f.v.pwrite(f.fd, b, blockcrypt.StateOffset)
+		err = f.v.disk.Pwrite(f.fd, b, blockcrypt.StateOffset)
 	}
 	if err != nil {
 		f.keys.SetState(f.hdr, old)
@@ -93,9 +93,9 @@ func (f *file) settleHead() error {
 	case f.v.calm:
 		return nil
 	case f.conf > 0:
-		return f.waited(f.v.settlePages(f.fd, 0, blockcrypt.PageSize))
+		return f.waited(f.v.disk.SettlePages(f.fd, 0, blockcrypt.PageSize))
 	default:
-		return f.waited(f.v.waitPages(f.fd, 0, blockcrypt.PageSize))
+		return f.waited(f.v.disk.WaitPages(f.fd, 0, blockcrypt.PageSize))
 	}
 }
 
@@ -159,7 +159,7 @@ func (f *file) makeWhole() error {
 	if f.whole {
 		return nil
 	}
-	if err := f.v.truncate(f.fd, f.v.geo.Whole(f.size)); err != nil {
+	if err := f.v.disk.Truncate(f.fd, f.v.geo.Whole(f.size)); err != nil {
 		return err
 	}
 	f.whole = true
@@ -205,8 +205,8 @@ func (n *Node) emptyDamaged(damage error) error {
 	if err != nil {
 		return err
 	}
-	defer n.v.disk.close(fd)
-	return n.v.truncate(fd, 0)
+	defer n.v.disk.Close(fd)
+	return n.v.disk.Truncate(fd, 0)
 }
 
 // resize is truncate for an open file.
@@ -257,7 +257,7 @@ func (f *file) empty(ctx context.Context) error {
 	if f.hdr == nil && f.isZeroLength() {
 		return nil
 	}
-	if err := f.v.truncate(f.fd, 0); err != nil {
+	if err := f.v.disk.Truncate(f.fd, 0); err != nil {
 		return err
 	}
 	f.becomeEmpty()
@@ -268,7 +268,7 @@ func (f *file) empty(ctx context.Context) error {
 
 func (f *file) isZeroLength() bool {
 	var st unix.Stat_t
-	return f.v.fstat(f.fd, &st) == nil && st.Size == 0
+	return f.v.disk.Fstat(f.fd, &st) == nil && st.Size == 0
 }
 
 // shrink truncates to a size between 1 and the present one. mu is held.
@@ -321,11 +321,11 @@ func (f *file) trim() error {
 	}
 	length := f.length(f.size)
 	var st unix.Stat_t
-	if err := f.v.fstat(f.fd, &st); err != nil {
+	if err := f.v.disk.Fstat(f.fd, &st); err != nil {
 		return err
 	}
 	if st.Size != length { // on a full filesystem even that can fail
-		if err := f.v.truncate(f.fd, length); err != nil {
+		if err := f.v.disk.Truncate(f.fd, length); err != nil {
 			return err
 		}
 	}
@@ -355,7 +355,7 @@ func (f *file) reseals(k, size int64) (bool, []byte, error) {
 			return false, nil, nil
 		}
 		var page [blockcrypt.PageSize]byte
-		n, err := f.v.pread(f.fd, page[:], f.v.geo.PageOff(k))
+		n, err := f.v.disk.Pread(f.fd, page[:], f.v.geo.PageOff(k))
 		if err != nil || !f.isHole(k, pageOf(page[:n], 0, f.v.geo.Lead(k))) {
 			return false, nil, err
 		}
@@ -427,7 +427,7 @@ func (f *file) sync() error {
 			return unix.EIO // it could not be settled: nothing is confirmed
 		}
 		f.conf = max(f.conf, f.size)
-		err := f.v.fsync(f.fd)
+		err := f.v.disk.Fsync(f.fd)
 		f.syncFailed(err)
 		if err == nil {
 			f.durable, f.synced = f.size, int64(f.changes)
@@ -456,7 +456,7 @@ func (f *file) sync() error {
 	fd := f.fd
 	f.syncing++
 	f.unlock()
-	err := f.v.fsync(fd)
+	err := f.v.disk.Fsync(fd)
 	f.mu.Lock()
 	f.syncing--
 	if f.syncFailed(err); err == nil {
@@ -490,7 +490,7 @@ func (f *file) datasync() error {
 	if f.broken {
 		return unix.EIO
 	}
-	err := f.v.datasync(f.fd)
+	err := f.v.disk.Datasync(f.fd)
 	if f.syncFailed(err); err == nil {
 		f.synced = int64(f.changes)
 	}
@@ -521,7 +521,7 @@ func (f *file) settle(changes uint64) error {
 	}
 	f.announced = false
 	if !f.reservedBeyond() || f.overlong {
-		if err := f.v.truncate(f.fd, f.v.geo.Exact(f.size)); err != nil {
+		if err := f.v.disk.Truncate(f.fd, f.v.geo.Exact(f.size)); err != nil {
 			return err
 		}
 		f.whole, f.overlong, f.reserved = false, false, 0

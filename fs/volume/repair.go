@@ -48,7 +48,7 @@ func (f *file) assess(length int64) (r findings, err error) {
 		if k%quitEvery == 0 && f.v.ends() {
 			return r, errEnding
 		}
-		m, err := f.v.pread(f.fd, page[:], g.PageOff(k))
+		m, err := f.v.disk.Pread(f.fd, page[:], g.PageOff(k))
 		if err != nil {
 			return r, err
 		}
@@ -123,11 +123,11 @@ func (f *file) repair(length int64) error {
 	}
 	if r.pages == 0 {
 		f.becomeEmpty()
-		if err := v.truncate(f.fd, 0); err != nil {
+		if err := v.disk.Truncate(f.fd, 0); err != nil {
 			return err
 		}
 		v.log.Warn("a file was repaired", "at", f.n.where(), "bytes", 0, "bytes it had", was.Size)
-		return v.datasync(f.fd)
+		return v.disk.Datasync(f.fd)
 	}
 	f.size, f.conf, f.durable, f.whole = r.size, r.size, was.Floor, true
 	f.holes, f.known = nil, false
@@ -137,10 +137,10 @@ func (f *file) repair(length int64) error {
 		return err
 	}
 	if changed {
-		if err := v.truncate(f.fd, g.PageOff(r.pages)); err != nil {
+		if err := v.disk.Truncate(f.fd, g.PageOff(r.pages)); err != nil {
 			return err
 		}
-		if err := v.datasync(f.fd); err != nil {
+		if err := v.disk.Datasync(f.fd); err != nil {
 			return err
 		}
 		v.log.Warn("a file was repaired", "at", f.n.where(), "bytes", r.size, "bytes it had", was.Size)
@@ -173,7 +173,7 @@ func (f *file) reseal(r findings) error {
 func (f *file) resealShort(k, size int64) error {
 	g := f.v.geo
 	var page [blockcrypt.PageSize]byte
-	m, err := f.v.pread(f.fd, page[:], g.PageOff(k))
+	m, err := f.v.disk.Pread(f.fd, page[:], g.PageOff(k))
 	if err != nil {
 		return err
 	}
@@ -197,7 +197,7 @@ func (f *file) settleRepaired() error {
 	if err := f.writeState(f.flags() & blockcrypt.Sparse); err != nil {
 		return err
 	}
-	if err := f.v.truncate(f.fd, f.v.geo.Exact(f.size)); err != nil {
+	if err := f.v.disk.Truncate(f.fd, f.v.geo.Exact(f.size)); err != nil {
 		return err
 	}
 	f.whole = false

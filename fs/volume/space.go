@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/disk"
 )
 
 // Fallocate is fallocate(2) with one of these modes: 0, KEEP_SIZE (both reserve
@@ -56,7 +57,7 @@ func (f *file) reserve(off, n int64, grow bool) error {
 		from = 0 // with the header
 	}
 	to := g.PageOff(g.Block(end-1) + 1)
-	if err := f.takeSpace(n, func() error { return f.v.allocate(f.fd, unix.FALLOC_FL_KEEP_SIZE, from, to-from) }); err != nil {
+	if err := f.takeSpace(n, func() error { return f.v.disk.Allocate(f.fd, unix.FALLOC_FL_KEEP_SIZE, from, to-from) }); err != nil {
 		return err
 	}
 	f.reserved = max(f.reserved, to)
@@ -125,7 +126,7 @@ func (f *file) punch(first, last int64) error {
 	}
 	f.touch()
 	from, to := g.PageOff(first), g.PageOff(last+1)
-	if err := f.v.allocate(f.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, from, to-from); err != nil {
+	if err := f.v.disk.Allocate(f.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, from, to-from); err != nil {
 		return err
 	}
 	if first <= f.tailK && f.tailK <= last {
@@ -189,7 +190,7 @@ func (f *file) extent(off int64) (hole bool, n int64, err error) {
 			return true, g.Start(data) - off, nil
 		}
 	}
-	at, err := f.v.seek(f.fd, g.PageOff(k+1)-1, unix.SEEK_HOLE)
+	at, err := f.v.disk.Seek(f.fd, g.PageOff(k+1)-1, unix.SEEK_HOLE)
 	if err != nil {
 		return false, 0, err
 	}
@@ -202,7 +203,7 @@ func (f *file) extent(off int64) (hole bool, n int64, err error) {
 // dataFrom returns the first block from k on in whose page the backing file has
 // data; a large number where there is none.
 func (f *file) dataFrom(k int64) (int64, error) {
-	at, err := f.v.seek(f.fd, f.v.geo.PageOff(k), unix.SEEK_DATA)
+	at, err := f.v.disk.Seek(f.fd, f.v.geo.PageOff(k), unix.SEEK_DATA)
 	if errors.Is(err, unix.ENXIO) {
 		return 1 << 62, nil
 	}
@@ -237,7 +238,7 @@ func (v *Volume) lookAtSpace() {
 	v.unseen.Store(lookAgain)
 	now := time.Now()
 	v.spaceSeen.Store(&now)
-	s, err := v.statfs(v.rootD)
+	s, err := v.disk.Statfs(v.rootD)
 	if err != nil {
 		return
 	}
@@ -253,7 +254,7 @@ func (f *file) takeSpace(n int64, g func() error) error {
 		v.lookAtSpace()
 	}
 	err := f.asOwner(g)
-	if noSpace(err) {
+	if disk.NoSpace(err) {
 		v.spaceFailed.Store(time.Now().Unix())
 		v.tight.Store(true)
 	}
@@ -268,7 +269,7 @@ func (f *file) asOwner(g func() error) error {
 		return g()
 	}
 	var st unix.Stat_t
-	if err := f.v.fstat(f.fd, &st); err != nil {
+	if err := f.v.disk.Fstat(f.fd, &st); err != nil {
 		return err
 	}
 	if st.Uid == 0 {

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/disk"
 	"kmsfs/keystore"
 )
 
@@ -27,19 +28,25 @@ var (
 	ErrNotEmpty  = errors.New("the directory is not empty")
 )
 
+// A Call is a syscall on the ciphertext tree, as [Options.Hook] and [Options.Done] see it.
+type Call = disk.Call
+
+// ErrSkip is what a hook returns for a call that is not to be made, and to succeed.
+var ErrSkip = disk.ErrSkip
+
 // Options of [Open]; the zero value is a read-write tree that keeps times by itself.
 type Options struct {
 	ReadOnly    bool
-	KernelTimes bool              // the kernel's writeback cache is on: it owns the times of open files
-	Logger      *slog.Logger      // none: nothing is logged
-	Pool        int               // data keys made ahead, see [keystore.RingOptions]
-	MaxAge      time.Duration     // how long a proof that a key may be used is good for; 5 min if zero
-	Grace       time.Duration     // how long known keys are used while a key service cannot be reached; 1 h if zero
-	FileLease   bool              // each open file's key is proven by itself
-	NoPrefetch  bool              // no key is unwrapped before its file is opened
-	Hook        func(Call) error  // for tests: sees each syscall on the tree, and can fail it, or skip it by [ErrSkip]
-	Done        func(Call, error) // likewise, after it was made
-	Seen        func(op string)   // likewise, with those that only look, but for close
+	KernelTimes bool                   // the kernel's writeback cache is on: it owns the times of open files
+	Logger      *slog.Logger           // none: nothing is logged
+	Pool        int                    // data keys made ahead, see [keystore.RingOptions]
+	MaxAge      time.Duration          // how long a proof that a key may be used is good for; 5 min if zero
+	Grace       time.Duration          // how long known keys are used while a key service cannot be reached; 1 h if zero
+	FileLease   bool                   // each open file's key is proven by itself
+	NoPrefetch  bool                   // no key is unwrapped before its file is opened
+	Hook        func(disk.Call) error  // for tests: sees each syscall on the tree, and can fail it, or skip it by [ErrSkip]
+	Done        func(disk.Call, error) // likewise, after it was made
+	Seen        func(op string)        // likewise, with those that only look, but for close
 
 	torn    bool   // for tests: pages can tear, on a filesystem in memory too
 	fdLimit uint64 // for tests, instead of the process's own
@@ -47,7 +54,7 @@ type Options struct {
 
 // Volume is an open encrypted tree.
 type Volume struct {
-	disk
+	disk   disk.Disk
 	o      Options
 	log    *slog.Logger
 	cfg    *blockcrypt.Config
@@ -120,7 +127,7 @@ type inodeKey struct{ dev, ino uint64 }
 // Open gives the tree of a volume that [Unlock] opened. It takes the volume's
 // lock and the ring, which Close closes.
 func (u *Unlocked) Open(o Options) (*Volume, error) {
-	v := &Volume{disk: disk{hook: o.Hook, done: o.Done, seen: o.Seen}, o: o, sealWithin: sealWithin, log: o.Logger, cfg: u.Config, vk: u.keys, rootD: u.root, lockFD: -1, plain: u.Config.Names == blockcrypt.NamesPlain,
+	v := &Volume{disk: disk.Disk{Hook: o.Hook, Done: o.Done, Seen: o.Seen}, o: o, sealWithin: sealWithin, log: o.Logger, cfg: u.Config, vk: u.keys, rootD: u.root, lockFD: -1, plain: u.Config.Names == blockcrypt.NamesPlain,
 		super: unix.Geteuid() == 0, nodes: map[uint64]*Node{}, inodes: map[inodeKey]*Node{}, places: map[place]*Node{}, bad: map[uint64]bool{}, quit: make(chan struct{}), walked: make(chan struct{})}
 	if v.log == nil {
 		v.log = slog.New(slog.DiscardHandler)
@@ -130,7 +137,7 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 		return nil, err
 	}
 	if !o.ReadOnly {
-		if v.lockFD, err = v.lockWriter(v.rootD); err != nil {
+		if v.lockFD, err = lockWriter(&v.disk, v.rootD); err != nil {
 			return nil, err
 		}
 	}
@@ -141,27 +148,29 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 		}
 	}()
 	var st unix.Stat_t
-	if err := v.fstat(v.rootD, &st); err != nil {
+	if err := v.disk.Fstat(v.rootD, &st); err != nil {
 		return nil, err
 	}
-	sfs, err := v.statfs(v.rootD)
+	sfs, err := v.disk.Statfs(v.rootD)
 	if err != nil {
 		return nil, err
 	}
 	memory := sfs.Type == unix.TMPFS_MAGIC || sfs.Type == unix.RAMFS_MAGIC
 	v.calm = memory && !o.torn
-	v.blind.Store(memory) // and need not be asked: it never waits
+	if memory {
+		v.disk.NeverWaits()
+	}
 	v.root = &Node{v: v, id: 1, dev: st.Dev, ino: st.Ino, typ: unix.S_IFDIR, dirFD: v.rootD, last: -1, lookups: 1, dirID: u.Config.Volume, hasID: true, idSynced: true}
 	v.nodes[1], v.inodes[inodeKey{st.Dev, st.Ino}] = v.root, v.root
 	v.nextID.Store(1)
 	v.dirLRU.init()
-	v.idle = v.giveUpIdle
+	v.disk.Idle = v.giveUpIdle
 	v.fdLimits = newFDLimits(cmp.Or(o.fdLimit, processFDs()))
 	if !o.ReadOnly {
-		if v.lacksLinks(v.rootD) {
+		if lacksLinks(&v.disk, v.rootD) {
 			v.log.Warn("this copy of the volume was made without symlinks: the volume's own symlinks and its names of more than 160 bytes are missing; kmsfs fsck tells more")
 		}
-		v.granularity = v.disk.granularity(v.lockFD)
+		v.granularity = timeGranularity(&v.disk, v.lockFD)
 		if err := v.beginSession(); err != nil {
 			return nil, fmt.Errorf("begin to write to the volume: %w", err)
 		}
@@ -206,8 +215,8 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 // unlockWriter gives the locks of lockWriter back.
 func (v *Volume) unlockWriter() {
 	if v.lockFD >= 0 {
-		v.disk.close(v.lockFD)
-		v.flock(v.rootD, unix.LOCK_UN)
+		v.disk.Close(v.lockFD)
+		v.disk.Flock(v.rootD, unix.LOCK_UN)
 		v.lockFD = -1
 	}
 }
@@ -233,7 +242,7 @@ func (v *Volume) SyncWaits() bool { return !v.calm }
 
 // Statfs passes the backing filesystem's figures on; names have up to 255 bytes.
 func (v *Volume) Statfs() (unix.Statfs_t, error) {
-	s, err := v.statfs(v.rootD)
+	s, err := v.disk.Statfs(v.rootD)
 	s.Namelen = 255
 	return s, err
 }
@@ -251,7 +260,7 @@ func (v *Volume) Close() error {
 	v.ring.Close()
 	v.closeDirs()
 	v.unlockWriter()
-	v.disk.close(v.rootD)
+	v.disk.Close(v.rootD)
 	return err
 }
 
@@ -302,7 +311,7 @@ func newSession() uint64 {
 }
 
 func (v *Volume) beginSession() error {
-	target, err := v.readlink(v.rootD, markerName)
+	target, err := v.disk.Readlink(v.rootD, markerName)
 	if err != nil && !errors.Is(err, unix.ENOENT) {
 		return err
 	}
@@ -317,7 +326,7 @@ func (v *Volume) beginSession() error {
 		v.log.Warn("the last mount did not end well; files that it was writing are repaired when they are looked up", "sessions", len(old))
 		// What only the page cache has must be on the disk before a repair
 		// believes it.
-		if err := v.syncfs(v.rootD); err != nil {
+		if err := v.disk.Syncfs(v.rootD); err != nil {
 			return err
 		}
 	}
@@ -347,22 +356,22 @@ func (v *Volume) writeMarker(mine ...uint64) error {
 
 func (v *Volume) replaceMarker(sessions []uint64) error {
 	if len(sessions) == 0 {
-		if err := v.unlink(v.rootD, markerName, 0); err != nil && !errors.Is(err, unix.ENOENT) {
+		if err := v.disk.Unlink(v.rootD, markerName, 0); err != nil && !errors.Is(err, unix.ENOENT) {
 			return err
 		}
-		return v.fsync(v.rootD)
+		return v.disk.Fsync(v.rootD)
 	}
 	const tmp = markerName + ".new"
-	if err := v.unlink(v.rootD, tmp, 0); err != nil && !errors.Is(err, unix.ENOENT) {
+	if err := v.disk.Unlink(v.rootD, tmp, 0); err != nil && !errors.Is(err, unix.ENOENT) {
 		return err
 	}
-	if err := v.symlink(v.vk.SealMarker(sessions), v.rootD, tmp); err != nil {
+	if err := v.disk.Symlink(v.vk.SealMarker(sessions), v.rootD, tmp); err != nil {
 		return err
 	}
-	if err := v.rename(v.rootD, tmp, v.rootD, markerName, 0); err != nil {
+	if err := v.disk.Rename(v.rootD, tmp, v.rootD, markerName, 0); err != nil {
 		return err
 	}
-	return v.fsync(v.rootD)
+	return v.disk.Fsync(v.rootD)
 }
 
 // nextSession begins a new session while the volume stays mounted, so that what
@@ -400,7 +409,7 @@ func (v *Volume) endSession() error {
 	errs := make([]error, len(files))
 	sideBySide(files, func(i int, f *file) { errs[i] = f.finish() })
 	if err = errors.Join(err, errors.Join(errs...)); err == nil {
-		err = v.syncfs(v.rootD)
+		err = v.disk.Syncfs(v.rootD)
 	}
 	if err == nil && v.stuck.Load() {
 		err = errStuck

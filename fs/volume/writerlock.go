@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"kmsfs/fs/volume/internal/disk"
 )
 
 // One mount at a time writes to a volume. It holds two locks until it ends: flock(2) on
@@ -71,39 +73,39 @@ func (e errNoLocks) Error() string {
 
 // lockWriter takes both locks of the volume with this root. The descriptor that it returns
 // holds the second one until it is closed; the first one belongs to root.
-func (d *disk) lockWriter(root int) (fd int, err error) {
-	if err := d.flock(root, unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
-		return -1, d.lockHolder(root)
+func lockWriter(d *disk.Disk, root int) (fd int, err error) {
+	if err := d.Flock(root, unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+		return -1, lockHolder(d, root)
 	} else if err != nil {
 		return -1, fmt.Errorf("lock the volume: %w", err)
 	}
-	if fd, err = d.lockFile(root); err != nil {
-		d.flock(root, unix.LOCK_UN)
+	if fd, err = lockFile(d, root); err != nil {
+		d.Flock(root, unix.LOCK_UN)
 	}
 	return fd, err
 }
 
 // lockFile takes the lock that other hosts see.
-func (d *disk) lockFile(root int) (int, error) {
+func lockFile(d *disk.Disk, root int) (int, error) {
 	for {
-		fd, err := d.openLock(root)
+		fd, err := openLock(d, root)
 		if err != nil {
 			return -1, err
 		}
-		if err = d.ofdLock(fd, lockByte); lockBusy(err) {
-			err = d.lockHolder(root)
+		if err = d.OFDLock(fd, lockByte); disk.LockBusy(err) {
+			err = lockHolder(d, root)
 		} else if err != nil {
 			err = errNoLocks{err}
 		}
 		var have, now unix.Stat_t
 		if err == nil {
-			err = errors.Join(d.fstat(fd, &have), d.stat(root, lockName, &now))
+			err = errors.Join(d.Fstat(fd, &have), d.Stat(root, lockName, &now))
 		}
 		if err == nil && have.Ino == now.Ino && have.Dev == now.Dev {
-			d.signLock(fd)
+			signLock(d, fd)
 			return fd, nil
 		}
-		d.close(fd)
+		d.Close(fd)
 		if err != nil && !errors.Is(err, unix.ENOENT) {
 			return -1, err
 		}
@@ -113,11 +115,11 @@ func (d *disk) lockFile(root int) (int, error) {
 
 // openLock opens kmsfs.lock and makes it if it is not there, as in a volume of an earlier
 // version.
-func (d *disk) openLock(root int) (int, error) {
+func openLock(d *disk.Disk, root int) (int, error) {
 	for {
-		fd, err := d.open(root, lockName, unix.O_RDWR|fileFlags, 0)
+		fd, err := d.Open(root, lockName, unix.O_RDWR|disk.FileFlags, 0)
 		if errors.Is(err, unix.ENOENT) {
-			if err = d.makeRootEntries(root); err == nil || errors.Is(err, unix.EEXIST) {
+			if err = makeRootEntries(d, root); err == nil || errors.Is(err, unix.EEXIST) {
 				continue
 			}
 		}
@@ -125,13 +127,13 @@ func (d *disk) openLock(root int) (int, error) {
 			return -1, fmt.Errorf("%w: %w", ErrLockFile, err)
 		}
 		var st unix.Stat_t
-		if err = d.fstat(fd, &st); err == nil && st.Mode&unix.S_IFMT != unix.S_IFREG {
+		if err = d.Fstat(fd, &st); err == nil && st.Mode&unix.S_IFMT != unix.S_IFREG {
 			err = fmt.Errorf("%w: it is not a regular file", ErrLockFile)
 		} else if err == nil && st.Nlink > 1 {
 			err = fmt.Errorf("%w: it has another name, too", ErrLockFile)
 		}
 		if err != nil {
-			d.close(fd)
+			d.Close(fd)
 			return -1, err
 		}
 		return fd, nil
@@ -140,48 +142,48 @@ func (d *disk) openLock(root int) (int, error) {
 
 // makeLock makes kmsfs.lock, for all users who may write to the root directory: each of them
 // can mount the volume.
-func (d *disk) makeLock(root int) error {
-	fd, err := d.open(root, lockName, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|fileFlags, 0o644)
+func makeLock(d *disk.Disk, root int) error {
+	fd, err := d.Open(root, lockName, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|disk.FileFlags, 0o644)
 	if err != nil {
 		return err
 	}
-	defer d.close(fd)
+	defer d.Close(fd)
 	var st unix.Stat_t
-	if err := d.fstat(root, &st); err != nil {
+	if err := d.Fstat(root, &st); err != nil {
 		return err
 	}
 	if unix.Geteuid() == 0 {
-		d.chown(fd, int(st.Uid), int(st.Gid))
+		d.Chown(fd, int(st.Uid), int(st.Gid))
 	} else {
-		d.chown(fd, -1, int(st.Gid)) // if the user is in the group
+		d.Chown(fd, -1, int(st.Gid)) // if the user is in the group
 	}
-	return d.chmod(fd, 0o644|st.Mode&0o022)
+	return d.Chmod(fd, 0o644|st.Mode&0o022)
 }
 
 // signLock writes into kmsfs.lock who holds it. Nothing depends on it but the message that
 // another mount gets, so a failure is none.
-func (d *disk) signLock(fd int) {
+func signLock(d *disk.Disk, fd int) {
 	host, _ := os.Hostname()
 	b, err := json.Marshal(LockedError{Host: host, PID: os.Getpid(), Since: time.Now().Truncate(time.Second), Boot: bootID()})
 	if err != nil || len(b) >= lockSize {
 		return
 	}
 	b = append(b, bytes.Repeat([]byte(" "), lockSize-1-len(b))...)
-	if d.pwrite(fd, append(b, '\n'), 0) == nil {
-		d.sendPages(fd, 0, lockSize) // so that another host reads it soon
+	if d.Pwrite(fd, append(b, '\n'), 0) == nil {
+		d.SendPages(fd, 0, lockSize) // so that another host reads it soon
 	}
 }
 
 // lockHolder returns the error that names the writer of the volume.
-func (d *disk) lockHolder(root int) error {
+func lockHolder(d *disk.Disk, root int) error {
 	e := &LockedError{}
-	fd, err := d.open(root, lockName, unix.O_RDONLY|fileFlags, 0)
+	fd, err := d.Open(root, lockName, unix.O_RDONLY|disk.FileFlags, 0)
 	if err != nil {
 		return e
 	}
-	defer d.close(fd)
+	defer d.Close(fd)
 	b := make([]byte, lockSize)
-	n, err := d.pread(fd, b, 0)
+	n, err := d.Pread(fd, b, 0)
 	if err != nil || json.Unmarshal(b[:n], e) != nil || e.PID <= 0 || strings.TrimSpace(e.Host) == "" {
 		return &LockedError{}
 	}
@@ -191,25 +193,25 @@ func (d *disk) lockHolder(root int) error {
 
 // writer returns a [LockedError] if a mount has the volume open for writing, nil if none
 // has.
-func (d *disk) writer(root int) error {
+func writer(d *disk.Disk, root int) error {
 	// By descriptors of its own: a lock belongs to an open file description.
-	fd, err := d.open(root, ".", unix.O_RDONLY|unix.O_DIRECTORY, 0)
+	fd, err := d.Open(root, ".", unix.O_RDONLY|unix.O_DIRECTORY, 0)
 	if err != nil {
 		return err
 	}
-	defer d.close(fd)
-	if err := d.flock(fd, unix.LOCK_SH|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
-		return d.lockHolder(root)
+	defer d.Close(fd)
+	if err := d.Flock(fd, unix.LOCK_SH|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+		return lockHolder(d, root)
 	} else if err != nil {
 		return err
 	}
-	lock, err := d.open(root, lockName, unix.O_RDONLY|fileFlags, 0)
+	lock, err := d.Open(root, lockName, unix.O_RDONLY|disk.FileFlags, 0)
 	if err != nil {
 		return nil // no mount has it, or none that this user can see
 	}
-	defer d.close(lock)
-	if locked, err := d.ofdLocked(lock, lockByte); err == nil && locked {
-		return d.lockHolder(root)
+	defer d.Close(lock)
+	if locked, err := d.OFDLocked(lock, lockByte); err == nil && locked {
+		return lockHolder(d, root)
 	}
 	return nil
 }
@@ -217,11 +219,11 @@ func (d *disk) writer(root int) error {
 // Writer returns a [LockedError] if a mount, of this host or of another one that shares the
 // directory, has the volume in dir open for writing; nil if none has.
 func Writer(dir string) error {
-	d := &disk{}
+	d := &disk.Disk{}
 	root, err := openRoot(d, dir)
 	if err != nil {
 		return err
 	}
-	defer d.close(root)
-	return d.writer(root)
+	defer d.Close(root)
+	return writer(d, root)
 }

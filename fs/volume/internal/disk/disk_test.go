@@ -1,4 +1,4 @@
-package volume
+package disk
 
 import (
 	"testing"
@@ -13,7 +13,7 @@ import (
 func TestTake(t *testing.T) {
 	for _, c := range []struct {
 		name    string
-		make    func(*disk, func() error) error
+		make    func(*Disk, func() error) error
 		leaving int32
 		removed time.Duration // before; 0: never
 		frees   int           // which call finds space; 0: none
@@ -29,7 +29,7 @@ func TestTake(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				d := &disk{}
+				d := &Disk{}
 				d.leaving.Store(c.leaving)
 				if c.removed > 0 {
 					removed := time.Now().Add(-c.removed)
@@ -55,12 +55,12 @@ func TestTake(t *testing.T) {
 	}
 }
 
-func take(d *disk, f func() error) error { return d.take(Call{Op: "pwrite"}, f) }
-func do(d *disk, f func() error) error   { return d.do(Call{Op: "fdatasync"}, f) }
+func take(d *Disk, f func() error) error { return d.take(Call{Op: "pwrite"}, f) }
+func do(d *Disk, f func() error) error   { return d.do(Call{Op: "fdatasync"}, f) }
 
 // What left just before the second look is seen.
 func TestTakeLeftMeanwhile(t *testing.T) {
-	d, calls, now := &disk{}, 0, time.Now()
+	d, calls, now := &Disk{}, 0, time.Now()
 	d.leaving.Store(1)
 	d.removed.Store(&now)
 	err := take(d, func() error {
