@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/cfile"
 	"kmsfs/fs/volume/internal/disk"
 )
 
@@ -92,7 +93,7 @@ func (n *Node) plainSize(length int64, open func() (int, error)) int64 {
 			return 0, err
 		}
 		defer v.disk.Close(fd)
-		return v.lastLen(fd, k)
+		return cfile.SealedLen(&v.disk, v.geo, fd, k)
 	})
 	if err != nil {
 		v.report(n.where(), "a file's length is wrong", err)
@@ -101,16 +102,7 @@ func (n *Node) plainSize(length int64, open func() (int, error)) int64 {
 	return size
 }
 
-// lastLen reads n of block k.
-func (v *Volume) lastLen(fd int, k int64) (int, error) {
-	var b [2]byte
-	if _, err := v.disk.Pread(fd, b[:], v.geo.PageOff(k)+int64(v.geo.Lead(k))); err != nil {
-		return 0, err
-	}
-	return blockcrypt.BlockLen(b[:]), nil
-}
-
-// foldIno folds the device into the inode number, where the tree spans several.
+// foldIno folds the device into the inode number, if the tree spans several.
 func (v *Volume) foldIno(dev, ino uint64) uint64 {
 	x := dev ^ v.root.dev
 	return ino ^ (x<<40 | x>>24)
@@ -210,9 +202,9 @@ func (n *Node) setTimes(atime, mtime *unix.Timespec) error {
 	set := func(fd int) error { return n.v.disk.Utimens(fd, a, m) }
 	if f := n.file.Load(); f != nil {
 		f.mu.Lock()
-		if !f.closed && f.fd >= 0 {
+		if !f.closed && f.FD >= 0 {
 			defer f.unlock()
-			err := set(f.fd)
+			err := set(f.FD)
 			if err == nil && mtime != nil {
 				f.setMtime(*mtime)
 			}
@@ -226,7 +218,7 @@ func (n *Node) setTimes(atime, mtime *unix.Timespec) error {
 // KillPriv takes setuid, setgid of an executable, and capabilities away, as a
 // write by somebody else does. Where root does not run the mount, the backing
 // filesystem does so itself. Outsider says that they are not in the file's group:
-// then setgid goes from what nobody executes, too.
+// then setgid goes from a file that nobody executes, too.
 func (n *Node) KillPriv(outsider bool) error {
 	if !n.v.super {
 		return nil

@@ -82,7 +82,7 @@ func overwrites(b *testing.B, rule, stable bool, writes, every int, pages int64,
 	if _, err := h.Write(ctx, []byte("x"), 0); err != nil {
 		b.Fatal(err)
 	}
-	if err := h.Fsync(); err != nil { // all is confirmed: the rule holds for what is
+	if err := h.Fsync(); err != nil { // all is confirmed: the rule holds for confirmed pages
 		b.Fatal(err)
 	}
 	stop := make(chan struct{})

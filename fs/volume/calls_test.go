@@ -73,7 +73,7 @@ func TestCalls(t *testing.T) {
 	want("lookup", "fstatat")
 	_, _, _, err = w.v.Lookup(ctx, d, "none")
 	wantErr(t, "lookup", err, unix.ENOENT)
-	want("lookup of what is not there", "fstatat")
+	want("lookup of a missing name", "fstatat")
 
 	w.do("rename", w.v.Rename(d, "a", d, "b", 0))
 	want("rename", "renameat2")

@@ -16,12 +16,12 @@ import (
 // What a power cut may leave, as crash states model it:
 //
 //   - Content: of each page any version since the last fsync of its file, or zeros
-//     where there was none; independently of other pages (ext4(5), data=writeback
+//     zeros if there was none; independently of other pages (ext4(5), data=writeback
 //     and delayed allocation). A page that was rewritten while it may have been
 //     under writeback is a mix of both versions in pieces of 64 bytes (seen on ext4
 //     and xfs; sync_file_range(2) or fsync in between forbids it).
 //   - Length: any since the last fsync, in any order with the content. A truncation
-//     takes content away for good: what lies behind it does not come back with a
+//     takes content away for good: the bytes behind it do not come back with a
 //     later, greater length.
 //   - Names: the operations on directories are lost from the end, at least up to
 //     the last fsync of anything (ext4, xfs: one journal). Or, as on btrfs and
@@ -403,7 +403,7 @@ func (s *sim) build(dir string, c choice) {
 		k = least + c.r.IntN(len(s.names)-least+1)
 	}
 	if c.btrf {
-		// What was logged after that point.
+		// The calls that were logged after that point.
 		from := 0
 		if k > 0 {
 			from = s.names[k-1].at

@@ -27,7 +27,7 @@ func crashStates() int {
 }
 
 // For every prefix of each workload's calls, trees that a power cut would have
-// left: what was confirmed is there, and nothing else than what was written.
+// left: all that was confirmed is there, and nothing that was never written.
 func TestCrashStates(t *testing.T) {
 	each := max(1, crashStates()/len(workloads))
 	var total, second atomic.Int64
@@ -169,7 +169,7 @@ func (k *crashChecker) state(c choice) {
 	w.crash()
 }
 
-// verify compares every file with what it may be: stat first, then its content.
+// verify compares every file with its allowed contents: stat first, then its content.
 func (k *crashChecker) verify(w *world) string {
 	for name, x := range k.run.expect {
 		n, err := w.node(name)

@@ -14,7 +14,7 @@ type expectation struct {
 	whole bool // it is one of its versions, not a mix of them
 }
 
-// crashRun is a workload under way, with what it expects at each call.
+// crashRun is a workload under way, with the allowed contents at each call.
 type crashRun struct {
 	*world
 	sim    *sim

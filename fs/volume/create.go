@@ -161,7 +161,7 @@ func (n *Node) adopt(fd int, st *Attr, key *keystore.DataKey, write bool) *Handl
 	if write {
 		f.writers++
 	}
-	if f.next == nil && f.size == 0 {
+	if f.next == nil && f.Size == 0 {
 		f.next = key
 	} else {
 		n.v.ring.PutBack(key)

@@ -78,11 +78,11 @@ func (v *Volume) settleOpen() {
 	}
 	for i, f := range files {
 		f.mu.Lock()
-		if f.fd >= 0 && f.rw && !f.closed && !f.broken && !f.keyless() && f.changes == changes[i] && !f.n.Gone() && !v.doubts.of(f.n) {
+		if f.FD >= 0 && f.rw && !f.closed && !f.broken && !f.keyless() && f.changes == changes[i] && !f.n.Gone() && !v.doubts.of(f.n) {
 			f.failed("settling", errors.Join(f.rest(), f.settle(changes[i])))
-			if f.hdr != nil && f.unconfirmed() && !f.unsettled() {
+			if f.Header != nil && f.unconfirmed() && !f.unsettled() {
 				// Clean at its exact length, and the sync has made it durable.
-				f.conf, f.durable = f.size, f.size
+				f.conf, f.durable = f.Size, f.Size
 				f.failed("settling", f.writeState(f.cleanFlags()))
 				f.failed("settling", f.putMtime())
 			}
@@ -119,11 +119,11 @@ func (f *file) park(used bool) bool {
 	defer f.unlock()
 	var st unix.Stat_t
 	switch {
-	case f.fd < 0 || f.closed || f.broken || f.touched || f.syncing > 0 || f.unsettled():
+	case f.FD < 0 || f.closed || f.broken || f.touched || f.syncing > 0 || f.unsettled():
 		return false
-	case f.hdr != nil && (f.keyless() || f.view || f.synced != int64(f.changes) || f.unconfirmed() && f.v.isBad(f.hdr.State.Session)):
+	case f.Header != nil && (f.keyless() || f.Partial || f.synced != int64(f.changes) || f.unconfirmed() && f.v.isBad(f.Header.State.Session)):
 		return false // if its writeback fails, this descriptor is the one to hear of it
-	case !f.n.named() || f.n.linked.Load() || f.v.disk.Fstat(f.fd, &st) != nil || st.Nlink != 1:
+	case !f.n.named() || f.n.linked.Load() || f.v.disk.Fstat(f.FD, &st) != nil || st.Nlink != 1:
 		return false // no name surely leads to it, now and after an unlink
 	}
 	f.closeFDs()
@@ -147,7 +147,7 @@ func (f *file) wake() error {
 		return nil
 	}
 	f.mu.RLock()
-	parked, rw := f.fd < 0 && !f.closed, f.rw
+	parked, rw := f.FD < 0 && !f.closed, f.rw
 	f.mu.RUnlock()
 	if !parked {
 		return nil
@@ -172,12 +172,12 @@ func (f *file) wake() error {
 	f.mu.Lock()
 	defer f.unlock()
 	switch {
-	case f.fd >= 0 || f.closed:
+	case f.FD >= 0 || f.closed:
 		f.v.disk.Close(fd)
 	case f.rw && !rw && flags == unix.O_RDONLY: // needWrite was faster: the next attempt opens for writing
 		f.v.disk.Close(fd)
 	default:
-		f.fd, f.rw = fd, rw
+		f.FD, f.rw = fd, rw
 		f.parked.Store(false)
 	}
 	return nil
@@ -215,7 +215,7 @@ func (f *file) awake() (unlock func(), err error) {
 			return nil, err
 		}
 		f.mu.RLock()
-		if f.fd >= 0 || f.closed {
+		if f.FD >= 0 || f.closed {
 			return f.mu.RUnlock, nil
 		}
 		f.mu.RUnlock() // just now

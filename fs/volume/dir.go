@@ -55,7 +55,7 @@ func (v *Volume) lookup(dir *Node, cname string) (n *Node, st Attr, err error) {
 }
 
 // checked repairs a file of a session that ended badly at its first lookup,
-// before anybody is told its size; who comes second waits. No lock is held: it
+// before anybody is told its size; a second caller waits. No lock is held: it
 // may need a key.
 func (v *Volume) checked(ctx context.Context, n *Node, st Attr, err error) (*Node, Attr, bool, error) {
 	if err != nil || n.typ != unix.S_IFREG || !v.repairs() {
@@ -284,7 +284,7 @@ func (n *Node) above(m *Node) bool {
 	return m == n
 }
 
-// Unlink removes a name of what is not a directory. No key is needed.
+// Unlink removes a name of anything but a directory. No key is needed.
 func (v *Volume) Unlink(dir *Node, name string) error {
 	return v.remove(dir, name, func(fd int, cname string) error { return v.disk.Unlink(fd, cname, 0) })
 }

@@ -6,11 +6,11 @@
 // is never used twice; a [Handle] is an open file, a [Dir] an open directory.
 // [OpenFile] reads one ciphertext file with no volume around it.
 //
-// Promises, kept by the rules of FORMAT.md, "What is on the disk when the power
+// Promises, kept by the rules of FORMAT.md, "The disk when the power
 // fails":
 //
-//  1. What fsync or [Volume.Close] has answered for is there after a power cut;
-//     what closing a file has answered for is there after a SIGKILL.
+//  1. Data that fsync or [Volume.Close] has confirmed is there after a power cut;
+//     data of a closed file is there after a SIGKILL.
 //  2. No interruption makes unreadable what was confirmed: it reads as its old
 //     or its new content, never as a mix, never as other bytes.
 //  3. Bytes that were not authenticated are never returned, and no error is
@@ -26,16 +26,16 @@
 // file.shownMu no other lock is taken. No call to a key service is made under any of them.
 //
 // A request waits for the disk only as long as its own calls take, and those of requests
-// that it has to do with. What is held across a syscall, and who waits for it:
+// that it has to do with. Locks that are held across a syscall, and the requests that wait:
 //
 //   - Node.entries of a directory, for reading while an entry is looked up or made, for
-//     writing while one is removed or renamed: who does the reverse in that directory.
+//     writing while one is removed or renamed: requests of the other kind in that directory.
 //   - Volume.crossing while an entry goes from one directory to another: other such
 //     renames, as in Linux.
-//   - Node.openMu while a file is opened, repaired or closed: who does the same to it.
-//   - file.mu while a file is read (shared), written, cut or settled: who needs its
-//     content. Not during an fsync, and who asks for its attributes does not wait at all.
-//   - Node.dirMu while the ID of a directory is read: who needs a name in it.
+//   - Node.openMu while a file is opened, repaired or closed: the same for that file.
+//   - file.mu while a file is read (shared), written, cut or settled: requests for its
+//     content. Not during an fsync, and requests for its attributes do not wait at all.
+//   - Node.dirMu while the ID of a directory is read: requests for a name in it.
 //   - Node.lostMu while a file is read of which bytes were lost.
 //
 // Volume.mu and Volume.fdMu, which every request takes, are held across no syscall. A call

@@ -64,7 +64,7 @@ func (v *Volume) syncAll() error {
 		v.stuck.Store(true)
 		for _, f := range v.files() {
 			f.mu.Lock()
-			if f.rw && !f.closed && f.hdr != nil && (f.unsettled() || f.durable < f.size || f.synced != int64(f.changes)) {
+			if f.rw && !f.closed && f.Header != nil && (f.unsettled() || f.durable < f.Size || f.synced != int64(f.changes)) {
 				f.syncFailed(err)
 			}
 			f.unlock()

@@ -20,7 +20,7 @@ func (v *Volume) Crash() {
 	v.ring.Close()
 	for _, f := range v.files() {
 		f.mu.Lock()
-		unix.Close(f.fd)
+		unix.Close(f.FD)
 		f.closed = true
 		f.mu.Unlock()
 	}
@@ -75,17 +75,17 @@ func (v *Volume) Age() {
 func (h *Handle) HasKeys() bool {
 	h.f.mu.RLock()
 	defer h.f.mu.RUnlock()
-	return h.f.keys != nil
+	return h.f.Keys != nil
 }
 
 // State returns flags, floor and size of an open file's state.
 func (h *Handle) State() (flags uint32, floor, size int64) {
 	h.f.mu.RLock()
 	defer h.f.mu.RUnlock()
-	if h.f.hdr == nil {
+	if h.f.Header == nil {
 		return 0, 0, 0
 	}
-	s := h.f.hdr.State
+	s := h.f.Header.State
 	return s.Flags, s.Floor, s.Size
 }
 
@@ -131,7 +131,7 @@ func (v *Volume) DirFDs() int {
 }
 
 // Closing reports whether Close was called.
-func (v *Volume) Closing() bool { return v.ends() }
+func (v *Volume) Closing() bool { return v.ending() != nil }
 
 // GiveUp gives up every descriptor that can be, as if there were none left.
 func (v *Volume) GiveUp() {

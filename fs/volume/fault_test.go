@@ -113,7 +113,7 @@ func TestTampering(t *testing.T) {
 	}
 }
 
-// A damaged file can be emptied and written anew.
+// A damaged file can be emptied and written again.
 func TestDamageCanBeReplaced(t *testing.T) {
 	w := newWorld(t, volume.Options{})
 	w.quiet = true
@@ -430,7 +430,7 @@ func faultOnce(t *testing.T, confirmed bool, from int64, op operation, n int64) 
 		t.Fatalf("after a failure of call %d: %d bytes, neither the old %d nor the new %d", n, len(got), len(old), len(now))
 	}
 	if op, _ := f.op.Load().(string); hit && op != "" && strings.Contains("fsync fdatasync syncfs sync_file_range", op) {
-		// What could not be synced is not said to be, ever after; what the disk has
+		// Data that could not be synced is never called synced; data that the disk has
 		// is looked at when the file is opened again.
 		for range 2 {
 			if err := h.Fsync(); err == nil {
@@ -484,7 +484,7 @@ func between(got, old, now []byte, done bool) bool {
 	return true
 }
 
-// SIGKILL at any syscall: what close has answered for is there, what an
+// SIGKILL at any syscall: data that close has confirmed is there, data that an
 // operation under way was doing is there or not, and nothing is damage.
 func TestKillAnywhere(t *testing.T) {
 	for seed := range uint64(150) {

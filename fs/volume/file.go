@@ -12,12 +12,13 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/cfile"
 	"kmsfs/keystore"
 )
 
 // file is the ciphertext file of a node while something of it is open, or has
 // still to settle. The rules that its methods follow are those of FORMAT.md,
-// "What is on the disk when the power fails"; conf, durable, whole, S and the
+// "The disk when the power fails"; conf, durable, whole, S and the
 // names of the states are from there.
 type file struct {
 	n *Node
@@ -27,10 +28,6 @@ type file struct {
 	used    atomic.Bool             // since park was tried last
 	parked  atomic.Bool             // fd is -1; written under mu
 
-	// ahead is the beginning of the ciphertext file, which was read with the header. It goes
-	// when it was used, and when the content changes.
-	ahead atomic.Pointer[[]byte]
-
 	namesSynced atomic.Uint64 // Node.moves + 1 when the symlinks of long names were made durable
 
 	shownMu sync.Mutex // guards shown, and nothing is done under it
@@ -38,23 +35,19 @@ type file struct {
 
 	// mu guards the fields below. It is held across reads and writes of the
 	// file, and shared by readers; not across an fsync or a call to a key service.
-	mu      sync.RWMutex
-	fd      int   // -1 while park has closed it
-	old     []int // descriptors that could only read, closed with the file
-	rw      bool
-	closed  bool
-	handles int
-	writers int
+	mu            sync.RWMutex
+	cfile.Content       // fd is -1 while park has closed it
+	old           []int // descriptors that could only read, closed with the file
+	rw            bool
+	closed        bool
+	handles       int
+	writers       int
 
-	hdr  *blockcrypt.Header // nil while the file is empty
-	head []byte             // the header's bytes as they are on the disk
-	keys *blockcrypt.FileKeys
+	head []byte            // the header's bytes as they are on the disk
 	next *keystore.DataKey // under which the first byte of an empty file will be written
 
-	size     int64 // of the plaintext
-	conf     int64 // so many bytes may be confirmed; 0: the file is fresh
+	conf     int64 // this many bytes may be confirmed; 0: the file is fresh
 	durable  int64 // so many are
-	whole    bool  // the length is at whole pages
 	born     time.Time
 	tailK    int64 // the block that tail holds, -1 for none
 	tail     []byte
@@ -63,8 +56,8 @@ type file struct {
 	inked    bool   // epoch was drawn
 	holes    ranges // the blocks that are holes, where known is true
 	known    bool   // the sparse flag was set here
-	reserved int64  // so many bytes of the ciphertext file have their space, as far as is known
-	// announced: dirty, the length at whole pages and what was set with them are durable.
+	reserved int64  // this many bytes of the ciphertext file have their space, as far as is known
+	// announced: dirty, the length at whole pages and the flags set with them are durable.
 	announced bool
 	// broken: an error left disk and memory different; it is not settled, and
 	// repaired when it is loaded again.
@@ -73,7 +66,6 @@ type file struct {
 	changes  uint64 // of the content
 	cuts     uint64 // of them, truncations
 	reread   bool   // loaded after a sync that failed: the kernel may have what the disk has not
-	view     bool   // of a read-only mount: size is what opens, not what the state says
 
 	mtime   unix.Timespec // what the kernel believes
 	touched bool          // the backing's mtime is another by now
@@ -242,7 +234,7 @@ func (f *file) join(write bool, key **keystore.DataKey) error {
 	}
 	f.mu.Lock()
 	defer f.unlock()
-	if write && f.size == 0 && f.next == nil {
+	if write && f.Size == 0 && f.next == nil {
 		if *key == nil {
 			return errNeedsNewKey
 		}
@@ -259,7 +251,7 @@ func (f *file) join(write bool, key **keystore.DataKey) error {
 func (f *file) needWrite() error {
 	f.mu.Lock()
 	defer f.unlock()
-	if f.hdr != nil && f.hdr.NoWrite != 0 {
+	if f.Header != nil && f.Header.NoWrite != 0 {
 		return unix.EROFS
 	}
 	if f.rw {
@@ -273,10 +265,10 @@ func (f *file) needWrite() error {
 	if err != nil {
 		return err
 	}
-	if f.fd >= 0 {
-		f.old = append(f.old, f.fd) // another thread may be reading from it
+	if f.FD >= 0 {
+		f.old = append(f.old, f.FD) // another thread may be reading from it
 	}
-	f.fd, f.rw = fd, true
+	f.FD, f.rw = fd, true
 	f.parked.Store(false)
 	return nil
 }
@@ -332,15 +324,15 @@ func (f *file) dropIfIdleLocked() {
 		f.v.settler.add(f)
 		return
 	}
-	if f.touched && f.rw && f.fd >= 0 && !f.broken && !f.n.Gone() { // a time came after the last close
+	if f.touched && f.rw && f.FD >= 0 && !f.broken && !f.n.Gone() { // a time came after the last close
 		f.failed("close", f.putMtime())
 	}
 	f.n.fresh = fresh{epoch: f.epoch, inked: f.inked, sealed: f.sealed}
 	if f.broken {
-		f.n.believed = f.size
+		f.n.believed = f.Size
 	}
-	if f.hdr != nil {
-		f.n.fresh.file = f.hdr.File
+	if f.Header != nil {
+		f.n.fresh.file = f.Header.File
 		if f.conf == 0 {
 			f.n.fresh.born = f.born
 		}
@@ -353,22 +345,22 @@ func (f *file) dropIfIdleLocked() {
 
 // closeFDs closes the file's descriptors.
 func (f *file) closeFDs() {
-	if f.fd >= 0 {
-		f.v.disk.Close(f.fd)
+	if f.FD >= 0 {
+		f.v.disk.Close(f.FD)
 	}
 	for _, fd := range f.old {
 		f.v.disk.Close(fd)
 	}
-	f.fd, f.old = -1, nil
+	f.FD, f.old = -1, nil
 }
 
 // unsettled reports whether the file on the disk is not yet in its final form. mu is held.
 func (f *file) unsettled() bool {
-	if f.hdr == nil || f.broken || f.keyless() {
+	if f.Header == nil || f.broken || f.keyless() {
 		return false
 	}
-	dirty := f.flags()&(blockcrypt.Dirty|blockcrypt.Cut) != 0
-	return dirty || f.overlong || f.conf > 0 && f.whole && !f.reservedBeyond()
+	dirty := f.Flags()&(blockcrypt.Dirty|blockcrypt.Cut) != 0
+	return dirty || f.overlong || f.conf > 0 && f.Whole && !f.reservedBeyond()
 }
 
 // breaks notes that the file on the disk is not what memory says: after an
@@ -378,21 +370,14 @@ func (f *file) breaks() {
 	f.v.stuck.Store(true)
 }
 
-func (f *file) flags() uint32 {
-	if f.hdr == nil {
-		return 0
-	}
-	return f.hdr.State.Flags
-}
-
 // borrow calls g with the descriptor; done is false where the file was closed.
 func (f *file) borrow(g func(fd int) error) (done bool, err error) {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
-	if f.closed || f.fd < 0 {
+	if f.closed || f.FD < 0 {
 		return false, nil
 	}
-	return true, g(f.fd)
+	return true, g(f.FD)
 }
 
 // shown is what stat says of an open file besides what the backing file says.
@@ -403,11 +388,11 @@ type shown struct {
 	closed  bool
 }
 
-// unlock unlocks mu after it was held for writing. Who asks for attributes does not wait for
+// unlock unlocks mu after it was held for writing. Requests for attributes do not wait for
 // mu: what the file has from here on is shown.
 func (f *file) unlock() {
 	f.shownMu.Lock()
-	f.shown = shown{f.size, f.mtime, f.touched, f.closed}
+	f.shown = shown{f.Size, f.mtime, f.touched, f.closed}
 	f.shownMu.Unlock()
 	f.mu.Unlock()
 }
@@ -421,10 +406,10 @@ func (f *file) attr(st *Attr, wait bool) (done bool, err error) {
 		return false, nil
 	}
 	defer f.mu.RUnlock()
-	if f.closed || f.fd < 0 {
+	if f.closed || f.FD < 0 {
 		return false, nil
 	}
-	if err := f.v.disk.Fstat(f.fd, st); err != nil {
+	if err := f.v.disk.Fstat(f.FD, st); err != nil {
 		return true, err
 	}
 	st.Ino = f.v.foldIno(st.Dev, st.Ino)
@@ -448,7 +433,7 @@ func (f *file) fill(st *Attr) bool {
 }
 
 func (f *file) fillLocked(st *Attr) {
-	st.Size = f.size
+	st.Size = f.Size
 	if f.touched {
 		st.Mtim = f.mtime
 	}
@@ -459,7 +444,7 @@ func (f *file) setMtime(t unix.Timespec) {
 	f.wroteAt = time.Time{}
 	if t.Nsec == unix.UTIME_NOW {
 		var st unix.Stat_t
-		if f.v.disk.Fstat(f.fd, &st) == nil {
+		if f.v.disk.Fstat(f.FD, &st) == nil {
 			f.mtime, f.touched = st.Mtim, false
 		}
 		return
@@ -469,7 +454,7 @@ func (f *file) setMtime(t unix.Timespec) {
 
 // touch notes that the content changed. mu is held.
 func (f *file) touch() {
-	f.ahead.Store(nil)
+	f.Ahead.Store(nil)
 	f.changes++
 	f.moveTime()
 	if !f.v.o.KernelTimes {
@@ -489,7 +474,7 @@ func (f *file) putMtime() error {
 	if !f.touched {
 		return nil
 	}
-	err := f.v.disk.Utimens(f.fd, unix.Timespec{Nsec: unix.UTIME_OMIT}, f.mtime)
+	err := f.v.disk.Utimens(f.FD, unix.Timespec{Nsec: unix.UTIME_OMIT}, f.mtime)
 	if f.touched = err != nil; err == nil {
 		f.wroteAt = time.Time{}
 	}
@@ -514,7 +499,12 @@ func (n *Node) Open(ctx context.Context, write bool) (*Handle, error) {
 }
 
 func (n *Node) newFile(fd int, rw bool, st *Attr) *file {
-	return &file{n: n, v: n.v, fd: fd, rw: rw, tailK: -1, born: time.Now(), mtime: st.Mtim}
+	f := &file{n: n, v: n.v, rw: rw, tailK: -1, born: time.Now(), mtime: st.Mtim}
+	f.Disk, f.Geo, f.FD = &n.v.disk, n.v.geo, fd
+	if n.v.o.ReadOnly {
+		f.AheadUntil = f.born.Add(aheadFor)
+	}
+	return f
 }
 
 // Reread reports, once, whether the file was loaded after a sync that failed: then what the
@@ -539,7 +529,7 @@ func (f *file) rest() error {
 	if err := f.trim(); err != nil {
 		return f.failed("close", err)
 	}
-	if f.hdr != nil && f.conf == 0 && f.flags()&blockcrypt.Dirty != 0 && !f.broken {
+	if f.Header != nil && f.conf == 0 && f.Flags()&blockcrypt.Dirty != 0 && !f.broken {
 		if err := f.writeState(f.cleanFlags()); err != nil {
 			return f.failed("close", err)
 		}
@@ -547,7 +537,7 @@ func (f *file) rest() error {
 	return f.putMtime()
 }
 
-// Flush is called at each close of a descriptor: what was written so far is
+// Flush is called at each close of a descriptor: all that was written so far is
 // there after a SIGKILL when it returns.
 func (h *Handle) Flush() error {
 	if !h.write {

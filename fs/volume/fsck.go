@@ -24,11 +24,11 @@ type Grade int
 
 // The grades, the least first.
 const (
-	Note        Grade = iota // nothing is wrong with what is there
+	Note        Grade = iota // nothing is wrong with the existing data
 	Mendable                 // it has one right answer: a repair gives it, and loses nothing
-	Unconfirmed              // what was being written, and never confirmed, may be missing
+	Unconfirmed              // data that was being written, and never confirmed, may be missing
 	Unchecked                // it could not be looked at
-	Damaged                  // what was there once cannot be read any more
+	Damaged                  // data that existed once cannot be read any more
 )
 
 func (g Grade) String() string {
@@ -326,7 +326,7 @@ func (c *checker) dirID(fd int, cpath, ppath string, entries []disk.Dirent) *blo
 	return nil
 }
 
-// entryName returns the plaintext path of an entry; show is false for what is
+// entryName returns the plaintext path of an entry; show is false for entries that are
 // kmsfs' own, which is checked here.
 func (c *checker) entryName(fd int, cpath, ppath string, id *blockcrypt.ID, e disk.Dirent, all map[string]bool) (name string, show bool) {
 	plain := c.cfg.Names == blockcrypt.NamesPlain
@@ -391,7 +391,7 @@ func (c *checker) checkTarget(fd int, e disk.Dirent, j checkJob) {
 		_, err = c.vk.OpenTarget(t)
 	}
 	if err != nil {
-		c.found(Finding{Path: j.cpath, Name: j.ppath, Grade: Damaged, What: string(blockcrypt.BadValue), Detail: "the symlink's target cannot be read", Advice: "make it anew, or restore it from a backup"})
+		c.found(Finding{Path: j.cpath, Name: j.ppath, Grade: Damaged, What: string(blockcrypt.BadValue), Detail: "the symlink's target cannot be read", Advice: "make it again, or restore it from a backup"})
 	}
 }
 
@@ -413,7 +413,7 @@ func (c *checker) checkAttrs(fd int, e disk.Dirent, j checkJob) {
 		if _, rest, _ := strings.Cut(name, "."); !strings.HasPrefix(rest, blockcrypt.Reserved) { // a mount does not show it
 			continue
 		}
-		f := Finding{Path: j.cpath, Name: j.ppath, Grade: Damaged, What: string(blockcrypt.BadValue), Advice: "set the attribute anew, or remove it with setfattr"}
+		f := Finding{Path: j.cpath, Name: j.ppath, Grade: Damaged, What: string(blockcrypt.BadValue), Advice: "set the attribute again, or remove it with setfattr"}
 		attr, err := c.vk.DecodeAttr(name)
 		if err != nil {
 			f.Detail = "the name of an extended attribute does not decode"

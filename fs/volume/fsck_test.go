@@ -117,7 +117,7 @@ func TestFsckAfterCrash(t *testing.T) {
 
 func first(fs []volume.Finding, _ volume.Checked) []volume.Finding { return fs }
 
-// Damage: its range, and what can be kept beside it.
+// Damage: its range, and the readable part that can be kept beside it.
 func TestFsckDamage(t *testing.T) {
 	w := newWorld(t, volume.Options{})
 	w.quiet = true

@@ -4,13 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"slices"
 
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
-	"kmsfs/fs/volume/internal/disk"
+	"kmsfs/fs/volume/internal/cfile"
 	"kmsfs/keystore"
 )
 
@@ -143,7 +142,7 @@ func (k *fileCheck) checkLength() error {
 		f := k.f
 		f.Grade, f.What, f.Detail, f.Floor = Damaged, string(blockcrypt.BadSize), err.Detail+": it was cut short", true
 		f.From, f.To = k.geo.Start(k.wholeBlocks()), s.Size
-		f.Advice = "restore it from a backup; fsck --repair keeps what can be read as a copy beside it"
+		f.Advice = "restore it from a backup; fsck --repair keeps the readable part as a copy beside it"
 		k.found(f)
 		return nil
 	}
@@ -175,7 +174,7 @@ func (k *fileCheck) checkRecipients() {
 	f.Grade, f.What = Note, FoundRecipient
 	for _, u := range want {
 		if !in(u, have) {
-			f.Detail, f.Advice = "the recipient "+u+" is missing: it could not be reached when the file was made", "write the file anew, so that it is made for all"
+			f.Detail, f.Advice = "the recipient "+u+" is missing: it could not be reached when the file was made", "write the file again, so that it is made for all"
 			k.found(f)
 		}
 	}
@@ -197,49 +196,47 @@ func (k *fileCheck) unconfirmed(what, detail, advice string) {
 // told without.
 func (k *fileCheck) checkPages(keys *blockcrypt.FileKeys) error {
 	s := k.hdr.State
-	v := &Volume{disk: disk.Disk{Hook: k.disk.Hook, Done: k.disk.Done}, o: Options{ReadOnly: true}, geo: k.geo, log: slog.New(slog.DiscardHandler)}
-	v.root = &Node{v: v, typ: unix.S_IFREG, last: -1}
-	f := &file{n: v.root, v: v, fd: k.fd, hdr: k.hdr, keys: keys, size: s.Size, tailK: -1}
+	f := &cfile.Content{Disk: &k.disk, Geo: k.geo, FD: k.fd, Header: k.hdr, Keys: keys, Size: s.Size}
 	if k.dirty() || k.bad[s.Session] && s.Floor < s.Size {
 		return k.checkWritten(f)
 	}
 	return k.eachBlock(f, func(b int64, page []byte, size int) bool {
 		if keys != nil {
 			var text [blockcrypt.PageSize]byte
-			return f.openBlock(text[:0], b, page, size) == nil
+			return f.OpenBlock(text[:0], b, page, size) == nil
 		}
-		return f.isHole(b, page) || blockcrypt.BlockLen(page) == size && len(page) >= blockcrypt.SealedSize(size) && blockcrypt.IsHole(page[blockcrypt.SealedSize(size):])
+		return f.IsHole(b, page) || blockcrypt.BlockLen(page) == size && len(page) >= blockcrypt.SealedSize(size) && blockcrypt.IsHole(page[blockcrypt.SealedSize(size):])
 	})
 }
 
 // eachBlock calls good for every block of a clean file and reports the ranges of
 // those that are not.
-func (k *fileCheck) eachBlock(f *file, good func(b int64, page []byte, size int) bool) error {
-	last := k.geo.Block(f.size - 1)
-	if k.length < k.geo.Exact(f.size) {
+func (k *fileCheck) eachBlock(f *cfile.Content, good func(b int64, page []byte, size int) bool) error {
+	last := k.geo.Block(f.Size - 1)
+	if k.length < k.geo.Exact(f.Size) {
 		last = k.wholeBlocks() - 1 // that it was cut short was said
 	}
-	buf := runs.Get().(*[]byte)
-	defer runs.Put(buf)
+	buf := cfile.Runs.Get().(*[]byte)
+	defer cfile.Runs.Put(buf)
 	bad := int64(-1) // where a range of bad blocks begins
 	end := func(b int64) {
 		if bad < 0 {
 			return
 		}
 		x := k.f
-		x.Grade, x.What, x.From, x.To, x.Floor = Damaged, string(blockcrypt.BadBlock), k.geo.Start(bad), min(k.geo.Start(b), f.size), true
+		x.Grade, x.What, x.From, x.To, x.Floor = Damaged, string(blockcrypt.BadBlock), k.geo.Start(bad), min(k.geo.Start(b), f.Size), true
 		x.Detail = fmt.Sprintf("blocks %d to %d do not open", bad, b-1)
 		if b == bad+1 {
 			x.Detail = fmt.Sprintf("block %d does not open", bad)
 		}
-		x.Advice = "restore it from a backup; fsck --repair keeps what can be read as a copy beside it"
+		x.Advice = "restore it from a backup; fsck --repair keeps the readable part as a copy beside it"
 		k.found(x)
 		bad = -1
 	}
 	for first, n := int64(0), int64(0); first <= last; first += n {
-		n = min(runPages, last-first+1)
-		if at := k.geo.Start(first); at < f.size && f.flags()&blockcrypt.Sparse != 0 {
-			hole, size, err := f.extent(at)
+		n = min(cfile.RunPages, last-first+1)
+		if at := k.geo.Start(first); at < f.Size && f.Flags()&blockcrypt.Sparse != 0 {
+			hole, size, err := f.Extent(at)
 			if err != nil {
 				return err
 			}
@@ -259,7 +256,7 @@ func (k *fileCheck) eachBlock(f *file, good func(b int64, page []byte, size int)
 		for i := range n {
 			b := first + i
 			k.blocks.Add(1)
-			if good(b, pageOf((*buf)[:m], int(i), k.geo.Lead(b)), f.blockLen(b)) {
+			if good(b, cfile.PageOf((*buf)[:m], int(i), k.geo.Lead(b)), f.BlockLen(b)) {
 				end(b)
 			} else if bad < 0 {
 				bad = b
@@ -272,19 +269,19 @@ func (k *fileCheck) eachBlock(f *file, good func(b int64, page []byte, size int)
 
 // checkWritten looks at a file that was being written: when its session ended
 // badly, or when it was copied.
-func (k *fileCheck) checkWritten(f *file) error {
+func (k *fileCheck) checkWritten(f *cfile.Content) error {
 	s := k.hdr.State
 	k.bytes.Add(min(k.length, k.stored))
-	if f.keys == nil {
+	if f.Keys == nil {
 		k.sayWritten(s.Floor)
 		return nil
 	}
-	r, err := f.assess(k.length)
+	r, err := f.Assess(k.length, nil)
 	if err != nil {
 		return err
 	}
-	k.blocks.Add(r.pages)
-	k.sayWritten(r.size)
+	k.blocks.Add(r.Pages)
+	k.sayWritten(r.Size)
 	return nil
 }
 

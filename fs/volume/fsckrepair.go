@@ -11,17 +11,18 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/cfile"
 	"kmsfs/fs/volume/internal/disk"
 )
 
 // Repaired is what a repair did about a finding.
 type Repaired struct {
 	Finding
-	Done string // what was done, "" if nothing was
+	Done string // the repair that was made, "" if none
 	Err  error  // why not
 }
 
-// Repair does what can be done about the findings of a check: what has one right
+// Repair mends the findings of a check as far as it can: a finding with one right
 // answer by itself; a damaged file's readable rest is kept as a copy beside it
 // where ask says so. It never destroys the only copy of anything. Files of a
 // session that did not end well are repaired by opening the volume.
@@ -169,12 +170,12 @@ func (v *Volume) nodeOf(cpath string) (*Node, error) {
 	return n, nil
 }
 
-// RestSuffix is appended to the name of a damaged file for the copy of what can
+// RestSuffix is appended to the name of a damaged file for the copy of all that can
 // be read of it.
 const RestSuffix = ".readable-rest"
 
 // keepRest copies the blocks of a file that open to a new file beside it, at
-// their own places: what lies between reads as zeros.
+// their own places: the bytes between read as zeros.
 func (v *Volume) keepRest(ctx context.Context, cpath string) (done string, err error) {
 	dirPath, cname := path.Split(cpath)
 	dir, err := v.nodeOf(dirPath)
@@ -263,7 +264,7 @@ func (v *Volume) copyBlocks(ctx context.Context, h *Handle, fd int, keys *blockc
 			}
 			continue
 		}
-		out, err := keys.Open(text, k, pageOf(page[:n], 0, v.geo.Lead(k)), v.geo.Capacity(k))
+		out, err := keys.Open(text, k, cfile.PageOf(page[:n], 0, v.geo.Lead(k)), v.geo.Capacity(k))
 		if err != nil {
 			continue
 		}

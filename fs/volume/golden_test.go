@@ -37,7 +37,7 @@ const (
 	goldenPassphrase = "a passphrase of the tests"
 )
 
-// golden is the manifest beside a volume: what it holds.
+// golden is the manifest beside a volume: its contents.
 type golden struct {
 	Made  string // the version
 	Key   string // a local key, in hex, "" if there is only the passphrase
@@ -51,7 +51,7 @@ type goldenFile struct {
 	Attrs  map[string]string `json:",omitempty"`
 }
 
-// goldenKinds are the volumes, and what is in each.
+// goldenKinds are the volumes, and the contents of each.
 var goldenKinds = map[string]struct {
 	plain, key, passphrase bool
 	fill                   func(w *world)
@@ -307,7 +307,7 @@ func makeGolden(t *testing.T, name string) {
 	}
 	path := filepath.Join(goldenDir, name)
 	makeTar(t, path+".tar.gz", dir)
-	// What it holds is what a repair finds.
+	// Its content is the one that a repair finds.
 	copied := t.TempDir()
 	attrs := untar(t, path+".tar.gz", copied)
 	w = &world{t: t, dir: copied, store: stores[0], log: &logBuffer{}, quiet: true}

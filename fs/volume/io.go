@@ -3,23 +3,14 @@ package volume
 import (
 	"bytes"
 	"context"
-	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/cfile"
 	"kmsfs/keystore"
 )
-
-// Buffers of ciphertext: a run of pages. Allocations of this size begin at a page.
-const runPages = 264
-
-var runs = sync.Pool{New: func() any { b := make([]byte, runPages*blockcrypt.PageSize); return &b }}
-
-// Scratch pages, for parts of blocks: what is passed to a cipher would else be
-// allocated each time.
-var scratches = sync.Pool{New: func() any { return new([blockcrypt.PageSize]byte) }}
 
 // maxGap is the largest gap that is sealed as zeros; a larger one is a hole.
 const maxGap = 1 << 20
@@ -52,7 +43,7 @@ func (h *Handle) Read(ctx context.Context, b []byte, off int64) (int, error) {
 			behind(ctx)
 			f.mu.RLock()
 		}
-		if f.fd >= 0 && !f.keyless() && f.refuses(false) == nil {
+		if f.FD >= 0 && !f.keyless() && f.refuses(false) == nil {
 			break
 		}
 		f.mu.RUnlock() // just now
@@ -65,144 +56,28 @@ func (h *Handle) Read(ctx context.Context, b []byte, off int64) (int, error) {
 		n, err = f.readAround(b, off)
 	} else {
 		waits, _ := ctx.Value(DiskKey{}).(func())
-		n, err = f.read(waits, b, off)
+		n, err = f.Read(waits, b, off)
 	}
 	return n, f.failed("read", err)
 }
 
-// read is Read; mu is held for reading. It calls waits, if that is not nil, before it waits
-// for the disk.
-func (f *file) read(waits func(), b []byte, off int64) (int, error) {
-	if off >= f.size || len(b) == 0 {
-		return 0, nil
-	}
-	b = b[:min(int64(len(b)), f.size-off)]
-	buf := runs.Get().(*[]byte)
-	defer runs.Put(buf)
-	for done := 0; done < len(b); {
-		n, err := f.readRun(waits, *buf, b[done:], off+int64(done))
-		if err != nil {
-			return 0, err
-		}
-		done += n
-	}
-	return len(b), nil
-}
-
-// readRun opens what one read of buf's size holds.
-func (f *file) readRun(waits func(), buf, b []byte, off int64) (done int, err error) {
-	g := f.v.geo
-	first, last := g.Block(off), g.Block(off+int64(len(b))-1)
-	last = min(last, first+runPages-1)
-	raw, err := f.pages(waits, buf, first, last)
-	if err != nil {
-		return 0, err
-	}
-	for k := first; k <= last; k++ {
-		start, size := g.Start(k), f.blockLen(k)
-		at := int(off + int64(done) - start)
-		page := pageOf(raw, int(k-first), g.Lead(k))
-		if at == 0 && len(b)-done >= size {
-			if err = f.openBlock(b[done:done], k, page, size); err != nil {
-				return 0, err
-			}
-			done += size
-			continue
-		}
-		tmp := scratches.Get().(*[blockcrypt.PageSize]byte)
-		if err = f.openBlock(tmp[:0], k, page, size); err == nil {
-			done += copy(b[done:], tmp[at:size])
-		}
-		scratches.Put(tmp)
-		if err != nil {
-			return 0, err
-		}
-	}
-	return done, nil
-}
-
-// aheadFor is how long a read-only mount, beside which another may write, uses what it read
-// with the header.
-const aheadFor = time.Second
-
-// pages reads the pages of blocks first to last, as far as the file has them, into buf.
-func (f *file) pages(waits func(), buf []byte, first, last int64) ([]byte, error) {
-	g := f.v.geo
-	at := g.PageOff(first)
-	buf = buf[:g.PageOff(last+1)-at]
-	if !f.view {
-		buf = buf[:max(0, min(int64(len(buf)), f.length(f.size)-at))]
-	}
-	n := 0
-	if ahead := f.ahead.Load(); ahead != nil && at < int64(len(*ahead)) && (!f.v.o.ReadOnly || time.Since(f.born) < aheadFor) {
-		if n = copy(buf, (*ahead)[at:]); first == 0 {
-			f.ahead.Store(nil) // from here on the kernel has it
-		}
-	}
-	if n == len(buf) {
-		return buf, nil
-	}
-	m, err := f.v.disk.PreadOr(waits, f.fd, buf[n:], at+int64(n))
-	return buf[:n+m], err
-}
-
-// pageOf returns page i of raw from the block's first byte on; less, or nothing,
-// where the file ends.
-func pageOf(raw []byte, i, lead int) []byte {
-	from := min(len(raw), i*blockcrypt.PageSize+lead)
-	return raw[from:min(len(raw), (i+1)*blockcrypt.PageSize)]
-}
-
-// blockLen returns how many bytes block k has in a file of this size.
-func (f *file) blockLen(k int64) int {
-	return int(min(f.size, f.v.geo.Start(k+1)) - f.v.geo.Start(k))
-}
-
-// openBlock opens block k, which must have size bytes, into dst, whose capacity
-// is enough. A hole is zeros.
-func (f *file) openBlock(dst []byte, k int64, page []byte, size int) error {
-	if f.isHole(k, page) {
-		clear(dst[:size])
-		return nil
-	}
-	if n := blockcrypt.BlockLen(page); n != size && f.view {
-		// A file that is being written can end within a block, and have short
-		// ones in the middle, which are zeros behind.
-		out, err := f.keys.Open(nil, k, page, f.v.geo.Capacity(k))
-		clear(dst[copy(dst[:size], out):size])
-		return err
-	}
-	out, err := f.keys.Open(dst, k, page, f.v.geo.Capacity(k))
-	if err != nil {
-		return err
-	}
-	if len(out) != size {
-		return &blockcrypt.DamageError{Class: blockcrypt.BadBlock, Pos: f.v.geo.PageOff(k), Detail: "a block of another length"}
-	}
-	return nil
-}
-
-func (f *file) isHole(k int64, page []byte) bool {
-	return f.flags()&blockcrypt.Sparse != 0 && k > 0 && (k < f.v.geo.Block(f.size-1) || f.view) && len(page) > 0 && page[0] == 0 && page[1] == 0 && blockcrypt.IsHole(page)
-}
-
 // readBlock returns the plaintext of block k, in dst unless it is remembered.
 func (f *file) readBlock(k int64, dst []byte) ([]byte, error) {
-	size := f.blockLen(k)
+	size := f.BlockLen(k)
 	if k == f.tailK && len(f.tail) == size {
 		return f.tail, nil
 	}
-	page := scratches.Get().(*[blockcrypt.PageSize]byte)
-	defer scratches.Put(page)
-	raw, err := f.pages(nil, page[:], k, k)
+	page := cfile.Scratches.Get().(*[blockcrypt.PageSize]byte)
+	defer cfile.Scratches.Put(page)
+	raw, err := f.Pages(nil, page[:], k, k)
 	if err != nil {
 		return nil, err
 	}
-	err = f.openBlock(dst[:0], k, pageOf(raw, 0, f.v.geo.Lead(k)), size)
+	err = f.OpenBlock(dst[:0], k, cfile.PageOf(raw, 0, f.v.geo.Lead(k)), size)
 	return dst[:size], err
 }
 
-// Write writes b at offset off. On an error the file keeps what it had, but for
+// Write writes b at offset off. On an error the file keeps its content, but for
 // whole pages of an overwrite.
 func (h *Handle) Write(ctx context.Context, b []byte, off int64) (int, error) {
 	return h.put(ctx, b, off, writeCopied)
@@ -236,7 +111,7 @@ func (h *Handle) put(ctx context.Context, b []byte, off int64, how writeHow) (in
 		return 0, err
 	}
 	defer unlock()
-	if how == writeDelayed && f.hdr == nil && off == 0 && len(b) <= mostWritten {
+	if how == writeDelayed && f.Header == nil && off == 0 && len(b) <= mostWritten {
 		err = f.writeAll(b)
 	} else {
 		err = f.write(b, off, int64(len(b)))
@@ -272,8 +147,8 @@ func (f *file) writeAll(b []byte) error {
 // CopyFrom copies n bytes of another handle's file, or of the same, as one copy
 // in the daemon: less only at the end of in, after an error, or when ctx ends.
 func (h *Handle) CopyFrom(ctx context.Context, in *Handle, inOff, outOff, n int64) (done int64, err error) {
-	buf := runs.Get().(*[]byte)
-	defer runs.Put(buf)
+	buf := cfile.Runs.Get().(*[]byte)
+	defer cfile.Runs.Put(buf)
 	for done < n && ctx.Err() == nil {
 		hole, m := in.extent(inOff + done)
 		if m = min(m, n-done); hole && m > maxGap {
@@ -320,11 +195,11 @@ func (h *Handle) extent(off int64) (hole bool, n int64) {
 		return false, 0
 	}
 	defer unlock()
-	if off < 0 || off >= f.size {
+	if off < 0 || off >= f.Size {
 		return false, 0
 	}
-	if hole, n, err = f.extent(off); err != nil || f.n.anyLost.Load() {
-		return false, f.size - off
+	if hole, n, err = f.Extent(off); err != nil || f.n.anyLost.Load() {
+		return false, f.Size - off
 	}
 	return hole, n
 }
@@ -340,10 +215,10 @@ func (h *Handle) zero(ctx context.Context, off, n int64) error {
 		return err
 	}
 	defer unlock()
-	if off < f.size {
+	if off < f.Size {
 		err = f.zero(off, n, maxGap)
 	}
-	if end := off + n; err == nil && end > f.size {
+	if end := off + n; err == nil && end > f.Size {
 		err = f.write(nil, end-1, 1)
 	}
 	return f.failed("write", err)
@@ -363,7 +238,7 @@ func (f *file) lockForContent(ctx context.Context, delayedWrite bool) (unlock fu
 			f.unlock()
 			return nil, unix.EIO
 		}
-		if f.fd < 0 || f.keyless() || f.refuses(delayedWrite) != nil { // just now
+		if f.FD < 0 || f.keyless() || f.refuses(delayedWrite) != nil { // just now
 			f.unlock()
 			continue
 		}
@@ -374,7 +249,7 @@ func (f *file) lockForContent(ctx context.Context, delayedWrite bool) (unlock fu
 			}
 			continue
 		}
-		if f.size > 0 || f.next != nil {
+		if f.Size > 0 || f.next != nil {
 			return f.unlock, nil
 		}
 		f.unlock()
@@ -390,7 +265,7 @@ func (f *file) write(b []byte, off, n int64) error {
 	if off < 0 || end < 0 || end > blockcrypt.MaxPlain {
 		return unix.EFBIG
 	}
-	old := f.size
+	old := f.Size
 	sparse := uint32(0)
 	if off-old > maxGap {
 		sparse = blockcrypt.Sparse
@@ -434,15 +309,15 @@ func (f *file) written(b []byte, off, end int64, sparse bool, undo func()) error
 // old enough, or when its state is of an earlier session, which may leave the marker at any
 // time. mu is held.
 func (f *file) growOld() {
-	if f.conf == 0 && f.size > 0 && (time.Since(f.born) > freshFor || f.hdr.State.Session != f.v.session.Load()) {
-		f.conf = f.size
+	if f.conf == 0 && f.Size > 0 && (time.Since(f.born) > freshFor || f.Header.State.Session != f.v.session.Load()) {
+		f.conf = f.Size
 	}
 }
 
 // writeRuns seals the blocks that [off, end) touches, with the old last block
-// where the file grows over a gap.
+// if the file grows over a gap.
 func (f *file) writeRuns(b []byte, off, end int64, sparse bool) error {
-	g, old := f.v.geo, f.size
+	g, old := f.v.geo, f.Size
 	first, last := g.Block(off), g.Block(end-1)
 	if off > old {
 		tail := int64(0)
@@ -453,7 +328,7 @@ func (f *file) writeRuns(b []byte, off, end int64, sparse bool) error {
 		case !sparse:
 			first = min(first, tail)
 		case tail < first:
-			// The old last block is sealed full; what lies between are holes.
+			// The old last block is sealed full; the blocks between are holes.
 			if err := f.put(tail, tail, g.Start(tail+1), nil, old, old); err != nil {
 				return err
 			}
@@ -464,7 +339,7 @@ func (f *file) writeRuns(b []byte, off, end int64, sparse bool) error {
 	if err := f.put(first, last, size, b, off, end); err != nil {
 		return err
 	}
-	f.size = size
+	f.Size = size
 	f.holes = f.holes.without(first, last)
 	return nil
 }
@@ -472,9 +347,9 @@ func (f *file) writeRuns(b []byte, off, end int64, sparse bool) error {
 // tailKeeper returns what puts the old end of the file back after a growth
 // that failed. mu is held.
 func (f *file) tailKeeper() (undo func(), err error) {
-	size, k := f.size, f.v.geo.Block(f.size-1)
+	size, k := f.Size, f.v.geo.Block(f.Size-1)
 	var tail []byte
-	if f.blockLen(k) < f.v.geo.Capacity(k) {
+	if f.BlockLen(k) < f.v.geo.Capacity(k) {
 		t, err := f.readBlock(k, make([]byte, blockcrypt.BlockSize))
 		if err != nil {
 			return nil, err
@@ -489,7 +364,7 @@ func (f *file) tailKeeper() (undo func(), err error) {
 				err = nil
 			}
 		}
-		f.holes = f.holes.without(f.v.geo.Block(f.size-1)+1, 1<<62)
+		f.holes = f.holes.without(f.v.geo.Block(f.Size-1)+1, 1<<62)
 		if err == nil {
 			f.overlong = true
 			f.failed("cutting the ciphertext's length", f.trim()) // or before the next change
@@ -505,22 +380,22 @@ func (f *file) tailKeeper() (undo func(), err error) {
 // k on: whole blocks. It is for where the old end cannot be put back, on a full
 // filesystem that writes nothing in place.
 func (f *file) keepGrowth(k int64) bool {
-	g, size := f.v.geo, f.size
+	g, size := f.v.geo, f.Size
 	var page [blockcrypt.PageSize]byte
 	text := make([]byte, 0, blockcrypt.BlockSize)
 	for ; ; k++ {
-		n, err := f.v.disk.Pread(f.fd, page[:], g.PageOff(k))
+		n, err := f.v.disk.Pread(f.FD, page[:], g.PageOff(k))
 		if err != nil {
 			break
 		}
-		out, err := f.keys.Open(text, k, pageOf(page[:n], 0, g.Lead(k)), g.Capacity(k))
+		out, err := f.Keys.Open(text, k, cfile.PageOf(page[:n], 0, g.Lead(k)), g.Capacity(k))
 		if err != nil || len(out) < g.Capacity(k) {
 			break
 		}
 		size = g.Start(k + 1)
 	}
-	grown := size > f.size
-	f.size = size
+	grown := size > f.Size
+	f.Size = size
 	return grown
 }
 
@@ -528,14 +403,6 @@ func (f *file) keepGrowth(k int64) bool {
 func (f *file) holds(k int64, text []byte) bool {
 	got, err := f.readBlock(k, make([]byte, blockcrypt.BlockSize))
 	return err == nil && bytes.Equal(got, text)
-}
-
-// length returns how long the ciphertext file is at this size.
-func (f *file) length(size int64) int64 {
-	if f.whole {
-		return f.v.geo.Whole(size)
-	}
-	return f.v.geo.Exact(size)
 }
 
 // put seals blocks first to last of a file of size bytes and writes them: the
@@ -546,10 +413,10 @@ func (f *file) put(first, last, size int64, b []byte, off, end int64) error {
 	if f.sealed > blockcrypt.EpochBlocks || !f.inked {
 		f.epoch, f.sealed, f.inked = blockcrypt.NewEpoch(), 0, true
 	}
-	buf := runs.Get().(*[]byte)
-	defer runs.Put(buf)
+	buf := cfile.Runs.Get().(*[]byte)
+	defer cfile.Runs.Put(buf)
 	for first <= last {
-		final := min(last, first+runPages-1-f.v.geo.PageOff(0)/blockcrypt.PageSize) // with the header's own pages
+		final := min(last, first+cfile.RunPages-1-f.v.geo.PageOff(0)/blockcrypt.PageSize) // with the header's own pages
 		if err := f.putRun(*buf, first, final, size, b, off, end); err != nil {
 			return err
 		}
@@ -565,22 +432,22 @@ func (f *file) putRun(buf []byte, first, last, size int64, b []byte, off, end in
 		at = 0
 		used = copy(buf, f.head)
 	}
-	scratch := scratches.Get().(*[blockcrypt.PageSize]byte)
-	defer scratches.Put(scratch)
+	scratch := cfile.Scratches.Get().(*[blockcrypt.PageSize]byte)
+	defer cfile.Scratches.Put(scratch)
 	var text []byte
 	for k := first; k <= last; k++ {
 		var err error
-		if text, err = f.content(scratch[:blockcrypt.BlockSize], k, size, b, off, end); err != nil {
+		if text, err = f.blockAfter(scratch[:blockcrypt.BlockSize], k, size, b, off, end); err != nil {
 			return err
 		}
-		f.keys.Seal(buf[used:], k, f.epoch, text)
+		f.Keys.Seal(buf[used:], k, f.epoch, text)
 		used += blockcrypt.SealedSize(len(text))
 		next := int(g.PageOff(k+1) - at)
 		clear(buf[used:next])
 		used = next
 	}
 	f.sealed += last - first + 1
-	if last == g.Block(size-1) && !f.whole {
+	if last == g.Block(size-1) && !f.Whole {
 		used = int(g.Exact(size) - at)
 	}
 	if err := f.guard(at, first, last); err != nil {
@@ -588,15 +455,15 @@ func (f *file) putRun(buf []byte, first, last, size int64, b []byte, off, end in
 	}
 	f.v.wrote.Store(true)
 	f.tailK = -1
-	err := f.takeSpace(int64(used), func() error { return f.v.disk.Pwrite(f.fd, buf[:used], at) })
+	err := f.takeSpace(int64(used), func() error { return f.v.disk.Pwrite(f.FD, buf[:used], at) })
 	if err == nil { // the next write mostly goes on there
 		f.tailK, f.tail = last, append(f.tail[:0], text...)
 	}
 	return err
 }
 
-// content returns the plaintext of block k of the file after the change.
-func (f *file) content(scratch []byte, k, size int64, b []byte, off, end int64) ([]byte, error) {
+// blockAfter returns the plaintext of block k of the file after the change.
+func (f *file) blockAfter(scratch []byte, k, size int64, b []byte, off, end int64) ([]byte, error) {
 	start := f.v.geo.Start(k)
 	stop := min(f.v.geo.Start(k+1), size)
 	if off <= start && stop <= end {
@@ -607,7 +474,7 @@ func (f *file) content(scratch []byte, k, size int64, b []byte, off, end int64) 
 	}
 	text := scratch[:stop-start]
 	n := 0
-	if start < f.size {
+	if start < f.Size {
 		old, err := f.readBlock(k, scratch)
 		if err != nil {
 			return nil, err
@@ -635,5 +502,5 @@ func (f *file) guard(at, first, last int64) error {
 	if first > last {
 		return nil
 	}
-	return f.waited(f.v.disk.SettlePages(f.fd, at, f.v.geo.PageOff(last+1)-at))
+	return f.waited(f.v.disk.SettlePages(f.FD, at, f.v.geo.PageOff(last+1)-at))
 }

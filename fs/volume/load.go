@@ -3,7 +3,6 @@ package volume
 import (
 	"context"
 	"errors"
-	"fmt"
 	"slices"
 	"time"
 
@@ -24,7 +23,7 @@ type half struct {
 func (h *half) holds() bool {
 	var st unix.Stat_t
 	f := h.f
-	return !f.v.doubts.of(f.n) && f.v.disk.Fstat(f.fd, &st) == nil && st.Size == h.st.Size && st.Mtim == h.st.Mtim && st.Ctim == h.st.Ctim
+	return !f.v.doubts.of(f.n) && f.v.disk.Fstat(f.FD, &st) == nil && st.Size == h.st.Size && st.Mtim == h.st.Mtim && st.Ctim == h.st.Ctim
 }
 
 // dropHalf closes the file that waits for its key. openMu is held.
@@ -37,13 +36,13 @@ func (n *Node) dropHalf() {
 
 // load opens the node's ciphertext file: header, keys, state, and the repair of
 // what a session that ended badly has left. openMu is held. If its key must be waited for,
-// that is a needsKey, and the next load goes on with what was read.
+// that is a needsKey, and the next load goes on with the data that was read.
 func (n *Node) load() (*file, error) {
 	n.v.mu.Lock()
 	pending := n.pending
 	n.v.mu.Unlock()
 	if pending {
-		// What was told of it is wrong, and the node that a lookup makes now may have
+		// Its attributes as the kernel knows them are wrong, and the node that a lookup makes now may have
 		// changed the file already: this one must not touch it.
 		n.dropHalf()
 		return nil, unix.ESTALE
@@ -68,17 +67,17 @@ func (n *Node) load() (*file, error) {
 		n.dropHalf()
 		return n.load()
 	}
-	if err == nil && f.hdr != nil { // or it is empty
+	if err == nil && f.Header != nil { // or it is empty
 		err = f.takeState(h.st.Size)
 	}
 	if err == nil {
 		n.half = nil
 		n.v.doubts.end(n)
-		if f.reread = h.doubted; n.believed > f.size {
+		if f.reread = h.doubted; n.believed > f.Size {
 			f.loseEnd(n.believed)
 		}
 		n.believed = 0
-		if f.whole && h.st.Blocks*512 > h.st.Size+reservedLeast {
+		if f.Whole && h.st.Blocks*512 > h.st.Size+reservedLeast {
 			f.reserved = h.st.Blocks * 512 // so many were reserved, and left so when it settled
 		}
 		return f, nil
@@ -105,11 +104,11 @@ func (n *Node) openHalf() (*half, error) {
 	// After a sync that failed, of this mount or of one that ended badly, the page cache
 	// can say more than the disk has.
 	if h.doubted || n.v.repairs() {
-		n.v.disk.ForgetPages(f.fd, 0, 0)
+		n.v.disk.ForgetPages(f.FD, 0, 0)
 	}
 	if st.Size > 0 {
 		if err := f.readHeader(st.Size); err != nil {
-			n.v.disk.Close(f.fd)
+			n.v.disk.Close(f.FD)
 			return nil, err
 		}
 	}
@@ -168,6 +167,10 @@ func (n *Node) openForced(flags int, now *unix.Stat_t) (fd int, err error) {
 	return fd, err
 }
 
+// aheadFor is how long a read-only mount, beside which another may write, uses the data that
+// it read with the header.
+const aheadFor = time.Second
+
 // mostAhead is the length in bytes up to which a ciphertext file is read whole with its
 // header.
 const mostAhead = 16 << 10
@@ -180,7 +183,7 @@ func (f *file) readHeader(length int64) error {
 	if first := v.geo.PageOff(1); length > mostAhead {
 		b = make([]byte, first)
 	}
-	m, err := v.disk.Pread(f.fd, b, 0)
+	m, err := v.disk.Pread(f.FD, b, 0)
 	if err != nil {
 		return err
 	}
@@ -188,10 +191,10 @@ func (f *file) readHeader(length int64) error {
 	if blockcrypt.IsHole(b[:min(m, blockcrypt.PageSize)]) && v.repairs() && f.rw {
 		// The power failed before the first page was written: nothing was confirmed.
 		v.log.Warn("a file was never written before the power failed; it is empty now", "at", f.n.where())
-		if err := v.disk.Truncate(f.fd, 0); err != nil {
+		if err := v.disk.Truncate(f.FD, 0); err != nil {
 			return err
 		}
-		return v.disk.Datasync(f.fd)
+		return v.disk.Datasync(f.FD)
 	}
 	head := slices.Clone(b[:min(m, v.geo.Header())])
 	hdr, err := blockcrypt.ParseHeader(head)
@@ -204,31 +207,31 @@ func (f *file) readHeader(length int64) error {
 	if err := v.vk.CheckOrigin(hdr); err != nil {
 		return err
 	}
-	f.hdr, f.head = hdr, head
-	f.ahead.Store(&b)
+	f.Header, f.head = hdr, head
+	f.Ahead.Store(&b)
 	return nil
 }
 
 // openKeys unwraps the key of a file whose header was read. A key service is not asked: see
 // needsKey.
 func (f *file) openKeys() error {
-	if f.hdr == nil {
+	if f.Header == nil {
 		return nil
 	}
-	ws := wrapped(f.hdr.Recipients)
-	key, ok, err := f.v.ring.UnwrapNow(f.hdr.File, ws)
+	ws := wrapped(f.Header.Recipients)
+	key, ok, err := f.v.ring.UnwrapNow(f.Header.File, ws)
 	if err != nil {
 		return err
 	}
 	if !ok {
-		return &needsKey{file: f.hdr.File, ws: ws}
+		return &needsKey{file: f.Header.File, ws: ws}
 	}
-	keys, err := f.hdr.Unlock(key)
+	keys, err := f.Header.Unlock(key)
 	clear(key)
 	if err != nil {
 		return err
 	}
-	f.keys = keys
+	f.Keys = keys
 	return nil
 }
 
@@ -242,11 +245,15 @@ func wrapped(rs []blockcrypt.Recipient) []keystore.Wrapped {
 
 // takeState believes the state, or repairs the file.
 func (f *file) takeState(length int64) error {
-	v, s := f.v, f.hdr.State
-	dirty := s.Flags&(blockcrypt.Dirty|blockcrypt.Cut) != 0
+	v, s := f.v, f.Header.State
+	dirty := f.Unfinished()
 	if v.o.ReadOnly {
 		if dirty {
-			return f.lookThrough(length)
+			if err := f.LookThrough(length); err != nil {
+				return err
+			}
+			v.log.Warn("a file was being written when it was copied, or is now; the blocks that open are shown", "at", f.n.where(), "bytes", f.Size)
+			return nil
 		}
 	} else if (v.wasBad(s.Session) || v.doubts.of(f.n) && v.isBad(s.Session)) && f.unconfirmed() || dirty && v.isBad(s.Session) {
 		return f.repair(length)
@@ -254,29 +261,22 @@ func (f *file) takeState(length int64) error {
 		return &blockcrypt.DamageError{Class: blockcrypt.BadState, Pos: blockcrypt.StateOffset,
 			Detail: "the file was being written when it was copied here; kmsfs cat gives what opens"}
 	}
-	switch length {
-	case v.geo.Exact(s.Size):
-	case v.geo.Whole(s.Size):
-		f.whole = true
-	default:
-		if s.Size == 0 && length == int64(v.geo.Header()) { // an empty file
-			f.hdr, f.keys, f.head = nil, nil, nil
-			return nil
-		}
-		detail := fmt.Sprintf("the file is %d bytes long, not the %d of %d bytes of plaintext", length, v.geo.Exact(s.Size), s.Size)
-		if s.Generation == 1 && s.Floor == 0 && length < v.geo.Exact(s.Size) {
-			detail += "; if it is a copy, it may have been copied while it was first written: copy it again"
-		}
-		return &blockcrypt.DamageError{Class: blockcrypt.BadSize, Pos: -1, Detail: detail}
+	empty, err := f.Accept(length)
+	if err != nil {
+		return err
 	}
-	f.size, f.conf, f.durable, f.synced = s.Size, s.Size, s.Size, int64(f.changes)
+	if empty {
+		f.Header, f.Keys, f.head = nil, nil, nil
+		return nil
+	}
+	f.conf, f.durable, f.synced = s.Size, s.Size, int64(f.changes)
 	last := f.n.fresh
-	if last.file == f.hdr.File && last.inked {
+	if last.file == f.Header.File && last.inked {
 		f.epoch, f.inked, f.sealed = last.epoch, true, last.sealed
 	}
 	if v.isBad(s.Session) { // closed by this mount, not known to be on the disk
 		f.durable, f.synced = s.Floor, -1
-		if last.file == f.hdr.File && !last.born.IsZero() && time.Since(last.born) < freshFor && s.Floor == 0 && s.Session == v.session.Load() {
+		if last.file == f.Header.File && !last.born.IsZero() && time.Since(last.born) < freshFor && s.Floor == 0 && s.Session == v.session.Load() {
 			f.conf, f.born = 0, last.born
 		}
 	}

@@ -54,7 +54,7 @@ func within[T any](d time.Duration, f func() T) (out T, ok bool) {
 	}
 }
 
-// Lock makes all content unreadable until Unlock: what was accepted is written,
+// Lock makes all content unreadable until Unlock: accepted writes are written,
 // the kernel forgets what it knows, the data keys are wiped. Everything that is
 // asked meanwhile, or waits, is EKEYEXPIRED. The error says what could not be
 // written before; the volume is locked all the same.
@@ -150,7 +150,7 @@ func (v *Volume) keyServiceReached(uri string, err error) {
 
 // keysForWriters asks again for the wiped keys of files that somebody has open for
 // writing: what the kernel's cache takes shows here only when it is written, and
-// then the keys may be gone again. It takes so long at most, whatever disk and key
+// then the keys may be gone again. It takes this time at most, whatever disk and key
 // service do.
 func (v *Volume) keysForWriters(atMost time.Duration) {
 	ctx, cancel := context.WithTimeout(context.Background(), atMost)
@@ -160,7 +160,7 @@ func (v *Volume) keysForWriters(atMost time.Duration) {
 		slots := make(chan struct{}, renewAtOnce)
 		for _, f := range v.files() {
 			f.mu.RLock()
-			needs, empty := f.writers > 0 && f.keyless(), f.writers > 0 && f.hdr == nil && f.next == nil
+			needs, empty := f.writers > 0 && f.keyless(), f.writers > 0 && f.Header == nil && f.next == nil
 			f.mu.RUnlock()
 			if !needs && !empty {
 				continue
@@ -181,7 +181,7 @@ func (v *Volume) keysForWriters(atMost time.Duration) {
 }
 
 // letKernelWrite makes the kernel write what it holds back of every file, and
-// forget the rest, and what it knows of directories. A disk that does not answer
+// forget the rest, and its entries of directories. A disk that does not answer
 // does not keep the keys alive.
 func (v *Volume) letKernelWrite() error {
 	if v.kernel.Load() == nil {
@@ -256,14 +256,14 @@ func (f *file) settleAndWipe(settle bool, changes uint64) (err error) {
 	if settle && f.rw && !f.closed && !f.broken {
 		err = errors.Join(f.rest(), f.settle(changes))
 	}
-	if f.hdr != nil && f.rw && f.flags()&(blockcrypt.Dirty|blockcrypt.Cut) != 0 {
+	if f.Header != nil && f.rw && f.Flags()&(blockcrypt.Dirty|blockcrypt.Cut) != 0 {
 		f.v.stuck.Store(true) // it cannot be settled without its key: the next mount does
 	}
 	f.wipe()
 	return err
 }
 
-// syncWithin is syncAll for so long at most: a disk that does not answer does not
+// syncWithin is syncAll for at most d: a disk that does not answer does not
 // keep the keys alive.
 func (v *Volume) syncWithin(d time.Duration) error {
 	err, ok := within(d, v.syncAll)
@@ -285,9 +285,9 @@ func (v *Volume) dropKey(f *file, hdr *blockcrypt.Header, verdict error) error {
 	return err
 }
 
-// wipe forgets the file's keys and what is known of its content. mu is held.
+// wipe forgets the file's keys and all that is in memory of its content. mu is held.
 func (f *file) wipe() {
-	f.keys = nil
+	f.Keys = nil
 	clear(f.tail)
 	f.tailK = -1
 	if f.next != nil {
@@ -297,7 +297,7 @@ func (f *file) wipe() {
 }
 
 // ready makes sure that the file's content can be read and written: it was not
-// forbidden, and its key is there, which may have to be asked for anew.
+// forbidden, and its key is there, which may have to be unwrapped again.
 func (f *file) ready(ctx context.Context, delayedWrite bool) error {
 	if err := f.wake(); err != nil {
 		return err
@@ -312,7 +312,7 @@ func (f *file) ready(ctx context.Context, delayedWrite bool) error {
 			}
 		}
 		f.mu.RLock()
-		hdr, has := f.hdr, f.keys != nil
+		hdr, has := f.Header, f.Keys != nil
 		f.mu.RUnlock()
 		if hdr == nil || has {
 			return nil
@@ -328,8 +328,8 @@ func (f *file) ready(ctx context.Context, delayedWrite bool) error {
 		}
 		f.mu.Lock()
 		err = f.refuses(delayedWrite) // it may be locked by now
-		if err == nil && f.hdr == hdr && f.keys == nil {
-			f.keys = keys
+		if err == nil && f.Header == hdr && f.Keys == nil {
+			f.Keys = keys
 		}
 		f.unlock()
 		if err != nil {
@@ -339,10 +339,10 @@ func (f *file) ready(ctx context.Context, delayedWrite bool) error {
 }
 
 // keyless reports whether the file has content whose key was wiped. mu is held.
-func (f *file) keyless() bool { return f.hdr != nil && f.keys == nil }
+func (f *file) keyless() bool { return f.Header != nil && f.Keys == nil }
 
 // renewer is the lease of single files, for policies that allow some and not
-// others: the key of every open file is asked for anew, twice in each MaxAge, and
+// others: the key of every open file is unwrapped again, twice in each MaxAge, and
 // wiped where that is refused.
 func (v *Volume) renewer() {
 	t := time.NewTicker(v.o.MaxAge / 2)
@@ -377,7 +377,7 @@ const renewAtOnce = 32
 
 func (v *Volume) renew(ctx context.Context, f *file) {
 	f.mu.RLock()
-	hdr, has := f.hdr, f.keys != nil
+	hdr, has := f.Header, f.Keys != nil
 	f.mu.RUnlock()
 	if hdr == nil || !has {
 		return

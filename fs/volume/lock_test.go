@@ -127,7 +127,7 @@ func TestLockWhileReadWaits(t *testing.T) {
 	if _, err := h.Read(ctx, b, 0); err != nil || string(b) != "secret" {
 		t.Errorf("unlocked: %q, %v", b, err)
 	}
-	// Who waits can go away.
+	// A waiting call can be canceled.
 	w.relock()
 	gate = make(chan struct{})
 	s.wait.Store(&gate)
@@ -318,7 +318,7 @@ func TestLockTellsOfLoss(t *testing.T) {
 	h.Release() // which tells it too
 }
 
-// What is fsynced while the volume is locked is confirmed: growth announces itself.
+// Data that is fsynced while the volume is locked is confirmed: growth announces itself.
 func TestFsyncWhileLocked(t *testing.T) {
 	var ops []string
 	w, _ := lockWorld(t, volume.Options{Hook: func(c volume.Call) error { ops = append(ops, c.Op); return nil }})

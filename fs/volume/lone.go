@@ -5,12 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"os"
 
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/cfile"
 	"kmsfs/fs/volume/internal/disk"
 	"kmsfs/keystore"
 )
@@ -22,7 +22,7 @@ type Lone struct {
 	Length int64              // of the ciphertext
 
 	disk disk.Disk
-	f    *file
+	f    *cfile.Content
 	fd   int
 }
 
@@ -67,21 +67,22 @@ func (l *Lone) Binding() keystore.Binding {
 }
 
 // Unlock checks the data key and the state. Incomplete is true where the file
-// was being written when it was copied: what opens can be read.
+// was being written when it was copied: the blocks that open can be read.
 func (l *Lone) Unlock(dataKey []byte) (incomplete bool, err error) {
 	keys, err := l.Header.Unlock(dataKey)
 	if err != nil {
 		return false, err
 	}
-	v := &Volume{o: Options{ReadOnly: true}, geo: l.Header.Geometry, log: slog.New(slog.DiscardHandler)}
-	v.root = &Node{v: v, typ: unix.S_IFREG, last: -1}
-	l.f = &file{n: v.root, v: v, fd: l.fd, hdr: l.Header, keys: keys, tailK: -1}
-	err = l.f.takeState(l.Length)
-	return l.f.view, err
+	l.f = &cfile.Content{Disk: &l.disk, Geo: l.Header.Geometry, FD: l.fd, Header: l.Header, Keys: keys}
+	if l.f.Unfinished() {
+		return true, l.f.LookThrough(l.Length)
+	}
+	_, err = l.f.Accept(l.Length)
+	return false, err
 }
 
 // Size returns the plaintext's size after Unlock.
-func (l *Lone) Size() int64 { return l.f.size }
+func (l *Lone) Size() int64 { return l.f.Size }
 
 // CopyTo writes the plaintext to w, after Unlock. Holes are passed to skip, which makes the
 // next n bytes of the output zeros; if it is nil they are written.
@@ -90,8 +91,8 @@ func (l *Lone) CopyTo(w io.Writer, skip func(n int64) error) error {
 		return nil
 	}
 	buf := make([]byte, copyChunk)
-	for off := int64(0); off < l.f.size; {
-		hole, n, err := l.f.extent(off)
+	for off := int64(0); off < l.f.Size; {
+		hole, n, err := l.f.Extent(off)
 		if err != nil {
 			return err
 		}
@@ -101,7 +102,7 @@ func (l *Lone) CopyTo(w io.Writer, skip func(n int64) error) error {
 			b := buf[:min(n, copyChunk)]
 			n = int64(len(b))
 			if clear(b); !hole {
-				_, err = l.f.read(nil, b, off)
+				_, err = l.f.Read(nil, b, off)
 			}
 			if err == nil {
 				_, err = w.Write(b)
@@ -223,6 +224,6 @@ func skipHole(r io.Reader) (blocks int64, err error) {
 
 // PlainSize returns the plaintext size that the ciphertext's length says; no key is needed.
 func (l *Lone) PlainSize() (int64, error) {
-	v := &Volume{geo: l.Header.Geometry}
-	return v.geo.Plain(l.Length, func(k int64) (int, error) { return v.lastLen(l.fd, k) })
+	g := l.Header.Geometry
+	return g.Plain(l.Length, func(k int64) (int, error) { return cfile.SealedLen(&l.disk, g, l.fd, k) })
 }

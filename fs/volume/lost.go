@@ -70,7 +70,7 @@ func (f *file) readAround(b []byte, off int64) (n int, err error) {
 			m = copy(part, kept[min(int64(len(kept)), off-page*kernelPage):])
 		} else if l.bytes.touch(off, off+int64(len(part))-1) {
 			return 0, unix.EIO // the log said why when they were lost
-		} else if m, err = f.read(nil, part, off); err != nil {
+		} else if m, err = f.Read(nil, part, off); err != nil {
 			return 0, err
 		}
 		n, off, b = n+m, off+int64(m), b[m:]
@@ -119,7 +119,7 @@ func (f *file) loseEnd(believed int64) {
 	n := f.n
 	n.lostMu.Lock()
 	defer n.lostMu.Unlock()
-	n.lost.bytes = n.lost.bytes.with(f.size, believed-1)
+	n.lost.bytes = n.lost.bytes.with(f.Size, believed-1)
 	n.lost.err, n.lost.told = unix.EIO, false
 	n.anyLost.Store(true)
 }
@@ -133,7 +133,7 @@ const leastEqual = 64
 // held.
 func (f *file) lacks(b []byte, off int64, immutable bool) (out ranges) {
 	end := off + int64(len(b))
-	has := b[:min(int64(len(b)), max(0, f.size-off))]
+	has := b[:min(int64(len(b)), max(0, f.Size-off))]
 	if len(has) < len(b) {
 		out = out.with(off+int64(len(has)), end-1)
 	}
@@ -146,7 +146,7 @@ func (f *file) lacks(b []byte, off int64, immutable bool) (out ranges) {
 		part := has[at : at+m]
 		if f.keyless() || f.broken {
 			out = out.with(off+int64(at), off+int64(at+m)-1)
-		} else if _, err := f.read(nil, old[:m], off+int64(at)); err != nil {
+		} else if _, err := f.Read(nil, old[:m], off+int64(at)); err != nil {
 			out = out.with(off+int64(at), off+int64(at+m)-1)
 		} else {
 			for i := range part {

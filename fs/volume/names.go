@@ -147,7 +147,7 @@ func (v *Volume) nameDirID(fd int, id blockcrypt.ID) error {
 }
 
 // encode returns the ciphertext name of an entry, and the encoded name in full
-// where that is a long one. With create, the directory gets its ID, and a long
+// if that is a long one. With create, the directory gets its ID, and a long
 // name its symlink; made says that it was made now. Without, an entry of a
 // directory that has no ID is ENOENT.
 func (n *Node) encode(name string, create bool) (e entryName, err error) {
@@ -206,7 +206,7 @@ func (e entryName) undo(d *disk.Disk, fd int) {
 	if e.made {
 		var st unix.Stat_t
 		if d.Stat(fd, e.cname, &st) == unix.ENOENT {
-			d.Unlink(fd, e.name, 0) // what is left is harmless: rmdir takes it along
+			d.Unlink(fd, e.name, 0) // a leftover is harmless: rmdir takes it along
 		}
 	}
 }

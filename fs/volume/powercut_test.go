@@ -20,7 +20,7 @@ import (
 
 // Power cuts on real filesystems: random operations and writeback, then, at any
 // moment, a shutdown of the filesystem that flushes nothing; or on btrfs, which has
-// none, a copy of its disk while it is in use. What fsync has answered for is
+// none, a copy of its disk while it is in use. Data that fsync has confirmed is
 // there, and everything opens. It needs root and loop devices; make soak has more
 // rounds, and all filesystems.
 func TestPowerCut(t *testing.T) {

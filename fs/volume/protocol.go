@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/cfile"
 )
 
 // begin gives an empty file its header in memory: the first run carries it to
@@ -28,8 +29,8 @@ func (f *file) begin(flags uint32, size int64) error {
 	if err != nil {
 		return err
 	}
-	f.hdr, f.keys, f.head = hdr, keys, head
-	f.conf, f.durable, f.whole = 0, 0, false
+	f.Header, f.Keys, f.head = hdr, keys, head
+	f.conf, f.durable, f.Whole = 0, 0, false
 	f.born = time.Now()
 	f.inked, f.announced, f.broken = false, false, false
 	f.holes, f.known = nil, true
@@ -44,7 +45,7 @@ func (f *file) begin(flags uint32, size int64) error {
 // be on the disk, so the next attempt takes another key.
 func (f *file) abandon() {
 	f.becomeEmpty()
-	if err := f.v.disk.Truncate(f.fd, 0); err != nil {
+	if err := f.v.disk.Truncate(f.FD, 0); err != nil {
 		f.failed("emptying the file again", err)
 		f.breaks()
 	}
@@ -52,8 +53,8 @@ func (f *file) abandon() {
 
 // becomeEmpty forgets the content's keys. mu is held.
 func (f *file) becomeEmpty() {
-	f.hdr, f.keys, f.head = nil, nil, nil
-	f.size, f.conf, f.durable, f.whole = 0, 0, 0, false
+	f.Header, f.Keys, f.head = nil, nil, nil
+	f.Size, f.conf, f.durable, f.Whole = 0, 0, 0, false
 	f.tailK, f.holes, f.known = -1, nil, false
 	f.announced, f.broken, f.overlong = false, false, false
 	f.reserved = 0
@@ -63,23 +64,23 @@ func (f *file) becomeEmpty() {
 // writeState writes a new state: the bytes [128,192) of the header, under the
 // page rule. On an error the file has the old one. mu is held.
 func (f *file) writeState(flags uint32) error {
-	old := f.hdr.State
-	f.keys.SetState(f.hdr, blockcrypt.State{
-		Size:       f.size,
-		Floor:      min(f.durable, f.size),
+	old := f.Header.State
+	f.Keys.SetState(f.Header, blockcrypt.State{
+		Size:       f.Size,
+		Floor:      min(f.durable, f.Size),
 		Session:    f.v.session.Load(),
 		Generation: old.Generation + 1,
 		Flags:      flags,
 	})
 	b := f.head[blockcrypt.StateOffset:][:blockcrypt.StateSize]
-	f.hdr.EncodeState(b)
+	f.Header.EncodeState(b)
 	err := f.settleHead()
 	if err == nil {
-		err = f.v.disk.Pwrite(f.fd, b, blockcrypt.StateOffset)
+		err = f.v.disk.Pwrite(f.FD, b, blockcrypt.StateOffset)
 	}
 	if err != nil {
-		f.keys.SetState(f.hdr, old)
-		f.hdr.EncodeState(b)
+		f.Keys.SetState(f.Header, old)
+		f.Header.EncodeState(b)
 		return err
 	}
 	f.moveTime()
@@ -93,9 +94,9 @@ func (f *file) settleHead() error {
 	case f.v.calm:
 		return nil
 	case f.conf > 0:
-		return f.waited(f.v.disk.SettlePages(f.fd, 0, blockcrypt.PageSize))
+		return f.waited(f.v.disk.SettlePages(f.FD, 0, blockcrypt.PageSize))
 	default:
-		return f.waited(f.v.disk.WaitPages(f.fd, 0, blockcrypt.PageSize))
+		return f.waited(f.v.disk.WaitPages(f.FD, 0, blockcrypt.PageSize))
 	}
 }
 
@@ -109,7 +110,7 @@ func (f *file) waited(err error) error {
 // beforeGrowth is the tail rule and the flags that must be durable before the
 // length changes: once until the file settles. mu is held.
 func (f *file) beforeGrowth(flags uint32) error {
-	now := f.flags()
+	now := f.Flags()
 	if flags&blockcrypt.Sparse&^now != 0 {
 		f.holes, f.known = nil, true // there was none before
 	}
@@ -129,7 +130,7 @@ func (f *file) beforeGrowth(flags uint32) error {
 			return err
 		}
 	}
-	if flags&^now == 0 && f.whole && f.announced {
+	if flags&^now == 0 && f.Whole && f.announced {
 		return nil
 	}
 	f.announced = false
@@ -151,18 +152,18 @@ func (f *file) cleanFlags() uint32 {
 	if f.known && len(f.holes) == 0 {
 		return 0
 	}
-	return f.flags() & blockcrypt.Sparse
+	return f.Flags() & blockcrypt.Sparse
 }
 
 // makeWhole brings the length to whole pages.
 func (f *file) makeWhole() error {
-	if f.whole {
+	if f.Whole {
 		return nil
 	}
-	if err := f.v.disk.Truncate(f.fd, f.v.geo.Whole(f.size)); err != nil {
+	if err := f.v.disk.Truncate(f.FD, f.v.geo.Whole(f.Size)); err != nil {
 		return err
 	}
-	f.whole = true
+	f.Whole = true
 	return nil
 }
 
@@ -223,9 +224,9 @@ func (f *file) resize(ctx context.Context, size int64) error {
 	}
 	defer unlock()
 	switch {
-	case size > f.size:
+	case size > f.Size:
 		return f.write(nil, size-1, 1)
-	case size < f.size:
+	case size < f.Size:
 		f.growOld()
 		f.touch()
 		err = f.shrink(size)
@@ -241,7 +242,7 @@ func (f *file) empty(ctx context.Context) error {
 			return err
 		}
 		f.mu.Lock()
-		if f.fd < 0 { // just now
+		if f.FD < 0 { // just now
 			f.unlock()
 			continue
 		}
@@ -254,10 +255,10 @@ func (f *file) empty(ctx context.Context) error {
 		}
 	}
 	defer f.unlock()
-	if f.hdr == nil && f.isZeroLength() {
+	if f.Header == nil && f.isZeroLength() {
 		return nil
 	}
-	if err := f.v.disk.Truncate(f.fd, 0); err != nil {
+	if err := f.v.disk.Truncate(f.FD, 0); err != nil {
 		return err
 	}
 	f.becomeEmpty()
@@ -268,7 +269,7 @@ func (f *file) empty(ctx context.Context) error {
 
 func (f *file) isZeroLength() bool {
 	var st unix.Stat_t
-	return f.v.disk.Fstat(f.fd, &st) == nil && st.Size == 0
+	return f.v.disk.Fstat(f.FD, &st) == nil && st.Size == 0
 }
 
 // shrink truncates to a size between 1 and the present one. mu is held.
@@ -279,23 +280,23 @@ func (f *file) shrink(size int64) error {
 	if err != nil {
 		return err
 	}
-	before, durable := f.flags(), f.durable
+	before, durable := f.Flags(), f.durable
 	if size < f.conf {
 		if err := f.announceCut(size, reseal); err != nil {
 			return err
 		}
 	}
-	if f.flags()&blockcrypt.Dirty == 0 { // fresh, and closed before
-		if err := f.writeState(f.flags() | blockcrypt.Dirty); err != nil {
+	if f.Flags()&blockcrypt.Dirty == 0 { // fresh, and closed before
+		if err := f.writeState(f.Flags() | blockcrypt.Dirty); err != nil {
 			return err
 		}
 	}
 	if reseal {
 		// To the end of its page: nothing of the old block may stay behind it.
-		whole := f.whole
-		f.whole = true
+		whole := f.Whole
+		f.Whole = true
 		err := f.put(k, k, size, text, g.Start(k), size)
-		f.whole = whole
+		f.Whole = whole
 		if err != nil {
 			f.takeBackCut(before|blockcrypt.Dirty, durable)
 			return err
@@ -304,11 +305,11 @@ func (f *file) shrink(size int64) error {
 	f.cuts++
 	f.tailK = -1
 	f.holes = f.holes.without(k, 1<<62)
-	f.size, f.conf, f.durable = size, min(f.conf, size), min(f.durable, size)
+	f.Size, f.conf, f.durable = size, min(f.conf, size), min(f.durable, size)
 	f.overlong = true
 	f.n.cutLost(size)
 	// The content is cut. What cannot be cut off the ciphertext now is cut off
-	// before anything else is written; who syncs is told.
+	// before anything else is written; the callers of fsync are told.
 	f.failed("cutting the ciphertext's length", f.trim())
 	return nil
 }
@@ -319,13 +320,13 @@ func (f *file) trim() error {
 	if !f.overlong {
 		return nil
 	}
-	length := f.length(f.size)
+	length := f.Length(f.Size)
 	var st unix.Stat_t
-	if err := f.v.disk.Fstat(f.fd, &st); err != nil {
+	if err := f.v.disk.Fstat(f.FD, &st); err != nil {
 		return err
 	}
 	if st.Size != length { // on a full filesystem even that can fail
-		if err := f.v.disk.Truncate(f.fd, length); err != nil {
+		if err := f.v.disk.Truncate(f.FD, length); err != nil {
 			return err
 		}
 	}
@@ -351,12 +352,12 @@ func (f *file) takeBackCut(flags uint32, durable int64) {
 func (f *file) reseals(k, size int64) (bool, []byte, error) {
 	buf := make([]byte, blockcrypt.BlockSize)
 	if f.v.geo.Block(size) != k {
-		if f.flags()&blockcrypt.Sparse == 0 || k == f.v.geo.Block(f.size-1) {
+		if f.Flags()&blockcrypt.Sparse == 0 || k == f.v.geo.Block(f.Size-1) {
 			return false, nil, nil
 		}
 		var page [blockcrypt.PageSize]byte
-		n, err := f.v.disk.Pread(f.fd, page[:], f.v.geo.PageOff(k))
-		if err != nil || !f.isHole(k, pageOf(page[:n], 0, f.v.geo.Lead(k))) {
+		n, err := f.v.disk.Pread(f.FD, page[:], f.v.geo.PageOff(k))
+		if err != nil || !f.IsHole(k, cfile.PageOf(page[:n], 0, f.v.geo.Lead(k))) {
 			return false, nil, err
 		}
 		return true, buf[:size-f.v.geo.Start(k)], nil
@@ -371,12 +372,12 @@ func (f *file) reseals(k, size int64) (bool, []byte, error) {
 // announceCut makes durable that confirmed bytes are to go: dirty, a lower
 // floor, and cut where a page is sealed again. mu is held.
 func (f *file) announceCut(size int64, reseal bool) error {
-	flags := f.flags() | blockcrypt.Dirty
+	flags := f.Flags() | blockcrypt.Dirty
 	if reseal {
 		flags |= blockcrypt.Cut
 	}
-	lower := f.hdr.State.Floor > size
-	if !reseal && !lower && flags == f.flags() && f.whole {
+	lower := f.Header.State.Floor > size
+	if !reseal && !lower && flags == f.Flags() && f.Whole {
 		return nil
 	}
 	if f.durable < size {
@@ -384,7 +385,7 @@ func (f *file) announceCut(size int64, reseal bool) error {
 		if err := f.datasync(); err != nil {
 			return err
 		}
-		f.durable = f.size
+		f.durable = f.Size
 	}
 	old := f.durable
 	f.durable = min(f.durable, size)
@@ -398,7 +399,7 @@ func (f *file) announceCut(size int64, reseal bool) error {
 		err = f.datasync()
 	}
 	if err != nil {
-		f.takeBackCut(f.flags()&^blockcrypt.Cut, old)
+		f.takeBackCut(f.Flags()&^blockcrypt.Cut, old)
 		return err
 	}
 	f.announced = true
@@ -412,7 +413,7 @@ func (f *file) sync() error {
 			return err
 		}
 		f.mu.Lock()
-		if f.fd >= 0 {
+		if f.FD >= 0 {
 			break
 		}
 		f.unlock() // just now
@@ -423,14 +424,14 @@ func (f *file) sync() error {
 	}
 	if f.keyless() { // nothing has changed since it was settled
 		defer f.unlock()
-		if f.flags()&(blockcrypt.Dirty|blockcrypt.Cut) != 0 {
+		if f.Flags()&(blockcrypt.Dirty|blockcrypt.Cut) != 0 {
 			return unix.EIO // it could not be settled: nothing is confirmed
 		}
-		f.conf = max(f.conf, f.size)
-		err := f.v.disk.Fsync(f.fd)
+		f.conf = max(f.conf, f.Size)
+		err := f.v.disk.Fsync(f.FD)
 		f.syncFailed(err)
 		if err == nil {
-			f.durable, f.synced = f.size, int64(f.changes)
+			f.durable, f.synced = f.Size, int64(f.changes)
 		}
 		return err
 	}
@@ -438,14 +439,14 @@ func (f *file) sync() error {
 		f.unlock()
 		return err
 	}
-	if f.hdr != nil && f.conf == 0 && (f.flags()&blockcrypt.Dirty != 0 || f.hdr.State.Size != f.size) {
+	if f.Header != nil && f.conf == 0 && (f.Flags()&blockcrypt.Dirty != 0 || f.Header.State.Size != f.Size) {
 		// A fresh file's state goes with the same sync: clean, at its exact length.
 		if err := f.writeState(f.cleanFlags()); err != nil {
 			f.unlock()
 			return err
 		}
 	}
-	size, cuts, changes := f.size, f.cuts, f.changes
+	size, cuts, changes := f.Size, f.cuts, f.changes
 	f.conf = max(f.conf, size) // confirmed counts from here
 	if !f.near(f.mtime) {      // else it can wait for the file's last close
 		if err := f.putMtime(); err != nil {
@@ -453,7 +454,7 @@ func (f *file) sync() error {
 			return err
 		}
 	}
-	fd := f.fd
+	fd := f.FD
 	f.syncing++
 	f.unlock()
 	err := f.v.disk.Fsync(fd)
@@ -471,7 +472,7 @@ func (f *file) sync() error {
 	if f.cuts == cuts {
 		f.durable = max(f.durable, size)
 	}
-	if f.flags()&blockcrypt.Cut == 0 || f.keyless() {
+	if f.Flags()&blockcrypt.Cut == 0 || f.keyless() {
 		return nil
 	}
 	if f.cuts != cuts { // of a truncation that this sync did not cover
@@ -479,7 +480,7 @@ func (f *file) sync() error {
 			return err
 		}
 	}
-	if err := f.writeState(f.flags() &^ blockcrypt.Cut); err != nil {
+	if err := f.writeState(f.Flags() &^ blockcrypt.Cut); err != nil {
 		return err
 	}
 	return f.datasync()
@@ -490,7 +491,7 @@ func (f *file) datasync() error {
 	if f.broken {
 		return unix.EIO
 	}
-	err := f.v.disk.Datasync(f.fd)
+	err := f.v.disk.Datasync(f.FD)
 	if f.syncFailed(err); err == nil {
 		f.synced = int64(f.changes)
 	}
@@ -515,16 +516,16 @@ func (f *file) settle(changes uint64) error {
 	if !f.unsettled() || f.closed || f.changes != changes {
 		return nil
 	}
-	f.conf, f.durable, f.synced = f.size, f.size, int64(f.changes)
+	f.conf, f.durable, f.synced = f.Size, f.Size, int64(f.changes)
 	if err := f.writeState(f.cleanFlags()); err != nil {
 		return err
 	}
 	f.announced = false
 	if !f.reservedBeyond() || f.overlong {
-		if err := f.v.disk.Truncate(f.fd, f.v.geo.Exact(f.size)); err != nil {
+		if err := f.v.disk.Truncate(f.FD, f.v.geo.Exact(f.Size)); err != nil {
 			return err
 		}
-		f.whole, f.overlong, f.reserved = false, false, 0
+		f.Whole, f.overlong, f.reserved = false, false, 0
 	}
 	return f.putMtime()
 }
@@ -536,7 +537,7 @@ func (f *file) settleNow() error {
 	if f.closed || !f.rw {
 		return nil
 	}
-	if f.hdr != nil && f.conf == 0 || f.keyless() {
+	if f.Header != nil && f.conf == 0 || f.keyless() {
 		return f.rest()
 	}
 	if !f.unsettled() {
@@ -563,17 +564,17 @@ func (f *file) finish() error {
 // known to be on the disk: only in a session that the marker names is that no
 // damage. mu is held.
 func (f *file) unconfirmed() bool {
-	s := f.hdr.State
+	s := f.Header.State
 	return s.Flags&(blockcrypt.Dirty|blockcrypt.Cut) != 0 || s.Floor < s.Size
 }
 
-// restamp writes the states of open files anew that another session than now wrote.
+// restamp rewrites the states of open files that another session wrote.
 func (v *Volume) restamp(now uint64) error {
 	for _, f := range v.files() {
 		f.mu.Lock()
 		var err error
-		if f.rw && !f.closed && !f.broken && f.hdr != nil && !f.keyless() && f.hdr.State.Session != now && f.unconfirmed() {
-			err = f.writeState(f.flags())
+		if f.rw && !f.closed && !f.broken && f.Header != nil && !f.keyless() && f.Header.State.Session != now && f.unconfirmed() {
+			err = f.writeState(f.Flags())
 		}
 		f.unlock()
 		if err != nil {

@@ -45,7 +45,7 @@ func TestRenames(t *testing.T) {
 }
 
 // renameBoth makes the same two entries in the volume and in ref, renames one to
-// the other, and compares all that is there.
+// the other, and compares everything.
 func (w *world) renameBoth(what, ref, from, to, fromKind, toKind string, flags uint32) {
 	t := w.t
 	t.Helper()

@@ -80,7 +80,7 @@ func TestCutAfterFirstFsync(t *testing.T) {
 	w.want("f", content[:50000])
 }
 
-// What is appended after a truncation and closed is there after a kill, though
+// Data that is appended after a truncation and closed is there after a kill, though
 // the truncation has not settled.
 func TestAppendAfterCut(t *testing.T) {
 	w := newWorld(t, volume.Options{})

@@ -2,7 +2,6 @@ package volume
 
 import (
 	"context"
-	"errors"
 	"runtime"
 	"time"
 
@@ -14,7 +13,7 @@ import (
 
 // Fallocate is fallocate(2) with one of these modes: 0, KEEP_SIZE (both reserve
 // space), PUNCH_HOLE|KEEP_SIZE, ZERO_RANGE with or without KEEP_SIZE. Others are
-// EOPNOTSUPP. On an error the file keeps what it had, but for parts of the range
+// EOPNOTSUPP. On an error the file keeps its content, but for parts of the range
 // that are zeros already.
 func (h *Handle) Fallocate(ctx context.Context, mode uint32, off, n int64) error {
 	if !h.write {
@@ -57,11 +56,11 @@ func (f *file) reserve(off, n int64, grow bool) error {
 		from = 0 // with the header
 	}
 	to := g.PageOff(g.Block(end-1) + 1)
-	if err := f.takeSpace(n, func() error { return f.v.disk.Allocate(f.fd, unix.FALLOC_FL_KEEP_SIZE, from, to-from) }); err != nil {
+	if err := f.takeSpace(n, func() error { return f.v.disk.Allocate(f.FD, unix.FALLOC_FL_KEEP_SIZE, from, to-from) }); err != nil {
 		return err
 	}
 	f.reserved = max(f.reserved, to)
-	if grow && end > f.size {
+	if grow && end > f.Size {
 		return f.write(nil, end-1, 1)
 	}
 	return nil
@@ -69,13 +68,13 @@ func (f *file) reserve(off, n int64, grow bool) error {
 
 // reservedBeyond reports whether blocks are reserved behind the end, which cutting the
 // length would free. mu is held.
-func (f *file) reservedBeyond() bool { return f.reserved > f.v.geo.Whole(f.size) }
+func (f *file) reservedBeyond() bool { return f.reserved > f.v.geo.Whole(f.Size) }
 
 // zero makes the part of [off, off+n) that the file has read as zeros: whole
 // blocks become holes, if there are at least least bytes of them. Block 0 and the last
 // one are never holes. mu is held.
 func (f *file) zero(off, n, least int64) error {
-	g, end := f.v.geo, min(off+n, f.size)
+	g, end := f.v.geo, min(off+n, f.Size)
 	if off >= end {
 		return nil
 	}
@@ -84,8 +83,8 @@ func (f *file) zero(off, n, least int64) error {
 		first++
 	}
 	last := g.Block(end) - 1 // Start(last+1) ≤ end
-	if last >= g.Block(f.size-1) {
-		last = g.Block(f.size-1) - 1
+	if last >= g.Block(f.Size-1) {
+		last = g.Block(f.Size-1) - 1
 	}
 	if first > last || g.Start(last+1)-g.Start(first) < least {
 		return f.write(nil, off, end-off)
@@ -103,17 +102,17 @@ func (f *file) zero(off, n, least int64) error {
 	return f.punch(first, last)
 }
 
-// punch makes blocks first to last holes. What was to be lost with them is
+// punch makes blocks first to last holes. Their lost bytes are
 // announced before: the flags, and a floor that says that what lies behind is
 // confirmed. mu is held.
 func (f *file) punch(first, last int64) error {
-	g, now := f.v.geo, f.flags()
+	g, now := f.v.geo, f.Flags()
 	f.growOld()
 	if now&blockcrypt.Sparse == 0 {
 		f.holes, f.known = nil, true // there was none before
 	}
 	flags := now | blockcrypt.Dirty | blockcrypt.Sparse
-	lower := f.conf > 0 && f.hdr.State.Floor < min(f.durable, g.Start(last+1))
+	lower := f.conf > 0 && f.Header.State.Floor < min(f.durable, g.Start(last+1))
 	if flags != now || lower {
 		if err := f.writeState(flags); err != nil {
 			return err
@@ -126,7 +125,7 @@ func (f *file) punch(first, last int64) error {
 	}
 	f.touch()
 	from, to := g.PageOff(first), g.PageOff(last+1)
-	if err := f.v.disk.Allocate(f.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, from, to-from); err != nil {
+	if err := f.v.disk.Allocate(f.FD, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, from, to-from); err != nil {
 		return err
 	}
 	if first <= f.tailK && f.tailK <= last {
@@ -154,63 +153,23 @@ func (h *Handle) Seek(off int64, whence int) (int64, error) {
 		return 0, err
 	}
 	defer unlock()
-	if off < 0 || off >= f.size {
+	if off < 0 || off >= f.Size {
 		return 0, unix.ENXIO
 	}
 	if f.n.anyLost.Load() { // bytes that were lost are no hole
 		if whence == unix.SEEK_HOLE {
-			return f.size, nil
+			return f.Size, nil
 		}
 		return off, nil
 	}
-	for off < f.size {
-		hole, n, err := f.extent(off)
+	for off < f.Size {
+		hole, n, err := f.Extent(off)
 		if err != nil || hole == (whence == unix.SEEK_HOLE) {
 			return off, err
 		}
 		off += n
 	}
-	return f.size, nil
-}
-
-// extent returns whether the byte at off, which is before the end, lies in a hole, and how
-// many bytes from there on do, or do not. mu is held.
-func (f *file) extent(off int64) (hole bool, n int64, err error) {
-	g, rest := f.v.geo, f.size-off
-	k, last := g.Block(off), g.Block(f.size-1)
-	if f.flags()&blockcrypt.Sparse == 0 || k == last {
-		return false, rest, nil
-	}
-	if k > 0 { // block 0 is never a hole
-		data, err := f.dataFrom(k)
-		if err != nil {
-			return false, 0, err
-		}
-		if data = min(data, last); data > k {
-			return true, g.Start(data) - off, nil
-		}
-	}
-	at, err := f.v.disk.Seek(f.fd, g.PageOff(k+1)-1, unix.SEEK_HOLE)
-	if err != nil {
-		return false, 0, err
-	}
-	if next := max(k+1, g.BlockAt(at+blockcrypt.PageSize-1)); next < last {
-		rest = g.Start(next) - off
-	}
-	return false, rest, nil
-}
-
-// dataFrom returns the first block from k on in whose page the backing file has
-// data; a large number where there is none.
-func (f *file) dataFrom(k int64) (int64, error) {
-	at, err := f.v.disk.Seek(f.fd, f.v.geo.PageOff(k), unix.SEEK_DATA)
-	if errors.Is(err, unix.ENXIO) {
-		return 1 << 62, nil
-	}
-	if err != nil {
-		return 0, err
-	}
-	return f.v.geo.BlockAt(at), nil
+	return f.Size, nil
 }
 
 // The limit of space. The kernel answers write(2) before it asks for the space,
@@ -262,14 +221,14 @@ func (f *file) takeSpace(n int64, g func() error) error {
 }
 
 // asOwner calls g, which takes space for the file, with the rights of who owns
-// it, where the daemon is root's and little space is left: the reserve of the
+// it, if the daemon is root's and little space is left: the reserve of the
 // filesystem is root's own.
 func (f *file) asOwner(g func() error) error {
 	if !f.v.tight.Load() || !f.v.super {
 		return g()
 	}
 	var st unix.Stat_t
-	if err := f.v.disk.Fstat(f.fd, &st); err != nil {
+	if err := f.v.disk.Fstat(f.FD, &st); err != nil {
 		return err
 	}
 	if st.Uid == 0 {

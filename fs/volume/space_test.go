@@ -72,7 +72,7 @@ func TestPunchAndReserve(t *testing.T) {
 	}
 }
 
-// A hole within what is confirmed: the floor is raised to what is, or a repair
+// A hole within the confirmed bytes: the floor is raised to them, or a repair
 // would take the hole for the end.
 func TestPunchRaisesFloor(t *testing.T) {
 	w := newWorld(t, volume.Options{})
@@ -116,11 +116,11 @@ func TestLostWrites(t *testing.T) {
 	}
 	got := make([]byte, 12288)
 	if _, err := h.Read(ctx, got, 0); !errors.Is(err, unix.EIO) {
-		t.Errorf("what was lost reads with %v", err)
+		t.Errorf("the lost bytes read with %v", err)
 	}
 	for _, off := range []int64{0, 8192} {
 		if _, err := h.Read(ctx, got[:4096], off); err != nil || !bytes.Equal(got[:4096], b[off:off+4096]) {
-			t.Errorf("what lies beside it, at %d: %v", off, err)
+			t.Errorf("the bytes beside, at %d: %v", off, err)
 		}
 	}
 	wantErr(t, "close", h.Release(), unix.ENOSPC)
@@ -139,7 +139,7 @@ func TestLostWrites(t *testing.T) {
 	wantErr(t, "write", h.WriteDelayed(ctx, b, 12288), unix.ENOSPC)
 	full.Store(false)
 	if _, err := h.Read(ctx, got, 12288); !errors.Is(err, unix.EIO) {
-		t.Errorf("what was lost behind the end reads with %v", err)
+		t.Errorf("the lost bytes behind the end read with %v", err)
 	}
 	_, err = h.Node().SetAttr(ctx, size(100))
 	w.do("truncate", err)
@@ -147,8 +147,8 @@ func TestLostWrites(t *testing.T) {
 	w.do("close", h.Release())
 }
 
-// What is removed makes room for who writes next, though the kernel closes and forgets
-// it a moment later; what stays open does not.
+// A removed file makes room for the next writer, though the kernel closes and forgets
+// it a moment later; a file that stays open does not.
 func TestRoomAfterRemoval(t *testing.T) {
 	keystoretest.Need(t, "root", os.Geteuid() == 0)
 	dir := t.TempDir()
@@ -206,7 +206,7 @@ func TestRoomAfterRemoval(t *testing.T) {
 
 	h, off := fill()
 	_, err := h.Write(ctx, chunk, off)
-	wantErr(t, "what was removed is still open", err, unix.ENOSPC)
+	wantErr(t, "the removed file is still open", err, unix.ENOSPC)
 	w.do("close", h.Release())
 	w.v.Forget(h.Node().ID(), 100)
 }

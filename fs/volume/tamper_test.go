@@ -20,7 +20,7 @@ import (
 	"kmsfs/keystore"
 )
 
-// tampered is the table of README.md, "What is noticed": what somebody does who may
+// tampered is the table of README.md, "What is noticed": changes by somebody who may
 // write to the ciphertext directory, and how it shows. Each row's cases are made
 // here, and the test fails where README.md lacks the row.
 var tampered = []struct {
@@ -32,11 +32,11 @@ var tampered = []struct {
 	{"A bit of a block: its length, key number, nonce, content, tag", "EIO when it is read", (*tamperer).blockBits},
 	{"A block emptied, or exchanged for one of another place or file", "EIO when it is read", (*tamperer).blockSwaps},
 	{"A file cut, or made longer", "EIO at open", (*tamperer).lengths},
-	{"A file of another volume, or made by who may only wrap keys (GenerateDataKey)", "EIO at open", (*tamperer).planted},
+	{"A file of another volume, or made by somebody with the right to wrap keys only (GenerateDataKey)", "EIO at open", (*tamperer).planted},
 	{"A file under a key that nobody named", "ENOKEY at open", (*tamperer).foreignKey},
 	{"A name altered, or a file moved to another directory", "it is not shown; the log says so", (*tamperer).names},
 	{"The name of a long entry altered or lost", "it is not listed; the log says so", (*tamperer).longNames},
-	{"A directory's ID altered in one place, or lost in both", "EIO for what is in it", (*tamperer).dirIDs},
+	{"A directory's ID altered in one place, or lost in both", "EIO for its entries", (*tamperer).dirIDs},
 	{"A symlink's target altered", "EIO at readlink", (*tamperer).targets},
 	{"An extended attribute's value altered, or put under another name", "EIO when it is read", (*tamperer).attrValues},
 	{"kmsfs.json altered, of another volume, or an older one", "mount refuses", (*tamperer).configs},
@@ -107,7 +107,7 @@ func (v *victim) shows(name string) string {
 	case errors.Is(err, unix.ENOENT) && !slices.Contains(v.list(filepath.Dir(name)), filepath.Base(name)) && strings.Contains(v.log.String(), "not shown"):
 		return "it is not shown; the log says so"
 	case errors.Is(err, unix.EIO):
-		return "EIO for what is in it"
+		return "EIO for its entries"
 	case err != nil:
 		return fmt.Sprint("lookup: ", err)
 	}
@@ -335,7 +335,7 @@ func (m *tamperer) foreignKey() {
 	path := v.path("d/f")
 	v.seal()
 	foreign := newStore(m.t)[0]
-	// Even by who has the volume's key, and so can make an origin.
+	// Also if somebody with the volume's key makes an origin.
 	for _, both := range []bool{false, true} {
 		m.on(v, path, fmt.Sprint("with the volume's key ", both), func(b []byte) []byte {
 			old, err := blockcrypt.ParseHeader(b)

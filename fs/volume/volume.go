@@ -19,7 +19,7 @@ import (
 	"kmsfs/keystore"
 )
 
-// What can be wrong with a volume, besides its keys and damage.
+// Faults of a volume, besides its keys and damage.
 var (
 	ErrNotVolume = errors.New("not a kmsfs volume: it has no kmsfs.json")
 	ErrLocked    = errors.New("another mount is writing to this volume")
@@ -81,7 +81,7 @@ type Volume struct {
 	refusal     atomic.Pointer[refusal]
 	lockMu      sync.Mutex // for Lock and Unlock
 	sealWithin  time.Duration
-	unsealed    atomic.Pointer[error] // what was not written or settled when keys were wiped last
+	unsealed    atomic.Pointer[error] // the error of writing or settling when keys were wiped last
 	stuck       atomic.Bool           // a file could not be brought into order: the marker stays, so that the next mount repairs it
 	wrote       atomic.Bool           // something was written in this session
 	nextID      atomic.Uint64
@@ -376,7 +376,7 @@ func (v *Volume) replaceMarker(sessions []uint64) error {
 
 // nextSession begins a new session while the volume stays mounted, so that what
 // was written before counts as confirmed: the states of open files are written
-// anew, all is synced, and the old numbers leave the marker.
+// again, all is synced, and the old numbers leave the marker.
 func (v *Volume) nextSession() error {
 	if v.stuck.Load() {
 		return nil
@@ -470,13 +470,13 @@ func (v *Volume) cleaned() error {
 	return v.writeMarker(mine...)
 }
 
-// ends reports whether the volume is being closed.
-func (v *Volume) ends() bool {
+// ending returns errEnding while the volume is being closed.
+func (v *Volume) ending() error {
 	select {
 	case <-v.quit:
-		return true
+		return errEnding
 	default:
-		return false // also for a file without a volume
+		return nil
 	}
 }
 
@@ -485,7 +485,7 @@ func (v *Volume) Wait(ctx context.Context) error {
 	for v.repairs() {
 		select {
 		case <-v.walked:
-			return nil // what it could not repair is tried at the next mount
+			return nil // the rest is tried at the next mount
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-time.After(5 * time.Millisecond):

@@ -110,7 +110,7 @@ func (d *Disk) do(c Call, f func() error) error {
 }
 
 // take makes a call that takes space. One that finds none is made again where some is
-// about to come back: who removes a file from a full disk can write at once. Calls
+// about to come back: a program that removes a file from a full disk can write at once. Calls
 // that sync must not be: the kernel tells once that it could not write.
 func (d *Disk) take(c Call, f func() error) error {
 	return d.do(c, func() error {

@@ -21,7 +21,7 @@ func (d *Disk) Open(dir int, name string, flags int, mode uint32) (fd int, err e
 	return fd, err
 }
 
-// Reopen opens the very object of a descriptor anew.
+// Reopen opens the very object of a descriptor again.
 func (d *Disk) Reopen(old, flags int) (fd int, err error) {
 	d.sees("open")
 	err = d.opens(func() error {

@@ -1,0 +1,110 @@
+package cfile
+
+import "kmsfs/blockcrypt"
+
+// LookThrough finds out how much of an unfinished file opens, and shows that.
+func (c *Content) LookThrough(length int64) error {
+	r, err := c.Assess(length, nil)
+	if err != nil {
+		return err
+	}
+	c.Size, c.Partial = r.Size, true
+	return nil
+}
+
+// Findings are the blocks of an unfinished file that open.
+type Findings struct {
+	Size  int64   // bytes of plaintext that open
+	Pages int64   // blocks that stay
+	Short []int64 // blocks in the middle that are sealed short
+	Last  bool    // the last block is to be sealed up to size
+}
+
+// stopEvery is after how many blocks assess asks whether it is to stop.
+const stopEvery = 256
+
+// lastHole returns the last block of the hole in the backing file that block k begins, at
+// most the one before n.
+func (c *Content) lastHole(k, n int64) (int64, error) {
+	next, err := c.dataFrom(k + 1)
+	return max(k, min(next, n)-1), err
+}
+
+// Assess reads a file of this length, which is dirty or beyond its floor, and
+// finds where it ends. Damage below the floor is an error. Every stopEvery
+// blocks it asks stop, if that is not nil, and returns its error.
+func (c *Content) Assess(length int64, stop func() error) (r Findings, err error) {
+	g, s := c.Geo, c.Header.State
+	must := int64(0) // so many blocks must open
+	if s.Floor > 0 {
+		must = g.Block(s.Floor-1) + 1
+	}
+	n := g.Last(length) + 1
+	if s.Flags&blockcrypt.Cut != 0 {
+		n = min(n, must)
+	}
+	var tail, heldPages int64 // bytes in the last block that is none of the holes, and blocks up to it
+	endsInHole := false
+	var page [blockcrypt.PageSize]byte
+	var text [blockcrypt.BlockSize]byte
+	k := int64(0)
+	for ; k < n; k++ {
+		if k%stopEvery == 0 && stop != nil {
+			if err := stop(); err != nil {
+				return r, err
+			}
+		}
+		m, err := c.Disk.Pread(c.FD, page[:], g.PageOff(k))
+		if err != nil {
+			return r, err
+		}
+		p := PageOf(page[:m], 0, g.Lead(k))
+		if k > 0 && s.Flags&blockcrypt.Sparse != 0 && m == blockcrypt.PageSize && blockcrypt.IsHole(p) {
+			// What the backing file has no data for is a hole, too: a walk costs by data.
+			endsInHole = true
+			if k, err = c.lastHole(k, n); err != nil {
+				return r, err
+			}
+			continue
+		}
+		out, err := c.Keys.Open(text[:0], k, p, g.Capacity(k))
+		if err != nil {
+			if k < must {
+				return r, &blockcrypt.DamageError{Class: blockcrypt.BadBlock, Pos: g.PageOff(k), Detail: "a confirmed block does not open"}
+			}
+			break
+		}
+		if heldPages > 0 && heldPages == k && tail < int64(g.Capacity(k-1)) {
+			r.Short = append(r.Short, k-1)
+		}
+		if heldPages > 0 && heldPages < k && tail < int64(g.Capacity(heldPages-1)) {
+			r.Short = append(r.Short, heldPages-1)
+		}
+		tail, heldPages, endsInHole = int64(len(out)), k+1, false
+	}
+	if k < must {
+		return r, &blockcrypt.DamageError{Class: blockcrypt.BadSize, Pos: length, Detail: "confirmed blocks are missing"}
+	}
+	r.Pages = k
+	if endsInHole { // holes at the end beyond the floor go
+		r.Pages = max(heldPages, must)
+	}
+	if r.Pages == 0 {
+		return r, nil
+	}
+	hole := r.Pages > heldPages
+	r.Size = g.Start(r.Pages-1) + tail
+	if hole && heldPages > 0 && tail < int64(g.Capacity(heldPages-1)) {
+		r.Short = append(r.Short, heldPages-1)
+	}
+	if hole || s.Flags&blockcrypt.Cut != 0 {
+		if !hole && r.Size < s.Floor {
+			return r, &blockcrypt.DamageError{Class: blockcrypt.BadSize, Pos: -1, Detail: "the file is shorter than what was confirmed"}
+		}
+		r.Size, r.Last = s.Floor, true
+	}
+	if r.Size < s.Floor {
+		return r, &blockcrypt.DamageError{Class: blockcrypt.BadSize, Pos: -1, Detail: "the file is shorter than what was confirmed"}
+	}
+	return r, nil
+}

@@ -1,0 +1,67 @@
+// Package cfile reads the content of one ciphertext file: its blocks and holes, and the part of
+// an unfinished file that opens. The rules are those of FORMAT.md. It changes nothing, and knows
+// no volume: mounts, fsck and the commands for single files share it.
+package cfile
+
+import (
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/disk"
+)
+
+// Content is the content of a ciphertext file whose header was read and whose data key was
+// unwrapped: its blocks, and the holes between them. It changes nothing. Mounted files, fsck and
+// the commands for single files read through it.
+type Content struct {
+	Disk   *disk.Disk
+	Geo    blockcrypt.Geometry
+	FD     int
+	Header *blockcrypt.Header // nil while the file is empty
+	Keys   *blockcrypt.FileKeys
+
+	Size    int64 // of the plaintext
+	Whole   bool  // the ciphertext file ends at a whole page
+	Partial bool  // the file is unfinished, and Size the number of bytes that open
+
+	// Ahead is the beginning of the ciphertext file, which was read with the header. It goes
+	// when it was used, and when the content changes. After AheadUntil, if that is set, it
+	// is too old: another mount may write.
+	Ahead      atomic.Pointer[[]byte]
+	AheadUntil time.Time
+}
+
+// Unfinished reports whether the file was being written when its state was.
+func (c *Content) Unfinished() bool { return c.Flags()&(blockcrypt.Dirty|blockcrypt.Cut) != 0 }
+
+// Accept takes the size of a clean state if it goes with the length of the ciphertext file.
+// empty is true if there is only the header of an empty file.
+func (c *Content) Accept(length int64) (empty bool, err error) {
+	s := c.Header.State
+	switch length {
+	case c.Geo.Exact(s.Size):
+	case c.Geo.Whole(s.Size):
+		c.Whole = true
+	default:
+		if s.Size == 0 && length == int64(c.Geo.Header()) {
+			return true, nil
+		}
+		detail := fmt.Sprintf("the file is %d bytes long, not the %d of %d bytes of plaintext", length, c.Geo.Exact(s.Size), s.Size)
+		if s.Generation == 1 && s.Floor == 0 && length < c.Geo.Exact(s.Size) {
+			detail += "; if it is a copy, it may have been copied while it was first written: copy it again"
+		}
+		return false, &blockcrypt.DamageError{Class: blockcrypt.BadSize, Pos: -1, Detail: detail}
+	}
+	c.Size = s.Size
+	return false, nil
+}
+
+// Flags returns the flags of the state.
+func (c *Content) Flags() uint32 {
+	if c.Header == nil {
+		return 0
+	}
+	return c.Header.State.Flags
+}
