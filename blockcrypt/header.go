@@ -42,7 +42,7 @@ const (
 // State is what a header says of its file at one moment.
 type State struct {
 	Size       int64 // bytes of plaintext; of a dirty file, those when it was written
-	Floor      int64 // so many bytes are confirmed
+	Floor      int64 // the number of confirmed bytes
 	Session    uint64
 	Generation uint64
 	Flags      uint32
@@ -60,7 +60,7 @@ type Header struct {
 	Geometry   Geometry
 	Volume     ID // zero: made outside a volume
 	File       ID
-	Dir        ID // where it was born, a hint
+	Dir        ID // the directory of its creation, a hint
 	Commitment [32]byte
 	Origin     [16]byte
 	NoOpen     uint32 // feature bits that forbid opening

@@ -17,7 +17,7 @@ import (
 	"kmsfs/tests/independent"
 )
 
-var update = flag.Bool("update", false, "make the test vectors anew")
+var update = flag.Bool("update", false, "make the test vectors again")
 
 // vectors is testdata/vectors.json: see FORMAT.md, "Test vectors".
 type vectors struct {
@@ -32,7 +32,7 @@ type vectors struct {
 }
 
 // fileVector is a ciphertext file. Byte i of its plaintext is (7i + i/256) mod
-// 256; Class is the failure, where one is expected.
+// 256; Class is the failure, if one is expected.
 type fileVector struct {
 	Name       string           `json:"name"`
 	DataKey    hexBytes         `json:"data_key"`

@@ -23,7 +23,7 @@ func mountDevice(dir, source string, options []string) (int, error) {
 // escape protects what separates options.
 func escape(s string) string { return strings.NewReplacer(`\`, `\\`, `,`, `\,`).Replace(s) }
 
-// Options of mount(8) that mount(2) takes as flags, and what they set or clear.
+// Options of mount(8) that mount(2) takes as flags, and the flags that they set or clear.
 var mountFlags = map[string]struct{ set, clear uintptr }{
 	"ro": {set: unix.MS_RDONLY}, "rw": {clear: unix.MS_RDONLY}, "noexec": {set: unix.MS_NOEXEC}, "exec": {clear: unix.MS_NOEXEC},
 	"nosuid": {set: unix.MS_NOSUID}, "suid": {clear: unix.MS_NOSUID}, "nodev": {set: unix.MS_NODEV}, "dev": {clear: unix.MS_NODEV},

@@ -143,7 +143,7 @@ func (f *fileSystem) Ioctl(_ <-chan struct{}, in *fuse.IoctlIn, inbuf []byte, _ 
 		return s
 	}
 	if (in.Cmd == unix.FS_IOC_SETFLAGS || in.Cmd == volume.FSSetXAttr) && n.Writing() {
-		// What was written before the file became immutable belongs to it.
+		// Data that was written before the file became immutable belongs to it.
 		f.waits.yield(in.Unique)
 		if err := f.notify.WriteBack(in.NodeId); err != nil {
 			return status(err)

@@ -16,7 +16,7 @@ import (
 
 // fileSystem answers the kernel's requests.
 type fileSystem struct {
-	fuse.RawFileSystem // ENOSYS for what is not below
+	fuse.RawFileSystem // ENOSYS for every operation that is not below
 	v                  *volume.Volume
 	files              table[*volume.Handle]
 	dirs               table[*volume.Dir]
@@ -29,7 +29,7 @@ type fileSystem struct {
 // waits is told what a request waits for.
 type waits interface {
 	yield(unique uint64)        // a key service
-	yieldForDisk(unique uint64) // perhaps the disk: what it reads is not in the page cache
+	yieldForDisk(unique uint64) // perhaps the disk: the data that it reads is not in the page cache
 	behind(unique uint64)       // another request of the same file
 }
 
@@ -167,11 +167,11 @@ func (f *fileSystem) SetAttr(cancel <-chan struct{}, in *fuse.SetAttrIn, out *fu
 		return fuse.Status(syscall.ESTALE)
 	}
 	const times = fuse.FATTR_ATIME | fuse.FATTR_MTIME | fuse.FATTR_CTIME | fuse.FATTR_LOCKOWNER | fuse.FATTR_FH
-	if err := f.v.Locked(); err != nil && in.Valid&^times != 0 { // the kernel writes the times of what was written before
+	if err := f.v.Locked(); err != nil && in.Valid&^times != 0 { // the kernel writes the times of earlier writes
 		return status(err)
 	}
 	if n.IsFile() && n.Gone() && in.Valid&^(fuse.FATTR_MTIME|fuse.FATTR_CTIME|fuse.FATTR_LOCKOWNER) == 0 {
-		// The kernel writes the times of what it has just removed, as it lets go
+		// The kernel writes the times of a file that it has just removed, as it lets go
 		// of it: nobody will see them.
 		if st, err := n.Attr(); err == nil {
 			setAttr(&out.Attr, &st)

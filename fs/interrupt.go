@@ -15,12 +15,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// requests are those that are being answered, and who has made each.
+// requests are those that are being answered, and the thread that made each.
 //
 // The kernel sends an INTERRUPT for any signal that comes while a program waits,
-// and does not begin the call anew: a program with a timer, as git's progress has,
+// and does not restart the call: a program with a timer, as git's progress has,
 // would see EINTR from open, which on a disk it never sees. So a request ends early
-// only for who is being killed. The kernel tells of the first signal alone; from
+// only for a thread that is being killed. The kernel tells of the first signal alone; from
 // then on it is looked for.
 type requests struct {
 	mu   sync.Mutex
@@ -29,19 +29,19 @@ type requests struct {
 
 // request is one that is being answered.
 type request struct {
-	thread  uint32 // the ID of who asks, 0 where it is of another PID namespace
+	thread  uint32 // the ID of the thread that asks, 0 if it is of another PID namespace
 	opcode  uint32
 	begun   time.Time
 	long    bool        // it was expected to take long
 	waits   bool        // and that for the disk
 	noted   atomic.Bool // it has counted for the pace of its kind already, or does not
 	yielded atomic.Bool // it was known when it began to wait
-	missed  time.Time   // when it first asked the disk for what is not in the page cache
+	missed  time.Time   // when it first asked the disk for data that is not in the page cache
 }
 
 const (
 	lookAgain  = 20 * time.Millisecond
-	lookAtMost = time.Second // for a request that is not there yet: who has read it is slow, or has answered
+	lookAtMost = time.Second // for a request that is unknown: the worker that has read it is slow, or has answered
 )
 
 func (r *requests) begin(h *fuse.InHeader, q *request) {
@@ -67,7 +67,7 @@ func (r *requests) get(unique uint64) *request {
 	return r.made[unique]
 }
 
-// stuck calls f for each request that has kept its worker for so long without a word.
+// stuck calls f for each request that has kept its worker for d and has not yielded.
 func (r *requests) stuck(d time.Duration, f func(*request)) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -96,7 +96,7 @@ func (l *loop) interrupt(in []byte) bool {
 }
 
 // interrupt waits for a request to be answered, and ends it once its thread is dying.
-// end reports whether that is done: it is not where the request is not yet begun, or
+// end reports whether that is done: it is not if the request has not begun yet, or
 // has just ended.
 func (r *requests) interrupt(unique uint64, dying func(tid uint32) bool, end func() bool) {
 	met := false

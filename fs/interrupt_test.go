@@ -93,7 +93,7 @@ func TestDying(t *testing.T) {
 		tid := uint32(p.Process.Pid)
 		out.Read(make([]byte, 10))
 		before := dying(tid)
-		// What has stopped keeps its signals waiting.
+		// A stopped process keeps its signals waiting.
 		unix.Kill(int(tid), unix.SIGSTOP)
 		for until := time.Now().Add(10 * time.Second); time.Now().Before(until) && !strings.Contains(statusOf(t, tid), "T (stopped)"); {
 			time.Sleep(time.Millisecond)

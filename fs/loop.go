@@ -23,7 +23,7 @@ import (
 // A request that waits must not keep the next one from being read. So a worker sees to
 // it that another reads, in one of three ways. Before it begins, if requests of that
 // kind have mostly taken long of late (pace). When it is about to wait, if it can tell:
-// for pages that are not in the page cache, where the disk mostly takes long, for a key
+// for pages that are not in the page cache, if the disk mostly takes long, for a key
 // service (yield). Or the watchdog finds that nobody has read for one or two ticks. While something takes long, some more workers read, so that one
 // that begins what takes long need not call another first.
 type loop struct {
@@ -53,7 +53,7 @@ type loop struct {
 	requests requests
 	queue    queue
 
-	gate   sync.RWMutex // held for reading by who writes notifications
+	gate   sync.RWMutex // held for reading while notifications are written
 	closed atomic.Bool
 
 	awake   atomic.Bool   // the watchdog
@@ -178,7 +178,7 @@ func (l *loop) serve() bool {
 		l.reading.Add(-1)
 		switch most := l.most.Load(); {
 		case l.takesLong(in):
-			// What has much data takes long by what the processor does: more workers would
+			// A request with much data keeps the processor busy for long: more workers would
 			// only be in each other's way.
 			if r.long = true; len(in) <= bigRequest && answerSize(in) <= bigRequest {
 				r.waits = true
@@ -186,7 +186,7 @@ func (l *loop) serve() bool {
 				l.longs.Add(1)
 			}
 			if s := small(in); s != nil {
-				l.buffers.put(b) // for who reads next
+				l.buffers.put(b) // for the next reader
 				b, in = s, s.in[:n]
 			}
 			l.needReader()
@@ -287,7 +287,7 @@ func (l *loop) behind(unique uint64) {
 	}
 }
 
-// sleep waits for so long, or until the connection has ended, and reports whether it has. It
+// sleep waits for d, or until the connection has ended, and reports whether it has. It
 // does so by a syscall: a timer of the runtime that comes so often makes processors look for
 // work that there is not, and small requests take twice the time.
 func (l *loop) sleep(d time.Duration) (ended bool) {
@@ -336,8 +336,8 @@ func (l *loop) watch() {
 	}
 }
 
-// Opcodes of the kernel's fuse.h: of what may wait for the disk, of what asks for bytes,
-// and of who gives up.
+// Opcodes of the kernel's fuse.h: of requests that may wait for the disk, that ask for bytes,
+// and that end another one.
 const (
 	opRead, opWrite, opFsync, opFsyncDir, opCopyFileRange = 15, 16, 20, 30, 47
 	opGetXattr, opListXattr                               = 22, 23

@@ -90,7 +90,7 @@ func newDevice(t *testing.T, configure ...func(*loop)) *device {
 	return d
 }
 
-// send sends a request of so many bytes, and what follows it.
+// send sends a request of n bytes, and the data that follows it.
 func (d *device) send(h *fuse.InHeader, size uintptr, more ...byte) uint64 {
 	d.t.Helper()
 	d.unique += 2
@@ -162,7 +162,7 @@ func TestNothingWaitsBehindOthers(t *testing.T) {
 	d.soon("as many workers read as may", func() bool { return d.l.reading.Load() <= d.l.most.Load() })
 }
 
-// soon waits for what comes true a moment after an answer.
+// soon waits for a condition that comes true a moment after an answer.
 func (d *device) soon(what string, f func() bool) {
 	d.t.Helper()
 	for end := time.Now().Add(20 * time.Second); !f(); time.Sleep(time.Millisecond) {
@@ -289,7 +289,7 @@ func TestMostBusy(t *testing.T) {
 	}
 }
 
-// Requests that are admitted and those that are kept are all answered, whoever comes when.
+// Requests that are admitted and those that are kept are all answered, in any order.
 func TestQueue(t *testing.T) {
 	q := queue{most: 3}
 	h := &fuse.InHeader{Opcode: 1}
@@ -324,7 +324,7 @@ func TestQueue(t *testing.T) {
 	}
 }
 
-// A read that goes to the disk lets another worker read only where the disk is slow.
+// A read that goes to the disk lets another worker read only if the disk is slow.
 func TestMisses(t *testing.T) {
 	d := newDevice(t)
 	d.w.waits = d.l.yieldForDisk

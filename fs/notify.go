@@ -9,9 +9,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// notifier tells the kernel to let go of what it holds of a file, by
+// notifier tells the kernel to drop its cache of a file, by
 // FUSE_NOTIFY_INVAL_INODE (linux/fuse.h). The kernel writes dirty pages first and
-// waits for those: whoever calls holds no lock, and another reads requests (see loop.yield).
+// waits for those: the caller holds no lock, and another worker reads requests (see loop.yield).
 type notifier struct {
 	fd   int
 	goes func(func()) // runs something that fd outlives

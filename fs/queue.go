@@ -48,7 +48,7 @@ func (q *queue) admit(in []byte) bool {
 }
 
 // done ends a request, or one that was kept, and returns one that can be answered now, nil if
-// there is none. What was kept counts as busy.
+// there is none. A kept request counts as busy.
 func (q *queue) done() []byte {
 	if q.busy.Add(-1); q.waiting.Load() == 0 {
 		return nil

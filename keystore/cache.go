@@ -3,7 +3,7 @@ package keystore
 import "time"
 
 // cache holds unwrapped keys, bounded in number; the least recently used go
-// first. What it costs is its entry, a place in the map and the slot: less than
+// first. The cost is its entry, a place in the map and the slot: less than
 // 150 bytes a key. The ring's mutex guards it.
 type cache struct {
 	slab    *slab

@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// What is evicted is wiped, and the least recently used goes first.
+// An evicted key is wiped, and the least recently used goes first.
 func TestEvictionWipes(t *testing.T) {
 	s := newSlab(8)
 	defer s.close()

@@ -100,7 +100,7 @@ func TestMemoryIsNoProof(t *testing.T) {
 type branchy struct {
 	slow
 	asks bool
-	down atomic.Bool // its service; what is in memory is known
+	down atomic.Bool // its service; keys in memory are known
 }
 
 func (s *branchy) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
@@ -214,7 +214,7 @@ func (p *picky) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapp
 	return p.slow.Unwrap(ctx, b, w)
 }
 
-// An outage: what is known goes on for Grace, counted from the last proof; who
+// An outage: known keys go on for Grace, counted from the last proof; who
 // needs a call fails at once after the first; it recovers by itself.
 func TestOutageAndGrace(t *testing.T) {
 	s := &slow{uri: "slow:1"}
@@ -445,7 +445,7 @@ func TestOneOfTwoRevoked(t *testing.T) {
 	})
 }
 
-// Who waits for a new key when the ring is locked gets the verdict, not the key.
+// A call that waits for a new key when the ring is locked gets the verdict, not the key.
 func TestLockWhileCreating(t *testing.T) {
 	s := &slow{uri: "slow:1", delay: time.Second}
 	bubble(t, []keystore.Store{s}, keystore.RingOptions{Pool: 8}, func(r *keystore.Ring) {
@@ -466,7 +466,7 @@ func TestLockWhileCreating(t *testing.T) {
 	})
 }
 
-// Who waits for a new key is not told of a denial that is older than his waiting.
+// A call that waits for a new key is not told of a denial that is older than its waiting.
 func TestOldDenial(t *testing.T) {
 	s := &lateDenial{slow: slow{uri: "slow:1"}}
 	bubble(t, []keystore.Store{s}, keystore.RingOptions{Pool: 1}, func(r *keystore.Ring) {

@@ -42,7 +42,7 @@ const (
 
 	burstQuiet = 250 * time.Millisecond // after which the pool is filled
 	burstPause = 2 * time.Second        // creations further apart are not of one burst
-	poolDecay  = 10 * time.Minute       // in which the target sinks to what it was at first
+	poolDecay  = 10 * time.Minute       // in which the target sinks to its first value
 )
 
 // pool holds data keys made ahead: as many as the last burst of creations took.

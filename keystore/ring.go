@@ -447,7 +447,7 @@ func (r *Ring) MemoryLocked() bool { return r.slab.locked }
 // Waits reports whether any store is a service that has to be waited for.
 func (r *Ring) Waits() bool { return r.waits }
 
-// Counts are what a ring has done so far, and what it holds.
+// Counts are the totals of a ring's work so far, and its contents.
 type Counts struct {
 	Hits, Misses             uint64 // unwrappings that the cache answered, and others
 	Prefetched, PrefetchUsed uint64

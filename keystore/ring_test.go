@@ -57,7 +57,7 @@ func (s *slow) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrappe
 	return keystore.UnwrapLocal(s.kek[:], b, [16]byte{}, w.Blob)
 }
 
-// What is taken and given back costs no call.
+// A key that is taken and given back costs no call.
 func TestPoolLeavesFewAlone(t *testing.T) {
 	s := &slow{uri: "slow:1"}
 	r := keystore.NewRing([16]byte{1}, []keystore.Store{s}, keystore.RingOptions{Pool: 8})
@@ -76,7 +76,7 @@ func TestPoolLeavesFewAlone(t *testing.T) {
 			t.Fatalf("%d of %d keys", r.Counts().Pool, r.Counts().PoolTarget)
 		}
 	}
-	// Those that are under way when the target has sunk to what is there come too.
+	// Those that are under way when the target has sunk to the present number come too.
 	made := int32(-1)
 	for made != s.wraps.Load() {
 		made = s.wraps.Load()

@@ -11,7 +11,7 @@ import (
 	"kmsfs/keystore"
 )
 
-// Who waits for a call when the ring is locked, or when the service is found to be
+// A caller that waits when the ring is locked, or when the service is found to be
 // away, ends at once, with the verdict; so does who only joined.
 func TestWaitingEnds(t *testing.T) {
 	for _, how := range []keystore.Kind{keystore.Credentials, keystore.Outage} {
@@ -167,7 +167,7 @@ func TestPoolAfterOutage(t *testing.T) {
 	})
 }
 
-// What is not used, or was refused, is no burst.
+// A key that is not used, or was refused, is no burst.
 func TestPoolCountsUse(t *testing.T) {
 	s := &slow{uri: "slow:1", delay: time.Millisecond}
 	bubble(t, []keystore.Store{s}, keystore.RingOptions{Pool: 8}, func(r *keystore.Ring) {
@@ -210,7 +210,7 @@ func TestEachKeyInOutage(t *testing.T) {
 }
 
 // After a long sleep of the machine no key of the pool is given before there is a
-// proof, and who asks whether keys may be used waits for one.
+// proof, and a caller that asks whether keys may be used waits for one.
 func TestSleepAndPool(t *testing.T) {
 	s := &slow{uri: "slow:1", delay: 100 * time.Millisecond}
 	synctest.Test(t, func(t *testing.T) {
@@ -327,7 +327,7 @@ func TestForbiddenRecipient(t *testing.T) {
 	})
 }
 
-// Where a local recipient's part is damaged, another is not asked by who cannot wait.
+// If a local recipient's part is damaged, another is not asked by a caller that cannot wait.
 func TestUnwrapNowAsksNobody(t *testing.T) {
 	a, b := &immediate{slow{uri: "slow:a", kek: [32]byte{1}}}, &slow{uri: "slow:b", kek: [32]byte{2}}
 	r := keystore.NewRing([16]byte{1}, []keystore.Store{a, b}, keystore.RingOptions{})

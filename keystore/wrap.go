@@ -54,7 +54,7 @@ func wrapCipher(kek []byte, b Binding) (cipher.AEAD, error) {
 	return cipher.NewGCMWithRandomNonce(block)
 }
 
-// wrapAD is use ‖ volume ID ‖ branch ID ‖ file ID, zeros for what is not there.
+// wrapAD is use ‖ volume ID ‖ branch ID ‖ file ID, zeros for a missing ID.
 func wrapAD(b Binding, branch [16]byte) []byte {
 	var file [16]byte
 	switch b.Use {

@@ -29,7 +29,7 @@ func BenchmarkKMS(b *testing.B) {
 		kms.srv.SetLatency(latency)
 		var refs, gots, bad []map[string]time.Duration
 		for i := range 6 {
-			if i%2 == 0 { // what comes first is the faster, whichever it is
+			if i%2 == 0 { // the first one is the faster, whichever it is
 				refs = append(refs, kmsSteps(b, local, files))
 			}
 			gots = append(gots, kmsSteps(b, kms.mounted, files))

@@ -131,7 +131,7 @@ func glob(t testing.TB, pattern string) []string {
 
 func ino(st os.FileInfo) uint64 { return st.Sys().(*syscall.Stat_t).Ino }
 
-// overwrite writes a file in its place, or anew.
+// overwrite writes a file in its place, or makes it.
 func overwrite(path string, b []byte) error {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE, 0o644)
 	if err != nil {

@@ -1,3 +1,3 @@
-// Package tests has what needs a real mount, a real KMS server, a kill or a
+// Package tests has the tests that need a real mount, a real KMS server, a kill or a
 // benchmark. It runs the program as its users do.
 package tests

@@ -126,7 +126,7 @@ func (w *killWriter) step() bool {
 	}
 }
 
-// judge compares the writer's files with what they may be, and says which are not.
+// judge compares the writer's files with their allowed contents, and says which differ.
 func (w *killWriter) judge() (looked int, faults []string) {
 	for name, k := range w.files {
 		got, err := os.ReadFile(w.path(name))

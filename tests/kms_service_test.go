@@ -53,7 +53,7 @@ func TestAWSOptions(t *testing.T) {
 	}
 }
 
-// SIGHUP loads credentials anew.
+// SIGHUP loads credentials again.
 func TestHangup(t *testing.T) {
 	v := newKMSVolume(t, "--audit", "strict")
 	v.faults = true
@@ -138,7 +138,7 @@ func TestMissingRecipient(t *testing.T) {
 	write(t, v.path("both"), []byte("content"))
 	v.umount()
 	if out, err := v.try("fsck", v.cipher); err != nil || strings.Contains(out, "missing") {
-		t.Errorf("fsck of what has both: %v\n%s", err, out)
+		t.Errorf("fsck of a directory with both: %v\n%s", err, out)
 	}
 	v.mount()
 	v.srv.SetState(second, "Disabled")
@@ -200,7 +200,7 @@ func TestNoCoreDump(t *testing.T) {
 	}
 }
 
-// Who is asked before a key is taken away, and says no, keeps it.
+// A user who is asked before a key is taken away, and says no, keeps it.
 func TestKeyQuestionOnTerminal(t *testing.T) {
 	v := newKMSVolume(t)
 	for _, args := range [][]string{{"key", "disable", "alias/k"}, {"key", "schedule-deletion", "alias/k", "--days", "7"}} {

@@ -73,7 +73,7 @@ func readErr(path string, want error) func() error {
 }
 
 // A key that is switched off makes open files unreadable too, and what the
-// kernel knows of them; what was written before is there when it is on again.
+// kernel knows of them; data that was written before is there when it is on again.
 func TestRevocation(t *testing.T) {
 	v := newKMSVolume(t, "--key-max-age", "2s")
 	v.faults = true
@@ -233,7 +233,7 @@ func inMemory(t testing.TB, pid int, keys [][]byte) (n int) {
 	return len(found)
 }
 
-// Without KMS: what is known goes on, the pool too, what is not known fails
+// Without KMS: known keys go on, the pool too, unknown ones fail
 // after one deadline and then at once; it recovers by itself.
 func TestOutage(t *testing.T) {
 	v := newKMSVolume(t)
@@ -429,7 +429,7 @@ func TestRateLimit(t *testing.T) {
 	}
 }
 
-// The key server is started anew in the middle of the work: what was under way is
+// The key server is restarted in the middle of the work: calls under way are
 // tried again, and no error reaches anybody.
 func TestServerRestarts(t *testing.T) {
 	v := newKMSVolume(t)

@@ -250,7 +250,7 @@ func TestFullDisk(t *testing.T) {
 			t.Fatal("16 MiB fit on 8")
 		}
 		want(t, m.path("keep"), keep)
-		// What is removed makes room at once.
+		// A removed file makes room at once.
 		if err := os.Remove(m.path("big")); err != nil {
 			t.Fatal(err)
 		}

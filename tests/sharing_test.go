@@ -16,7 +16,7 @@ import (
 	"kmsfs/keystore/keystoretest"
 )
 
-// A name that is replaced by rename is always there, and who has the old file
+// A name that is replaced by rename always exists, and a program that has the old file
 // open goes on with it.
 func TestReplace(t *testing.T) {
 	m := newVolume(t)
@@ -67,7 +67,7 @@ func TestReplace(t *testing.T) {
 		mkdir d; (cd d; rmdir ../d; ls; stat . >/dev/null; ! touch x 2>/dev/null)`)
 }
 
-// copy_file_range is done in the daemon, at any offsets, of what is not written
+// copy_file_range is done in the daemon, at any offsets, of data that is not written
 // back yet too.
 func TestCopyFileRange(t *testing.T) {
 	m := newVolume(t)

@@ -68,7 +68,7 @@ func (x *terminal) expect(text, answer string) {
 	}
 }
 
-// end waits for the program's end, and returns its exit code and what it showed
+// end waits for the program's end, and returns its exit code and its output
 // since the last answer.
 func (x *terminal) end() (code int, shown string) {
 	x.t.Helper()
@@ -80,7 +80,7 @@ func (x *terminal) end() (code int, shown string) {
 	return x.c.ProcessState.ExitCode(), x.out.String()
 }
 
-// Passphrases are asked for on the terminal and not shown there; what goes wrong
+// Passphrases are asked for on the terminal and not shown there; an error
 // is said in a line.
 func TestPassphraseOnTerminal(t *testing.T) {
 	m := newVolume(t)

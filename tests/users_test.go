@@ -33,7 +33,7 @@ func TestSeveralUsers(t *testing.T) {
 }
 
 // A user without privileges: fusermount3 mounts, and files of the user's own
-// that their mode does not let him read or write are repaired all the same.
+// that their mode does not let their owner read or write are repaired all the same.
 func TestUnprivileged(t *testing.T) {
 	needRoot(t)
 	needTool(t, "setpriv", "unshare", "fusermount3")
@@ -99,7 +99,7 @@ func TestNoDevice(t *testing.T) {
 }
 
 // Groups, sticky directories and ACLs, as the kernel checks them for the user,
-// and what goes when somebody else writes: also of files that settle later.
+// and the bits that go when somebody else writes: also of files that settle later.
 func TestGroupsAndACLs(t *testing.T) {
 	needRoot(t)
 	needTool(t, "setpriv", "setfacl", "setcap", "getcap")

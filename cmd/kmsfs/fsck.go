@@ -139,7 +139,7 @@ func (f *fsckFlags) volume(ctx context.Context, dir string) error {
 		if f.repair {
 			return hint(fmt.Errorf("%s: %w", dir, err), "kmsfs umount it first; without --repair it is checked as it is")
 		}
-		say("%s is mounted for writing: what is being written now may be reported", dir)
+		say("%s is mounted for writing: files that are being written now may be reported", dir)
 	}
 	if f.noKeys {
 		d, err := l.Check(ctx, f.options())
@@ -152,7 +152,7 @@ func (f *fsckFlags) volume(ctx context.Context, dir string) error {
 	if err := f.mend(ctx, dir); err != nil {
 		return err
 	}
-	// What is left.
+	// The rest.
 	was := f.total
 	f.findings, f.mended = nil, true
 	say("checking again")

@@ -16,7 +16,7 @@ import (
 	"kmsfs/keystore/awskms"
 )
 
-// keyCommand is for who has no other tool for KMS keys at hand.
+// keyCommand is for users without another tool for KMS keys.
 func keyCommand() *cobra.Command {
 	var f keyFlags
 	c := &cobra.Command{
@@ -84,8 +84,8 @@ Without --admin, or --user, the account decides by its IAM policies.`,
 		},
 	}
 	c.Flags().StringVar(&alias, "alias", "", "`alias/NAME` of the key")
-	c.Flags().StringArrayVar(&admins, "admin", nil, "`ARN` of who may manage the key (repeatable)")
-	c.Flags().StringArrayVar(&users, "user", nil, "`ARN` of who may encrypt and decrypt (repeatable)")
+	c.Flags().StringArrayVar(&admins, "admin", nil, "`ARN` of a principal that may manage the key (repeatable)")
+	c.Flags().StringArrayVar(&users, "user", nil, "`ARN` of a principal that may encrypt and decrypt (repeatable)")
 	c.Flags().BoolVar(&yes, "yes", false, "do not ask")
 	c.MarkFlagRequired("alias")
 	return c
@@ -174,7 +174,7 @@ func (f *keyFlags) changeCommand(use, short string, danger int, do func(*cobra.C
 
 func (f *keyFlags) deleteCommand() *cobra.Command {
 	var days int
-	c := f.changeCommand("schedule-deletion KEY --days N", "Delete a key in 7 to 30 days: what is under it alone is lost then", dangerous, func(c *cobra.Command, k *awskms.Admin, key string) (string, error) {
+	c := f.changeCommand("schedule-deletion KEY --days N", "Delete a key in 7 to 30 days: data under this key alone is lost then", dangerous, func(c *cobra.Command, k *awskms.Admin, key string) (string, error) {
 		if days < 7 || days > 30 {
 			return "", usageError{errors.New("--days must be 7 to 30"), c.CommandPath()}
 		}

@@ -1,8 +1,8 @@
 // Command kmsfs mounts a directory of ciphertext as a directory of plaintext.
 // Every file has its own data key from AWS KMS, or from a local key.
 //
-// This package has the flags and every byte that is shown to people; what it
-// does is in kmsfs/fs/volume and kmsfs/fs.
+// This package has the flags and every byte that is shown to people; the work
+// is done in kmsfs/fs/volume and kmsfs/fs.
 package main
 
 import (

@@ -15,7 +15,7 @@ import (
 	"kmsfs/keystore/awskms"
 )
 
-// statePath is where trust records, logs and what is mounted are kept: outside
+// statePath is the place of trust records, logs and the list of mounts: outside
 // any volume.
 func statePath() (dir string, err error) {
 	switch x := os.Getenv("XDG_STATE_HOME"); {
@@ -118,7 +118,7 @@ func writeRecord(rec *volume.Record, cipherDir string) error {
 	return nil
 }
 
-// replaceFile writes a file anew, durably: it is the old one or the new one.
+// replaceFile replaces a file durably: it is the old one or the new one.
 func replaceFile(path string, b []byte) error {
 	f, err := os.CreateTemp(filepath.Dir(path), ".kmsfs-*")
 	if err != nil {

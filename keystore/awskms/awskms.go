@@ -189,7 +189,7 @@ func (c *Clients) Open(ctx context.Context, name string) (*Store, error) {
 
 // OpenURI returns the store of a recipient's URI: a key ARN, nothing else, since
 // what a file names must not be looked up. Of a multi-Region key it is the replica
-// in the configured Region, where there is one that can be used.
+// in the configured Region, if there is one that can be used.
 func (c *Clients) OpenURI(ctx context.Context, uri string) (*Store, error) {
 	name, ok := strings.CutPrefix(uri, Scheme)
 	m := arnPattern.FindStringSubmatch(name)

@@ -162,7 +162,7 @@ func TestRetries(t *testing.T) {
 	srv.Fail(func(string) *keystoretest.Failure {
 		return &keystoretest.Failure{Status: 400, Code: "AccessDeniedException"}
 	})
-	// A denial is looked at a second time, with credentials loaded anew; the next
+	// A denial is checked a second time, with credentials that are loaded again; the next
 	// one, just after, is not.
 	for i, want := range []int{6, 7} {
 		s.Generate(t.Context(), keystore.Binding{Use: keystore.ForFile})
@@ -360,7 +360,7 @@ func TestEmptyAnswer(t *testing.T) {
 	}
 }
 
-// A key that waits for its deletion is revoked, also for who may not describe it.
+// A key that waits for its deletion is revoked, also for callers without the right to describe it.
 func TestPendingDeletion(t *testing.T) {
 	srv := keystoretest.NewServer(t)
 	arn := srv.AddKey("")
@@ -372,7 +372,7 @@ func TestPendingDeletion(t *testing.T) {
 	}
 }
 
-// Forgetting the branches takes no key from who is unwrapping.
+// Forgetting the branches takes no key from an unwrap under way.
 func TestForgetBranches(t *testing.T) {
 	srv := keystoretest.NewServer(t)
 	s := open(t, srv.AddKey(""))

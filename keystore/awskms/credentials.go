@@ -41,7 +41,7 @@ type source struct {
 
 	renewing *renewal  // after a refusal, nil if none is under way
 	refused  time.Time // when the last one has come to its end
-	renewed  bool      // what it came to
+	renewed  bool      // its result
 }
 
 func (c *Clients) newSource(region string, cfg aws.Config) *source {
@@ -134,7 +134,7 @@ func (s *source) Retrieve(ctx context.Context) (aws.Credentials, error) {
 		}
 		c = *s.old
 	}
-	if c.CanExpire && !c.Expires.After(now) { // who has none that last longer is not asked at each call
+	if c.CanExpire && !c.Expires.After(now) { // a source without longer-lived ones is not asked at each call
 		end := ends(&c)
 		if c.Expires = now.Add(renewAgain); err != nil && c.Expires.After(end) {
 			c.Expires = end
@@ -152,11 +152,11 @@ type renewal struct {
 	ok   bool          // then: there are new credentials
 }
 
-// anew asks for credentials anew after a refusal of those that a call used which began
+// refresh asks for credentials again after a refusal of those that a call used which began
 // then. It returns whether there is something to try again with: not where that was done
 // just now, nor where none can be had, and then the old ones stay; nor where they take
 // long, and then they are used when they come.
-func (s *source) anew(ctx context.Context, begun time.Time) bool {
+func (s *source) refresh(ctx context.Context, begun time.Time) bool {
 	s.mu.Lock()
 	switch {
 	case s.renewing != nil:
@@ -283,12 +283,12 @@ func (c *Clients) replace(k *kms.Client, region string) {
 	}
 }
 
-// anew is [source.anew].
-func (c *Clients) anew(ctx context.Context, begun time.Time) bool {
+// refresh is [source.refresh].
+func (c *Clients) refresh(ctx context.Context, begun time.Time) bool {
 	c.mu.Lock()
 	s := c.source
 	c.mu.Unlock()
-	return s != nil && s.anew(ctx, begun)
+	return s != nil && s.refresh(ctx, begun)
 }
 
 func (c *Clients) gate(region string) *gate {
@@ -335,7 +335,7 @@ func (s *Store) secondLook(ctx context.Context, k *kms.Client, begun time.Time, 
 		}
 		return true
 	}
-	if once[reload] || !s.c.anew(ctx, begun) {
+	if once[reload] || !s.c.refresh(ctx, begun) {
 		return false
 	}
 	once[reload], once[clockSkew] = true, false

@@ -49,7 +49,7 @@ func TestClockJumps(t *testing.T) {
 	}
 }
 
-// Credentials in a file that is written anew.
+// Credentials in a file that is rewritten.
 func TestReload(t *testing.T) {
 	srv := keystoretest.NewServer(t)
 	path := filepath.Join(t.TempDir(), "credentials")
@@ -223,7 +223,7 @@ func process(t *testing.T, script string) (dir string) {
 	return dir
 }
 
-// Who has no credentials that last for longer than 5 minutes is not asked at each call.
+// A source whose credentials all last less than 5 minutes is not asked at each call.
 func TestShortCredentials(t *testing.T) {
 	srv := keystoretest.NewServer(t)
 	dir := process(t, `echo >>$DIR/asked; printf '{"Version":1,"AccessKeyId":"AKIDTEST","SecretAccessKey":"s","SessionToken":"t","Expiration":"%s"}' $(date -u -d "$(cat $DIR/lasts)" +%FT%TZ)`)
@@ -324,7 +324,7 @@ func TestSilentAgent(t *testing.T) {
 	}
 }
 
-// A refusal asks for credentials anew; where none can be had the old ones, which are good
+// A refusal asks for credentials again; if none can be had the old ones, which are good
 // for all else, stay.
 func TestRefusalWithoutSTS(t *testing.T) {
 	asRole(t, func(t *testing.T, srv *keystoretest.Server, o awskms.Options) {
@@ -425,8 +425,8 @@ func TestBrokenAnswers(t *testing.T) {
 	}
 }
 
-// Keys are made, listed, switched and deleted; the policy keeps who manages a
-// key and who uses it apart.
+// Keys are made, listed, switched and deleted; the policy keeps principals that manage a
+// key apart from those that use it.
 func TestAdmin(t *testing.T) {
 	srv := keystoretest.NewServer(t)
 	a, err := awskms.New(quick).Admin(t.Context(), "")

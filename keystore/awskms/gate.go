@@ -10,7 +10,7 @@ import (
 )
 
 // gate limits the calls to one Region: how many a second, since the quota is
-// shared with the whole account, and how many at once. Who waits is let in by
+// shared with the whole account, and how many at once. Waiting calls are let in by
 // purpose, the most urgent first.
 type gate struct {
 	rate, burst float64 // calls a second, and how many may come at once

@@ -77,7 +77,7 @@ func TestGateOrder(t *testing.T) {
 	})
 }
 
-// So many calls a second, after a burst.
+// The configured number of calls a second, after a burst.
 func TestGateRate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGate(100)

@@ -12,7 +12,7 @@ import (
 	"kmsfs/keystore/keystoretest"
 )
 
-// Of a multi-Region key the own Region's replica is used, where there is one.
+// Of a multi-Region key the own Region's replica is used, if there is one.
 func TestOwnRegionFirst(t *testing.T) {
 	srv := keystoretest.NewServer(t)
 	here := srv.AddMultiRegion()
@@ -72,7 +72,7 @@ func regions(t *testing.T) (srv *keystoretest.Server, s *awskms.Store, here, the
 
 const farRegion = "us-east-1"
 
-// Where the own Region is away the replica that was named is asked, until that one is
+// If the own Region is away the replica that was named is asked, until that one is
 // away or the Region is back; verdicts are the own one's.
 func TestRegionAway(t *testing.T) {
 	srv, s, here, there := regions(t)
@@ -157,7 +157,7 @@ func TestRegionAway(t *testing.T) {
 	asked("then", 0, own)
 	srv.Fail(nil)
 
-	// What it says when it is back counts.
+	// Its answer when it is back counts.
 	srv.SetAway(own)
 	asked("and away", keystore.Outage, own)
 	srv.SetAway("")
@@ -167,7 +167,7 @@ func TestRegionAway(t *testing.T) {
 	asked("then", keystore.Denied, own)
 }
 
-// Where the own replica may not be used, and its Region is away at first, the named one
+// If the own replica may not be used, and its Region is away at first, the named one
 // is for good.
 func TestRegionAwayAndForbidden(t *testing.T) {
 	srv, s, here, _ := regions(t)
