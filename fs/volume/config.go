@@ -6,12 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
-
-	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume/internal/disk"
+	"kmsfs/fs/volume/internal/layout"
 	"kmsfs/keystore"
 )
 
@@ -48,7 +46,7 @@ type InitOptions struct {
 // returns. The volume key is wrapped for every store.
 func Init(ctx context.Context, dir string, stores []keystore.Store, id blockcrypt.ID, o InitOptions) (*Record, error) {
 	d := &disk.Disk{Done: o.Done}
-	root, err := openRoot(d, dir)
+	root, err := layout.OpenRoot(d, dir)
 	if err != nil {
 		return nil, err
 	}
@@ -77,13 +75,13 @@ func Init(ctx context.Context, dir string, stores []keystore.Store, id blockcryp
 	if err != nil {
 		return nil, err
 	}
-	err = makeRootEntries(d, root)
+	err = layout.MakeRootEntries(d, root)
 	if err == nil {
 		err = d.Replace(root, blockcrypt.ConfigName, b) // last: with it there is a volume
 	}
 	if err != nil {
-		d.Unlink(root, lockName, 0)
-		d.Unlink(root, linksName, 0)
+		d.Unlink(root, layout.LockName, 0)
+		d.Unlink(root, layout.LinksName, 0)
 		return nil, fmt.Errorf("make the volume in %s: %w", dir, err)
 	}
 	return record(cfg, vk), nil
@@ -101,30 +99,17 @@ func record(cfg *blockcrypt.Config, vk *blockcrypt.VolumeKeys) *Record {
 // IsEmpty reports whether dir holds nothing.
 func IsEmpty(dir string) (bool, error) {
 	d := &disk.Disk{}
-	root, err := openRoot(d, dir)
+	root, err := layout.OpenRoot(d, dir)
 	if err != nil {
 		return false, err
 	}
 	defer d.Close(root)
 	err = mustBeEmpty(d, root)
-	return err == nil, ignore(err, ErrNotEmpty)
+	return err == nil, disk.Ignore(err, ErrNotEmpty)
 }
 
 func mustBeEmpty(d *disk.Disk, root int) error {
 	return d.Scan(root, func(e disk.Dirent) error { return ErrNotEmpty })
-}
-
-func openRoot(d *disk.Disk, dir string) (int, error) {
-	fd, err := d.OpenRoot(dir)
-	switch {
-	case errors.Is(err, unix.ENOENT):
-		return -1, fmt.Errorf("the directory %s does not exist", dir)
-	case errors.Is(err, unix.ENOTDIR):
-		return -1, fmt.Errorf("%s is not a directory", dir)
-	case err != nil:
-		return -1, fmt.Errorf("%s: %w", dir, err)
-	}
-	return fd, nil
 }
 
 // Locked is a volume whose kmsfs.json was read, with nothing authenticated yet.
@@ -138,10 +123,10 @@ type Locked struct {
 func Find(dir string) (*Locked, error) {
 	l := &Locked{}
 	var err error
-	if l.root, err = openRoot(&l.disk, dir); err != nil {
+	if l.root, err = layout.OpenRoot(&l.disk, dir); err != nil {
 		return nil, err
 	}
-	if l.Config, err = readConfig(&l.disk, l.root); err != nil {
+	if l.Config, err = layout.ReadConfig(&l.disk, l.root); err != nil {
 		l.Close()
 		return nil, err
 	}
@@ -154,30 +139,6 @@ func (l *Locked) Close() {
 		l.disk.Close(l.root)
 		l.root = -1
 	}
-}
-
-func readConfig(d *disk.Disk, root int) (*blockcrypt.Config, error) {
-	fd, err := d.Open(root, blockcrypt.ConfigName, unix.O_RDONLY|disk.FileFlags, 0)
-	if errors.Is(err, unix.ENOENT) {
-		return nil, ErrNotVolume
-	}
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", blockcrypt.ConfigName, err)
-	}
-	defer d.Close(fd)
-	var st unix.Stat_t
-	if err := d.Fstat(fd, &st); err != nil {
-		return nil, err
-	}
-	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Size > 4<<20 {
-		return nil, &blockcrypt.DamageError{Class: blockcrypt.BadConfig, Pos: -1, Detail: "kmsfs.json is no file of a sensible size"}
-	}
-	b := make([]byte, st.Size)
-	n, err := d.Pread(fd, b, 0)
-	if err != nil {
-		return nil, err
-	}
-	return blockcrypt.ParseConfig(b[:n])
 }
 
 // Unlocked is a volume whose kmsfs.json was authenticated.
@@ -296,13 +257,3 @@ func (u *Unlocked) Close() {
 		u.root = -1
 	}
 }
-
-// ignore returns nil for the target error.
-func ignore(err, target error) error {
-	if errors.Is(err, target) {
-		return nil
-	}
-	return err
-}
-
-func isOwn(name string) bool { return strings.HasPrefix(name, blockcrypt.Reserved) }

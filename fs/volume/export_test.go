@@ -7,6 +7,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/fs/volume/internal/disk"
+	"kmsfs/fs/volume/internal/layout"
 )
 
 var errCrashed = errors.New("the daemon is dead")
@@ -106,7 +107,7 @@ func (v *Volume) KnownNodes() int {
 // CheckBackingWith is [CheckBacking] with a hook.
 func CheckBackingWith(dir string, hook func(disk.Call) error) ([]string, error) {
 	d := &disk.Disk{}
-	root, err := openRoot(d, dir)
+	root, err := layout.OpenRoot(d, dir)
 	if err != nil {
 		return nil, err
 	}
@@ -117,11 +118,11 @@ func CheckBackingWith(dir string, hook func(disk.Call) error) ([]string, error) 
 		}
 		return hook(c)
 	}
-	return checkBacking(d, root, false)
+	return layout.CheckBackingIn(d, root, false)
 }
 
 // GranularityOf returns the granularity of a disk that keeps a time like this one.
-func GranularityOf(t time.Time) uint32 { return granularityOf(t.UnixNano() % 1e9) }
+func GranularityOf(t time.Time) uint32 { return layout.GranularityOf(t.UnixNano() % 1e9) }
 
 // DirFDs returns how many descriptors of directories are open.
 func (v *Volume) DirFDs() int {

@@ -16,6 +16,7 @@ import (
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume/internal/disk"
+	"kmsfs/fs/volume/internal/layout"
 	"kmsfs/keystore"
 )
 
@@ -117,10 +118,12 @@ func (u *Unlocked) Check(ctx context.Context, o CheckOptions) (Checked, error) {
 }
 
 // Writer is the function [Writer] of this volume.
-func (l *Locked) Writer() error { return writer(&l.disk, l.root) }
+func (l *Locked) Writer() error { return layout.WriterOf(&l.disk, l.root) }
 
 // hasWriter reports whether a mount is writing to the volume now.
-func (c *checker) hasWriter() bool { return errors.Is(writer(&c.disk, c.root), ErrLocked) }
+func (c *checker) hasWriter() bool {
+	return errors.Is(layout.WriterOf(&c.disk, c.root), layout.ErrLocked)
+}
 
 func (c *checker) run(ctx context.Context) (Checked, error) {
 	var err error
@@ -146,12 +149,12 @@ func (c *checker) run(ctx context.Context) (Checked, error) {
 		})
 	}
 	var st unix.Stat_t
-	if err := c.disk.Stat(c.root, lockName, &st); err == nil && (st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink > 1) {
-		c.found(Finding{Path: lockName, Grade: Damaged, What: FoundForeign, Detail: "it is not a regular file with one name, so the volume cannot be mounted for writing",
+	if err := c.disk.Stat(c.root, layout.LockName, &st); err == nil && (st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink > 1) {
+		c.found(Finding{Path: layout.LockName, Grade: Damaged, What: FoundForeign, Detail: "it is not a regular file with one name, so the volume cannot be mounted for writing",
 			Advice: "if the volume is mounted nowhere, remove it: the next mount makes it again"})
 	}
-	if lacksLinks(&c.disk, c.root) {
-		c.found(Finding{Path: linksName, Grade: Damaged, What: FoundLinks,
+	if layout.LacksLinks(&c.disk, c.root) {
+		c.found(Finding{Path: layout.LinksName, Grade: Damaged, What: FoundLinks,
 			Detail: "this copy was made without symlinks: the symlinks of the volume and its names of more than 160 bytes are missing",
 			Advice: "copy the directory again with its symlinks (rsync -a, tar; rclone needs --links); fsck --repair accepts the copy as it is"})
 	}
@@ -194,28 +197,19 @@ func (c *checker) found(f Finding) {
 // readMarker learns which sessions did not end well.
 func (c *checker) readMarker() error {
 	c.bad = map[uint64]bool{}
-	target, err := c.disk.Readlink(c.root, markerName)
-	if errors.Is(err, unix.ENOENT) {
-		return nil
-	}
-	if err != nil {
+	sessions, err := layout.ReadMarker(&c.disk, c.root, c.vk)
+	if err != nil && blockcrypt.ClassOf(err) == "" {
 		return err
 	}
-	var sessions []uint64
-	if c.vk != nil {
-		sessions, err = c.vk.OpenMarker(target)
-	} else {
-		sessions, err = blockcrypt.ParseMarker(target)
-	}
 	if err != nil {
-		c.found(Finding{Path: markerName, Grade: Damaged, What: string(blockcrypt.BadMarker), Detail: err.Error(), Advice: "nothing can be mounted for writing until it is restored, or removed by hand"})
+		c.found(Finding{Path: layout.MarkerName, Grade: Damaged, What: string(blockcrypt.BadMarker), Detail: err.Error(), Advice: "nothing can be mounted for writing until it is restored, or removed by hand"})
 		return nil
 	}
 	for _, s := range sessions {
 		c.bad[s] = true
 	}
-	if !c.hasWriter() {
-		c.found(Finding{Path: markerName, Grade: Mendable, What: FoundSession, Detail: fmt.Sprintf("the last mount did not end well (%d sessions)", len(sessions)), Advice: "the next mount repairs what it was writing"})
+	if len(sessions) > 0 && !c.hasWriter() {
+		c.found(Finding{Path: layout.MarkerName, Grade: Mendable, What: FoundSession, Detail: fmt.Sprintf("the last mount did not end well (%d sessions)", len(sessions)), Advice: "the next mount repairs what it was writing"})
 	}
 	return nil
 }
@@ -286,44 +280,24 @@ func (c *checker) typeOf(fd int, e disk.Dirent) uint32 {
 	return st.Mode & unix.S_IFMT
 }
 
-// dirID reads a directory's ID from its two places; nil where there is none to
-// trust.
+// dirID returns a directory's ID, nil if there is none to trust.
 func (c *checker) dirID(fd int, cpath, ppath string, entries []disk.Dirent) *blockcrypt.ID {
-	var ids []blockcrypt.ID
-	places, others := 0, 0
-	add := func(s string, ok bool) {
-		places++
-		if id, good := blockcrypt.ParseID(s); ok && good && !slices.Contains(ids, id) {
-			ids = append(ids, id)
-		}
-	}
-	for _, e := range entries {
-		if e.Name == dirLink {
-			t, err := c.disk.Readlink(fd, dirLink)
-			add(t, err == nil)
-		} else if s, ok := strings.CutPrefix(e.Name, dirLink+"."); ok {
-			add(s, true)
-		} else if !strings.HasPrefix(e.Name, blockcrypt.LongName) {
-			others++
-		}
-	}
+	x := layout.DirIDOf(&c.disk, fd, entries)
+	id, ok, lost, err := x.Resolve()
 	f := Finding{Path: cpath, Name: ppath, What: FoundDirID}
 	switch {
-	case places == 0 && others == 0, len(ids) == 1 && places == 2:
-		if len(ids) == 0 {
-			return nil
-		}
-		return &ids[0]
-	case len(ids) == 1 && places == 1:
+	case err != nil:
+		f.Grade, f.Detail, f.Advice = Damaged, err.Error(), "fsck --repair tries those that the files in it remember; or restore kmsfs.dir from a backup"
+	case lost:
 		f.Grade, f.Detail, f.Advice = Mendable, "one of the two places of the directory's ID is lost", "a mount, or fsck --repair, makes it again"
-	default:
-		f.Grade, f.Detail, f.Advice = Damaged, fmt.Sprintf("the directory has %d IDs, and needs one to read its names", len(ids)), "fsck --repair tries those that the files in it remember; or restore kmsfs.dir from a backup"
 	}
-	c.found(f)
-	if len(ids) == 1 {
-		return &ids[0]
+	if f.Detail != "" {
+		c.found(f)
 	}
-	return nil
+	if !ok {
+		return nil
+	}
+	return &id
 }
 
 // entryName returns the plaintext path of an entry; show is false for entries that are
@@ -332,30 +306,30 @@ func (c *checker) entryName(fd int, cpath, ppath string, id *blockcrypt.ID, e di
 	plain := c.cfg.Names == blockcrypt.NamesPlain
 	f := Finding{Path: path.Join(cpath, e.Name)}
 	encoded := e.Name
-	switch hash, isLong := strings.CutPrefix(e.Name, blockcrypt.LongPrefix); {
-	case plain && (cpath != "" || !isOwn(e.Name)):
+	entry, isName := layout.EntryOf(e.Name)
+	switch {
+	case plain && (cpath != "" || !layout.IsOwn(e.Name)):
 		return path.Join(ppath, e.Name), true
-	case !isOwn(e.Name):
-	case isLong && !plain:
+	case !layout.IsOwn(e.Name):
+	case strings.HasPrefix(e.Name, blockcrypt.LongPrefix) && !plain:
 		var err error
-		if encoded, err = c.disk.Readlink(fd, blockcrypt.LongName+hash); err != nil {
-			f.Grade, f.What, f.Detail, f.Advice = Damaged, string(blockcrypt.BadName), "the name of a long entry is lost", "its content can be read: kmsfs cat; or restore "+blockcrypt.LongName+hash+" from a backup"
+		if encoded, err = layout.EncodedName(&c.disk, fd, e.Name); err != nil {
+			f.Grade, f.What, f.Advice = Damaged, string(blockcrypt.BadName), "its content can be read: kmsfs cat"
+			if f.Detail = layout.ErrNameAltered.Error(); errors.Is(err, layout.ErrNameLost) {
+				f.Detail = layout.ErrNameLost.Error()
+				f.Advice += "; or restore " + blockcrypt.LongName + strings.TrimPrefix(e.Name, blockcrypt.LongPrefix) + " from a backup"
+			}
 			c.found(f)
 			return "", true
 		}
-		if h, ok := blockcrypt.LongHash(encoded); !ok || h != hash {
-			f.Grade, f.What, f.Detail, f.Advice = Damaged, string(blockcrypt.BadName), "the name of a long entry was altered", "its content can be read: kmsfs cat"
-			c.found(f)
-			return "", true
-		}
-	case isDirID(e.Name) && !plain, cpath == "" && slices.Contains(rootNames, e.Name):
+	case layout.IsDirID(e.Name) && !plain, cpath == "" && slices.Contains(layout.RootNames, e.Name):
 		return "", false
-	case cpath == "" && (e.Name == blockcrypt.ConfigName+".new" || e.Name == markerName+".new"):
+	case cpath == "" && (e.Name == blockcrypt.ConfigName+".new" || e.Name == layout.MarkerName+".new"):
 		f.Grade, f.What, f.Detail, f.Advice = Mendable, FoundLeftover, "left behind by an interrupted replacement", "fsck --repair removes it"
 		c.found(f)
 		return "", false
-	case strings.HasPrefix(e.Name, blockcrypt.LongName) && !plain:
-		if !all[blockcrypt.LongPrefix+strings.TrimPrefix(e.Name, blockcrypt.LongName)] {
+	case isName && !plain:
+		if !all[entry] {
 			f.Grade, f.What, f.Detail, f.Advice = Mendable, FoundOrphan, "the name of a long entry that is not there", "fsck --repair removes it"
 			c.found(f)
 		}

@@ -10,6 +10,7 @@ import (
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume/internal/cfile"
+	"kmsfs/fs/volume/internal/layout"
 	"kmsfs/keystore"
 )
 
@@ -75,25 +76,17 @@ func (k *fileCheck) check(ctx context.Context) error {
 	if k.length = st.Size; k.length == 0 {
 		return nil
 	}
-	head := make([]byte, k.geo.Header())
-	n, err := k.disk.Pread(k.fd, head, 0)
-	if err != nil {
-		return err
-	}
-	if blockcrypt.IsHole(head[:min(n, blockcrypt.PageSize)]) && len(k.bad) > 0 {
+	hdr, _, err := layout.ReadHeader(&k.disk, k.fd, k.geo.Header())
+	if errors.Is(err, layout.ErrUnwritten) && len(k.bad) > 0 {
 		k.unconfirmed(FoundSession, "it was never written before the power failed", "the next mount makes it empty")
 		return nil
 	}
-	hdr, err := blockcrypt.ParseHeader(head[:n])
 	if err != nil {
 		return err
 	}
 	k.hdr = hdr
-	if hdr.Geometry != k.geo {
-		return &blockcrypt.DamageError{Class: blockcrypt.BadHeader, Pos: 8, Detail: "the header has another size than the volume's"}
-	}
-	if hdr.Volume != k.cfg.Volume {
-		return &blockcrypt.DamageError{Class: blockcrypt.BadVolume, Pos: 16, Detail: "the file is of another volume"}
+	if err := layout.CheckHeader(hdr, k.geo, k.cfg.Volume, k.vk); err != nil {
+		return err
 	}
 	if err := k.checkLength(); err != nil || k.isEmpty() {
 		return err
@@ -102,9 +95,6 @@ func (k *fileCheck) check(ctx context.Context) error {
 		return k.checkPages(nil)
 	}
 	if !k.lone {
-		if err := k.vk.CheckOrigin(hdr); err != nil {
-			return err
-		}
 		k.checkRecipients()
 	}
 	key, err := k.ring.Unwrap(ctx, hdr.File, wrapped(hdr.Recipients))

@@ -13,6 +13,7 @@ import (
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume/internal/cfile"
 	"kmsfs/fs/volume/internal/disk"
+	"kmsfs/fs/volume/internal/layout"
 )
 
 // Repaired is what a repair did about a finding.
@@ -38,7 +39,7 @@ func (v *Volume) Repair(ctx context.Context, findings []Finding, ask func(Findin
 		case f.What == FoundLeftover, f.What == FoundOrphan:
 			r.Done, r.Err = v.removeLeftover(f.Path)
 		case f.What == FoundLinks:
-			r.Done, r.Err = "accepted as a copy without symlinks", v.disk.Symlink(linksTarget, v.rootD, linksName)
+			r.Done, r.Err = "accepted as a copy without symlinks", v.disk.Symlink(layout.LinksTarget, v.rootD, layout.LinksName)
 		case f.What == FoundDirID:
 			r.Done, r.Err = v.mendDirID(f.Path)
 		case f.What == string(blockcrypt.BadBlock), f.What == string(blockcrypt.BadSize), f.What == FoundCopied:
@@ -67,7 +68,7 @@ func (v *Volume) removeLeftover(cpath string) (string, error) {
 	}
 	defer v.disk.Close(fd)
 	var st unix.Stat_t
-	if hash, ok := strings.CutPrefix(name, blockcrypt.LongName); ok && v.disk.Stat(fd, blockcrypt.LongPrefix+hash, &st) == nil {
+	if entry, ok := layout.EntryOf(name); ok && v.disk.Stat(fd, entry, &st) == nil {
 		return "", errors.New("its entry is there by now")
 	}
 	if err := v.disk.Unlink(fd, name, 0); err != nil {
@@ -84,50 +85,38 @@ func (v *Volume) mendDirID(cpath string) (string, error) {
 		return "", err
 	}
 	defer v.disk.Close(fd)
-	var candidates []blockcrypt.ID
-	var places []string
-	encoded := "" // a name that the right one decodes
-	add := func(s string) {
-		if id, ok := blockcrypt.ParseID(s); ok && !slices.Contains(candidates, id) {
-			candidates = append(candidates, id)
-		}
-	}
-	if err := v.disk.Scan(fd, func(e disk.Dirent) error {
-		switch s, inName := strings.CutPrefix(e.Name, dirLink+"."); {
-		case e.Name == dirLink:
-			t, _ := v.disk.Readlink(fd, dirLink)
-			places = append(places, e.Name)
-			add(t)
-		case inName:
-			places = append(places, e.Name)
-			add(s)
-		case strings.HasPrefix(e.Name, blockcrypt.LongName):
-			if encoded == "" {
-				encoded, _ = v.disk.Readlink(fd, e.Name)
-			}
-		case !isOwn(e.Name):
-			encoded = e.Name
-			if hdr, err := v.headerOf(fd, e.Name); err == nil && !slices.Contains(candidates, hdr.Dir) {
-				candidates = append(candidates, hdr.Dir)
-			}
-		}
-		return nil
-	}); err != nil {
+	var entries []disk.Dirent
+	if err := v.disk.Scan(fd, func(e disk.Dirent) error { entries = append(entries, e); return nil }); err != nil {
 		return "", err
+	}
+	x := layout.DirIDOf(&v.disk, fd, entries)
+	candidates := x.IDs
+	encoded := "" // a name that the right one decodes
+	for _, e := range entries {
+		if _, ok := layout.EntryOf(e.Name); ok && encoded == "" {
+			encoded, _ = v.disk.Readlink(fd, e.Name)
+		}
+		if layout.IsOwn(e.Name) {
+			continue
+		}
+		encoded = e.Name
+		if hdr, err := v.headerOf(fd, e.Name); err == nil && !slices.Contains(candidates, hdr.Dir) {
+			candidates = append(candidates, hdr.Dir)
+		}
 	}
 	for _, id := range candidates {
 		empty := encoded == "" && len(candidates) == 1 // no name could contradict
 		if _, err := v.vk.DecodeName(id, encoded); err != nil && !empty {
 			continue
 		}
-		for _, p := range places {
-			if p != dirLink+"."+id.String() {
+		for _, p := range x.Places {
+			if p != layout.DirLink+"."+id.String() {
 				if err := v.disk.Unlink(fd, p, 0); err != nil {
 					return "", err
 				}
 			}
 		}
-		if err := errors.Join(ignore(v.disk.Symlink(id.String(), fd, dirLink), unix.EEXIST), ignore(v.nameDirID(fd, id), unix.EEXIST)); err != nil {
+		if err := layout.MakeDirID(&v.disk, fd, id); err != nil {
 			return "", err
 		}
 		return "its ID was found again", v.disk.Fsync(fd)
@@ -141,14 +130,9 @@ func (v *Volume) headerOf(dir int, name string) (*blockcrypt.Header, error) {
 		return nil, err
 	}
 	defer v.disk.Close(fd)
-	b := make([]byte, v.geo.Header())
-	n, err := v.disk.Pread(fd, b, 0)
-	if err != nil {
-		return nil, err
-	}
-	hdr, err := blockcrypt.ParseHeader(b[:n])
+	hdr, _, err := layout.ReadHeader(&v.disk, fd, v.geo.Header())
 	if err == nil {
-		err = v.vk.CheckOrigin(hdr)
+		err = layout.CheckHeader(hdr, v.geo, v.cfg.Volume, v.vk)
 	}
 	return hdr, err
 }

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/layout"
 	"kmsfs/keystore"
 )
 
@@ -179,34 +180,25 @@ const mostAhead = 16 << 10
 // it, and a small file as a whole.
 func (f *file) readHeader(length int64) error {
 	v := f.v
-	b := make([]byte, min(length, mostAhead))
-	if first := v.geo.PageOff(1); length > mostAhead {
-		b = make([]byte, first)
+	n := min(length, mostAhead)
+	if length > mostAhead {
+		n = v.geo.PageOff(1)
 	}
-	m, err := v.disk.Pread(f.FD, b, 0)
-	if err != nil {
-		return err
-	}
-	b = b[:m]
-	if blockcrypt.IsHole(b[:min(m, blockcrypt.PageSize)]) && v.repairs() && f.rw {
-		// The power failed before the first page was written: nothing was confirmed.
+	hdr, b, err := layout.ReadHeader(&v.disk, f.FD, int(n))
+	if errors.Is(err, layout.ErrUnwritten) && v.repairs() && f.rw {
 		v.log.Warn("a file was never written before the power failed; it is empty now", "at", f.n.where())
 		if err := v.disk.Truncate(f.FD, 0); err != nil {
 			return err
 		}
 		return v.disk.Datasync(f.FD)
 	}
-	head := slices.Clone(b[:min(m, v.geo.Header())])
-	hdr, err := blockcrypt.ParseHeader(head)
 	if err != nil {
 		return err
 	}
-	if hdr.Geometry != v.geo {
-		return &blockcrypt.DamageError{Class: blockcrypt.BadHeader, Pos: 8, Detail: "the header has another size than the volume's"}
-	}
-	if err := v.vk.CheckOrigin(hdr); err != nil {
+	if err := layout.CheckHeader(hdr, v.geo, v.cfg.Volume, v.vk); err != nil {
 		return err
 	}
+	head := slices.Clone(b[:min(len(b), v.geo.Header())])
 	f.Header, f.head = hdr, head
 	f.Ahead.Store(&b)
 	return nil
@@ -352,21 +344,19 @@ func (n *Node) needsRepair() (bool, error) {
 		return false, err
 	}
 	defer n.v.disk.Close(fd)
-	b := make([]byte, min(int64(n.v.geo.Header()), st.Size))
-	n.v.disk.ForgetPages(fd, 0, 0) // as load does; a part of a file may be less than the kernel can forget
-	m, err := n.v.disk.Pread(fd, b, 0)
-	if err != nil {
-		return false, err
-	}
-	if m == 0 {
+	if st.Size == 0 {
 		return false, nil
 	}
-	if blockcrypt.IsHole(b[:min(m, blockcrypt.PageSize)]) {
+	n.v.disk.ForgetPages(fd, 0, 0) // as load does; a part of a file may be less than the kernel can forget
+	h, _, err := layout.ReadHeader(&n.v.disk, fd, n.v.geo.Header())
+	if errors.Is(err, layout.ErrUnwritten) {
 		return true, nil
 	}
-	h, err := blockcrypt.ParseHeader(b[:m])
+	if blockcrypt.ClassOf(err) != "" {
+		return false, nil // it shows when the file is opened
+	}
 	if err != nil {
-		return false, nil // damage shows when it is opened
+		return false, err
 	}
 	s := h.State
 	return n.v.wasBad(s.Session) && (s.Flags&(blockcrypt.Dirty|blockcrypt.Cut) != 0 || s.Floor < s.Size), nil

@@ -12,6 +12,7 @@ import (
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume/internal/cfile"
 	"kmsfs/fs/volume/internal/disk"
+	"kmsfs/fs/volume/internal/layout"
 	"kmsfs/keystore"
 )
 
@@ -52,12 +53,8 @@ func (l *Lone) readHeader() error {
 	if l.Length = st.Size; l.Length == 0 {
 		return nil
 	}
-	b := make([]byte, blockcrypt.MaxHeader)
-	n, err := l.disk.Pread(l.fd, b, 0)
-	if err != nil {
-		return err
-	}
-	l.Header, err = blockcrypt.ParseHeader(b[:n])
+	var err error
+	l.Header, _, err = layout.ReadHeader(&l.disk, l.fd, blockcrypt.MaxHeader)
 	return err
 }
 

@@ -1,8 +1,6 @@
 package volume
 
 import (
-	"errors"
-	"fmt"
 	"slices"
 	"strings"
 
@@ -10,17 +8,8 @@ import (
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume/internal/disk"
+	"kmsfs/fs/volume/internal/layout"
 )
-
-// A directory's ID stands in two of its entries, both metadata: the target of
-// the symlink dirLink, and in the name of an empty file, dirLink.ID.
-const dirLink = "kmsfs.dir"
-
-func isDirID(cname string) bool {
-	return cname == dirLink || strings.HasPrefix(cname, dirLink+".")
-}
-
-var errNoID = errors.New("the directory has entries but no ID; restore kmsfs.dir from a backup")
 
 // dirIdent returns the directory's ID. One without entries has none yet: ok is false,
 // unless create is set, which makes one.
@@ -44,7 +33,8 @@ func (n *Node) dirIdent(create bool) (id blockcrypt.ID, ok bool, err error) {
 		return id, false, unix.EIO
 	}
 	if !ok && create {
-		if id, err = n.v.makeDirID(fd); err != nil {
+		id = blockcrypt.NewID()
+		if err = layout.MakeDirID(&n.v.disk, fd, id); err != nil {
 			return id, false, err
 		}
 		ok = true
@@ -64,86 +54,20 @@ func (n *Node) forgetID() {
 	}
 }
 
-// readDirID reads the ID from either place, and refuses two that differ. The
-// place that is lost is made again where the volume is writable.
+// readDirID reads the ID of a directory. A place of it that is lost is made again if the volume
+// is writable; the other one is enough to go on.
 func (v *Volume) readDirID(fd int) (id blockcrypt.ID, ok bool, err error) {
-	target, err := v.disk.Readlink(fd, dirLink)
-	switch {
-	case err == nil:
-		if id, ok = blockcrypt.ParseID(target); !ok {
-			return id, false, errors.New("kmsfs.dir is malformed")
-		}
-		var st unix.Stat_t
-		if v.disk.Stat(fd, dirLink+"."+target, &st) == nil {
-			return id, true, nil
-		}
-	case !errors.Is(err, unix.ENOENT):
+	x, err := layout.ReadDirID(&v.disk, fd)
+	if err != nil {
 		return id, false, err
 	}
-	// One place, or both, are missing.
-	var inName []string
-	entries := false
-	err = v.disk.Scan(fd, func(e disk.Dirent) error {
-		if s, found := strings.CutPrefix(e.Name, dirLink+"."); found {
-			inName = append(inName, s)
-		} else if !isOwn(e.Name) {
-			entries = true
-		} else if strings.HasPrefix(e.Name, blockcrypt.LongPrefix) {
-			entries = true
-		}
-		return nil
-	})
-	switch {
-	case err != nil:
-		return id, false, err
-	case len(inName) == 0 && !ok:
-		if entries {
-			return id, false, errNoID
-		}
-		return id, false, nil
-	case len(inName) == 0: // the file's name is lost
-		v.makeAgain(fd, func() error { return v.nameDirID(fd, id) })
-		return id, true, nil
-	case ok || len(inName) > 1:
-		return id, false, fmt.Errorf("the directory has %d IDs that differ", len(inName)+1)
-	}
-	if id, ok = blockcrypt.ParseID(inName[0]); !ok {
-		return id, false, errors.New("kmsfs.dir.ID is malformed")
-	}
-	v.makeAgain(fd, func() error { return v.disk.Symlink(id.String(), fd, dirLink) })
-	return id, true, nil
-}
-
-// makeAgain brings a lost place of an ID back; the other one suffices to go on.
-func (v *Volume) makeAgain(fd int, f func() error) {
-	if v.o.ReadOnly {
-		return
-	}
-	if err := f(); err != nil {
-		v.log.Warn("one of the two places of a directory's ID is lost and cannot be made again", "error", err)
-	}
-}
-
-func (v *Volume) makeDirID(fd int) (blockcrypt.ID, error) {
-	id := blockcrypt.NewID()
-	if err := v.disk.Symlink(id.String(), fd, dirLink); err != nil {
-		return id, err
-	}
-	err := v.nameDirID(fd, id)
-	if err == nil && v.super {
-		// Who owns the directory can go on without the one who runs this mount.
-		var st unix.Stat_t
-		if err = v.disk.Fstat(fd, &st); err == nil && st.Uid != 0 {
-			err = errors.Join(
-				v.disk.ChownAt(fd, dirLink, int(st.Uid), int(st.Gid)),
-				v.disk.ChownAt(fd, dirLink+"."+id.String(), int(st.Uid), int(st.Gid)))
+	id, ok, lost, err := x.Resolve()
+	if lost && !v.o.ReadOnly {
+		if err := layout.MakeDirID(&v.disk, fd, id); err != nil {
+			v.log.Warn("one of the two places of a directory's ID is lost and cannot be made again", "error", err)
 		}
 	}
-	return id, err
-}
-
-func (v *Volume) nameDirID(fd int, id blockcrypt.ID) error {
-	return v.disk.Mknod(fd, dirLink+"."+id.String(), unix.S_IFREG|0o444, 0)
+	return id, ok, err
 }
 
 // encode returns the ciphertext name of an entry, and the encoded name in full
@@ -156,7 +80,7 @@ func (n *Node) encode(name string, create bool) (e entryName, err error) {
 	}
 	v := n.v
 	if v.plain {
-		if n == v.root && isOwn(name) {
+		if n == v.root && layout.IsOwn(name) {
 			if create {
 				return e, unix.EPERM
 			}
@@ -188,7 +112,7 @@ func (n *Node) encode(name string, create bool) (e entryName, err error) {
 		defer n.leave()
 		err = v.disk.Symlink(encoded, fd, e.name)
 		e.made = err == nil
-		return e, ignore(err, unix.EEXIST)
+		return e, disk.Ignore(err, unix.EEXIST)
 	}
 	return e, nil
 }
@@ -224,20 +148,11 @@ func (e entryName) dropName(d *disk.Disk, fd int) {
 func (n *Node) decode(fd int, id blockcrypt.ID, cname string) (name string, ok bool, err error) {
 	v := n.v
 	if v.plain {
-		return cname, n != v.root || !isOwn(cname), nil
+		return cname, n != v.root || !layout.IsOwn(cname), nil
 	}
-	encoded := cname
-	if isOwn(cname) {
-		hash, long := strings.CutPrefix(cname, blockcrypt.LongPrefix)
-		if !long {
-			return "", false, nil
-		}
-		if encoded, err = v.disk.Readlink(fd, blockcrypt.LongName+hash); err != nil {
-			return "", false, fmt.Errorf("the name of a long entry is lost: %w", err)
-		}
-		if h, isLong := blockcrypt.LongHash(encoded); !isLong || h != hash {
-			return "", false, errors.New("the name of a long entry was altered")
-		}
+	encoded, err := layout.EncodedName(&v.disk, fd, cname)
+	if err != nil || encoded == "" {
+		return "", false, err
 	}
 	name, err = v.vk.DecodeName(id, encoded)
 	return name, err == nil, err
@@ -250,7 +165,7 @@ func (n *Node) emptied(fd int) (own []string, err error) {
 		switch {
 		case n.v.plain:
 			return unix.ENOTEMPTY
-		case isDirID(e.Name):
+		case layout.IsDirID(e.Name):
 		case strings.HasPrefix(e.Name, blockcrypt.LongName) && e.Type&^unix.S_IFLNK == 0:
 			// left behind by a crash; its entry would be seen too
 		default:

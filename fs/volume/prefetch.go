@@ -11,6 +11,7 @@ import (
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume/internal/disk"
+	"kmsfs/fs/volume/internal/layout"
 )
 
 // prefetcher unwraps ahead the keys of files that a program is about to open. It
@@ -370,7 +371,7 @@ func (p *prefetcher) list(n *Node) []scanEntry {
 	}
 	var out []scanEntry
 	p.v.disk.Scan(fd, func(e disk.Dirent) error {
-		if isOwn(e.Name) && !strings.HasPrefix(e.Name, blockcrypt.LongPrefix) || e.Type != unix.S_IFREG && e.Type != unix.S_IFDIR {
+		if layout.IsOwn(e.Name) && !strings.HasPrefix(e.Name, blockcrypt.LongPrefix) || e.Type != unix.S_IFREG && e.Type != unix.S_IFDIR {
 			return nil
 		}
 		if name, ok, err := n.decode(fd, id, e.Name); err == nil && ok {
@@ -397,12 +398,8 @@ func (p *prefetcher) fetch(at place) {
 		return
 	}
 	defer v.disk.Close(f)
-	b := make([]byte, v.geo.Header())
-	if n, err := v.disk.Pread(f, b, 0); err != nil || n < len(b) {
-		return
-	}
-	hdr, err := blockcrypt.ParseHeader(b)
-	if err != nil || v.vk.CheckOrigin(hdr) != nil {
+	hdr, _, err := layout.ReadHeader(&v.disk, f, v.geo.Header())
+	if err != nil || layout.CheckHeader(hdr, v.geo, v.cfg.Volume, v.vk) != nil {
 		return
 	}
 	v.ring.Prefetch(hdr.File, wrapped(hdr.Recipients))

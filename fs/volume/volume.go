@@ -16,17 +16,36 @@ import (
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume/internal/disk"
+	"kmsfs/fs/volume/internal/layout"
 	"kmsfs/keystore"
 )
 
 // Faults of a volume, besides its keys and damage.
 var (
-	ErrNotVolume = errors.New("not a kmsfs volume: it has no kmsfs.json")
-	ErrLocked    = errors.New("another mount is writing to this volume")
+	ErrNotVolume = layout.ErrNotVolume
+	ErrLocked    = layout.ErrLocked   // see LockedError
+	ErrLockFile  = layout.ErrLockFile // kmsfs.lock could not be opened
 	ErrOlder     = errors.New("kmsfs.json is older than the last one seen")
 	ErrOtherKey  = errors.New("the volume's key is not the one in the trust record")
 	ErrNotEmpty  = errors.New("the directory is not empty")
 )
+
+// LockedError says that another mount has the volume open for writing.
+type LockedError = layout.LockedError
+
+// UnfitError says which property a backing filesystem lacks.
+type UnfitError = layout.UnfitError
+
+// CheckBacking tests in an empty directory whether its filesystem has the properties that a
+// volume needs; an [UnfitError] names the first one that it lacks. The notes are about
+// properties that programs may miss.
+func CheckBacking(dir string, plainNames bool) (notes []string, err error) {
+	return layout.CheckBacking(dir, plainNames)
+}
+
+// Writer returns a [LockedError] if a mount, of this host or of another one that shares the
+// directory, has the volume in dir open for writing; nil if none has.
+func Writer(dir string) error { return layout.Writer(dir) }
 
 // A Call is a syscall on the ciphertext tree, as [Options.Hook] and [Options.Done] see it.
 type Call = disk.Call
@@ -137,7 +156,7 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 		return nil, err
 	}
 	if !o.ReadOnly {
-		if v.lockFD, err = lockWriter(&v.disk, v.rootD); err != nil {
+		if v.lockFD, err = layout.LockWriter(&v.disk, v.rootD); err != nil {
 			return nil, err
 		}
 	}
@@ -167,10 +186,10 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 	v.disk.Idle = v.giveUpIdle
 	v.fdLimits = newFDLimits(cmp.Or(o.fdLimit, processFDs()))
 	if !o.ReadOnly {
-		if lacksLinks(&v.disk, v.rootD) {
+		if layout.LacksLinks(&v.disk, v.rootD) {
 			v.log.Warn("this copy of the volume was made without symlinks: the volume's own symlinks and its names of more than 160 bytes are missing; kmsfs fsck tells more")
 		}
-		v.granularity = timeGranularity(&v.disk, v.lockFD)
+		v.granularity = layout.TimeGranularity(&v.disk, v.lockFD)
 		if err := v.beginSession(); err != nil {
 			return nil, fmt.Errorf("begin to write to the volume: %w", err)
 		}
@@ -299,8 +318,6 @@ func (v *Volume) report(what, msg string, err error) {
 
 // Sessions. The marker names all sessions that are not known to have ended well.
 
-const markerName = "kmsfs.mounted"
-
 func newSession() uint64 {
 	for {
 		id := blockcrypt.NewID()
@@ -311,15 +328,11 @@ func newSession() uint64 {
 }
 
 func (v *Volume) beginSession() error {
-	target, err := v.disk.Readlink(v.rootD, markerName)
-	if err != nil && !errors.Is(err, unix.ENOENT) {
+	old, err := layout.ReadMarker(&v.disk, v.rootD, v.vk)
+	if err != nil {
 		return err
 	}
-	if err == nil {
-		old, err := v.vk.OpenMarker(target)
-		if err != nil {
-			return err
-		}
+	if len(old) > 0 {
 		for _, s := range old {
 			v.bad[s] = true
 		}
@@ -345,33 +358,13 @@ func (v *Volume) writeMarker(mine ...uint64) error {
 		sessions = append(sessions, s)
 	}
 	v.mu.Unlock()
-	if err := v.replaceMarker(sessions); err != nil {
+	if err := layout.ReplaceMarker(&v.disk, v.rootD, v.vk, sessions); err != nil {
 		return err
 	}
 	v.mu.Lock()
 	v.mine = mine
 	v.mu.Unlock()
 	return nil
-}
-
-func (v *Volume) replaceMarker(sessions []uint64) error {
-	if len(sessions) == 0 {
-		if err := v.disk.Unlink(v.rootD, markerName, 0); err != nil && !errors.Is(err, unix.ENOENT) {
-			return err
-		}
-		return v.disk.Fsync(v.rootD)
-	}
-	const tmp = markerName + ".new"
-	if err := v.disk.Unlink(v.rootD, tmp, 0); err != nil && !errors.Is(err, unix.ENOENT) {
-		return err
-	}
-	if err := v.disk.Symlink(v.vk.SealMarker(sessions), v.rootD, tmp); err != nil {
-		return err
-	}
-	if err := v.disk.Rename(v.rootD, tmp, v.rootD, markerName, 0); err != nil {
-		return err
-	}
-	return v.disk.Fsync(v.rootD)
 }
 
 // nextSession begins a new session while the volume stays mounted, so that what

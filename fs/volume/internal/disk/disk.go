@@ -144,3 +144,11 @@ func again(f func() error) error {
 		}
 	}
 }
+
+// Ignore returns nil for the target error.
+func Ignore(err, target error) error {
+	if errors.Is(err, target) {
+		return nil
+	}
+	return err
+}

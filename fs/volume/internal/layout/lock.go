@@ -1,4 +1,4 @@
-package volume
+package layout
 
 import (
 	"bytes"
@@ -20,7 +20,7 @@ import (
 // that is replaced protects nothing.
 
 const (
-	lockName = "kmsfs.lock"
+	LockName = "kmsfs.lock"
 	// lockByte lies beyond the end of any file: SMB's locks are mandatory, and must not
 	// meet what is read and written.
 	lockByte = 1 << 62
@@ -29,8 +29,11 @@ const (
 	lockSize = 512
 )
 
+// ErrLocked says that another mount has the volume open for writing.
+var ErrLocked = errors.New("another mount is writing to this volume")
+
 // ErrLockFile says that kmsfs.lock could not be opened.
-var ErrLockFile = errors.New("open " + lockName)
+var ErrLockFile = errors.New("open " + LockName)
 
 // LockedError says that another mount has the volume open for writing.
 type LockedError struct {
@@ -68,12 +71,12 @@ type errNoLocks struct{ error }
 
 func (e errNoLocks) Unwrap() error { return e.error }
 func (e errNoLocks) Error() string {
-	return fmt.Sprintf("the filesystem of the ciphertext directory cannot lock %s: %v", lockName, e.error)
+	return fmt.Sprintf("the filesystem of the ciphertext directory cannot lock %s: %v", LockName, e.error)
 }
 
-// lockWriter takes both locks of the volume with this root. The descriptor that it returns
+// LockWriter takes both locks of the volume with this root. The descriptor that it returns
 // holds the second one until it is closed; the first one belongs to root.
-func lockWriter(d *disk.Disk, root int) (fd int, err error) {
+func LockWriter(d *disk.Disk, root int) (fd int, err error) {
 	if err := d.Flock(root, unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
 		return -1, lockHolder(d, root)
 	} else if err != nil {
@@ -99,7 +102,7 @@ func lockFile(d *disk.Disk, root int) (int, error) {
 		}
 		var have, now unix.Stat_t
 		if err == nil {
-			err = errors.Join(d.Fstat(fd, &have), d.Stat(root, lockName, &now))
+			err = errors.Join(d.Fstat(fd, &have), d.Stat(root, LockName, &now))
 		}
 		if err == nil && have.Ino == now.Ino && have.Dev == now.Dev {
 			signLock(d, fd)
@@ -117,9 +120,9 @@ func lockFile(d *disk.Disk, root int) (int, error) {
 // version.
 func openLock(d *disk.Disk, root int) (int, error) {
 	for {
-		fd, err := d.Open(root, lockName, unix.O_RDWR|disk.FileFlags, 0)
+		fd, err := d.Open(root, LockName, unix.O_RDWR|disk.FileFlags, 0)
 		if errors.Is(err, unix.ENOENT) {
-			if err = makeRootEntries(d, root); err == nil || errors.Is(err, unix.EEXIST) {
+			if err = MakeRootEntries(d, root); err == nil || errors.Is(err, unix.EEXIST) {
 				continue
 			}
 		}
@@ -143,7 +146,7 @@ func openLock(d *disk.Disk, root int) (int, error) {
 // makeLock makes kmsfs.lock, for all users who may write to the root directory: each of them
 // can mount the volume.
 func makeLock(d *disk.Disk, root int) error {
-	fd, err := d.Open(root, lockName, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|disk.FileFlags, 0o644)
+	fd, err := d.Open(root, LockName, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|disk.FileFlags, 0o644)
 	if err != nil {
 		return err
 	}
@@ -177,7 +180,7 @@ func signLock(d *disk.Disk, fd int) {
 // lockHolder returns the error that names the writer of the volume.
 func lockHolder(d *disk.Disk, root int) error {
 	e := &LockedError{}
-	fd, err := d.Open(root, lockName, unix.O_RDONLY|disk.FileFlags, 0)
+	fd, err := d.Open(root, LockName, unix.O_RDONLY|disk.FileFlags, 0)
 	if err != nil {
 		return e
 	}
@@ -191,9 +194,9 @@ func lockHolder(d *disk.Disk, root int) error {
 	return e
 }
 
-// writer returns a [LockedError] if a mount has the volume open for writing, nil if none
+// WriterOf returns a [LockedError] if a mount has the volume open for writing, nil if none
 // has.
-func writer(d *disk.Disk, root int) error {
+func WriterOf(d *disk.Disk, root int) error {
 	// By descriptors of its own: a lock belongs to an open file description.
 	fd, err := d.Open(root, ".", unix.O_RDONLY|unix.O_DIRECTORY, 0)
 	if err != nil {
@@ -205,7 +208,7 @@ func writer(d *disk.Disk, root int) error {
 	} else if err != nil {
 		return err
 	}
-	lock, err := d.Open(root, lockName, unix.O_RDONLY|disk.FileFlags, 0)
+	lock, err := d.Open(root, LockName, unix.O_RDONLY|disk.FileFlags, 0)
 	if err != nil {
 		return nil // no mount has it, or none that this user can see
 	}
@@ -220,10 +223,10 @@ func writer(d *disk.Disk, root int) error {
 // directory, has the volume in dir open for writing; nil if none has.
 func Writer(dir string) error {
 	d := &disk.Disk{}
-	root, err := openRoot(d, dir)
+	root, err := OpenRoot(d, dir)
 	if err != nil {
 		return err
 	}
 	defer d.Close(root)
-	return writer(d, root)
+	return WriterOf(d, root)
 }

@@ -1,4 +1,4 @@
-package volume
+package layout
 
 import (
 	"bytes"
@@ -8,38 +8,10 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume/internal/disk"
 )
 
-// What the backing filesystem must have, and what kmsfs keeps in the root besides
-// kmsfs.json and the marker.
-
-// linksName is a symlink in the root. A copy of the volume that has kmsfs.lock and lacks
-// it was made by a tool that leaves symlinks out: the volume's symlinks and its long names
-// are missing too, and nothing else would say so.
-const linksName = "kmsfs.links"
-
-// linksTarget is its target.
-const linksTarget = "copies of this directory need its symlinks"
-
-// rootNames are the entries of the root that are kmsfs' own.
-var rootNames = []string{blockcrypt.ConfigName, markerName, lockName, linksName}
-
-// makeRootEntries makes kmsfs.lock and kmsfs.links in a volume that has no kmsfs.lock: a new
-// one, or one of an earlier version.
-func makeRootEntries(d *disk.Disk, root int) error {
-	if err := makeLock(d, root); err != nil {
-		return err
-	}
-	return ignore(d.Symlink(linksTarget, root, linksName), unix.EEXIST)
-}
-
-// lacksLinks reports whether the volume was copied without its symlinks.
-func lacksLinks(d *disk.Disk, root int) bool {
-	var st unix.Stat_t
-	return d.Stat(root, lockName, &st) == nil && errors.Is(d.Stat(root, linksName, &st), unix.ENOENT)
-}
+// Properties that the backing filesystem must have.
 
 // An UnfitError says which property a backing filesystem lacks.
 type UnfitError struct {
@@ -62,17 +34,18 @@ func (e *UnfitError) Unwrap() error { return e.Err }
 // about properties that programs may miss. It leaves the directory empty.
 func CheckBacking(dir string, plainNames bool) (notes []string, err error) {
 	d := &disk.Disk{}
-	root, err := openRoot(d, dir)
+	root, err := OpenRoot(d, dir)
 	if err != nil {
 		return nil, err
 	}
 	defer d.Close(root)
-	return checkBacking(d, root, plainNames)
+	return CheckBackingIn(d, root, plainNames)
 }
 
 const probeName = "kmsfs.probe"
 
-func checkBacking(d *disk.Disk, root int, plainNames bool) (notes []string, err error) {
+// CheckBackingIn is [CheckBacking] in an empty directory that is open.
+func CheckBackingIn(d *disk.Disk, root int, plainNames bool) (notes []string, err error) {
 	long := probeName + "." + strings.Repeat("n", 255-len(probeName)-1)
 	other := probeName + ".2"
 	made := []string{probeName, other, long}
@@ -98,10 +71,10 @@ func checkBacking(d *disk.Disk, root int, plainNames bool) (notes []string, err 
 	if err := d.Rename(root, probeName, root, other, 0); err != nil {
 		return nil, &UnfitError{"does not rename a file over another", err}
 	}
-	if err := d.Symlink(linksTarget, root, probeName); err != nil {
+	if err := d.Symlink(LinksTarget, root, probeName); err != nil {
 		return nil, &UnfitError{"has no symlinks, in which kmsfs keeps directory IDs, long names and its marker", err}
 	}
-	if t, err := d.Readlink(root, probeName); err != nil || t != linksTarget {
+	if t, err := d.Readlink(root, probeName); err != nil || t != LinksTarget {
 		return nil, &UnfitError{"does not keep the targets of symlinks", err}
 	}
 	if !plainNames {
@@ -164,20 +137,20 @@ func backingNotes(d *disk.Disk, fd int) (notes []string) {
 	return notes
 }
 
-// timeGranularity returns how exactly the filesystem keeps the times of files, in nanoseconds:
+// TimeGranularity returns how exactly the filesystem keeps the times of files, in nanoseconds:
 // a power of ten from 1 to 10^9. It sets the times of the file.
-func timeGranularity(d *disk.Disk, fd int) uint32 {
+func TimeGranularity(d *disk.Disk, fd int) uint32 {
 	probe := unix.Timespec{Sec: 1e9, Nsec: 123456789}
 	var was, st unix.Stat_t
 	if d.Fstat(fd, &was) != nil || d.Utimens(fd, unix.Timespec{Nsec: unix.UTIME_OMIT}, probe) != nil || d.Fstat(fd, &st) != nil {
 		return 1
 	}
 	d.Utimens(fd, unix.Timespec{Nsec: unix.UTIME_OMIT}, unix.NsecToTimespec(time.Now().UnixNano()))
-	return granularityOf(st.Mtim.Nsec)
+	return GranularityOf(st.Mtim.Nsec)
 }
 
-// granularityOf returns the greatest power of ten that divides nsec.
-func granularityOf(nsec int64) uint32 {
+// GranularityOf returns the greatest power of ten that divides nsec.
+func GranularityOf(nsec int64) uint32 {
 	g := int64(1)
 	for g < 1e9 && nsec%(10*g) == 0 {
 		g *= 10

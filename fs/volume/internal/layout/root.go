@@ -1,0 +1,87 @@
+// Package layout knows how a volume lies in its ciphertext directory: the entries of the root with
+// the lock and the marker of sessions, the two places of a directory's ID, long names, and the
+// headers of files. Mounts, fsck and the commands for single files find these through it. The
+// rules are those of FORMAT.md.
+package layout
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/disk"
+)
+
+// ErrNotVolume says that a directory has no kmsfs.json.
+var ErrNotVolume = errors.New("not a kmsfs volume: it has no kmsfs.json")
+
+// LinksName is a symlink in the root. A copy of the volume that has kmsfs.lock and lacks
+// it was made by a tool that leaves symlinks out: the volume's symlinks and its long names
+// are missing too, and nothing else would say so.
+const LinksName = "kmsfs.links"
+
+// LinksTarget is its target.
+const LinksTarget = "copies of this directory need its symlinks"
+
+// RootNames are the entries of the root that are kmsfs' own.
+var RootNames = []string{blockcrypt.ConfigName, MarkerName, LockName, LinksName}
+
+// MakeRootEntries makes kmsfs.lock and kmsfs.links in a volume that has no kmsfs.lock: a new
+// one, or one of an earlier version.
+func MakeRootEntries(d *disk.Disk, root int) error {
+	if err := makeLock(d, root); err != nil {
+		return err
+	}
+	return disk.Ignore(d.Symlink(LinksTarget, root, LinksName), unix.EEXIST)
+}
+
+// LacksLinks reports whether the volume was copied without its symlinks.
+func LacksLinks(d *disk.Disk, root int) bool {
+	var st unix.Stat_t
+	return d.Stat(root, LockName, &st) == nil && errors.Is(d.Stat(root, LinksName, &st), unix.ENOENT)
+}
+
+// IsOwn reports whether an entry is kmsfs' own.
+func IsOwn(name string) bool { return strings.HasPrefix(name, blockcrypt.Reserved) }
+
+// OpenRoot opens the root of a volume.
+func OpenRoot(d *disk.Disk, dir string) (int, error) {
+	fd, err := d.OpenRoot(dir)
+	switch {
+	case errors.Is(err, unix.ENOENT):
+		return -1, fmt.Errorf("the directory %s does not exist", dir)
+	case errors.Is(err, unix.ENOTDIR):
+		return -1, fmt.Errorf("%s is not a directory", dir)
+	case err != nil:
+		return -1, fmt.Errorf("%s: %w", dir, err)
+	}
+	return fd, nil
+}
+
+// ReadConfig reads kmsfs.json; nothing in it is authenticated.
+func ReadConfig(d *disk.Disk, root int) (*blockcrypt.Config, error) {
+	fd, err := d.Open(root, blockcrypt.ConfigName, unix.O_RDONLY|disk.FileFlags, 0)
+	if errors.Is(err, unix.ENOENT) {
+		return nil, ErrNotVolume
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", blockcrypt.ConfigName, err)
+	}
+	defer d.Close(fd)
+	var st unix.Stat_t
+	if err := d.Fstat(fd, &st); err != nil {
+		return nil, err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Size > 4<<20 {
+		return nil, &blockcrypt.DamageError{Class: blockcrypt.BadConfig, Pos: -1, Detail: "kmsfs.json is no file of a sensible size"}
+	}
+	b := make([]byte, st.Size)
+	n, err := d.Pread(fd, b, 0)
+	if err != nil {
+		return nil, err
+	}
+	return blockcrypt.ParseConfig(b[:n])
+}
