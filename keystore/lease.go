@@ -11,24 +11,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// standing is what is known of a store: when it last proved that its key may be
-// used, and whether it can be used now. The ring's mutex guards it.
-//
-// Any successful call proves the key for all files under it. Without traffic a
-// real unwrapping proves it, twice in the time that a proof is good for.
+// standing is a store with all that the ring knows of it. The ring's mutex guards it.
 type standing struct {
 	Store
+	health
 	immediate bool // it waits for nobody, and is always good
 
-	proven   time.Duration // by the ring's clock
-	answered time.Duration // when the service last answered anything
-	bad      *Error        // the verdict on the key: revoked, denied
-	down     *Error        // it cannot be asked: an outage, no credentials
-	next     time.Duration // when it is asked again
-	pause    time.Duration // between askings while it is bad or down
-	away     bool          // as Reach was told
-	probing  bool
-	suspect  bool // a call was denied: the key, or only that file?
+	away    bool // as Reach was told
+	probing bool
 
 	samples []sample // what a probe unwraps, in turn
 	turn    int
@@ -47,13 +37,10 @@ type sample struct {
 
 const (
 	maxSamples  = 64
-	firstRetry  = time.Second
-	longRetry   = 30 * time.Second
 	probeAtMost = 20 * time.Second
 	watchEvery  = time.Second
-	remembered  = time.Minute     // a refusal to wrap new keys
-	lockWaits   = 500             // milliseconds, for calls that are under way
-	lately      = 5 * time.Second // for an answer to others
+	remembered  = time.Minute // a refusal to wrap new keys
+	lockWaits   = 500         // milliseconds, for calls that are under way
 )
 
 // now is CLOCK_BOOTTIME, which goes on while the machine sleeps.
@@ -63,30 +50,9 @@ func now() time.Duration {
 	return time.Duration(t.Nano())
 }
 
-// wrong returns why the store is not asked now, nil if it can be. mu is held.
-func (s *standing) wrong() *Error {
-	if s.bad != nil {
-		return s.bad
-	}
-	return s.down
-}
-
-// lost returns why keys that this store has unwrapped may not be used any more,
-// nil if they may. mu is held.
-func (s *standing) lost(now, grace time.Duration) *Error {
-	if s.bad != nil {
-		return s.bad
-	}
-	if s.down != nil && now-s.proven > grace {
-		return s.down
-	}
-	return nil
-}
-
-// stale reports whether the last proof is too old, as after a long sleep: cached
-// keys are not used until the next proof. mu is held.
+// stale is [health.stale]; a store that waits for nobody never is. mu is held.
 func (s *standing) stale(now, maxAge time.Duration) bool {
-	return !s.immediate && s.down == nil && now-s.proven > maxAge
+	return !s.immediate && s.health.stale(now, maxAge)
 }
 
 // learn keeps a wrapped key for probes to unwrap: none under a branch key, which
@@ -102,56 +68,20 @@ func (s *standing) learn(b Binding, w Wrapped) {
 	s.samples[1+rand.IntN(maxSamples-1)] = sample{b, w} // the first, the volume's own key, stays
 }
 
-// note draws the conclusions from the outcome of a call: op is "generate" or "unwrap", probe
-// says that it was made to see. One that failed while the service answered others, or asked
-// for fewer calls, was unlucky, and says nothing of the service. mu is held.
+// note draws the conclusions from the outcome of a call: op is "generate", "wrap" or "unwrap",
+// probe says that it was made to see. mu is held.
 func (r *Ring) note(s *standing, op string, probe bool, err error) {
-	t := r.o.Now()
-	e, _ := errors.AsType[*Error](err)
 	defer r.noted()
-	if s.immediate || err != nil && e == nil {
+	e, ok := errors.AsType[*Error](err)
+	if s.immediate || err != nil && !ok {
 		return
 	}
-	unlucky := e != nil && e.Kind == Outage && (e.Answered || s.answered > 0 && t-s.answered < lately)
-	if e == nil || e.Answered || e.Kind != Outage && e.Kind != Credentials && e.Kind != Canceled {
-		s.answered = t
+	switch s.health.note(r.o.Now(), outcome{op, probe, e}, rand.N[time.Duration]) {
+	case restored:
+		r.pool.failing = false
+	case failed:
+		r.giveUp(s, s.wrong()) // waiting callers need not wait for their own deadlines
 	}
-	switch {
-	case err == nil && op != "wrap":
-		s.proven = t
-		if s.bad == nil || probe || op == "unwrap" {
-			if s.wrong() != nil {
-				r.pool.failing = false
-			}
-			s.bad, s.down, s.suspect, s.pause = nil, nil, false, 0
-		}
-		return
-	case err == nil:
-		return
-	}
-	switch {
-	case e.Kind == Revoked:
-		s.bad, s.down = e, nil
-	case e.Kind == Denied && !probe:
-		// Perhaps this file alone, or new keys alone, are not allowed.
-		s.suspect = s.suspect || op == "unwrap"
-		return
-	case e.Kind == Denied:
-		s.bad, s.down = e, nil
-	case unlucky && !probe && s.wrong() == nil:
-		return
-	case e.Kind == Outage || e.Kind == Credentials:
-		s.down = e
-	case probe && e.Kind != Canceled: // this key has been unwrapped before, so the service does not answer sensibly
-		s.down = &Error{Kind: Outage, URI: e.URI, Op: e.Op, RequestID: e.RequestID, Err: e.Err}
-	default:
-		return
-	}
-	r.giveUp(s, s.wrong()) // waiting callers need not wait for their own deadlines
-	if s.pause = min(max(2*s.pause, firstRetry), longRetry); !probe {
-		s.pause = firstRetry
-	}
-	s.next = t + min(max(s.pause/2+rand.N(s.pause), firstRetry), longRetry)
 }
 
 // giveUp ends the calls to a store that are under way, with a verdict. mu is held.
@@ -231,18 +161,7 @@ func (r *Ring) due(s *standing) bool {
 	if s.immediate || s.probing || r.locked != nil || len(s.samples) == 0 {
 		return false
 	}
-	t := r.o.Now()
-	switch {
-	case s.suspect:
-		return true
-	case s.wrong() != nil:
-		return t >= s.next
-	}
-	if half := r.o.MaxAge / 2; t-s.proven < half-half/5 {
-		s.next = s.proven + half - rand.N(half/5+1) // not all volumes at once
-		return false
-	}
-	return t >= s.next || s.stale(t, r.o.MaxAge)
+	return s.health.due(r.o.Now(), r.o.MaxAge, rand.N[time.Duration])
 }
 
 // probe unwraps one key, to see whether that is still allowed.

@@ -94,7 +94,7 @@ func NewRing(volume [16]byte, stores []Store, o RingOptions) *Ring {
 	r.cache = newCache(r.slab, maxCached)
 	for _, s := range stores {
 		_, immediate := s.(Immediate)
-		st := &standing{Store: s, immediate: immediate, proven: o.Now()}
+		st := &standing{Store: s, immediate: immediate, health: health{proven: o.Now()}}
 		for _, w := range o.Sample {
 			if w.URI == s.URI() || matches(s, w.URI) {
 				st.learn(Binding{Use: ForVolume, Volume: volume}, w)
