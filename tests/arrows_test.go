@@ -11,22 +11,27 @@ import (
 	"testing"
 )
 
-// What each package may import of this module. There is no util, no common, and
-// nothing above knows what is below but by these arrows: the format does no I/O,
-// the keystore knows no files, and only cmd knows the backends.
+// What each package may import of this module. There is no util, no common: the format does
+// no I/O, the keystore knows no files, the seam to the disk knows no format, and only cmd knows
+// the backends.
 var arrows = map[string]string{
 	"kmsfs/blockcrypt":            "",
 	"kmsfs/keystore":              "",
 	"kmsfs/keystore/local":        "kmsfs/keystore",
 	"kmsfs/keystore/awskms":       "kmsfs/keystore",
 	"kmsfs/keystore/keystoretest": "kmsfs/keystore",
-	"kmsfs/fs/volume":             "kmsfs/blockcrypt kmsfs/keystore",
-	"kmsfs/fs":                    "kmsfs/fs/volume kmsfs/keystore",
-	"kmsfs/cmd/kmsfs":             "kmsfs/blockcrypt kmsfs/fs kmsfs/fs/volume kmsfs/keystore kmsfs/keystore/awskms kmsfs/keystore/local",
-	"kmsfs/tests":                 "",
-	"kmsfs/tests/cutdisk":         "",
-	"kmsfs/tests/independent":     "",
-	"kmsfs/tests/slowdisk":        "",
+
+	"kmsfs/fs/volume/internal/disk":   "",
+	"kmsfs/fs/volume/internal/layout": "kmsfs/blockcrypt kmsfs/fs/volume/internal/disk",
+	"kmsfs/fs/volume/internal/cfile":  "kmsfs/blockcrypt kmsfs/fs/volume/internal/disk",
+
+	"kmsfs/fs/volume":         "kmsfs/blockcrypt kmsfs/fs/volume/internal/cfile kmsfs/fs/volume/internal/disk kmsfs/fs/volume/internal/layout kmsfs/keystore",
+	"kmsfs/fs":                "kmsfs/fs/volume kmsfs/keystore",
+	"kmsfs/cmd/kmsfs":         "kmsfs/blockcrypt kmsfs/fs kmsfs/fs/volume kmsfs/keystore kmsfs/keystore/awskms kmsfs/keystore/local",
+	"kmsfs/tests":             "",
+	"kmsfs/tests/cutdisk":     "",
+	"kmsfs/tests/independent": "",
+	"kmsfs/tests/slowdisk":    "",
 }
 
 // Libraries that a package must not see.
@@ -66,7 +71,7 @@ func TestImportArrows(t *testing.T) {
 	}
 }
 
-// Calls of the packages unix and os that fs/volume makes outside disk.go: none of them is
+// Calls of the packages unix and os that fs/volume makes outside internal/disk: none of them is
 // about the ciphertext tree.
 var besidesTheTree = []string{
 	"unix.Geteuid", "unix.ClockGettime", "unix.Setfsuid", "unix.Getrlimit", "unix.NsecToTimespec",
@@ -74,16 +79,20 @@ var besidesTheTree = []string{
 	"os.NewSyscallError",
 }
 
-// Every syscall on the ciphertext tree goes through disk.go, where tests see it and can make
-// it fail.
+// Every syscall on the ciphertext tree goes through internal/disk, where tests see it and can
+// make it fail.
 func TestSyscallsBehindTheSeam(t *testing.T) {
-	files, err := filepath.Glob("../fs/volume/*.go")
-	if err != nil || len(files) < 20 {
-		t.Fatalf("%d files: %v", len(files), err)
+	var files []string
+	for _, dir := range []string{"", "internal/cfile/", "internal/layout/"} {
+		in, err := filepath.Glob("../fs/volume/" + dir + "*.go")
+		if err != nil || len(in) == 0 {
+			t.Fatalf("no files in %s: %v", dir, err)
+		}
+		files = append(files, in...)
 	}
 	calls := 0
 	for _, name := range files {
-		if filepath.Base(name) == "disk.go" || strings.HasSuffix(name, "_test.go") {
+		if strings.HasSuffix(name, "_test.go") {
 			continue
 		}
 		set := token.NewFileSet()
@@ -106,7 +115,7 @@ func TestSyscallsBehindTheSeam(t *testing.T) {
 			}
 			calls++
 			if what := pkg.Name + "." + sel.Sel.Name; !slices.Contains(besidesTheTree, what) {
-				t.Errorf("%s: %s is called outside disk.go", set.Position(call.Pos()), what)
+				t.Errorf("%s: %s is called outside internal/disk", set.Position(call.Pos()), what)
 			}
 			return true
 		})
