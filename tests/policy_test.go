@@ -13,11 +13,11 @@ import (
 	"kmsfs/keystore/keystoretest"
 )
 
-// readmePolicy returns the key policy that README.md shows, for the volume with this ID, with
+// pagePolicy returns the key policy that docs/keys.md shows, for the volume with this ID, with
 // one right of one statement left out.
-func readmePolicy(t *testing.T, volume string, statement int, right string) string {
+func pagePolicy(t *testing.T, volume string, statement int, right string) string {
 	t.Helper()
-	b, err := os.ReadFile("../README.md")
+	b, err := os.ReadFile("../docs/keys.md")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -29,7 +29,7 @@ func readmePolicy(t *testing.T, volume string, statement int, right string) stri
 		Statement []map[string]any
 	}
 	if err := json.Unmarshal([]byte(strings.ReplaceAll(text, "6f92105be8fb692102e78183ee60d7f1", volume)), &p); err != nil || !ok {
-		t.Fatalf("README's policy: %v", err)
+		t.Fatalf("the page's policy: %v", err)
 	}
 	if right != "" {
 		actions, several := p.Statement[statement]["Action"].([]any)
@@ -49,8 +49,8 @@ func readmePolicy(t *testing.T, volume string, statement int, right string) stri
 	return string(out)
 }
 
-// README's key policy allows what it says that it allows, and each right in it is needed.
-func TestReadmePolicy(t *testing.T) {
+// The key policy of docs/keys.md allows what it says that it allows, and each right in it is needed.
+func TestPagePolicy(t *testing.T) {
 	srv := keystoretest.Start(t)
 	srv.AddKey("alias/files")
 	m := &mounted{t: t, base: t.TempDir(), faults: true}
@@ -123,7 +123,7 @@ func TestReadmePolicy(t *testing.T) {
 		{2, "kms:Decrypt", []string{"the reader mounts and reads", "the reader decrypts a file"}},
 		{3, "kms:DescribeKey", []string{"the writer mounts and reads", "the writer makes a file", "the writer encrypts a file", "the reader mounts and reads", "the reader decrypts a file"}},
 	} {
-		if err := srv.SetPolicy(readmePolicy(t, info.Volume, c.statement, c.without), roles); err != nil {
+		if err := srv.SetPolicy(pagePolicy(t, info.Volume, c.statement, c.without), roles); err != nil {
 			t.Fatal(err)
 		}
 		for name, task := range tasks {
@@ -133,14 +133,14 @@ func TestReadmePolicy(t *testing.T) {
 		}
 	}
 	// A reader has no right to use another volume, nor to make keys.
-	if err := srv.SetPolicy(readmePolicy(t, strings.Repeat("1", 32), 0, ""), roles); err != nil {
+	if err := srv.SetPolicy(pagePolicy(t, strings.Repeat("1", 32), 0, ""), roles); err != nil {
 		t.Fatal(err)
 	}
 	if err := tasks["the reader mounts and reads"](); err == nil {
 		t.Error("the policy of another volume lets the reader in")
 	}
 	// One who mounts read-write and only reads causes no denied call.
-	if err := srv.SetPolicy(readmePolicy(t, info.Volume, 0, ""), map[string]string{"AKREADER": roles["AKREADER"]}); err != nil {
+	if err := srv.SetPolicy(pagePolicy(t, info.Volume, 0, ""), map[string]string{"AKREADER": roles["AKREADER"]}); err != nil {
 		t.Fatal(err)
 	}
 	before := srv.Calls("GenerateDataKey")

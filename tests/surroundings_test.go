@@ -267,9 +267,9 @@ func TestCopyWithoutSymlinks(t *testing.T) {
 		t.Errorf("fsck of the copy: %v\n%s", err, out)
 	}
 	m.kmsfs("fsck", filepath.Join(m.base, "whole"))
-	b, err := os.ReadFile("../README.md")
+	b, err := os.ReadFile("../docs/backups.md")
 	if err != nil || !bytes.Contains(b, []byte("symlinks")) || !bytes.Contains(b, []byte("--links")) {
-		t.Error("README does not say what a backup must copy")
+		t.Error("docs/backups.md does not say what a backup must copy")
 	}
 }
 

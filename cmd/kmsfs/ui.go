@@ -114,7 +114,7 @@ func hintOf(err error) string {
 	}
 	switch blockcrypt.ClassOf(err) {
 	case blockcrypt.BadConfig, blockcrypt.BadConfigMAC:
-		return "restore kmsfs.json from a backup; a copy is kept beside the trust record, see README.md"
+		return "restore kmsfs.json from a backup; a copy is kept beside the trust record, see docs/security.md"
 	case blockcrypt.BadMarker:
 		return "the ciphertext directory was tampered with or damaged; mount with --read-only, or restore it from a backup"
 	case blockcrypt.BadChecksum, blockcrypt.BadCommitment, blockcrypt.BadState, blockcrypt.BadBlock, blockcrypt.BadSize:

@@ -20,9 +20,9 @@ import (
 	"kmsfs/keystore"
 )
 
-// tampered is the table of README.md, "What is noticed": changes by somebody who may
+// tampered is the table of docs/security.md, "What is noticed": changes by somebody who may
 // write to the ciphertext directory, and how it shows. Each row's cases are made
-// here, and the test fails where README.md lacks the row.
+// here, and the test fails if the page lacks the row.
 var tampered = []struct {
 	what, shows string
 	cases       func(m *tamperer)
@@ -477,7 +477,7 @@ func (m *tamperer) modes() {
 }
 
 func TestTamperingTable(t *testing.T) {
-	readme, err := os.ReadFile("../../README.md")
+	page, err := os.ReadFile("../../docs/security.md")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -490,8 +490,8 @@ func TestTamperingTable(t *testing.T) {
 				t.Error("no case was made")
 			}
 			total[row.shows] += m.n
-			if line := fmt.Sprintf("| %s | %s |", row.what, row.shows); !strings.Contains(string(readme), line) {
-				t.Errorf("README.md lacks the row: %s", line)
+			if line := fmt.Sprintf("| %s | %s |", row.what, row.shows); !strings.Contains(string(page), line) {
+				t.Errorf("docs/security.md lacks the row: %s", line)
 			}
 		})
 	}

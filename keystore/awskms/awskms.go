@@ -226,7 +226,7 @@ func (s *Store) resolve(ctx context.Context, name, region string) (string, error
 		if errors.As(err, new(*types.NotFoundException)) {
 			e.Hint = "there is no such key in Region " + region + "; give --aws-region, or name it by its ARN"
 		} else if e.Kind == keystore.Denied && deniesAction(err) {
-			e.Hint = "a key that is named by its ARN does without kms:DescribeKey; else see README.md, \"Key policy\""
+			e.Hint = "a key that is named by its ARN does without kms:DescribeKey; else see docs/keys.md, \"Key policy\""
 		}
 		return "", err
 	}

@@ -195,7 +195,7 @@ var verdicts = map[string]struct {
 }{
 	"DisabledException":                   {keystore.Revoked, false, "the key is disabled; its administrator enables it with aws kms enable-key"},
 	"NotFoundException":                   {keystore.Revoked, false, "the key does not exist (any more) in this Region"},
-	"AccessDeniedException":               {keystore.Denied, false, "the key policy or IAM policy does not allow this; see README.md, \"Key policy\""},
+	"AccessDeniedException":               {keystore.Denied, false, "the key policy or IAM policy does not allow this; see docs/keys.md, \"Key policy\""},
 	"UnrecognizedClientException":         {keystore.Denied, false, "these credentials are not known to AWS"},
 	"InvalidClientTokenId":                {keystore.Denied, false, "these credentials are not known to AWS"},
 	"InvalidSignatureException":           {keystore.Denied, false, "check the secret key and this machine's clock"},
@@ -222,7 +222,7 @@ var verdicts = map[string]struct {
 	"ThrottledException":                  {keystore.Outage, true, "KMS throttles this account; see its request quota"},
 	"RequestThrottled":                    {keystore.Outage, true, "KMS throttles this account; see its request quota"},
 	"LimitExceededException":              {keystore.Invalid, false, "a resource quota of the account is reached"},
-	"AccessDenied":                        {keystore.Denied, false, "the key policy or IAM policy does not allow this; see README.md, \"Key policy\""},
+	"AccessDenied":                        {keystore.Denied, false, "the key policy or IAM policy does not allow this; see docs/keys.md, \"Key policy\""},
 	"ServiceUnavailable":                  {keystore.Outage, true, ""},
 	"ServiceUnavailableException":         {keystore.Outage, true, ""},
 	"InternalServerError":                 {keystore.Outage, true, ""},
