@@ -217,18 +217,39 @@ of credentials by AWS does the same by itself, once.`, "reload", "%s has loaded 
 	}
 }
 
-// stats is what kmsfs stats tells.
+// stats is the answer of kmsfs stats. Its JSON is for programs: a field's name stays.
 type stats struct {
-	Hours      float64          `json:"hours"`
-	Locked     bool             `json:"locked"`
-	Calls      []keystore.Calls `json:"calls"`
-	P50        float64          `json:"p50_ms"`
-	P90        float64          `json:"p90_ms"`
-	P99        float64          `json:"p99_ms"`
-	Keys       keystore.Counts  `json:"keys"`
-	Recipients []recipient      `json:"recipients"`
-	Cost       float64          `json:"cost_dollars"`
-	Monthly    float64          `json:"cost_dollars_a_month"`
+	Hours      float64     `json:"hours"` // since the volume was mounted
+	Locked     bool        `json:"locked"`
+	Calls      []callCount `json:"calls"`
+	P50        float64     `json:"p50_ms"` // of the calls' durations
+	P90        float64     `json:"p90_ms"`
+	P99        float64     `json:"p99_ms"`
+	Keys       keyCounts   `json:"keys"`
+	Recipients []recipient `json:"recipients"`
+	Cost       float64     `json:"cost_dollars"`
+	Monthly    float64     `json:"cost_dollars_a_month"`
+}
+
+// callCount is how often one kind of call to a key service was made.
+type callCount struct {
+	Op      string `json:"op"` // the service's name of the operation
+	Purpose string `json:"purpose"`
+	Verdict string `json:"verdict"` // "ok", or the kind of failure
+	Count   uint64 `json:"count"`
+}
+
+// keyCounts are the data keys of a mount.
+type keyCounts struct {
+	Hits         uint64 `json:"hits"` // answers from memory
+	Misses       uint64 `json:"misses"`
+	Prefetched   uint64 `json:"prefetched"`
+	PrefetchUsed uint64 `json:"prefetch_used"`
+	Made         uint64 `json:"made"`
+	Wasted       uint64 `json:"wasted"` // made for nothing
+	Cached       int    `json:"cached"`
+	Pool         int    `json:"pool"` // made ahead, and not used yet
+	PoolTarget   int    `json:"pool_target"`
 }
 
 type recipient struct {
@@ -239,7 +260,10 @@ type recipient struct {
 
 func (c *control) stats() stats {
 	ms := func(q float64) float64 { return float64(c.meter.Quantile(q)) / float64(time.Millisecond) }
-	s := stats{Hours: time.Since(c.since).Hours(), Locked: c.v.Locked() != nil, Calls: c.meter.Calls(), P50: ms(0.5), P90: ms(0.9), P99: ms(0.99), Keys: c.v.KeyCounts()}
+	s := stats{Hours: time.Since(c.since).Hours(), Locked: c.v.Locked() != nil, P50: ms(0.5), P90: ms(0.9), P99: ms(0.99), Keys: keyCounts(c.v.KeyCounts())}
+	for _, x := range c.meter.Calls() {
+		s.Calls = append(s.Calls, callCount(x))
+	}
 	for _, r := range c.v.KeyStates() {
 		x := recipient{URI: r.URI, Proven: r.Proven.Seconds()}
 		if r.Error != nil {
