@@ -121,7 +121,7 @@ func (f *file) park(used bool) bool {
 	switch {
 	case f.FD < 0 || f.closed || f.broken || f.touched || f.syncing > 0 || f.unsettled():
 		return false
-	case f.Header != nil && (f.keyless() || f.Partial || f.synced != int64(f.changes) || f.unconfirmed() && f.v.isBad(f.Header.State.Session)):
+	case f.Header != nil && (f.keyless() || f.Partial || f.synced != int64(f.changes) || f.unconfirmed() && f.v.sessions.isBad(f.Header.State.Session)):
 		return false // if its writeback fails, this descriptor is the one to hear of it
 	case !f.n.named() || f.n.linked.Load() || f.v.disk.Fstat(f.FD, &st) != nil || st.Nlink != 1:
 		return false // no name surely leads to it, now and after an unlink

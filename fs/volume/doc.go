@@ -21,9 +21,10 @@
 // Package disk below makes all syscalls on the ciphertext tree, relative to descriptors of
 // directories, and never follows a symlink.
 //
-// Locks, in this order: Volume.crossing, Node.entries (see lockDirs), Node.openMu,
-// file.mu, Node.lostMu, Node.dirMu, settler.mu, Volume.mu, Volume.fdMu; under doubts.mu and
-// file.shownMu no other lock is taken. No call to a key service is made under any of them.
+// Locks, in this order: sessions.markerMu, Volume.crossing, Node.entries (see lockDirs),
+// Node.openMu, file.mu, Node.lostMu, Node.dirMu, settler.mu, Volume.mu, Volume.fdMu; under
+// sessions.mu, doubts.mu and file.shownMu no other lock is taken. No call to a key service is
+// made under any of them.
 //
 // A request waits for the disk only as long as its own calls take, and those of requests
 // that it has to do with. Locks that are held across a syscall, and the requests that wait:
@@ -35,6 +36,8 @@
 //   - Node.openMu while a file is opened, repaired or closed: the same for that file.
 //   - file.mu while a file is read (shared), written, cut or settled: requests for its
 //     content. Not during an fsync, and requests for its attributes do not wait at all.
+//   - sessions.markerMu while the marker is replaced, and while a new session begins: the next
+//     change of the marker, which no request waits for.
 //   - Node.dirMu while the ID of a directory is read: requests for a name in it.
 //   - Node.lostMu while a file is read of which bytes were lost.
 //

@@ -61,7 +61,7 @@ func (v *Volume) syncAll() error {
 	if err != nil {
 		// It does not say whose data is lost: perhaps that of files that are closed.
 		v.doubts.beginAll()
-		v.stuck.Store(true)
+		v.sessions.stuck.Store(true)
 		for _, f := range v.files() {
 			f.mu.Lock()
 			if f.rw && !f.closed && f.Header != nil && (f.unsettled() || f.durable < f.Size || f.synced != int64(f.changes)) {

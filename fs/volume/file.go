@@ -107,40 +107,37 @@ func (n *Node) acquire(ctx context.Context, write bool) (*file, error) {
 	if write && n.immutable.Load() {
 		return nil, unix.EPERM
 	}
-	var need *needsKey
-	defer func() { need.release() }()
-	told := false             // the prefetcher, once for each open
+	if n.file.Load() == nil {
+		if err := n.v.roomForFile(); err != nil {
+			return nil, err
+		}
+	}
 	var key *keystore.DataKey // for the first byte of an empty file
 	defer func() {
 		if key != nil {
 			n.v.ring.PutBack(key)
 		}
 	}()
-	if n.file.Load() == nil {
-		if err := n.v.roomForFile(); err != nil {
-			return nil, err
+	told := false // the prefetcher
+	opened := func(cold bool) {
+		if !told {
+			n.v.prefetch.opened(n, cold)
+			told = true
 		}
 	}
 	for {
-		f, err := n.tryAcquire(write, &key)
-		if errors.Is(err, errNeedsNewKey) {
+		f, err := n.join(ctx, write, &key, func() { opened(true) })
+		if err != nil {
+			return nil, err
+		}
+		if f == nil {
 			if key, err = n.v.ring.NewKey(ctx); err != nil {
 				n.v.report(n.where(), "no data key for new content", err)
 				return nil, err
 			}
 			continue
 		}
-		need.release()
-		cold := errors.As(err, &need)
-		if !told && (cold || err == nil) {
-			n.v.prefetch.opened(n, cold)
-			told = true
-		}
-		if again, err := n.unwrapFor(ctx, err); again {
-			continue
-		} else if err != nil {
-			return nil, err
-		}
+		opened(false)
 		if err := f.ready(ctx, false); err != nil { // a refusal shows at open
 			f.release(write)
 			return nil, err
@@ -149,73 +146,19 @@ func (n *Node) acquire(ctx context.Context, write bool) (*file, error) {
 	}
 }
 
-// errNeedsNewKey says that a data key has to be made first.
-var errNeedsNewKey = errors.New("a data key is needed")
-
-// needsKey is the error of what cannot go on before a data key is unwrapped. The file stays
-// open, with its header, until release is called.
-type needsKey struct {
-	n    *Node
-	file blockcrypt.ID
-	ws   []keystore.Wrapped
-}
-
-func (*needsKey) Error() string { return "a data key has to be unwrapped" }
-
-// release says that the caller of load does not come back for the file, or did.
-func (k *needsKey) release() {
-	if k == nil || k.n == nil {
-		return
-	}
-	n := k.n
-	k.n = nil
-	n.openMu.Lock()
-	defer n.openMu.Unlock()
-	if n.halfFor--; n.halfFor == 0 {
-		n.dropHalf()
-	}
-}
-
-// unwrapFor unwraps the key that err says is needed; again is true where that
-// was done, else err is given back.
-func (n *Node) unwrapFor(ctx context.Context, err error) (again bool, _ error) {
-	need, ok := errors.AsType[*needsKey](err)
-	if !ok {
-		return false, err
-	}
-	key, err := n.v.ring.Unwrap(ctx, need.file, need.ws)
-	clear(key)
-	if err != nil {
-		n.v.report(n.where(), "a file cannot be opened", err)
-	}
-	return err == nil, err
-}
-
-// tryAcquire is acquire as far as it goes without asking a key service. It takes
-// *key where it needs one.
-func (n *Node) tryAcquire(write bool, key **keystore.DataKey) (*file, error) {
-	n.openMu.Lock()
-	defer n.openMu.Unlock()
-	f := n.file.Load()
-	if f == nil {
-		var err error
-		if f, err = n.load(); err != nil {
-			return nil, err
+// join counts a handle of the node's file, which it loads if need be. If the file is empty and
+// needs a data key for its first byte, it takes *key; without one it returns no file.
+func (n *Node) join(ctx context.Context, write bool, key **keystore.DataKey, waits func()) (f *file, err error) {
+	err = n.withFile(ctx, waits, func(open *file) error {
+		joined, err := open.join(write, key)
+		if joined {
+			f = open
+		} else {
+			open.dropIfIdle()
 		}
-		n.attach(f)
-		if err := n.v.refuses(false); err != nil { // just now, and its key was not among those wiped
-			f.mu.Lock()
-			f.wipe()
-			f.unlock()
-			f.dropIfIdle()
-			return nil, err
-		}
-	}
-	if err := f.join(write, key); err != nil {
-		f.dropIfIdle()
-		return nil, err
-	}
-	return f, nil
+		return err
+	})
+	return f, err
 }
 
 func (n *Node) attach(f *file) {
@@ -225,18 +168,19 @@ func (n *Node) attach(f *file) {
 	n.file.Store(f)
 }
 
-// join counts a handle. openMu is held.
-func (f *file) join(write bool, key **keystore.DataKey) error {
+// join counts a handle. It is false, without an error, if a data key is needed that *key does
+// not have. openMu is held.
+func (f *file) join(write bool, key **keystore.DataKey) (joined bool, err error) {
 	if write {
 		if err := f.needWrite(); err != nil {
-			return err
+			return false, err
 		}
 	}
 	f.mu.Lock()
 	defer f.unlock()
 	if write && f.Size == 0 && f.next == nil {
 		if *key == nil {
-			return errNeedsNewKey
+			return false, nil
 		}
 		f.next, *key = *key, nil
 	}
@@ -244,7 +188,7 @@ func (f *file) join(write bool, key **keystore.DataKey) error {
 	if write {
 		f.writers++
 	}
-	return nil
+	return true, nil
 }
 
 // needWrite makes the descriptor one that can write.
@@ -367,7 +311,7 @@ func (f *file) unsettled() bool {
 // error, and another when the first was to be undone.
 func (f *file) breaks() {
 	f.broken = true
-	f.v.stuck.Store(true)
+	f.v.sessions.stuck.Store(true)
 }
 
 // borrow calls g with the descriptor; done is false where the file was closed.

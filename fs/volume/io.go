@@ -309,7 +309,7 @@ func (f *file) written(b []byte, off, end int64, sparse bool, undo func()) error
 // old enough, or when its state is of an earlier session, which may leave the marker at any
 // time. mu is held.
 func (f *file) growOld() {
-	if f.conf == 0 && f.Size > 0 && (time.Since(f.born) > freshFor || f.Header.State.Session != f.v.session.Load()) {
+	if f.conf == 0 && f.Size > 0 && (time.Since(f.born) > freshFor || f.Header.State.Session != f.v.sessions.now.Load()) {
 		f.conf = f.Size
 	}
 }
@@ -453,7 +453,7 @@ func (f *file) putRun(buf []byte, first, last, size int64, b []byte, off, end in
 	if err := f.guard(at, first, last); err != nil {
 		return err
 	}
-	f.v.wrote.Store(true)
+	f.v.sessions.wrote.Store(true)
 	f.tailK = -1
 	err := f.takeSpace(int64(used), func() error { return f.v.disk.Pwrite(f.FD, buf[:used], at) })
 	if err == nil { // the next write mostly goes on there

@@ -13,14 +13,15 @@ import (
 	"kmsfs/keystore"
 )
 
-// half is a file that was opened and whose header was read, and whose key is not known.
+// half is a file that was opened and whose header was read, and whose key is not known yet.
 type half struct {
 	f       *file
 	st      unix.Stat_t // before the header was read
 	doubted bool
+	waiting int // calls that wait for its key; guarded by openMu
 }
 
-// holds reports whether what was read of the file still holds.
+// holds reports whether the data that was read of the file still holds.
 func (h *half) holds() bool {
 	var st unix.Stat_t
 	f := h.f
@@ -35,56 +36,123 @@ func (n *Node) dropHalf() {
 	}
 }
 
-// load opens the node's ciphertext file: header, keys, state, and the repair of
-// what a session that ended badly has left. openMu is held. If its key must be waited for,
-// that is a needsKey, and the next load goes on with the data that was read.
-func (n *Node) load() (*file, error) {
+// withFile calls use with the node's open file, under openMu. If the file is not open, it is
+// loaded: its header is read, then its key is taken from memory or unwrapped, then its state is
+// believed or repaired. While a key service is asked, which waits is told of, no lock is held;
+// the header and the descriptor stay for the calls that wait for the key.
+func (n *Node) withFile(ctx context.Context, waits func(), use func(*file) error) error {
+	n.openMu.Lock()
+	defer n.openMu.Unlock()
+	for {
+		if f := n.file.Load(); f != nil {
+			return use(f)
+		}
+		h, resumed, err := n.openedHalf()
+		if err != nil {
+			return n.loadFailed(err)
+		}
+		keys, known, err := h.keysNow()
+		if err == nil && !known {
+			waits()
+			resumed = true
+			keys, err = n.await(ctx, h)
+		}
+		switch {
+		case err != nil:
+			if n.half == h && h.waiting == 0 {
+				n.dropHalf()
+			}
+			return n.loadFailed(err)
+		case n.file.Load() != nil || n.half != h: // another call was faster, or emptied it
+			continue
+		case resumed && !h.holds():
+			n.dropHalf()
+			continue
+		}
+		if err := n.finish(h, keys); err != nil {
+			return n.loadFailed(err)
+		}
+	}
+}
+
+// openedHalf returns the file that waits for its key, resumed, or opens the node's. openMu is
+// held.
+func (n *Node) openedHalf() (h *half, resumed bool, err error) {
 	n.v.mu.Lock()
 	pending := n.pending
 	n.v.mu.Unlock()
 	if pending {
-		// Its attributes as the kernel knows them are wrong, and the node that a lookup makes now may have
-		// changed the file already: this one must not touch it.
+		// The attributes that the kernel knows are wrong, and the node that a lookup makes now
+		// may have changed the file already: this one must not touch it.
 		n.dropHalf()
-		return nil, unix.ESTALE
+		return nil, false, unix.ESTALE
 	}
-	h := n.half
-	resumed := h != nil
-	if h == nil {
-		var err error
-		if h, err = n.openHalf(); err != nil {
-			return nil, n.loadFailed(err)
-		}
-		n.half = h
+	if n.half != nil {
+		return n.half, true, nil
 	}
-	f := h.f
-	err := f.openKeys()
-	if need, ok := errors.AsType[*needsKey](err); ok {
-		n.halfFor++
-		need.n = n
+	n.half, err = n.openHalf()
+	return n.half, false, err
+}
+
+// keysNow returns the keys of the file if its data key is in memory, or can be unwrapped without
+// a key service. An empty file has none, and they are known.
+func (h *half) keysNow() (keys *blockcrypt.FileKeys, known bool, err error) {
+	hdr := h.f.Header
+	if hdr == nil {
+		return nil, true, nil
+	}
+	key, known, err := h.f.v.ring.UnwrapNow(hdr.File, wrapped(hdr.Recipients))
+	if err != nil || !known {
+		return nil, known, err
+	}
+	defer clear(key)
+	keys, err = hdr.Unlock(key)
+	return keys, true, err
+}
+
+// await unwraps the data key of a file by a key service. openMu is held, but not meanwhile.
+func (n *Node) await(ctx context.Context, h *half) (*blockcrypt.FileKeys, error) {
+	hdr := h.f.Header
+	h.waiting++
+	n.openMu.Unlock()
+	key, err := n.v.ring.Unwrap(ctx, hdr.File, wrapped(hdr.Recipients))
+	n.openMu.Lock()
+	h.waiting--
+	if err != nil {
 		return nil, err
 	}
-	if err == nil && resumed && !h.holds() {
-		n.dropHalf()
-		return n.load()
-	}
-	if err == nil && f.Header != nil { // or it is empty
-		err = f.takeState(h.st.Size)
-	}
-	if err == nil {
-		n.half = nil
-		n.v.doubts.end(n)
-		if f.reread = h.doubted; n.believed > f.Size {
-			f.loseEnd(n.believed)
+	defer clear(key)
+	return hdr.Unlock(key)
+}
+
+// finish makes the node's open file of one whose keys are known. openMu is held.
+func (n *Node) finish(h *half, keys *blockcrypt.FileKeys) error {
+	f := h.f
+	if f.Header != nil { // or it is empty
+		f.Keys = keys
+		if err := f.takeState(h.st.Size); err != nil {
+			n.dropHalf()
+			return err
 		}
-		n.believed = 0
-		if f.Whole && h.st.Blocks*512 > h.st.Size+reservedLeast {
-			f.reserved = h.st.Blocks * 512 // so many were reserved, and left so when it settled
-		}
-		return f, nil
 	}
-	n.dropHalf()
-	return nil, n.loadFailed(err)
+	n.half = nil
+	n.v.doubts.end(n)
+	if f.reread = h.doubted; n.believed > f.Size {
+		f.loseEnd(n.believed)
+	}
+	n.believed = 0
+	if f.Whole && h.st.Blocks*512 > h.st.Size+reservedLeast {
+		f.reserved = h.st.Blocks * 512 // as many were reserved, and left so when it settled
+	}
+	n.attach(f)
+	if err := n.v.refuses(false); err != nil { // just now, and its key was not among those wiped
+		f.mu.Lock()
+		f.wipe()
+		f.unlock()
+		f.dropIfIdle()
+		return err
+	}
+	return nil
 }
 
 // loadFailed logs damage, and verdicts of key services.
@@ -204,29 +272,6 @@ func (f *file) readHeader(length int64) error {
 	return nil
 }
 
-// openKeys unwraps the key of a file whose header was read. A key service is not asked: see
-// needsKey.
-func (f *file) openKeys() error {
-	if f.Header == nil {
-		return nil
-	}
-	ws := wrapped(f.Header.Recipients)
-	key, ok, err := f.v.ring.UnwrapNow(f.Header.File, ws)
-	if err != nil {
-		return err
-	}
-	if !ok {
-		return &needsKey{file: f.Header.File, ws: ws}
-	}
-	keys, err := f.Header.Unlock(key)
-	clear(key)
-	if err != nil {
-		return err
-	}
-	f.Keys = keys
-	return nil
-}
-
 func wrapped(rs []blockcrypt.Recipient) []keystore.Wrapped {
 	out := make([]keystore.Wrapped, len(rs))
 	for i, r := range rs {
@@ -247,7 +292,7 @@ func (f *file) takeState(length int64) error {
 			v.log.Warn("a file was being written when it was copied, or is now; the blocks that open are shown", "at", f.n.where(), "bytes", f.Size)
 			return nil
 		}
-	} else if (v.wasBad(s.Session) || v.doubts.of(f.n) && v.isBad(s.Session)) && f.unconfirmed() || dirty && v.isBad(s.Session) {
+	} else if (v.sessions.wasBad(s.Session) || v.doubts.of(f.n) && v.sessions.isBad(s.Session)) && f.unconfirmed() || dirty && v.sessions.isBad(s.Session) {
 		return f.repair(length)
 	} else if dirty {
 		return &blockcrypt.DamageError{Class: blockcrypt.BadState, Pos: blockcrypt.StateOffset,
@@ -266,71 +311,51 @@ func (f *file) takeState(length int64) error {
 	if last.file == f.Header.File && last.inked {
 		f.epoch, f.inked, f.sealed = last.epoch, true, last.sealed
 	}
-	if v.isBad(s.Session) { // closed by this mount, not known to be on the disk
+	if v.sessions.isBad(s.Session) { // closed by this mount, not known to be on the disk
 		f.durable, f.synced = s.Floor, -1
-		if last.file == f.Header.File && !last.born.IsZero() && time.Since(last.born) < freshFor && s.Floor == 0 && s.Session == v.session.Load() {
+		if last.file == f.Header.File && !last.born.IsZero() && time.Since(last.born) < freshFor && s.Floor == 0 && s.Session == v.sessions.now.Load() {
 			f.conf, f.born = 0, last.born
 		}
 	}
 	return nil
 }
 
-// wasBad reports whether a session before this mount is not known to have ended well.
-func (v *Volume) wasBad(session uint64) bool {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	return v.bad[session]
-}
-
 // checkSession repairs the file if a session that ended badly wrote it. ok is
 // false where it cannot be done yet, since its key is not to be had.
 func (n *Node) checkSession(ctx context.Context) (ok bool, err error) {
-	var need *needsKey
-	defer func() { need.release() }()
-	for {
-		ok, err = n.tryCheck()
-		need.release()
-		errors.As(err, &need)
-		if again, uerr := n.unwrapFor(ctx, err); !again {
-			if k := keystore.KindOf(uerr); k != 0 && k != keystore.Damaged {
-				return false, nil
-			}
-			return ok, uerr
-		}
-	}
-}
-
-// tryCheck is checkSession as far as it goes without asking a key service.
-func (n *Node) tryCheck() (ok bool, err error) {
-	n.openMu.Lock()
-	defer n.openMu.Unlock()
-	if n.sound || n.file.Load() != nil {
-		return true, nil
-	}
-	needs, err := n.needsRepair()
+	needs, err := n.unsound()
 	if err != nil {
 		return false, err
 	}
 	if needs {
-		f, err := n.load()
-		need, _ := errors.AsType[*needsKey](err)
-		switch {
-		case need != nil:
-			return false, need
-		case err == nil:
-			n.attach(f)
+		err := n.withFile(ctx, func() {}, func(f *file) error {
 			f.dropIfIdle()
-		case blockcrypt.ClassOf(err) != "", keystore.KindOf(err) == keystore.Damaged:
+			return nil
+		})
+		switch {
+		case err == nil, blockcrypt.ClassOf(err) != "", keystore.KindOf(err) == keystore.Damaged:
 			// Damage shows when the file is opened; it can be removed.
-		case errors.Is(err, errEnding):
+		case keystore.KindOf(err) != 0, errors.Is(err, errEnding):
 			return false, nil
 		default:
 			n.v.report(n.where(), "a file cannot be repaired yet", err)
 			return false, nil
 		}
 	}
+	n.openMu.Lock()
+	defer n.openMu.Unlock()
 	n.sound = true
 	return true, nil
+}
+
+// unsound reports whether the file may have to be repaired.
+func (n *Node) unsound() (bool, error) {
+	n.openMu.Lock()
+	defer n.openMu.Unlock()
+	if n.sound || n.file.Load() != nil {
+		return false, nil
+	}
+	return n.needsRepair()
 }
 
 // needsRepair looks at the state, unauthenticated: repairing checks it.
@@ -359,7 +384,7 @@ func (n *Node) needsRepair() (bool, error) {
 		return false, err
 	}
 	s := h.State
-	return n.v.wasBad(s.Session) && (s.Flags&(blockcrypt.Dirty|blockcrypt.Cut) != 0 || s.Floor < s.Size), nil
+	return n.v.sessions.wasBad(s.Session) && (s.Flags&(blockcrypt.Dirty|blockcrypt.Cut) != 0 || s.Floor < s.Size), nil
 }
 
 // walk looks everything up once after a session that ended badly, so that its

@@ -238,7 +238,7 @@ func (v *Volume) dropKeys(files []*file) error {
 		settle := err == nil
 		ferr, ok := within(left(), func() error { return f.settleAndWipe(settle, changes[i]) })
 		if !ok {
-			v.stuck.Store(true)
+			v.sessions.stuck.Store(true)
 			ferr = context.DeadlineExceeded
 		}
 		err = errors.Join(err, ferr)
@@ -257,7 +257,7 @@ func (f *file) settleAndWipe(settle bool, changes uint64) (err error) {
 		err = errors.Join(f.rest(), f.settle(changes))
 	}
 	if f.Header != nil && f.rw && f.Flags()&(blockcrypt.Dirty|blockcrypt.Cut) != 0 {
-		f.v.stuck.Store(true) // it cannot be settled without its key: the next mount does
+		f.v.sessions.stuck.Store(true) // it cannot be settled without its key: the next mount does
 	}
 	f.wipe()
 	return err
@@ -268,7 +268,7 @@ func (f *file) settleAndWipe(settle bool, changes uint64) (err error) {
 func (v *Volume) syncWithin(d time.Duration) error {
 	err, ok := within(d, v.syncAll)
 	if !ok {
-		v.stuck.Store(true)
+		v.sessions.stuck.Store(true)
 		return context.DeadlineExceeded
 	}
 	return err

@@ -60,10 +60,8 @@ type Node struct {
 	fresh  fresh // guarded by openMu
 	sound  bool  // guarded by openMu: no earlier session has left it to be repaired
 
-	// half is a file whose key is still waited for, and halfFor how many calls wait. Guarded
-	// by openMu.
-	half    *half
-	halfFor int
+	// half is a file whose key is still waited for. Guarded by openMu.
+	half *half
 
 	believed int64       // guarded by openMu: the size that a file had when it broke, which the kernel goes on to believe in
 	linked   atomic.Bool // another name was made in this mount

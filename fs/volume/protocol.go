@@ -24,7 +24,7 @@ func (f *file) begin(flags uint32, size int64) error {
 	if err != nil {
 		return err
 	}
-	keys.SetState(hdr, blockcrypt.State{Session: f.v.session.Load(), Generation: 1, Size: size, Flags: flags})
+	keys.SetState(hdr, blockcrypt.State{Session: f.v.sessions.now.Load(), Generation: 1, Size: size, Flags: flags})
 	head, err := hdr.Encode()
 	if err != nil {
 		return err
@@ -68,7 +68,7 @@ func (f *file) writeState(flags uint32) error {
 	f.Keys.SetState(f.Header, blockcrypt.State{
 		Size:       f.Size,
 		Floor:      min(f.durable, f.Size),
-		Session:    f.v.session.Load(),
+		Session:    f.v.sessions.now.Load(),
 		Generation: old.Generation + 1,
 		Flags:      flags,
 	})

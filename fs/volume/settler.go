@@ -59,7 +59,7 @@ func (s *settler) loop() {
 		case <-t.C:
 		}
 		s.settle(s.due(age))
-		if time.Since(s.since) > sessionEvery && s.v.wrote.Swap(false) {
+		if time.Since(s.since) > sessionEvery && s.v.sessions.wrote.Swap(false) {
 			s.since = time.Now()
 			if err := s.v.nextSession(); err != nil {
 				s.v.report("session", "a new session could not begin", err)

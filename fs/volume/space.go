@@ -3,6 +3,7 @@ package volume
 import (
 	"context"
 	"runtime"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -183,40 +184,62 @@ const (
 	spaceGood  = 100 * time.Millisecond
 )
 
-// NearFull reports whether so little space is left that a delayed write might
-// fail.
-func (v *Volume) NearFull() bool {
-	if at := v.spaceSeen.Load(); at == nil || time.Since(*at) > spaceGood {
-		v.lookAtSpace()
-	}
-	return v.tight.Load()
+// space is how much is left on the backing filesystem, as far as it was looked.
+type space struct {
+	d    *disk.Disk
+	root int
+
+	tight  atomic.Bool  // little is left
+	unseen atomic.Int64 // bytes that may be written before it is looked again
+	seen   atomic.Pointer[time.Time]
+	failed atomic.Int64 // when it was last found wanting, in seconds; 0: never
 }
 
-// lookAtSpace looks how much space is left.
-func (v *Volume) lookAtSpace() {
-	v.unseen.Store(lookAgain)
+// nearFull reports whether so little is left that a delayed write might fail.
+func (s *space) nearFull() bool {
+	if at := s.seen.Load(); at == nil || time.Since(*at) > spaceGood {
+		s.look()
+	}
+	return s.tight.Load()
+}
+
+// look looks how much is left.
+func (s *space) look() {
+	s.unseen.Store(lookAgain)
 	now := time.Now()
-	v.spaceSeen.Store(&now)
-	s, err := v.disk.Statfs(v.rootD)
+	s.seen.Store(&now)
+	fs, err := s.d.Statfs(s.root)
 	if err != nil {
 		return
 	}
-	failed := v.spaceFailed.Load()
-	v.tight.Store(int64(s.Bavail)*int64(s.Frsize) < nearFull || failed != 0 && time.Now().Unix()-failed < int64(tightAfter/time.Second))
+	failed := s.failed.Load()
+	s.tight.Store(int64(fs.Bavail)*int64(fs.Frsize) < nearFull || failed != 0 && now.Unix()-failed < int64(tightAfter/time.Second))
 }
 
-// takeSpace calls g, which takes n bytes of space for the file, and notes an
-// error that says there is none: a quota shows in no other way.
-func (f *file) takeSpace(n int64, g func() error) error {
-	v := f.v
-	if v.unseen.Add(-n) < 0 {
-		v.lookAtSpace()
+// takes is called before n bytes are written.
+func (s *space) takes(n int64) {
+	if s.unseen.Add(-n) < 0 {
+		s.look()
 	}
-	err := f.asOwner(g)
+}
+
+// took is called with the outcome of a write: a quota shows in no other way.
+func (s *space) took(err error) {
 	if disk.NoSpace(err) {
-		v.spaceFailed.Store(time.Now().Unix())
-		v.tight.Store(true)
+		s.failed.Store(time.Now().Unix())
+		s.tight.Store(true)
 	}
+}
+
+// NearFull reports whether so little space is left that a delayed write might
+// fail.
+func (v *Volume) NearFull() bool { return v.space.nearFull() }
+
+// takeSpace calls g, which takes n bytes of space for the file.
+func (f *file) takeSpace(n int64, g func() error) error {
+	f.v.space.takes(n)
+	err := f.asOwner(g)
+	f.v.space.took(err)
 	return err
 }
 
@@ -224,7 +247,7 @@ func (f *file) takeSpace(n int64, g func() error) error {
 // it, if the daemon is root's and little space is left: the reserve of the
 // filesystem is root's own.
 func (f *file) asOwner(g func() error) error {
-	if !f.v.tight.Load() || !f.v.super {
+	if !f.v.space.tight.Load() || !f.v.super {
 		return g()
 	}
 	var st unix.Stat_t

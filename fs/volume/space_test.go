@@ -318,3 +318,21 @@ func TestRanges(t *testing.T) {
 		}
 	}
 }
+
+// How much space is left is looked at seldom, however often it is asked.
+func TestSpaceIsLookedAtSeldom(t *testing.T) {
+	var looks atomic.Int32
+	w := newWorld(t, volume.Options{Seen: func(op string) {
+		if op == "fstatfs" {
+			looks.Add(1)
+		}
+	}})
+	before, begun := looks.Load(), time.Now()
+	for range 1000 {
+		w.v.NearFull()
+	}
+	most := 1 + int32(time.Since(begun)/(100*time.Millisecond))
+	if n := looks.Load() - before; n < 1 || n > most {
+		t.Errorf("%d looks, at most %d", n, most)
+	}
+}

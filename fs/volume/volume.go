@@ -3,11 +3,9 @@ package volume
 import (
 	"cmp"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -91,19 +89,14 @@ type Volume struct {
 	fdLimits    fdLimits
 	granularity uint32 // of the times of files on the disk, in nanoseconds
 
-	session     atomic.Uint64
-	tight       atomic.Bool  // little space is left, see space.go
-	unseen      atomic.Int64 // bytes that may be written before it is looked again
-	spaceSeen   atomic.Pointer[time.Time]
-	spaceFailed atomic.Int64 // when space was last found wanting, in seconds; 0: never
-	locked      atomic.Bool  // by Lock
-	refusal     atomic.Pointer[refusal]
-	lockMu      sync.Mutex // for Lock and Unlock
-	sealWithin  time.Duration
-	unsealed    atomic.Pointer[error] // the error of writing or settling when keys were wiped last
-	stuck       atomic.Bool           // a file could not be brought into order: the marker stays, so that the next mount repairs it
-	wrote       atomic.Bool           // something was written in this session
-	nextID      atomic.Uint64
+	sessions   sessions
+	space      space
+	locked     atomic.Bool // by Lock
+	refusal    atomic.Pointer[refusal]
+	lockMu     sync.Mutex // for Lock and Unlock
+	sealWithin time.Duration
+	unsealed   atomic.Pointer[error] // the error of writing or settling when keys were wiped last
+	nextID     atomic.Uint64
 
 	doubts doubts
 	clock  atomic.Uint64 // counts changes of attributes, see told
@@ -119,8 +112,6 @@ type Volume struct {
 	places   map[place]*Node // of all links
 	unneeded []int           // descriptors that unlock closes
 	left     int32           // nodes without a name that are known no more; unlock counts them
-	bad      map[uint64]bool // sessions not known to have ended well
-	mine     []uint64        // sessions of this mount that the marker names
 
 	// fdMu guards dirLRU and Node.dirFD, dirRefs, dirElem.
 	fdMu   sync.Mutex
@@ -128,9 +119,6 @@ type Volume struct {
 
 	reportMu sync.Mutex
 	reported map[string]time.Time // faults that the log has, and since when
-
-	// markerMu is held while the marker and mine change. It comes before mu.
-	markerMu sync.Mutex
 
 	dirMoves atomic.Uint64 // of directories, and of files still to be repaired: the walk may have missed them
 
@@ -147,7 +135,7 @@ type inodeKey struct{ dev, ino uint64 }
 // lock and the ring, which Close closes.
 func (u *Unlocked) Open(o Options) (*Volume, error) {
 	v := &Volume{disk: disk.Disk{Hook: o.Hook, Done: o.Done, Seen: o.Seen}, o: o, sealWithin: sealWithin, log: o.Logger, cfg: u.Config, vk: u.keys, rootD: u.root, lockFD: -1, plain: u.Config.Names == blockcrypt.NamesPlain,
-		super: unix.Geteuid() == 0, nodes: map[uint64]*Node{}, inodes: map[inodeKey]*Node{}, places: map[place]*Node{}, bad: map[uint64]bool{}, quit: make(chan struct{}), walked: make(chan struct{})}
+		super: unix.Geteuid() == 0, nodes: map[uint64]*Node{}, inodes: map[inodeKey]*Node{}, places: map[place]*Node{}, quit: make(chan struct{}), walked: make(chan struct{})}
 	if v.log == nil {
 		v.log = slog.New(slog.DiscardHandler)
 	}
@@ -160,6 +148,8 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 			return nil, err
 		}
 	}
+	v.sessions.d, v.sessions.root, v.sessions.vk = &v.disk, v.rootD, v.vk
+	v.space.d, v.space.root = &v.disk, v.rootD
 	opened := false
 	defer func() {
 		if !opened {
@@ -223,7 +213,7 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 	}
 	if !o.ReadOnly {
 		v.settler.start(v)
-		if len(v.bad) > 0 {
+		if v.repairs() {
 			v.bg.Go(v.walk)
 		}
 	}
@@ -316,84 +306,23 @@ func (v *Volume) report(what, msg string, err error) {
 	v.log.Error(msg, attrs...)
 }
 
-// Sessions. The marker names all sessions that are not known to have ended well.
-
-func newSession() uint64 {
-	for {
-		id := blockcrypt.NewID()
-		if s := binary.BigEndian.Uint64(id[:]); s != 0 {
-			return s
-		}
+func (v *Volume) beginSession() error {
+	bad, err := v.sessions.begin()
+	if bad > 0 {
+		v.log.Warn("the last mount did not end well; files that it was writing are repaired when they are looked up", "sessions", bad)
 	}
+	return err
 }
 
-func (v *Volume) beginSession() error {
-	old, err := layout.ReadMarker(&v.disk, v.rootD, v.vk)
-	if err != nil {
-		return err
-	}
-	if len(old) > 0 {
-		for _, s := range old {
-			v.bad[s] = true
-		}
-		v.log.Warn("the last mount did not end well; files that it was writing are repaired when they are looked up", "sessions", len(old))
-		// What only the page cache has must be on the disk before a repair
-		// believes it.
-		if err := v.disk.Syncfs(v.rootD); err != nil {
+// nextSession begins a new session: the states of open files are written again, and all is
+// synced.
+func (v *Volume) nextSession() error {
+	return v.sessions.next(func(now uint64) error {
+		if err := v.restamp(now); err != nil {
 			return err
 		}
-	}
-	v.session.Store(newSession())
-	v.markerMu.Lock()
-	defer v.markerMu.Unlock()
-	return v.writeMarker(v.session.Load())
-}
-
-// writeMarker makes durable that these are this mount's sessions; without any,
-// and without bad ones, there is no marker. markerMu is held.
-func (v *Volume) writeMarker(mine ...uint64) error {
-	v.mu.Lock()
-	sessions := append([]uint64(nil), mine...)
-	for s := range v.bad {
-		sessions = append(sessions, s)
-	}
-	v.mu.Unlock()
-	if err := layout.ReplaceMarker(&v.disk, v.rootD, v.vk, sessions); err != nil {
-		return err
-	}
-	v.mu.Lock()
-	v.mine = mine
-	v.mu.Unlock()
-	return nil
-}
-
-// nextSession begins a new session while the volume stays mounted, so that what
-// was written before counts as confirmed: the states of open files are written
-// again, all is synced, and the old numbers leave the marker.
-func (v *Volume) nextSession() error {
-	if v.stuck.Load() {
-		return nil
-	}
-	v.markerMu.Lock()
-	defer v.markerMu.Unlock()
-	v.mu.Lock()
-	old := v.mine
-	v.mu.Unlock()
-	now := newSession()
-	if err := v.writeMarker(append([]uint64{now}, old...)...); err != nil {
-		return err
-	}
-	v.session.Store(now)
-	if err := v.restamp(now); err != nil {
-		return err // the old ones stay in the marker until the next attempt or the end
-	}
-	if err := v.syncAll(); err != nil {
-		return err
-	}
-	if v.stuck.Load() {
-		return nil
-	}
-	return v.writeMarker(now)
+		return v.syncAll()
+	})
 }
 
 func (v *Volume) endSession() error {
@@ -404,19 +333,15 @@ func (v *Volume) endSession() error {
 	if err = errors.Join(err, errors.Join(errs...)); err == nil {
 		err = v.disk.Syncfs(v.rootD)
 	}
-	if err == nil && v.stuck.Load() {
+	if err == nil && v.sessions.stuck.Load() {
 		err = errStuck
 	}
 	if err != nil {
 		v.log.Error("the session could not be ended well; the next mount repairs what is left", "error", err)
 		return err
 	}
-	v.markerMu.Lock()
-	defer v.markerMu.Unlock()
-	return v.writeMarker()
+	return v.sessions.end()
 }
-
-var errStuck = errors.New("a file could not be brought into order after an error")
 
 // files returns the open file of every node that has one.
 func (v *Volume) files() []*file {
@@ -431,36 +356,15 @@ func (v *Volume) files() []*file {
 	return out
 }
 
-// isBad reports whether a session is not known to have ended well: an earlier
-// one, or one of this mount.
-func (v *Volume) isBad(session uint64) bool {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	return v.bad[session] || slices.Contains(v.mine, session)
-}
+// repairs reports whether files of earlier sessions may need repair, by this mount.
+func (v *Volume) repairs() bool { return !v.o.ReadOnly && v.sessions.anyBad() }
 
-// repairs reports whether files of earlier sessions may need repair.
-func (v *Volume) repairs() bool {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	return len(v.bad) > 0 && !v.o.ReadOnly
-}
-
-// cleaned forgets the bad sessions: the walk has been everywhere.
+// cleaned forgets the sessions that ended badly: the walk has been everywhere.
 func (v *Volume) cleaned() error {
 	if err := v.syncAll(); err != nil {
 		return err
 	}
-	v.markerMu.Lock()
-	defer v.markerMu.Unlock()
-	if v.stuck.Load() { // a sync failed: a repair may not be on the disk
-		return errStuck
-	}
-	v.mu.Lock()
-	clear(v.bad)
-	mine := v.mine
-	v.mu.Unlock()
-	return v.writeMarker(mine...)
+	return v.sessions.cleaned()
 }
 
 // ending returns errEnding while the volume is being closed.

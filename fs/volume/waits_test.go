@@ -3,6 +3,7 @@ package volume_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"slices"
 	"sync"
@@ -332,4 +333,53 @@ func TestAttrOfUnnamedBesideWrite(t *testing.T) {
 	w.do("write", <-wrote)
 	w.do("attributes", <-told)
 	w.do("close", h.Release())
+}
+
+// Closed files are settled side by side: a disk with latency takes as long for one as for many.
+func TestSettlesSideBySide(t *testing.T) {
+	const together = 8
+	var on atomic.Bool
+	var arrived atomic.Int32
+	met := make(chan struct{})
+	hook := func(c volume.Call) error {
+		if !on.Load() || c.Op != "pwrite" {
+			return nil
+		}
+		if arrived.Add(1) == together {
+			close(met)
+		}
+		select {
+		case <-met:
+			return nil
+		case <-time.After(20 * time.Second):
+			return errors.New("no other file is settled meanwhile")
+		}
+	}
+	w := newWorld(t, volume.Options{KernelTimes: true, Hook: hook})
+	text := noise(100000)
+	for i := range 4 * together {
+		w.write(fmt.Sprint("f", i), text)
+		h := w.opened(fmt.Sprint("f", i))
+		if err := h.Fsync(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := h.Write(ctx, []byte("more"), int64(len(text))); err != nil { // it has grown: it is to be settled
+			t.Fatal(err)
+		}
+		if err := h.Release(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	on.Store(true)
+	w.v.Settle()
+	on.Store(false)
+	select {
+	case <-met:
+	default:
+		t.Errorf("%d writes in all", arrived.Load())
+	}
+	w.reopen(volume.Options{})
+	for i := range 4 * together {
+		w.want(fmt.Sprint("f", i), append(slices.Clone(text), "more"...))
+	}
 }

@@ -1,0 +1,152 @@
+package volume
+
+import (
+	"encoding/binary"
+	"errors"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/disk"
+	"kmsfs/fs/volume/internal/layout"
+)
+
+// sessions are those of this mount, and those before it that ended badly. The marker names all
+// that are not known to have ended well. Every state of a file names the session that wrote it.
+type sessions struct {
+	d    *disk.Disk
+	root int
+	vk   *blockcrypt.VolumeKeys
+
+	now   atomic.Uint64 // the one that states name; 0 in a read-only mount
+	wrote atomic.Bool   // something was written since the last one began
+	stuck atomic.Bool   // a file could not be brought into order: the marker stays, so that the next mount repairs it
+
+	// markerMu is held while the marker is replaced, across its syscalls.
+	markerMu sync.Mutex
+
+	// mu guards the fields below. No other lock is taken under it, and no syscall is made.
+	mu   sync.Mutex
+	bad  map[uint64]bool // not known to have ended well before this mount
+	mine []uint64        // of this mount, as the marker names them
+}
+
+var errStuck = errors.New("a file could not be brought into order after an error")
+
+func newSession() uint64 {
+	for {
+		id := blockcrypt.NewID()
+		if s := binary.BigEndian.Uint64(id[:]); s != 0 {
+			return s
+		}
+	}
+}
+
+// begin begins the first session, and returns how many ended badly before.
+func (s *sessions) begin() (bad int, err error) {
+	old, err := layout.ReadMarker(s.d, s.root, s.vk)
+	if err != nil {
+		return 0, err
+	}
+	if len(old) > 0 {
+		s.mu.Lock()
+		s.bad = map[uint64]bool{}
+		for _, id := range old {
+			s.bad[id] = true
+		}
+		s.mu.Unlock()
+		// Data that only the page cache has must be on the disk before a repair believes it.
+		if err := s.d.Syncfs(s.root); err != nil {
+			return len(old), err
+		}
+	}
+	s.now.Store(newSession())
+	s.markerMu.Lock()
+	defer s.markerMu.Unlock()
+	return len(old), s.replace(s.now.Load())
+}
+
+// replace makes durable that these are this mount's sessions; without any, and without bad
+// ones, there is no marker. markerMu is held.
+func (s *sessions) replace(mine ...uint64) error {
+	s.mu.Lock()
+	all := slices.Clone(mine)
+	for id := range s.bad {
+		all = append(all, id)
+	}
+	s.mu.Unlock()
+	if err := layout.ReplaceMarker(s.d, s.root, s.vk, all); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	s.mine = mine
+	s.mu.Unlock()
+	return nil
+}
+
+// next begins a new session while the volume stays mounted, so that earlier data counts as
+// confirmed. confirm makes all durable, with states that name the new session; until it
+// succeeds the old ones stay in the marker.
+func (s *sessions) next(confirm func(now uint64) error) error {
+	if s.stuck.Load() {
+		return nil
+	}
+	s.markerMu.Lock()
+	defer s.markerMu.Unlock()
+	s.mu.Lock()
+	old := s.mine
+	s.mu.Unlock()
+	now := newSession()
+	if err := s.replace(append([]uint64{now}, old...)...); err != nil {
+		return err
+	}
+	s.now.Store(now)
+	if err := confirm(now); err != nil || s.stuck.Load() {
+		return err
+	}
+	return s.replace(now)
+}
+
+// end ends this mount's sessions well: everything is durable.
+func (s *sessions) end() error {
+	s.markerMu.Lock()
+	defer s.markerMu.Unlock()
+	return s.replace()
+}
+
+// cleaned forgets the bad ones: every file of theirs is repaired, and that is durable.
+func (s *sessions) cleaned() error {
+	s.markerMu.Lock()
+	defer s.markerMu.Unlock()
+	if s.stuck.Load() { // a sync failed: a repair may not be on the disk
+		return errStuck
+	}
+	s.mu.Lock()
+	clear(s.bad)
+	mine := s.mine
+	s.mu.Unlock()
+	return s.replace(mine...)
+}
+
+// isBad reports whether a session is not known to have ended well: an earlier one, or one of
+// this mount.
+func (s *sessions) isBad(id uint64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.bad[id] || slices.Contains(s.mine, id)
+}
+
+// wasBad reports whether a session before this mount is not known to have ended well.
+func (s *sessions) wasBad(id uint64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.bad[id]
+}
+
+// anyBad reports whether files of earlier sessions may need repair.
+func (s *sessions) anyBad() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.bad) > 0
+}
