@@ -229,7 +229,7 @@ func TestNothingIsReadTwice(t *testing.T) {
 	// A refusal leaves nothing behind.
 	w.close()
 	far := w.store
-	w.store = refusing{far}
+	w.store = refusing{far, keystore.Denied}
 	w.quiet = true
 	w.open(volume.Options{Seen: c.see, NoPrefetch: true})
 	n = w.must("f")
@@ -248,13 +248,43 @@ func TestNothingIsReadTwice(t *testing.T) {
 }
 
 // refusing is a store that unwraps no data key.
-type refusing struct{ keystore.Store }
+type refusing struct {
+	keystore.Store
+	kind keystore.Kind
+}
 
 func (s refusing) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
 	if b.Use == keystore.ForFile {
-		return nil, &keystore.Error{Kind: keystore.Denied, Op: "unwrap", Err: errors.New("refused")}
+		return nil, &keystore.Error{Kind: s.kind, Op: "unwrap", Err: errors.New("refused")}
 	}
 	return s.Store.Unwrap(ctx, b, w)
+}
+
+// A file that was being written when the daemon was killed, and whose wrapped key is damaged,
+// has a name and can be removed, though it cannot be repaired.
+func TestDamagedKeyOfUnfinishedFile(t *testing.T) {
+	w := newWorld(t, volume.Options{})
+	w.quiet = true
+	w.write("f", noise(3000))
+	h := w.opened("f")
+	w.do("fsync", h.Fsync())
+	if _, err := h.Write(ctx, noise(5000), 3000); err != nil {
+		t.Fatal(err)
+	}
+	w.crash()
+	store := w.store
+	w.store = refusing{hidden{store}, keystore.Damaged}
+	w.open(volume.Options{})
+	if _, err := w.node("f"); err != nil { // as rm looks it up first
+		t.Errorf("lookup: %v", err)
+	}
+	if _, err := w.read("f"); keystore.KindOf(err) != keystore.Damaged {
+		t.Errorf("read: %v", err)
+	}
+	w.do("unlink", w.v.Unlink(w.v.Root(), "f"))
+	if l := w.list(""); len(l) != 0 {
+		t.Errorf("there is %q", l)
+	}
 }
 
 // The header that was read before the key came is read again if the file has changed.
