@@ -119,7 +119,7 @@ func (f *fileSystem) attrTimeout(st *volume.Attr) time.Duration {
 }
 
 func (f *fileSystem) node(id uint64) (*volume.Node, fuse.Status) {
-	if err := f.v.Locked(); err != nil {
+	if err := f.v.Suspended(); err != nil {
 		return nil, status(err)
 	}
 	n := f.v.Node(id)
@@ -167,7 +167,7 @@ func (f *fileSystem) SetAttr(cancel <-chan struct{}, in *fuse.SetAttrIn, out *fu
 		return fuse.Status(syscall.ESTALE)
 	}
 	const times = fuse.FATTR_ATIME | fuse.FATTR_MTIME | fuse.FATTR_CTIME | fuse.FATTR_LOCKOWNER | fuse.FATTR_FH
-	if err := f.v.Locked(); err != nil && in.Valid&^times != 0 { // the kernel writes the times of earlier writes
+	if err := f.v.Suspended(); err != nil && in.Valid&^times != 0 { // the kernel writes the times of earlier writes
 		return status(err)
 	}
 	if n.IsFile() && n.Gone() && in.Valid&^(fuse.FATTR_MTIME|fuse.FATTR_CTIME|fuse.FATTR_LOCKOWNER) == 0 {
@@ -430,7 +430,7 @@ func (f *fileSystem) OpenDir(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenO
 
 func (f *fileSystem) ReadDir(_ <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
 	d := f.dirs.get(in.Fh)
-	if err := errors.Join(f.v.Locked(), d.SeekTo(int64(in.Offset))); err != nil {
+	if err := errors.Join(f.v.Suspended(), d.SeekTo(int64(in.Offset))); err != nil {
 		return status(err)
 	}
 	return status(d.Next(func(e volume.Entry) bool { return out.AddDirEntry(dirEntry(e)) }))
@@ -442,7 +442,7 @@ func dirEntry(e volume.Entry) fuse.DirEntry {
 
 func (f *fileSystem) ReadDirPlus(cancel <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
 	d := f.dirs.get(in.Fh)
-	if err := errors.Join(f.v.Locked(), d.SeekTo(int64(in.Offset))); err != nil {
+	if err := errors.Join(f.v.Suspended(), d.SeekTo(int64(in.Offset))); err != nil {
 		return status(err)
 	}
 	ctx := f.with(cancel, &in.InHeader)

@@ -36,11 +36,11 @@ type sample struct {
 }
 
 const (
-	maxSamples  = 64
-	probeAtMost = 20 * time.Second
-	watchEvery  = time.Second
-	remembered  = time.Minute // a refusal to wrap new keys
-	lockWaits   = 500         // milliseconds, for calls that are under way
+	maxSamples   = 64
+	probeAtMost  = 20 * time.Second
+	watchEvery   = time.Second
+	remembered   = time.Minute // a refusal to wrap new keys
+	suspendWaits = 500         // milliseconds, for calls that are under way
 )
 
 // now is CLOCK_BOOTTIME, which goes on while the machine sleeps.
@@ -158,7 +158,7 @@ func (r *Ring) watch() {
 
 // due reports whether a store is to be probed. mu is held.
 func (r *Ring) due(s *standing) bool {
-	if s.immediate || s.probing || r.locked != nil || len(s.samples) == 0 {
+	if s.immediate || s.probing || r.suspended != nil || len(s.samples) == 0 {
 		return false
 	}
 	return s.health.due(r.o.Now(), r.o.MaxAge, rand.N[time.Duration])
@@ -207,8 +207,8 @@ func (r *Ring) kick() {
 // verdict returns why nothing can be unwrapped any more: every store is lost. mu
 // is held.
 func (r *Ring) verdict() *Error {
-	if r.locked != nil {
-		return r.locked
+	if r.suspended != nil {
+		return r.suspended
 	}
 	var first *Error
 	for _, s := range r.stores {
@@ -230,8 +230,8 @@ func (r *Ring) tellChange() {
 	r.mu.Lock()
 	v := r.verdict()
 	// A lock is another verdict than the lack of credentials, though of the same kind.
-	changed := (v == nil) != (r.told == nil) || v != nil && (v.Kind != r.told.Kind || (v == r.locked) != r.toldLock)
-	r.told, r.toldLock = v, v != nil && v == r.locked
+	changed := (v == nil) != (r.told == nil) || v != nil && (v.Kind != r.told.Kind || (v == r.suspended) != r.toldSuspended)
+	r.told, r.toldSuspended = v, v != nil && v == r.suspended
 	reached := r.newlyReached()
 	r.mu.Unlock()
 	for _, s := range reached {
@@ -268,18 +268,18 @@ func (r *Ring) newlyReached() (out []StoreState) {
 	return out
 }
 
-// Lock makes every use of a key fail with err until Unlock, and wipes what the
+// Suspend makes every use of a key fail with err until Resume, and wipes what the
 // ring holds, after Changed has returned.
-func (r *Ring) Lock(err *Error) {
+func (r *Ring) Suspend(err *Error) {
 	r.mu.Lock()
-	r.locked = err
+	r.suspended = err
 	for _, s := range r.stores {
 		r.giveUp(s, err)
 	}
 	r.noted() // wakes the callers that wait for a proof
 	r.mu.Unlock()
 	r.tellChange()
-	for range lockWaits { // until the keys of abandoned calls are wiped too
+	for range suspendWaits { // until the keys of abandoned calls are wiped too
 		r.mu.Lock()
 		n := r.flying
 		r.mu.Unlock()
@@ -290,10 +290,10 @@ func (r *Ring) Lock(err *Error) {
 	}
 }
 
-// Unlock ends Lock.
-func (r *Ring) Unlock() {
+// Resume ends Suspend.
+func (r *Ring) Resume() {
 	r.mu.Lock()
-	r.locked = nil
+	r.suspended = nil
 	for _, s := range r.stores {
 		s.next = 0
 	}
@@ -329,8 +329,8 @@ func (r *Ring) wipe() {
 
 // creates returns why no new key can be made, nil if one can. mu is held.
 func (r *Ring) creates() error {
-	if r.locked != nil {
-		return r.locked
+	if r.suspended != nil {
+		return r.suspended
 	}
 	var first error
 	for _, s := range r.stores {
@@ -349,8 +349,8 @@ func (r *Ring) creates() error {
 func (r *Ring) refuses(s *standing) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.locked != nil {
-		return r.locked
+	if r.suspended != nil {
+		return r.suspended
 	}
 	if e := s.wrong(); e != nil {
 		return e
@@ -382,8 +382,8 @@ func (w watched) call(ctx context.Context, op string, f func(context.Context) an
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	switch {
-	case r.locked != nil:
-		return answer{err: r.locked}
+	case r.suspended != nil:
+		return answer{err: r.suspended}
 	case r.ctx.Err() != nil:
 		return answer{err: &Error{Kind: Canceled, URI: w.URI(), Op: op, Err: r.ctx.Err()}}
 	}

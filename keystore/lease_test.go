@@ -352,14 +352,14 @@ func TestPoolFollowsBursts(t *testing.T) {
 		}
 		k, _ := r.NewKey(bg)
 		r.PutBack(k)
-		r.Lock(&keystore.Error{Kind: keystore.Credentials, Err: errors.New("locked")})
+		r.Suspend(&keystore.Error{Kind: keystore.Credentials, Err: errors.New("locked")})
 		if c := r.Counts(); c.Pool != 0 || c.Cached != 0 || c.Wasted < 200 {
 			t.Errorf("locked: %+v", c)
 		}
 		if _, err := r.NewKey(bg); keystore.KindOf(err) != keystore.Credentials {
 			t.Errorf("locked: %v", err)
 		}
-		r.Unlock()
+		r.Resume()
 		if _, err := r.NewKey(bg); err != nil {
 			t.Errorf("unlocked: %v", err)
 		}
@@ -445,7 +445,7 @@ func TestOneOfTwoRevoked(t *testing.T) {
 	})
 }
 
-// A call that waits for a new key when the ring is locked gets the verdict, not the key.
+// A call that waits for a new key when the ring is suspended gets the verdict, not the key.
 func TestLockWhileCreating(t *testing.T) {
 	s := &slow{uri: "slow:1", delay: time.Second}
 	bubble(t, []keystore.Store{s}, keystore.RingOptions{Pool: 8}, func(r *keystore.Ring) {
@@ -456,7 +456,7 @@ func TestLockWhileCreating(t *testing.T) {
 			got <- err
 		}()
 		synctest.Wait()
-		r.Lock(&keystore.Error{Kind: keystore.Credentials, Err: errors.New("locked")})
+		r.Suspend(&keystore.Error{Kind: keystore.Credentials, Err: errors.New("locked")})
 		if err := <-got; keystore.KindOf(err) != keystore.Credentials {
 			t.Errorf("it got a key: %v", err)
 		}
@@ -516,7 +516,7 @@ func TestLockCountsWhatComes(t *testing.T) {
 	bubble(t, []keystore.Store{s}, keystore.RingOptions{Pool: 8}, func(r *keystore.Ring) {
 		fill(t, r, 1) // the pool is filled from then on
 		time.Sleep(100 * time.Millisecond)
-		r.Lock(&keystore.Error{Kind: keystore.Credentials, Err: errors.New("locked")})
+		r.Suspend(&keystore.Error{Kind: keystore.Credentials, Err: errors.New("locked")})
 		time.Sleep(time.Second)
 		if c := r.Counts(); c.Made < 8 || c.Wasted != c.Made-1 || s.wraps.Load() != int32(c.Made) {
 			t.Errorf("%+v, %d calls", c, s.wraps.Load())
@@ -524,7 +524,7 @@ func TestLockCountsWhatComes(t *testing.T) {
 	})
 }
 
-// What a call brings that nobody waits for any more is wiped before Lock returns.
+// What a call brings that nobody waits for any more is wiped before Suspend returns.
 func TestLockWipesWhatComes(t *testing.T) {
 	s := &keeper{slow: slow{uri: "slow:1", delay: 300 * time.Millisecond}}
 	bubble(t, []keystore.Store{s}, keystore.RingOptions{}, func(r *keystore.Ring) {
@@ -535,7 +535,7 @@ func TestLockWipesWhatComes(t *testing.T) {
 			_, err := r.Unwrap(bg, k.ID, k.Wrapped)
 			got <- err
 		}()
-		time.AfterFunc(100*time.Millisecond, func() { r.Lock(&keystore.Error{Kind: keystore.Credentials, Err: errors.New("locked")}); got <- nil })
+		time.AfterFunc(100*time.Millisecond, func() { r.Suspend(&keystore.Error{Kind: keystore.Credentials, Err: errors.New("locked")}); got <- nil })
 		if err := <-got; keystore.KindOf(err) != keystore.Credentials || time.Since(begun) != 100*time.Millisecond {
 			t.Errorf("after %v: %v", time.Since(begun), err)
 		}

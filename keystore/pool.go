@@ -209,7 +209,7 @@ func (r *Ring) refill() {
 		purpose := ForCreate
 		if p.making >= len(p.waiting) {
 			purpose = ForPool
-			if p.failing || r.o.Now() < p.pause || r.locked != nil || r.creates() != nil || !p.wants(r.o.Now()) {
+			if p.failing || r.o.Now() < p.pause || r.suspended != nil || r.creates() != nil || !p.wants(r.o.Now()) {
 				return
 			}
 		}
@@ -252,11 +252,11 @@ func (r *Ring) arrived(k *DataKey, err error, begun time.Duration) (told error) 
 		}
 		c <- made{k, err}
 	case err != nil:
-		if !p.failing && r.ctx.Err() == nil && r.locked == nil {
+		if !p.failing && r.ctx.Err() == nil && r.suspended == nil {
 			told = err
 		}
 		unlucky := KindOf(err) == Outage && r.creates() == nil // others were not
-		p.failing = r.locked == nil && (p.failing || !unlucky)
+		p.failing = r.suspended == nil && (p.failing || !unlucky)
 		p.pause = r.o.Now() + firstRetry
 	default:
 		p.keys = append(p.keys, k)

@@ -27,9 +27,9 @@ func TestUnlockWithoutCredentials(t *testing.T) {
 		refuse(s, keystore.Credentials)
 		r.Renew(bg, k.ID, k.Wrapped) // it shows that there are none
 		locked := &keystore.Error{Kind: keystore.Credentials, Op: "unwrap", Err: errors.New("locked")}
-		r.Lock(locked)
+		r.Suspend(locked)
 		time.Sleep(5 * time.Minute)
-		r.Unlock()
+		r.Resume()
 		time.Sleep(10 * time.Second)
 		if _, err := r.Unwrap(bg, k.ID, k.Wrapped); keystore.KindOf(err) != keystore.Credentials || errors.Is(err, locked) {
 			t.Errorf("after unlock: %v", err)

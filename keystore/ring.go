@@ -31,17 +31,17 @@ type Ring struct {
 	tellMu sync.Mutex
 
 	// mu guards the fields below. No call to a store is made under it.
-	mu       sync.Mutex
-	slab     *slab
-	cache    *cache
-	calls    map[[32]byte]*call
-	pool     pool
-	locked   *Error        // by Lock
-	told     *Error        // to Changed
-	toldLock bool          // told is that of Lock
-	flying   int           // calls to services that have not ended
-	proof    chan struct{} // closed, and another one, whenever a call has ended
-	counts   Counts
+	mu            sync.Mutex
+	slab          *slab
+	cache         *cache
+	calls         map[[32]byte]*call
+	pool          pool
+	suspended     *Error        // by Suspend
+	told          *Error        // to Changed
+	toldSuspended bool          // told is that of Suspend
+	flying        int           // calls to services that have not ended
+	proof         chan struct{} // closed, and another one, whenever a call has ended
+	counts        Counts
 }
 
 // RingOptions of [NewRing]; the zero value makes no keys ahead.
@@ -272,7 +272,7 @@ func (r *Ring) Prefetch(file [16]byte, ws []Wrapped) (began bool) {
 	id := cacheID(b, c.w)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.locked != nil || c.s.wrong() != nil || r.cache.has(id) || r.calls[id] != nil || r.ctx.Err() != nil {
+	if r.suspended != nil || c.s.wrong() != nil || r.cache.has(id) || r.calls[id] != nil || r.ctx.Err() != nil {
 		return false
 	}
 	r.counts.Prefetched++
@@ -354,8 +354,8 @@ func (r *Ring) cachedKey(s *standing, id [32]byte) ([]byte, error) {
 
 // unusable returns why a store's keys may not be used. mu is held.
 func (r *Ring) unusable(s *standing) error {
-	if r.locked != nil {
-		return r.locked
+	if r.suspended != nil {
+		return r.suspended
 	}
 	if e := s.lost(r.o.Now(), r.o.Grace); e != nil {
 		return e
@@ -365,7 +365,7 @@ func (r *Ring) unusable(s *standing) error {
 
 // insert puts a key into the cache; mu is held.
 func (r *Ring) insert(id [32]byte, key []byte, ahead bool) {
-	if r.ctx.Err() == nil && r.locked == nil {
+	if r.ctx.Err() == nil && r.suspended == nil {
 		r.cache.put(id, key, r.o.Now(), ahead)
 	}
 }
@@ -398,7 +398,7 @@ func (r *Ring) unwrap(ctx context.Context, s *standing, b Binding, w Wrapped) ([
 			key, err := watched{r, s}.Unwrap(ctx, b, w)
 			r.finish(s, id, b, w, c, key, err, false)
 			r.mu.Lock()
-			e := r.unusable(s) // it may be locked by now
+			e := r.unusable(s) // it may be suspended by now
 			r.mu.Unlock()
 			if err == nil && e != nil {
 				clear(key)

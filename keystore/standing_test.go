@@ -11,7 +11,7 @@ import (
 	"kmsfs/keystore"
 )
 
-// A caller that waits when the ring is locked, or when the service is found to be
+// A caller that waits when the ring is suspended, or when the service is found to be
 // away, ends at once, with the verdict; so does who only joined.
 func TestWaitingEnds(t *testing.T) {
 	for _, how := range []keystore.Kind{keystore.Credentials, keystore.Outage} {
@@ -30,7 +30,7 @@ func TestWaitingEnds(t *testing.T) {
 				locked := make(chan struct{})
 				defer func() { <-locked }()
 				go func() {
-					r.Lock(&keystore.Error{Kind: how, Err: errors.New("locked")})
+					r.Suspend(&keystore.Error{Kind: how, Err: errors.New("locked")})
 					close(locked)
 				}()
 			} else {
@@ -242,11 +242,11 @@ func TestSleepAndPool(t *testing.T) {
 		s.more.Store(int64(10 * time.Second))
 		asleep.Store(int64(4 * time.Hour))
 		begun = time.Now()
-		time.AfterFunc(time.Second, func() { r.Lock(&keystore.Error{Kind: keystore.Credentials, Err: errors.New("locked")}) })
+		time.AfterFunc(time.Second, func() { r.Suspend(&keystore.Error{Kind: keystore.Credentials, Err: errors.New("locked")}) })
 		if err := r.Prove(bg); keystore.KindOf(err) != keystore.Credentials || time.Since(begun) != time.Second {
 			t.Errorf("locked, after %v: %v", time.Since(begun), err)
 		}
-		r.Unlock()
+		r.Resume()
 		time.Sleep(time.Minute)
 		s.more.Store(0)
 		short, cancel := context.WithCancel(bg)
@@ -288,8 +288,8 @@ func TestEachVerdictIsTold(t *testing.T) {
 		time.Sleep(20 * time.Minute)
 		refuse(s, keystore.Revoked)
 		time.Sleep(time.Minute)
-		r.Lock(&keystore.Error{Kind: keystore.Credentials, Err: errors.New("locked")})
-		r.Unlock()
+		r.Suspend(&keystore.Error{Kind: keystore.Credentials, Err: errors.New("locked")})
+		r.Resume()
 		refuse(s, 0)
 		time.Sleep(time.Minute)
 		synctest.Wait()

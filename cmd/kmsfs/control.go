@@ -103,12 +103,12 @@ func (c *control) start(dev string) (err error) {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /stats", func(w http.ResponseWriter, _ *http.Request) { json.NewEncoder(w).Encode(c.stats()) })
 	mux.HandleFunc("POST /lock", func(w http.ResponseWriter, _ *http.Request) {
-		if err := c.v.Lock(); err != nil {
+		if err := c.v.Suspend(); err != nil {
 			first, _, _ := strings.Cut(err.Error(), "\n")
 			http.Error(w, fmt.Sprintf("it is locked, but what programs had written is not all on the disk: %s; the log names the files", first), http.StatusInternalServerError)
 		}
 	})
-	mux.HandleFunc("POST /unlock", func(http.ResponseWriter, *http.Request) { c.v.Unlock() })
+	mux.HandleFunc("POST /unlock", func(http.ResponseWriter, *http.Request) { c.v.Resume() })
 	mux.HandleFunc("POST /reload", func(w http.ResponseWriter, r *http.Request) {
 		if err := c.reloadNow(r.Context()); err != nil {
 			http.Error(w, fmt.Sprintf("the old credentials stay: %v", err), http.StatusInternalServerError)
@@ -260,7 +260,7 @@ type recipient struct {
 
 func (c *control) stats() stats {
 	ms := func(q float64) float64 { return float64(c.meter.Quantile(q)) / float64(time.Millisecond) }
-	s := stats{Hours: time.Since(c.since).Hours(), Locked: c.v.Locked() != nil, P50: ms(0.5), P90: ms(0.9), P99: ms(0.99), Keys: keyCounts(c.v.KeyCounts())}
+	s := stats{Hours: time.Since(c.since).Hours(), Locked: c.v.Suspended() != nil, P50: ms(0.5), P90: ms(0.9), P99: ms(0.99), Keys: keyCounts(c.v.KeyCounts())}
 	for _, x := range c.meter.Calls() {
 		s.Calls = append(s.Calls, callCount(x))
 	}

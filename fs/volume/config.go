@@ -112,16 +112,16 @@ func mustBeEmpty(d *disk.Disk, root int) error {
 	return d.Scan(root, func(e disk.Dirent) error { return ErrNotEmpty })
 }
 
-// Locked is a volume whose kmsfs.json was read, with nothing authenticated yet.
-type Locked struct {
+// Found is a volume whose kmsfs.json was read, with nothing authenticated yet.
+type Found struct {
 	Config *blockcrypt.Config
 	disk   disk.Disk
 	root   int
 }
 
 // Find reads the kmsfs.json of dir. Close it, or go on with Unlock.
-func Find(dir string) (*Locked, error) {
-	l := &Locked{}
+func Find(dir string) (*Found, error) {
+	l := &Found{}
 	var err error
 	if l.root, err = layout.OpenRoot(&l.disk, dir); err != nil {
 		return nil, err
@@ -134,7 +134,7 @@ func Find(dir string) (*Locked, error) {
 }
 
 // Close gives the volume up.
-func (l *Locked) Close() {
+func (l *Found) Close() {
 	if l.root >= 0 {
 		l.disk.Close(l.root)
 		l.root = -1
@@ -152,7 +152,7 @@ type Unlocked struct {
 	root   int
 }
 
-// UnlockOptions of [Locked.Unlock].
+// UnlockOptions of [Found.Unlock].
 type UnlockOptions struct {
 	Record      *Record // nil: none is kept
 	AcceptOlder bool    // a restored backup: an older kmsfs.json than the record's
@@ -165,7 +165,7 @@ type UnlockOptions struct {
 // Unlock unwraps the volume key through one of the trusted stores and checks
 // kmsfs.json with it, and both against the trust record. On success l is
 // consumed.
-func (l *Locked) Unlock(ctx context.Context, trusted []keystore.Store, o UnlockOptions) (*Unlocked, error) {
+func (l *Found) Unlock(ctx context.Context, trusted []keystore.Store, o UnlockOptions) (*Unlocked, error) {
 	keys, err := l.volumeKeys(ctx, trusted)
 	if err != nil {
 		return nil, err
@@ -191,7 +191,7 @@ func (l *Locked) Unlock(ctx context.Context, trusted []keystore.Store, o UnlockO
 	return u, nil
 }
 
-func (l *Locked) volumeKeys(ctx context.Context, trusted []keystore.Store) (*blockcrypt.VolumeKeys, error) {
+func (l *Found) volumeKeys(ctx context.Context, trusted []keystore.Store) (*blockcrypt.VolumeKeys, error) {
 	var errs []error
 	for _, r := range l.Config.List() {
 		s := matching(trusted, r.URI)
@@ -214,7 +214,7 @@ func (l *Locked) volumeKeys(ctx context.Context, trusted []keystore.Store) (*blo
 }
 
 // allStores returns a store for every recipient: a new file is wrapped for all.
-func (l *Locked) allStores(ctx context.Context, trusted []keystore.Store, o UnlockOptions) ([]keystore.Store, error) {
+func (l *Found) allStores(ctx context.Context, trusted []keystore.Store, o UnlockOptions) ([]keystore.Store, error) {
 	var out []keystore.Store
 	for _, r := range l.Config.List() {
 		s := matching(trusted, r.URI)

@@ -315,7 +315,7 @@ func (v *Volume) remove(dir *Node, name string, f func(fd int, cname string) err
 			return nil, err
 		}
 		defer dir.leave()
-		x := v.part(place{dir, e.cname}, fd)
+		x := v.part(location{dir, e.cname}, fd)
 		if err := f(fd, e.cname); err != nil {
 			v.stays(x)
 			return nil, err
@@ -400,7 +400,7 @@ func (v *Volume) renameLocked(from *Node, oldName string, to *Node, newName stri
 		return nil, err
 	}
 	defer to.leave()
-	a, b := place{from, old.cname}, place{to, now.cname}
+	a, b := location{from, old.cname}, location{to, now.cname}
 	n, m := v.at(a), v.at(b)
 	if n != nil {
 		n.moving.Add(1)

@@ -31,7 +31,7 @@ func (v *Volume) Crash() {
 }
 
 // SealWithin sets how long a disk may take before keys are wiped.
-func (v *Volume) SealWithin(d time.Duration) { v.sealWithin = d }
+func (v *Volume) SealWithin(d time.Duration) { v.writeWithin = d }
 
 // Settle settles all closed files now.
 func (v *Volume) Settle() { v.settler.settle(v.settler.due(0)) }

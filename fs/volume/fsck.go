@@ -104,7 +104,7 @@ type checker struct {
 type checkJob struct{ cpath, ppath string }
 
 // Check checks the structure of a volume, which needs no key.
-func (l *Locked) Check(ctx context.Context, o CheckOptions) (Checked, error) {
+func (l *Found) Check(ctx context.Context, o CheckOptions) (Checked, error) {
 	c := &checker{o: o, root: l.root, cfg: l.Config}
 	return c.run(ctx)
 }
@@ -118,7 +118,7 @@ func (u *Unlocked) Check(ctx context.Context, o CheckOptions) (Checked, error) {
 }
 
 // Writer is the function [Writer] of this volume.
-func (l *Locked) Writer() error { return layout.WriterOf(&l.disk, l.root) }
+func (l *Found) Writer() error { return layout.WriterOf(&l.disk, l.root) }
 
 // hasWriter reports whether a mount is writing to the volume now.
 func (c *checker) hasWriter() bool {

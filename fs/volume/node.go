@@ -27,13 +27,13 @@ type Node struct {
 	entries sync.RWMutex
 
 	// Guarded by Volume.mu.
-	lookups uint64  // the kernel's
-	holds   int     // of children's links, open files and directories
-	links   []place // its names; the root, and an object that was removed, have none
-	gone    bool    // the last name went
-	leaving bool    // with the space that it took
-	last    int     // O_PATH, of what lost its last name or is about to; -1 otherwise
-	pending bool    // a file that is still to be repaired: nobody may remember it
+	lookups uint64     // the kernel's
+	holds   int        // of children's links, open files and directories
+	links   []location // its names; the root, and an object that was removed, have none
+	gone    bool       // the last name went
+	leaving bool       // with the space that it took
+	last    int        // O_PATH, of what lost its last name or is about to; -1 otherwise
+	pending bool       // a file that is still to be repaired: nobody may remember it
 
 	// Guarded by Volume.fdMu, of directories.
 	dirFD   int // O_PATH, -1 while closed
@@ -73,8 +73,8 @@ type Node struct {
 	changed atomic.Uint64        // the value of Volume.clock at the last change of its attributes
 }
 
-// place is where a node is, or could be: one of its names.
-type place struct {
+// location is where a node is, or could be: one of its names.
+type location struct {
 	dir   *Node
 	cname string // as it stands in the ciphertext directory
 }
@@ -120,7 +120,7 @@ func (v *Volume) Node(id uint64) *Node {
 
 // at returns the node that was found at a place, nil if none was or the kernel has
 // forgotten it. The directory's entries are held, so that it is still there.
-func (v *Volume) at(p place) *Node {
+func (v *Volume) at(p location) *Node {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	return v.places[p]
@@ -152,7 +152,7 @@ func (v *Volume) intern(st *unix.Stat_t, dir *Node, cname string) *Node {
 		v.inodes[key] = n
 	}
 	n.lookups++
-	n.addLink(place{dir, cname})
+	n.addLink(location{dir, cname})
 	return n
 }
 
@@ -164,7 +164,7 @@ func (v *Volume) newNode(st *unix.Stat_t) *Node {
 }
 
 // addLink and dropLink keep links and Volume.places; v.mu is held.
-func (n *Node) addLink(p place) {
+func (n *Node) addLink(p location) {
 	if slices.Contains(n.links, p) {
 		n.v.places[p] = n
 		return
@@ -179,7 +179,7 @@ func (n *Node) addLink(p place) {
 	p.dir.holds++
 }
 
-func (n *Node) dropLink(p place) {
+func (n *Node) dropLink(p location) {
 	if n.v.places[p] == n {
 		delete(n.v.places, p)
 	}
@@ -252,7 +252,7 @@ func (v *Volume) dropIfUnknown(n *Node) {
 // asking for the node by its number: for a moment, and as long as something refers to
 // it. So it is opened while it can be found.
 type parting struct {
-	at   place
+	at   location
 	n    *Node       // nil if the kernel does not know what is there
 	fd   int         // O_PATH; -1 if it could not be opened
 	ours bool        // fd is not n's yet
@@ -261,7 +261,7 @@ type parting struct {
 
 // part begins the removal of a name in the directory that fd is of, whose entries are
 // held.
-func (v *Volume) part(p place, fd int) parting {
+func (v *Volume) part(p location, fd int) parting {
 	v.mu.Lock()
 	n := v.places[p]
 	if n == nil {
@@ -378,7 +378,7 @@ func (n *Node) dropIfGone() {
 }
 
 // moved notes that a node went from one place to another.
-func (v *Volume) moved(n *Node, from, to place) {
+func (v *Volume) moved(n *Node, from, to location) {
 	if n == nil {
 		return
 	}
@@ -489,7 +489,7 @@ func (n *Node) find(f func(dir int, name string) error) error {
 
 const maxTries = 10000
 
-func (p place) visit(f func(int, string) error) error {
+func (p location) visit(f func(int, string) error) error {
 	fd, err := p.dir.enter()
 	if err != nil {
 		return err

@@ -52,8 +52,8 @@ const (
 type scan struct {
 	levels []*level // from where it came to where it is, all held
 	window int
-	ahead  map[place]bool // predicted, and not opened yet; the directories are held
-	last   place
+	ahead  map[location]bool // predicted, and not opened yet; the directories are held
+	last   location
 	seen   time.Time
 	deep   bool // it goes from one directory to the next
 	order  order
@@ -122,17 +122,17 @@ func (p *prefetcher) loop() {
 }
 
 // place returns where the node is.
-func (n *Node) place() (place, bool) {
+func (n *Node) place() (location, bool) {
 	n.v.mu.Lock()
 	defer n.v.mu.Unlock()
 	if len(n.links) == 0 {
-		return place{}, false
+		return location{}, false
 	}
 	return n.links[0], true
 }
 
 // follow goes on with the scan to which an open belongs, or begins one.
-func (p *prefetcher) follow(at place, cold bool) {
+func (p *prefetcher) follow(at location, cold bool) {
 	for i, s := range p.scans {
 		if s.ahead[at] {
 			p.drop(s, at)
@@ -163,12 +163,12 @@ func (p *prefetcher) follow(at place, cold bool) {
 		p.end(len(p.scans) - 1)
 	}
 	at.dir.hold()
-	p.scans = slices.Insert(p.scans, 0, &scan{levels: []*level{{dir: at.dir}}, ahead: map[place]bool{}, last: at, seen: time.Now()})
+	p.scans = slices.Insert(p.scans, 0, &scan{levels: []*level{{dir: at.dir}}, ahead: map[location]bool{}, last: at, seen: time.Now()})
 }
 
 // leads reports whether a scan that has come to the end of a directory goes on at
 // this place in another one.
-func (p *prefetcher) leads(s *scan, at place) bool {
+func (p *prefetcher) leads(s *scan, at location) bool {
 	if s.deep || len(s.ahead) > 0 || s.window < hotWindow || time.Since(s.seen) > scanPause {
 		return false
 	}
@@ -181,7 +181,7 @@ func (p *prefetcher) leads(s *scan, at place) bool {
 }
 
 // touch makes scan i the most recent one, at this place.
-func (p *prefetcher) touch(i int, at place) {
+func (p *prefetcher) touch(i int, at location) {
 	s := p.scans[i]
 	s.last, s.seen = at, time.Now()
 	copy(p.scans[1:i+1], p.scans[:i])
@@ -205,7 +205,7 @@ func (p *prefetcher) forget(s *scan) {
 }
 
 // expect notes a prediction.
-func (p *prefetcher) expect(s *scan, at place) {
+func (p *prefetcher) expect(s *scan, at location) {
 	if s.ahead[at] {
 		return
 	}
@@ -215,7 +215,7 @@ func (p *prefetcher) expect(s *scan, at place) {
 }
 
 // drop takes back one prediction.
-func (p *prefetcher) drop(s *scan, at place) {
+func (p *prefetcher) drop(s *scan, at location) {
 	delete(s.ahead, at)
 	p.active.Add(-1)
 	at.dir.release()
@@ -230,7 +230,7 @@ func (s *scan) pop() {
 
 // restart lets a scan go on behind at, in the directory of its last open. By one of
 // the orders at must be the next one; else the scan predicts nothing.
-func (p *prefetcher) restart(s *scan, at place) {
+func (p *prefetcher) restart(s *scan, at location) {
 	p.forget(s)
 	old := s.top()
 	if old.dir != at.dir || old.sorted[byListing] == nil {
@@ -297,7 +297,7 @@ func (p *prefetcher) extend(s *scan) {
 }
 
 // predict returns the next file on the scan's way.
-func (p *prefetcher) predict(s *scan) (at place, ok bool) {
+func (p *prefetcher) predict(s *scan) (at location, ok bool) {
 	for len(s.levels) > 0 {
 		l := s.top()
 		if l.next >= len(l.entries) {
@@ -309,17 +309,17 @@ func (p *prefetcher) predict(s *scan) (at place, ok bool) {
 		e := l.entries[l.next]
 		l.next++
 		if !e.dir {
-			return place{l.dir, e.cname}, true
+			return location{l.dir, e.cname}, true
 		}
 		if len(s.levels) < maxDepth {
-			p.down(s, place{l.dir, e.cname})
+			p.down(s, location{l.dir, e.cname})
 		}
 	}
 	return at, false
 }
 
 // down goes into a subdirectory.
-func (p *prefetcher) down(s *scan, at place) {
+func (p *prefetcher) down(s *scan, at location) {
 	n, _, err := p.v.find(at.dir, func() (string, error) { return at.cname, nil })
 	if err != nil {
 		return
@@ -386,7 +386,7 @@ func (p *prefetcher) list(n *Node) []scanEntry {
 }
 
 // fetch begins to unwrap a file's key.
-func (p *prefetcher) fetch(at place) {
+func (p *prefetcher) fetch(at location) {
 	v := p.v
 	fd, err := at.dir.enter()
 	if err != nil {

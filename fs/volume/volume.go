@@ -51,7 +51,7 @@ type Call = disk.Call
 // ErrSkip is what a hook returns for a call that is not to be made, and to succeed.
 var ErrSkip = disk.ErrSkip
 
-// Options of [Open]; the zero value is a read-write tree that keeps times by itself.
+// Options of [Unlocked.Open]; the zero value is a read-write tree that keeps times by itself.
 type Options struct {
 	ReadOnly    bool
 	KernelTimes bool                   // the kernel's writeback cache is on: it owns the times of open files
@@ -89,14 +89,14 @@ type Volume struct {
 	fdLimits    fdLimits
 	granularity uint32 // of the times of files on the disk, in nanoseconds
 
-	sessions   sessions
-	space      space
-	locked     atomic.Bool // by Lock
-	refusal    atomic.Pointer[refusal]
-	lockMu     sync.Mutex // for Lock and Unlock
-	sealWithin time.Duration
-	unsealed   atomic.Pointer[error] // the error of writing or settling when keys were wiped last
-	nextID     atomic.Uint64
+	sessions    sessions
+	space       space
+	suspended   atomic.Bool // by Suspend
+	refusal     atomic.Pointer[refusal]
+	suspendMu   sync.Mutex // for Suspend and Resume
+	writeWithin time.Duration
+	unwritten   atomic.Pointer[error] // the error of writing or settling when keys were wiped last
+	nextID      atomic.Uint64
 
 	doubts doubts
 	clock  atomic.Uint64 // counts changes of attributes, see told
@@ -109,9 +109,9 @@ type Volume struct {
 	mu       sync.Mutex
 	nodes    map[uint64]*Node
 	inodes   map[inodeKey]*Node
-	places   map[place]*Node // of all links
-	unneeded []int           // descriptors that unlock closes
-	left     int32           // nodes without a name that are known no more; unlock counts them
+	places   map[location]*Node // of all links
+	unneeded []int              // descriptors that unlock closes
+	left     int32              // nodes without a name that are known no more; unlock counts them
 
 	// fdMu guards dirLRU and Node.dirFD, dirRefs, dirElem.
 	fdMu   sync.Mutex
@@ -131,11 +131,11 @@ type Volume struct {
 
 type inodeKey struct{ dev, ino uint64 }
 
-// Open gives the tree of a volume that [Unlock] opened. It takes the volume's
+// Open gives the tree of a volume that [Found.Unlock] opened. It takes the volume's
 // lock and the ring, which Close closes.
 func (u *Unlocked) Open(o Options) (*Volume, error) {
-	v := &Volume{disk: disk.Disk{Hook: o.Hook, Done: o.Done, Seen: o.Seen}, o: o, sealWithin: sealWithin, log: o.Logger, cfg: u.Config, vk: u.keys, rootD: u.root, lockFD: -1, plain: u.Config.Names == blockcrypt.NamesPlain,
-		super: unix.Geteuid() == 0, nodes: map[uint64]*Node{}, inodes: map[inodeKey]*Node{}, places: map[place]*Node{}, quit: make(chan struct{}), walked: make(chan struct{})}
+	v := &Volume{disk: disk.Disk{Hook: o.Hook, Done: o.Done, Seen: o.Seen}, o: o, writeWithin: writeWithin, log: o.Logger, cfg: u.Config, vk: u.keys, rootD: u.root, lockFD: -1, plain: u.Config.Names == blockcrypt.NamesPlain,
+		super: unix.Geteuid() == 0, nodes: map[uint64]*Node{}, inodes: map[inodeKey]*Node{}, places: map[location]*Node{}, quit: make(chan struct{}), walked: make(chan struct{})}
 	if v.log == nil {
 		v.log = slog.New(slog.DiscardHandler)
 	}
@@ -280,7 +280,7 @@ const reportAgain = time.Minute
 // while. When it returns the log has it, whoever wrote it.
 func (v *Volume) report(what, msg string, err error) {
 	e, ok := errors.AsType[*keystore.Error](err)
-	if ok && (e.Kind == keystore.Canceled || e == errLocked) { // no faults
+	if ok && (e.Kind == keystore.Canceled || e == errSuspended) { // no faults
 		return
 	}
 	key := what + "\x00" + err.Error()

@@ -31,13 +31,13 @@ func (v *Volume) letGo(node uint64) error {
 
 // refusal is why no content can be read or written: the keys may not be used.
 type refusal struct {
-	err    error
-	sealed bool // what the kernel held back is written; its writes are refused too
+	err     error
+	flushed bool // what the kernel held back is written; its writes are refused too
 }
 
 const (
-	sealWithin = 30 * time.Second       // in which the kernel writes what it holds back, and the disk takes it
-	fileWithin = 100 * time.Millisecond // for each file that a disk that does not answer holds
+	writeWithin = 30 * time.Second       // in which the kernel writes what it holds back, and the disk takes it
+	fileWithin  = 100 * time.Millisecond // for each file that a disk that does not answer holds
 )
 
 // within runs f; ok is false where it goes on for longer than d, alone.
@@ -54,47 +54,47 @@ func within[T any](d time.Duration, f func() T) (out T, ok bool) {
 	}
 }
 
-// Lock makes all content unreadable until Unlock: accepted writes are written,
+// Suspend makes all content unreadable until Resume, as kmsfs lock does: accepted writes are written,
 // the kernel forgets what it knows, the data keys are wiped. Everything that is
 // asked meanwhile, or waits, is EKEYEXPIRED. The error says what could not be
-// written before; the volume is locked all the same.
-func (v *Volume) Lock() error {
-	v.lockMu.Lock()
-	defer v.lockMu.Unlock()
-	v.locked.Store(true)
-	v.keysForWriters(v.sealWithin / 6) // for what the kernel holds back
-	v.unsealed.Store(nil)
-	v.ring.Lock(errLocked)
-	if e := v.unsealed.Load(); e != nil {
+// written before; the volume is suspended all the same.
+func (v *Volume) Suspend() error {
+	v.suspendMu.Lock()
+	defer v.suspendMu.Unlock()
+	v.suspended.Store(true)
+	v.keysForWriters(v.writeWithin / 6) // for what the kernel holds back
+	v.unwritten.Store(nil)
+	v.ring.Suspend(errSuspended)
+	if e := v.unwritten.Load(); e != nil {
 		return *e
 	}
 	return nil
 }
 
-// Unlock ends Lock, after one that is under way.
-func (v *Volume) Unlock() {
-	v.lockMu.Lock()
-	defer v.lockMu.Unlock()
-	v.locked.Store(false)
-	v.ring.Unlock()
+// Resume ends Suspend, after one that is under way.
+func (v *Volume) Resume() {
+	v.suspendMu.Lock()
+	defer v.suspendMu.Unlock()
+	v.suspended.Store(false)
+	v.ring.Resume()
 }
 
 // RetryKeys asks key services again that were not asked any more.
 func (v *Volume) RetryKeys() { v.ring.Retry() }
 
-var errLocked = &keystore.Error{Kind: keystore.Credentials, Op: "unwrap", Err: errors.New("the volume is locked"), Hint: "kmsfs unlock MOUNTPOINT"}
+var errSuspended = &keystore.Error{Kind: keystore.Credentials, Op: "unwrap", Err: errors.New("the volume is locked"), Hint: "kmsfs unlock MOUNTPOINT"}
 
-// Locked returns why nothing at all is answered, nil unless [Volume.Lock] was called.
-func (v *Volume) Locked() error {
-	if v.locked.Load() {
-		return errLocked
+// Suspended returns why nothing at all is answered, nil unless [Volume.Suspend] was called.
+func (v *Volume) Suspended() error {
+	if v.suspended.Load() {
+		return errSuspended
 	}
 	return nil
 }
 
 // of returns why content is not read or written now.
 func (r *refusal) of(delayedWrite bool) error {
-	if r == nil || delayedWrite && !r.sealed {
+	if r == nil || delayedWrite && !r.flushed {
 		return nil
 	}
 	return r.err
@@ -117,11 +117,11 @@ func (v *Volume) keysChanged(verdict error) {
 	if verdict == nil {
 		v.refusal.Store(nil)
 		v.log.Info("the volume's keys can be used again")
-		v.keysForWriters(v.sealWithin)
+		v.keysForWriters(v.writeWithin)
 		return
 	}
 	v.refusal.Store(&refusal{err: verdict})
-	if v.Locked() != nil {
+	if v.Suspended() != nil {
 		v.log.Info("the volume is locked")
 	} else {
 		v.report("keys", "the volume's keys may not be used any more; its files answer with the verdict until they may", verdict)
@@ -130,7 +130,7 @@ func (v *Volume) keysChanged(verdict error) {
 	v.refusal.Store(&refusal{verdict, true})
 	if err = errors.Join(err, v.dropKeys(v.files())); err != nil {
 		v.report(".", "before the keys were wiped, not everything could be written or settled", err)
-		v.unsealed.Store(&err)
+		v.unwritten.Store(&err)
 	}
 }
 
@@ -190,7 +190,7 @@ func (v *Volume) letKernelWrite() error {
 	v.mu.Lock()
 	nodes := maps.Clone(v.nodes)
 	v.mu.Unlock()
-	_, ok := within(v.sealWithin, func() (_ struct{}) {
+	_, ok := within(v.writeWithin, func() (_ struct{}) {
 		var wg sync.WaitGroup
 		queue := make(chan uint64)
 		for range 4 {
@@ -220,7 +220,7 @@ func (v *Volume) letKernelWrite() error {
 // dropKeys brings files into their final form and wipes their keys. Those that a
 // disk that does not answer holds are wiped when it lets them go.
 func (v *Volume) dropKeys(files []*file) error {
-	end := time.Now().Add(v.sealWithin)
+	end := time.Now().Add(v.writeWithin)
 	left := func() time.Duration { return max(time.Until(end), fileWithin) }
 	changes := make([]uint64, len(files))
 	for i, f := range files {
@@ -327,7 +327,7 @@ func (f *file) ready(ctx context.Context, delayedWrite bool) error {
 			return f.failed("opening it again", err)
 		}
 		f.mu.Lock()
-		err = f.refuses(delayedWrite) // it may be locked by now
+		err = f.refuses(delayedWrite) // it may be suspended by now
 		if err == nil && f.Header == hdr && f.Keys == nil {
 			f.Keys = keys
 		}

@@ -84,20 +84,20 @@ func refusedLocked(t *testing.T, what string, err error) {
 
 // relock wipes all keys and lets them be asked for again.
 func (w *world) relock() {
-	w.v.Lock()
-	defer w.v.Unlock()
+	w.v.Suspend()
+	defer w.v.Resume()
 }
 
-// A read that waits for its key when the volume is locked is refused, though the
+// A read that waits for its key when the volume is suspended is refused, though the
 // key comes.
 func TestLockWhileReadWaits(t *testing.T) {
 	w, s := lockWorld(t, volume.Options{})
 	w.write("f", []byte("secret"))
 	h := w.opened("f")
-	w.v.Lock()
+	w.v.Suspend()
 	_, err := h.Read(ctx, make([]byte, 6), 0)
 	refusedLocked(t, "a read", err)
-	w.v.Unlock()
+	w.v.Resume()
 	// Its key was asked for again, since it is open for writing; of one that is read
 	// only it is when it is read.
 	w.do("close", h.Release())
@@ -115,14 +115,14 @@ func TestLockWhileReadWaits(t *testing.T) {
 	for s.waiting.Load() == 0 {
 		time.Sleep(time.Millisecond)
 	}
-	w.v.Lock()
+	w.v.Suspend()
 	s.wait.Store(nil)
 	close(gate)
 	refusedLocked(t, "a read that waited", <-got)
 	if h.HasKeys() {
 		t.Error("it has its keys while it is locked")
 	}
-	w.v.Unlock()
+	w.v.Resume()
 	b := make([]byte, 6)
 	if _, err := h.Read(ctx, b, 0); err != nil || string(b) != "secret" {
 		t.Errorf("unlocked: %q, %v", b, err)
@@ -180,22 +180,22 @@ func TestLockAndUnlockCross(t *testing.T) {
 		}
 		for range 3 {
 			locks.Go(func() {
-				if err := w.v.Lock(); err != nil {
+				if err := w.v.Suspend(); err != nil {
 					t.Errorf("lock: %v", err)
 				}
 			})
-			locks.Go(w.v.Unlock)
+			locks.Go(w.v.Resume)
 		}
 		locks.Wait()
 		close(stop)
 		users.Wait()
-		locked := w.v.Locked() != nil
+		locked := w.v.Suspended() != nil
 		for i, n := range nodes {
 			if b, err := readNode(n); refused(err) != locked || !locked && string(b) != "content" {
 				t.Fatalf("round %d: locked: %v, file %d: %q, %v", round, locked, i, b, err)
 			}
 		}
-		w.v.Unlock()
+		w.v.Resume()
 	}
 }
 
@@ -216,7 +216,7 @@ func TestLockTwice(t *testing.T) {
 	w.want("f", []byte("new content"))
 }
 
-// A disk that does not answer keeps neither the volume from being locked nor the keys
+// A disk that does not answer keeps neither the volume from being suspended nor the keys
 // of other files in memory; its own file's go when it lets it go.
 func TestLockBehindStalledDisk(t *testing.T) {
 	t.Run("unlocked when it has answered", func(t *testing.T) { lockBehindStalledDisk(t, false) })
@@ -245,7 +245,7 @@ func lockBehindStalledDisk(t *testing.T, early bool) {
 	}()
 	<-at
 	begun := time.Now()
-	if err := w.v.Lock(); err == nil {
+	if err := w.v.Suspend(); err == nil {
 		t.Error("all is said to be written")
 	}
 	if d := time.Since(begun); d > 10*time.Second {
@@ -258,7 +258,7 @@ func lockBehindStalledDisk(t *testing.T, early bool) {
 	}
 	stall.Store(false)
 	if early {
-		w.v.Unlock()
+		w.v.Resume()
 		close(stalled)
 		<-wrote
 		time.Sleep(300 * time.Millisecond) // in which what was given up comes to its end
@@ -273,7 +273,7 @@ func lockBehindStalledDisk(t *testing.T, early bool) {
 			t.Fatal("the file's keys are in memory though the disk answered")
 		}
 	}
-	w.v.Unlock()
+	w.v.Resume()
 	if _, err := a.Read(ctx, make([]byte, 10), 0); err != nil {
 		t.Error("unlocked:", err)
 	}
@@ -289,8 +289,8 @@ func TestLockWithEmptyFile(t *testing.T) {
 	w.do("create", err)
 	w.relock()
 	k.held = func() { w.do("what was held back", h.WriteDelayed(ctx, []byte("content"), 0)) }
-	w.do("lock", w.v.Lock())
-	w.v.Unlock()
+	w.do("lock", w.v.Suspend())
+	w.v.Resume()
 	w.do("close", h.Release())
 	w.want("f", []byte("content"))
 }
@@ -310,15 +310,15 @@ func TestLockTellsOfLoss(t *testing.T) {
 	h := w.opened("f")
 	full.Store(true)
 	k.held = func() { h.WriteDelayed(ctx, noise(9000), 0) }
-	if err := w.v.Lock(); !errors.Is(err, unix.ENOSPC) {
+	if err := w.v.Suspend(); !errors.Is(err, unix.ENOSPC) {
 		t.Errorf("lock says %v", err)
 	}
 	full.Store(false)
-	w.v.Unlock()
+	w.v.Resume()
 	h.Release() // which tells it too
 }
 
-// Data that is fsynced while the volume is locked is confirmed: growth announces itself.
+// Data that is fsynced while the volume is suspended is confirmed: growth announces itself.
 func TestFsyncWhileLocked(t *testing.T) {
 	var ops []string
 	w, _ := lockWorld(t, volume.Options{Hook: func(c volume.Call) error { ops = append(ops, c.Op); return nil }})
@@ -326,9 +326,9 @@ func TestFsyncWhileLocked(t *testing.T) {
 	w.do("create", err)
 	_, err = h.Write(ctx, noise(5000), 0)
 	w.do("write", err)
-	w.v.Lock()
+	w.v.Suspend()
 	w.do("fsync", h.Fsync())
-	w.v.Unlock()
+	w.v.Resume()
 	ops = nil
 	_, err = h.Write(ctx, noise(5000), 5000)
 	w.do("write", err)
