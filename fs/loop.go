@@ -20,12 +20,12 @@ import (
 // workers as possible take turns: mostly one, which answers what it read itself before
 // it reads again. While requests queue up there are more, one for each processor.
 //
-// A request that waits must not keep the next one from being read. So a worker sees to
-// it that another reads, in one of three ways. Before it begins, if requests of that
-// kind have mostly taken long of late (pace). When it is about to wait, if it can tell:
-// for pages that are not in the page cache, if the disk mostly takes long, for a key
-// service (yield). Or the watchdog finds that nobody has read for one or two ticks. While something takes long, some more workers read, so that one
-// that begins what takes long need not call another first.
+// A request that waits must not keep the next one from being read. So a worker sees to it that
+// another reads, in one of three ways. Before it begins, if requests of that kind have mostly taken
+// long of late (pace). When it is about to wait, if it can tell: for pages that are not in the page
+// cache, if the disk mostly takes long, for a key service (yield). Or the watchdog finds that
+// nobody has read for one or two ticks. While something takes long, some more workers read, so that
+// one that begins what takes long need not call another first.
 type loop struct {
 	fd       int
 	ps       *fuse.ProtocolServer

@@ -53,9 +53,9 @@ func cgroupLimit(cgroups, mount string) int32 {
 	return max(limit, 16)
 }
 
-// procs gives the runtime twice as many processors while requests wait for the disk: a thread
-// that waits in a syscall keeps its processor until the runtime notices, up to 10 ms later,
-// and goroutines that could run wait for it. While requests are quick, more processors than there are
+// procs gives the runtime twice as many processors while requests wait for the disk: a thread that
+// waits in a syscall keeps its processor until the runtime notices, up to 10 ms later, and
+// goroutines that could run wait for it. While requests are quick, more processors than there are
 // cost a tenth.
 type procs struct {
 	usual    int

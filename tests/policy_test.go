@@ -49,7 +49,8 @@ func pagePolicy(t *testing.T, volume string, statement int, right string) string
 	return string(out)
 }
 
-// The key policy of docs/keys.md allows what it says that it allows, and each right in it is needed.
+// The key policy of docs/keys.md allows what it says that it allows, and each right in it is
+// needed.
 func TestPagePolicy(t *testing.T) {
 	srv := keystoretest.Start(t)
 	srv.AddKey("alias/files")

@@ -1,10 +1,10 @@
 // Package volume is the encrypted tree without FUSE: a ciphertext directory
 // with its kmsfs.json, seen as plaintext nodes.
 //
-// [Init] makes a volume. [Find] finds one, [Found.Unlock] opens its volume key, and
-// [Unlocked.Open] gives the tree. A [Node] is a file, directory or link as the kernel knows it, by a number that
-// is never used twice; a [Handle] is an open file, a [Dir] an open directory.
-// [OpenLone] reads one ciphertext file with no volume around it.
+// [Init] makes a volume. [Find] finds one, [Found.Unlock] opens its volume key, and [Unlocked.Open]
+// gives the tree. A [Node] is a file, directory or link as the kernel knows it, by a number that is
+// never used twice; a [Handle] is an open file, a [Dir] an open directory. [OpenLone] reads one
+// ciphertext file with no volume around it.
 //
 // Promises, kept by the rules of FORMAT.md, "The disk when the power
 // fails":

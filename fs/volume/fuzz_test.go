@@ -30,8 +30,8 @@ func FuzzFile(f *testing.F) {
 	}
 	w := &world{t: f, dir: dir, store: store, log: &logBuffer{}, quiet: true}
 	w.open(volume.Options{})
-	// Files whose every byte says where it is: bytes that were read can be told from bytes that were
-	// never written.
+	// Files whose every byte says where it is: bytes that were read can be told from bytes that
+	// were never written.
 	for _, n := range []int{1, 3040, 3041, 20000} {
 		w.write("seed", pattern(n))
 		b, err := os.ReadFile(filepath.Join(dir, "seed"))

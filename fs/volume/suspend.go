@@ -54,10 +54,10 @@ func within[T any](d time.Duration, f func() T) (out T, ok bool) {
 	}
 }
 
-// Suspend makes all content unreadable until Resume, as kmsfs lock does: accepted writes are written,
-// the kernel forgets what it knows, the data keys are wiped. Everything that is
-// asked meanwhile, or waits, is EKEYEXPIRED. The error says what could not be
-// written before; the volume is suspended all the same.
+// Suspend makes all content unreadable until Resume, as kmsfs lock does: accepted writes are
+// written, the kernel forgets what it knows, the data keys are wiped. Everything that is asked
+// meanwhile, or waits, is EKEYEXPIRED. The error says what could not be written before; the volume
+// is suspended all the same.
 func (v *Volume) Suspend() error {
 	v.suspendMu.Lock()
 	defer v.suspendMu.Unlock()

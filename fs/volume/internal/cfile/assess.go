@@ -99,12 +99,12 @@ func (c *Content) Assess(length int64, stop func() error) (r Findings, err error
 	}
 	if hole || s.Flags&blockcrypt.Cut != 0 {
 		if !hole && r.Size < s.Floor {
-			return r, &blockcrypt.DamageError{Class: blockcrypt.BadSize, Pos: -1, Detail: "the file is shorter than what was confirmed"}
+			return r, &blockcrypt.DamageError{Class: blockcrypt.BadSize, Pos: -1, Detail: "the file is shorter than its confirmed length"}
 		}
 		r.Size, r.Last = s.Floor, true
 	}
 	if r.Size < s.Floor {
-		return r, &blockcrypt.DamageError{Class: blockcrypt.BadSize, Pos: -1, Detail: "the file is shorter than what was confirmed"}
+		return r, &blockcrypt.DamageError{Class: blockcrypt.BadSize, Pos: -1, Detail: "the file is shorter than its confirmed length"}
 	}
 	return r, nil
 }

@@ -94,7 +94,7 @@ func (c *Content) Pages(waits func(), buf []byte, first, last int64) ([]byte, er
 }
 
 // PageOf returns page i of raw from the block's first byte on; less, or nothing,
-// where the file ends.
+// if the file ends earlier.
 func PageOf(raw []byte, i, lead int) []byte {
 	from := min(len(raw), i*blockcrypt.PageSize+lead)
 	return raw[from:min(len(raw), (i+1)*blockcrypt.PageSize)]
