@@ -30,6 +30,9 @@ type standing struct {
 	giveUp context.CancelCauseFunc
 }
 
+// Matches implements [Matcher].
+func (s *standing) Matches(uri string) bool { return Serves(s.Store, uri) }
+
 type sample struct {
 	b Binding
 	w Wrapped

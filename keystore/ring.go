@@ -96,7 +96,7 @@ func NewRing(volume [16]byte, stores []Store, o RingOptions) *Ring {
 		_, immediate := s.(Immediate)
 		st := &standing{Store: s, immediate: immediate, health: health{proven: o.Now()}}
 		for _, w := range o.Sample {
-			if w.URI == s.URI() || matches(s, w.URI) {
+			if Serves(s, w.URI) {
 				st.learn(Binding{Use: ForVolume, Volume: volume}, w)
 			}
 		}
@@ -135,25 +135,8 @@ func (r *Ring) Close() {
 	r.slab.close()
 }
 
-func matches(s Store, uri string) bool {
-	m, ok := s.(Matcher)
-	return ok && m.Matches(uri)
-}
-
 // store returns the trusted store of a recipient, nil if there is none.
-func (r *Ring) store(uri string) *standing {
-	for _, s := range r.stores {
-		if s.URI() == uri {
-			return s
-		}
-	}
-	for _, s := range r.stores {
-		if matches(s.Store, uri) {
-			return s
-		}
-	}
-	return nil
-}
+func (r *Ring) store(uri string) *standing { return StoreFor(r.stores, uri) }
 
 // Same reports whether two recipients are one: replicas of one key are.
 func (r *Ring) Same(a, b string) bool {

@@ -282,25 +282,11 @@ func skipper(w io.Writer) func(int64) error {
 // dataKey unwraps the data key of a lone file: through --key, or the trust
 // record of its volume, or the KMS key that the header names.
 func (k *keyFlags) dataKey(ctx context.Context, l *volume.Lone) ([]byte, error) {
-	rs := l.Header.Recipients
 	trusted, err := k.loneStores(ctx, l)
 	if err != nil {
 		return nil, err
 	}
-	errs := []error{errors.New("none of its keys is at hand")}
-	for _, r := range rs {
-		for _, s := range trusted {
-			if !matches(s, r.URI) {
-				continue
-			}
-			key, err := s.Unwrap(ctx, l.Binding(), keystore.Wrapped{URI: r.URI, Branch: r.Branch, Blob: r.Wrapped})
-			if err == nil {
-				return key, nil
-			}
-			errs = append(errs, err)
-		}
-	}
-	return nil, errs[min(1, len(errs)-1)]
+	return keystore.UnwrapFirst(ctx, trusted, l.Binding(), l.Wrapped())
 }
 
 // loneStores opens the stores of dataKey.

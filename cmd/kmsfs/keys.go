@@ -93,16 +93,11 @@ func (k *keyFlags) create(ctx context.Context) ([]made, error) {
 // twice reports whether key i is the same recipient as another.
 func twice(ms []made, i int) bool {
 	for j, m := range ms {
-		if j != i && m.store != nil && (m.store.URI() == ms[i].store.URI() || matches(ms[i].store, m.store.URI())) {
+		if j != i && m.store != nil && keystore.Serves(ms[i].store, m.store.URI()) {
 			return true
 		}
 	}
 	return false
-}
-
-func matches(s keystore.Store, uri string) bool {
-	m, ok := s.(keystore.Matcher)
-	return s.URI() == uri || ok && m.Matches(uri)
 }
 
 // unmake removes the key files that were made for what then failed.
@@ -209,7 +204,7 @@ func (k *keyFlags) named(ctx context.Context, key string, recipients []blockcryp
 		return nil, err
 	}
 	for _, r := range recipients {
-		if matches(s, r.URI) {
+		if keystore.Serves(s, r.URI) {
 			return s, nil
 		}
 	}

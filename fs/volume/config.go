@@ -192,32 +192,23 @@ func (l *Found) Unlock(ctx context.Context, trusted []keystore.Store, o UnlockOp
 }
 
 func (l *Found) volumeKeys(ctx context.Context, trusted []keystore.Store) (*blockcrypt.VolumeKeys, error) {
-	var errs []error
-	for _, r := range l.Config.List() {
-		s := matching(trusted, r.URI)
-		if s == nil {
-			continue
-		}
-		key, err := s.Unwrap(ctx, keystore.Binding{Use: keystore.ForVolume, Volume: l.Config.Volume}, keystore.Wrapped{URI: r.URI, Branch: r.Branch, Blob: r.Wrapped})
-		if err != nil {
-			errs = append(errs, err)
-			continue
-		}
-		defer clear(key)
-		return blockcrypt.NewVolumeKeys(key, l.Config.Volume)
+	b := keystore.Binding{Use: keystore.ForVolume, Volume: l.Config.Volume}
+	key, err := keystore.UnwrapFirst(ctx, trusted, b, wrapped(l.Config.List()))
+	if keystore.KindOf(err) == keystore.Untrusted {
+		return nil, &keystore.Error{Kind: keystore.Untrusted, URI: l.Config.Recipients[0].URI, Op: "unwrap", Err: errors.New("the volume is under a key that nobody named")}
 	}
-	if len(errs) > 0 {
-		return nil, errs[0]
+	if err != nil {
+		return nil, err
 	}
-	uri := l.Config.Recipients[0].URI
-	return nil, &keystore.Error{Kind: keystore.Untrusted, URI: uri, Op: "unwrap", Err: errors.New("the volume is under a key that nobody named")}
+	defer clear(key)
+	return blockcrypt.NewVolumeKeys(key, l.Config.Volume)
 }
 
 // allStores returns a store for every recipient: a new file is wrapped for all.
 func (l *Found) allStores(ctx context.Context, trusted []keystore.Store, o UnlockOptions) ([]keystore.Store, error) {
 	var out []keystore.Store
 	for _, r := range l.Config.List() {
-		s := matching(trusted, r.URI)
+		s := keystore.StoreFor(trusted, r.URI)
 		var err error
 		if s == nil && o.More != nil {
 			s, err = o.More(ctx, r)
@@ -234,20 +225,6 @@ func (l *Found) allStores(ctx context.Context, trusted []keystore.Store, o Unloc
 		}
 	}
 	return out, nil
-}
-
-func matching(stores []keystore.Store, uri string) keystore.Store {
-	for _, s := range stores {
-		if s.URI() == uri {
-			return s
-		}
-	}
-	for _, s := range stores {
-		if m, ok := s.(keystore.Matcher); ok && m.Matches(uri) {
-			return s
-		}
-	}
-	return nil
 }
 
 // Close gives the volume up, unless Open took it.

@@ -63,6 +63,9 @@ func (l *Lone) Binding() keystore.Binding {
 	return keystore.Binding{Use: keystore.ForFile, Volume: l.Header.Volume, ID: l.Header.File}
 }
 
+// Wrapped returns the data key as each recipient can unwrap it.
+func (l *Lone) Wrapped() []keystore.Wrapped { return wrapped(l.Header.Recipients) }
+
 // Unlock checks the data key and the state. Incomplete is true where the file
 // was being written when it was copied: the blocks that open can be read.
 func (l *Lone) Unlock(dataKey []byte) (incomplete bool, err error) {
