@@ -203,12 +203,17 @@ func (r *Ring) Unwrap(ctx context.Context, file [16]byte, ws []Wrapped) ([]byte,
 		}
 		errs[c.w.URI] = err
 	}
+	// The first recipient's verdict is the one that the file shows; but it is damaged only if
+	// every recipient says so.
+	var damaged error
 	for _, w := range ws {
-		if err := errs[w.URI]; err != nil {
-			return nil, err // the first recipient's verdict is the one that the file shows
+		err := errs[w.URI]
+		if err != nil && KindOf(err) != Damaged {
+			return nil, err
 		}
+		damaged = cmp.Or(damaged, err)
 	}
-	return nil, untrusted(ws)
+	return nil, cmp.Or(damaged, untrusted(ws))
 }
 
 // UnwrapNow is Unwrap where no service has to be waited for; ok is false where

@@ -2,6 +2,7 @@ package keystore_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"testing"
@@ -14,13 +15,14 @@ type labeled struct {
 	uri  string
 	also string
 	err  error
+	kind keystore.Kind // of err; Denied if zero
 }
 
 func (s labeled) URI() string             { return s.uri }
 func (s labeled) Matches(uri string) bool { return uri == s.also }
 func (s labeled) key() []byte             { return bytes.Repeat([]byte{s.uri[0]}, keystore.KeySize) }
 func (s labeled) fault(op string) error {
-	return &keystore.Error{Kind: keystore.Denied, URI: s.uri, Op: op, Err: s.err}
+	return &keystore.Error{Kind: cmp.Or(s.kind, keystore.Denied), URI: s.uri, Op: op, Err: s.err}
 }
 func (s labeled) Wrap(context.Context, keystore.Binding, []byte) (keystore.Wrapped, error) {
 	return keystore.Wrapped{}, s.fault("wrap")
@@ -68,5 +70,25 @@ func TestUnwrapFirst(t *testing.T) {
 		if !bytes.Equal(key, c.key) || keystore.KindOf(err) != c.kind || c.err != nil && !errors.Is(err, c.err) {
 			t.Errorf("%s: %x, %v", name, key, err)
 		}
+	}
+}
+
+// A file is damaged only if every recipient says so: another one may be out of reach for now.
+func TestDamagedBesideOutage(t *testing.T) {
+	verdict := func(uri string, k keystore.Kind) labeled {
+		return labeled{uri: uri, err: errors.New(uri), kind: k}
+	}
+	for _, c := range []struct{ first, second, want keystore.Kind }{
+		{keystore.Damaged, keystore.Outage, keystore.Outage},
+		{keystore.Outage, keystore.Damaged, keystore.Outage},
+		{keystore.Damaged, keystore.Damaged, keystore.Damaged},
+		{keystore.Denied, keystore.Outage, keystore.Denied},
+	} {
+		r := keystore.NewRing([16]byte{1}, []keystore.Store{verdict("a:", c.first), verdict("b:", c.second)}, keystore.RingOptions{})
+		_, err := r.Unwrap(t.Context(), [16]byte{2}, []keystore.Wrapped{{URI: "a:"}, {URI: "b:"}})
+		if keystore.KindOf(err) != c.want {
+			t.Errorf("%v and %v: %v", c.first, c.second, err)
+		}
+		r.Close()
 	}
 }

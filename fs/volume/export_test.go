@@ -2,6 +2,8 @@ package volume
 
 import (
 	"errors"
+	"maps"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -38,6 +40,21 @@ func (v *Volume) Settle() { v.settler.settle(v.settler.due(0)) }
 
 // NextSession begins a new session now.
 func (v *Volume) NextSession() error { return v.nextSession() }
+
+// WaitingForKeys returns how many calls wait for a file's key.
+func (v *Volume) WaitingForKeys() (n int) {
+	v.mu.Lock()
+	nodes := slices.Collect(maps.Values(v.nodes))
+	v.mu.Unlock()
+	for _, x := range nodes {
+		x.openMu.Lock()
+		if x.half != nil {
+			n += x.half.waiting
+		}
+		x.openMu.Unlock()
+	}
+	return n
+}
 
 // CipherName returns the ciphertext name of an entry of dir.
 func (v *Volume) CipherName(dir *Node, name string) string {

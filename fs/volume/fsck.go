@@ -294,10 +294,13 @@ func (c *checker) dirID(fd int, cpath, ppath string, entries []disk.Dirent) *blo
 	if f.Detail != "" {
 		c.found(f)
 	}
-	if !ok {
-		return nil
+	switch {
+	case ok:
+		return &id
+	case len(x.IDs) == 1: // the other place is malformed; the names tell whether this one is right
+		return &x.IDs[0]
 	}
-	return &id
+	return nil
 }
 
 // entryName returns the plaintext path of an entry; show is false for entries that are

@@ -116,7 +116,7 @@ func (v *Volume) mendDirID(cpath string) (string, error) {
 				}
 			}
 		}
-		if err := layout.MakeDirID(&v.disk, fd, id); err != nil {
+		if err := layout.MendDirID(&v.disk, fd, id); err != nil {
 			return "", err
 		}
 		return "its ID was found again", v.disk.Fsync(fd)

@@ -63,14 +63,14 @@ func (n *Node) withFile(ctx context.Context, waits func(), use func(*file) error
 				n.dropHalf()
 			}
 			return n.loadFailed(err)
-		case n.file.Load() != nil || n.half != h: // another call was faster, or emptied it
-			continue
+		case resumed && (n.file.Load() != nil || n.half != h || n.isPending()):
+			continue // another call was faster, or emptied it, or gave the node up
 		case resumed && !h.holds():
 			n.dropHalf()
 			continue
 		}
 		if err := n.finish(h, keys); err != nil {
-			return n.loadFailed(err)
+			return err
 		}
 	}
 }
@@ -78,10 +78,7 @@ func (n *Node) withFile(ctx context.Context, waits func(), use func(*file) error
 // openedHalf returns the file that waits for its key, resumed, or opens the node's. openMu is
 // held.
 func (n *Node) openedHalf() (h *half, resumed bool, err error) {
-	n.v.mu.Lock()
-	pending := n.pending
-	n.v.mu.Unlock()
-	if pending {
+	if n.isPending() {
 		// The attributes that the kernel knows are wrong, and the node that a lookup makes now
 		// may have changed the file already: this one must not touch it.
 		n.dropHalf()
@@ -92,6 +89,13 @@ func (n *Node) openedHalf() (h *half, resumed bool, err error) {
 	}
 	n.half, err = n.openHalf()
 	return n.half, false, err
+}
+
+// isPending reports whether a lookup gave the node up, since it could not be repaired yet.
+func (n *Node) isPending() bool {
+	n.v.mu.Lock()
+	defer n.v.mu.Unlock()
+	return n.pending
 }
 
 // keysNow returns the keys of the file if its data key is in memory, or can be unwrapped without
@@ -115,13 +119,15 @@ func (n *Node) await(ctx context.Context, h *half) (*blockcrypt.FileKeys, error)
 	hdr := h.f.Header
 	h.waiting++
 	n.openMu.Unlock()
+	defer func() {
+		n.openMu.Lock()
+		h.waiting--
+	}()
 	key, err := n.v.ring.Unwrap(ctx, hdr.File, wrapped(hdr.Recipients))
-	n.openMu.Lock()
-	h.waiting--
 	if err != nil {
 		return nil, err
 	}
-	defer clear(key)
+	defer clear(key) // before it waits for openMu
 	return hdr.Unlock(key)
 }
 
@@ -132,7 +138,7 @@ func (n *Node) finish(h *half, keys *blockcrypt.FileKeys) error {
 		f.Keys = keys
 		if err := f.takeState(h.st.Size); err != nil {
 			n.dropHalf()
-			return err
+			return n.loadFailed(err)
 		}
 	}
 	n.half = nil

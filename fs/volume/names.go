@@ -33,8 +33,7 @@ func (n *Node) dirIdent(create bool) (id blockcrypt.ID, ok bool, err error) {
 		return id, false, unix.EIO
 	}
 	if !ok && create {
-		id = blockcrypt.NewID()
-		if err = layout.MakeDirID(&n.v.disk, fd, id); err != nil {
+		if id, err = layout.NewDirID(&n.v.disk, fd); err != nil {
 			return id, false, err
 		}
 		ok = true
@@ -63,7 +62,7 @@ func (v *Volume) readDirID(fd int) (id blockcrypt.ID, ok bool, err error) {
 	}
 	id, ok, lost, err := x.Resolve()
 	if lost && !v.o.ReadOnly {
-		if err := layout.MakeDirID(&v.disk, fd, id); err != nil {
+		if err := layout.MendDirID(&v.disk, fd, id); err != nil {
 			v.log.Warn("one of the two places of a directory's ID is lost and cannot be made again", "error", err)
 		}
 	}

@@ -287,6 +287,60 @@ func TestDamagedKeyOfUnfinishedFile(t *testing.T) {
 	}
 }
 
+// A lookup that cannot wait for the key of an unfinished file gives its node up: whoever waits for
+// the same key does not repair the file by that node, since the next lookup makes another one.
+func TestAbandonedNodeRepairsNothing(t *testing.T) {
+	var changes atomic.Int32
+	hook := func(c volume.Call) error {
+		if c.Op == "pwrite" || c.Op == "ftruncate" {
+			changes.Add(1)
+		}
+		return nil
+	}
+	w := newWorld(t, volume.Options{})
+	w.quiet = true
+	text := noise(8000)
+	w.write("f", text[:3000])
+	h := w.opened("f")
+	w.do("fsync", h.Fsync())
+	if _, err := h.Write(ctx, text[3000:], 3000); err != nil {
+		t.Fatal(err)
+	}
+	w.crash()
+	come := make(chan struct{})
+	w.store = late{hidden{w.store}, come}
+	w.open(volume.Options{Hook: hook, NoPrefetch: true}) // the walk waits for the key
+	wait := func(n int) {
+		for end := time.Now().Add(20 * time.Second); w.v.WaitingForKeys() != n; time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("%d calls wait for a key, want %d", w.v.WaitingForKeys(), n)
+			}
+		}
+	}
+	wait(1)
+	canceled, cancel := context.WithCancel(ctx)
+	gone := make(chan bool)
+	go func() {
+		_, _, final, err := w.v.Lookup(canceled, w.v.Root(), "f")
+		gone <- err == nil && !final
+	}()
+	wait(2)
+	cancel()
+	if !<-gone {
+		t.Error("a lookup that was given up says that its attributes are final")
+	}
+	changes.Store(0)
+	close(come)
+	w.do("wait for the walk", w.v.Wait(ctx))
+	if n := changes.Load(); n != 0 {
+		t.Errorf("the file was changed by %d calls through the node that was given up", n)
+	}
+	w.want("f", text)
+	if changes.Load() == 0 {
+		t.Error("the next lookup has not repaired it: nothing was tested")
+	}
+}
+
 // The header that was read before the key came is read again if the file has changed.
 func TestChangedBeforeTheKeyCame(t *testing.T) {
 	w := newWorld(t, volume.Options{})

@@ -31,7 +31,7 @@ type DirID struct {
 }
 
 // Resolve returns the ID. ok is false for a directory that has none yet, since it has no
-// entries. lost is true if one of its two places is lost: see [MakeDirID].
+// entries. lost is true if one of its two places is lost: see [MendDirID].
 func (x *DirID) Resolve() (id blockcrypt.ID, ok, lost bool, err error) {
 	switch {
 	case len(x.Places) == 0 && x.others:
@@ -92,15 +92,28 @@ func DirIDOf(d *disk.Disk, fd int, entries []disk.Dirent) (x DirID) {
 	return x
 }
 
-// MakeDirID makes those of the two places of a directory's ID that do not exist. The entries get
-// the owner of the directory if the caller is root: the owner can then go on without the daemon's
-// user.
-func MakeDirID(d *disk.Disk, fd int, id blockcrypt.ID) error {
-	name := DirLink + "." + id.String()
-	err := disk.Ignore(d.Symlink(id.String(), fd, DirLink), unix.EEXIST)
-	if err == nil {
-		err = disk.Ignore(d.Mknod(fd, name, unix.S_IFREG|0o444, 0), unix.EEXIST)
+// NewDirID gives an ID to a directory that has none.
+func NewDirID(d *disk.Disk, fd int) (id blockcrypt.ID, err error) {
+	id = blockcrypt.NewID()
+	if err := d.Symlink(id.String(), fd, DirLink); err != nil {
+		return id, err // EEXIST: it has one by now
 	}
+	return id, nameDirID(d, fd, id)
+}
+
+// MendDirID makes the place of a directory's ID that is lost.
+func MendDirID(d *disk.Disk, fd int, id blockcrypt.ID) error {
+	if err := disk.Ignore(d.Symlink(id.String(), fd, DirLink), unix.EEXIST); err != nil {
+		return err
+	}
+	return nameDirID(d, fd, id)
+}
+
+// nameDirID makes the second place of an ID, unless it exists. If the daemon is root's, both get
+// the owner of the directory, who may run the next mount.
+func nameDirID(d *disk.Disk, fd int, id blockcrypt.ID) error {
+	name := DirLink + "." + id.String()
+	err := disk.Ignore(d.Mknod(fd, name, unix.S_IFREG|0o444, 0), unix.EEXIST)
 	if err != nil || unix.Geteuid() != 0 {
 		return err
 	}

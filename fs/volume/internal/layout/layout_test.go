@@ -84,7 +84,7 @@ func TestDirID(t *testing.T) {
 				if !lost {
 					continue
 				}
-				if err := MakeDirID(d, fd, id); err != nil {
+				if err := MendDirID(d, fd, id); err != nil {
 					t.Error(err)
 				}
 				whole, err := ReadDirID(d, fd)
