@@ -6,17 +6,23 @@ import "time"
 // that its key may be used, and whether it can be used now. It makes no calls and knows no clock;
 // all times are those of the ring's clock.
 //
-// Any successful call proves the key for all files under it. Without traffic a probe, which
-// unwraps a key that was unwrapped before, proves it twice in the time for which a proof is good.
+// A data key that was unwrapped or generated proves that the KMS key may be used, for all files
+// under it. Without traffic a probe proves it, twice in the time for which a proof is good: it
+// unwraps a key of this volume's.
 //
 //	state     left by                      to
 //	good      "revoked"                    bad
 //	good      "denied" of an unwrapping    good, suspect: a probe is due at once
-//	good      an outage, no credentials    down, unless the call was unlucky
+//	good      an outage, no credentials    down, but for an unlucky call that is no probe
+//	good      another error of a probe     down: its key must be one that can be unwrapped
 //	any       "denied" of a probe          bad
 //	bad       an unwrapping that succeeds  good
 //	down      any success but of wrapping  good
-//	bad, down a call that fails            the same or the other, and a later next probe
+//	down      "revoked"                    bad
+//	bad       an outage, no credentials    bad
+//
+// Each failure that makes a store bad or down plans the next probe, after a time that doubles from
+// probe to probe.
 //
 // A call is unlucky if it failed while the service answered others, or if the service only asked
 // for fewer calls: that says nothing of the service.
@@ -72,7 +78,7 @@ func (h *health) lost(now, grace time.Duration) *Error {
 }
 
 // stale reports whether the last proof is too old, as after a long sleep: cached keys are not
-// used until the next proof.
+// used until the next proof. A store that is down is never stale: lost decides about its keys.
 func (h *health) stale(now, maxAge time.Duration) bool {
 	return h.down == nil && now-h.proven > maxAge
 }
@@ -100,7 +106,7 @@ func (h *health) note(now time.Duration, o outcome, random func(time.Duration) t
 		return unchanged
 	case e.Kind == Outage || e.Kind == Credentials:
 		h.down = e
-	case o.probe && e.Kind != Canceled: // this key has been unwrapped before, so the service does not answer sensibly
+	case o.probe && e.Kind != Canceled: // it is a key of this volume: the service does not answer sensibly
 		h.down = &Error{Kind: Outage, URI: e.URI, Op: e.Op, RequestID: e.RequestID, Err: e.Err}
 	default:
 		return unchanged
@@ -112,7 +118,8 @@ func (h *health) note(now time.Duration, o outcome, random func(time.Duration) t
 	return failed
 }
 
-// succeeded is note of a success. Wrapping proves nothing: it needs another right than unwrapping.
+// succeeded is note of a success. Wrapping proves nothing, since it needs another right than
+// unwrapping; so does generating, but a key that was generated can be used.
 func (h *health) succeeded(now time.Duration, o outcome) (c change) {
 	if o.op == "wrap" {
 		return unchanged

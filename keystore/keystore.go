@@ -6,8 +6,8 @@
 // unwrapped ones. No key is used because somebody's bytes name it: a Ring
 // unwraps only through the stores that it was given.
 //
-// Everything that goes wrong is an [*Error] with a [Kind]. The package reports
-// to no log; see [Ring.Report].
+// A store's failures are of type [*Error], with a [Kind]. The package writes no log; see
+// [RingOptions].Report.
 package keystore
 
 import (
@@ -50,8 +50,9 @@ type Binding struct {
 	ID     [16]byte
 }
 
-// Wrapped is a data key as one recipient can unwrap it. Branch is what its
-// scheme needs besides the blob, often nothing.
+// Wrapped is a data key as one recipient can unwrap it. Branch is further data that some schemes
+// need: the parameters of a passphrase, or a wrapped key (of a branch) under which the blob is
+// wrapped, so that one call to a service opens many files.
 type Wrapped struct {
 	URI    string
 	Branch []byte
@@ -108,7 +109,7 @@ func (k Kind) String() string {
 	return [...]string{"none", "revoked", "denied", "credentials", "outage", "untrusted", "damaged", "canceled", "invalid"}[k]
 }
 
-// An Error is the verdict of a store.
+// An Error says why a key could not be made, wrapped or unwrapped.
 type Error struct {
 	Kind      Kind
 	URI       string // the recipient
@@ -121,7 +122,7 @@ type Error struct {
 
 func (e *Error) Error() string {
 	s := fmt.Sprintf("%s: %s: %v", e.URI, e.Op, e.Err)
-	if strings.HasSuffix(e.URI, ":") { // no recipient yet, only what kind it was to be
+	if e.URI == "" || strings.HasSuffix(e.URI, ":") { // no recipient, or only the kind that it was to be
 		s = e.Err.Error()
 	}
 	if e.RequestID != "" {

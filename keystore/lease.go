@@ -26,7 +26,7 @@ type standing struct {
 	mayNot *Error        // why new keys are not wrapped by it
 	again  time.Duration // when that is tried again
 
-	calls  context.Context // of those that are made; ends when they are for nothing
+	calls  context.Context // of calls; ends when their answers cannot be used any more
 	giveUp context.CancelCauseFunc
 }
 
@@ -101,8 +101,9 @@ func (r *Ring) noted() {
 	r.proof = make(chan struct{})
 }
 
-// Prove returns nil when a proof that keys may be used is not too old, else why
-// they may not. After a long sleep it waits for one.
+// Prove returns nil if keys may be used: the last proof is not too old, or the service is away and
+// the grace has not ended. Else it returns why they may not. After a long sleep it waits for a
+// proof.
 func (r *Ring) Prove(ctx context.Context) error {
 	if !r.waits {
 		return nil
@@ -232,7 +233,7 @@ func (r *Ring) tellChange() {
 	defer r.tellMu.Unlock()
 	r.mu.Lock()
 	v := r.verdict()
-	// A lock is another verdict than the lack of credentials, though of the same kind.
+	// Suspend's error is told apart from a lack of credentials, though it is of the same kind.
 	changed := (v == nil) != (r.told == nil) || v != nil && (v.Kind != r.told.Kind || (v == r.suspended) != r.toldSuspended)
 	r.told, r.toldSuspended = v, v != nil && v == r.suspended
 	reached := r.newlyReached()
@@ -361,8 +362,7 @@ func (r *Ring) refuses(s *standing) error {
 	return nil
 }
 
-// watched is a store whose calls are noted, and not waited for when they are for
-// nothing.
+// watched is a store whose calls are noted, and not waited for once their answers cannot be used.
 type watched struct {
 	r *Ring
 	s *standing
@@ -378,8 +378,9 @@ type answer struct {
 	err   error
 }
 
-// call makes a call. An abandoned call is left to end by itself, and the key that it
-// brings is wiped: cancelling it could leave a key in the memory of the SDK.
+// call makes a call. A call whose answer cannot be used any more is left to end by itself, until
+// the caller's context or the ring ends, and the key that it brings is wiped: to cancel it at once
+// could leave a key in the memory of the SDK.
 func (w watched) call(ctx context.Context, op string, f func(context.Context) answer) answer {
 	r := w.r
 	r.mu.Lock()

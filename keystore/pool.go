@@ -50,26 +50,26 @@ const (
 type pool struct {
 	keys    []*DataKey
 	used    bool // a program has asked for a key
-	base    int  // how many the pool holds without use; 0: none are made ahead
+	base    int  // how many the pool holds when it has not been used for poolDecay; 0: none are made ahead
 	peak    int  // what the last burst took
 	burst   int
 	last    time.Duration // when the last was taken, by the ring's clock
 	count   int           // how many were taken in all
 	pace    int           // how many were taken while a call was made, at most, of late
 	making  int
-	filling bool          // from where a part of the target is gone until it is reached
-	failing bool          // what makes keys ahead failed; it stops until a NewKey succeeds
-	pause   time.Duration // until when none is made ahead, after an unlucky call
+	filling bool          // it fell to a part of the target, and has not reached the target again
+	failing bool          // making a key ahead failed; none is, until a key is made or the store is restored
+	pause   time.Duration // until then none is made ahead, after a failure
 	waiting []waiter
 }
 
-// waiter is who waits for a new key.
+// waiter is a caller that waits for a new key.
 type waiter struct {
 	c     chan made
 	since time.Duration
 }
 
-// made is what a call for a new key came to.
+// made is the result of a call for a new key.
 type made struct {
 	key *DataKey
 	err error
@@ -101,17 +101,16 @@ func (p *pool) taken(now time.Duration) {
 	p.last = now
 }
 
-// returned takes back one creation that came to nothing.
+// returned takes back the use of a key that was not used.
 func (p *pool) returned() {
 	p.burst = max(0, p.burst-1)
 	p.count--
 }
 
-// wants reports whether another key is to be made ahead. During a burst it is so
-// for twice the keys that go while one is made: creations then do not wait, and
-// the calls that fill the pool take no time from them. A few creations begin
-// nothing: most programs that make one file take its key and give it back, as git
-// does with its lock.
+// wants reports whether another key is to be made ahead. During a burst the pool holds twice as
+// many as are taken while one is made: so creations do not wait, and the calls that fill the pool
+// take no time from them. A few creations after the first do not refill it: a file that stays
+// empty, as git's lock does, gives its key back.
 func (p *pool) wants(now time.Duration) bool {
 	most := p.target(now)
 	if p.burst > 0 && now-p.last < burstQuiet {
@@ -232,7 +231,7 @@ func (r *Ring) refill() {
 
 // arrived hands a new key, or the error, to the caller that has waited longest; the
 // error that it returns is to be reported. A denial of a call that began before the
-// caller waited does not count: the right may have been given since. mu is held.
+// caller waited is not handed to it: the right may have been given since. mu is held.
 func (r *Ring) arrived(k *DataKey, err error, begun time.Duration) (told error) {
 	p := &r.pool
 	if err == nil {
@@ -255,7 +254,7 @@ func (r *Ring) arrived(k *DataKey, err error, begun time.Duration) (told error) 
 		if !p.failing && r.ctx.Err() == nil && r.suspended == nil {
 			told = err
 		}
-		unlucky := KindOf(err) == Outage && r.creates() == nil // others were not
+		unlucky := KindOf(err) == Outage && r.creates() == nil // keys can be made, as far as is known
 		p.failing = r.suspended == nil && (p.failing || !unlucky)
 		p.pause = r.o.Now() + firstRetry
 	default:
@@ -302,10 +301,9 @@ func (r *Ring) free(k *DataKey) {
 	k.Key, k.ring = nil, nil
 }
 
-// wrapForAll makes a data key for every store that can be had now. One that
-// cannot is left out, as long as there is another: a key's file can be read by
-// those that it names, and fsck tells which lack. That a store may not wrap new
-// keys is remembered for a while.
+// wrapForAll makes one data key and wraps it for every store that answers now. A store that does
+// not is left out, as long as there is another: the file is then readable by the others only, and
+// fsck lists it. That a store may not wrap new keys is remembered for a minute.
 func (r *Ring) wrapForAll(ctx context.Context, b Binding) (k *DataKey, missing []error, err error) {
 	var usable []Store
 	var which []*standing
@@ -322,7 +320,7 @@ func (r *Ring) wrapForAll(ctx context.Context, b Binding) (k *DataKey, missing [
 	}
 	if len(usable) == 0 {
 		if len(missing) == 0 {
-			return nil, nil, &Error{Kind: Invalid, Op: "generate", Err: errors.New("no recipient")}
+			return nil, nil, &Error{Kind: Invalid, Op: "generate", Err: errors.New("a data key has no recipient to be wrapped for")}
 		}
 		return nil, nil, missing[0]
 	}
@@ -349,7 +347,7 @@ func (r *Ring) forbidden(s *standing) error {
 	return nil
 }
 
-// forbid remembers a refusal that no second attempt will change.
+// forbid remembers a refusal for a minute: at once it would be the same.
 func (r *Ring) forbid(s *standing, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -371,11 +369,11 @@ func New(ctx context.Context, stores []Store, b Binding) (*DataKey, error) {
 	return k, err
 }
 
-// newKey is New, but that a store may fail where another does not: errs are by
-// store, err says that there is no key.
+// newKey is New, which goes on if a store fails. errs are the failures by store; err says that
+// there is no key at all.
 func newKey(ctx context.Context, stores []Store, b Binding) (k *DataKey, errs []error, err error) {
 	if len(stores) == 0 {
-		return nil, nil, &Error{Kind: Invalid, Op: "generate", Err: errors.New("no recipient")}
+		return nil, nil, &Error{Kind: Invalid, Op: "generate", Err: errors.New("a data key has no recipient to be wrapped for")}
 	}
 	k = &DataKey{ID: b.ID}
 	wrapped, errs := make([]Wrapped, len(stores)), make([]error, len(stores))

@@ -30,7 +30,7 @@ type Ring struct {
 	// tellMu is held while Changed runs. It comes before mu.
 	tellMu sync.Mutex
 
-	// mu guards the fields below. No call to a store is made under it.
+	// mu guards the fields below. No key service is called under it.
 	mu            sync.Mutex
 	slab          *slab
 	cache         *cache
@@ -40,13 +40,13 @@ type Ring struct {
 	told          *Error        // to Changed
 	toldSuspended bool          // told is that of Suspend
 	flying        int           // calls to services that have not ended
-	proof         chan struct{} // closed, and another one, whenever a call has ended
+	proof         chan struct{} // closed, and replaced, whenever the state of a store may have changed
 	counts        Counts
 }
 
 // RingOptions of [NewRing]; the zero value makes no keys ahead.
 type RingOptions struct {
-	Pool    int                         // data keys made ahead once a program has made a file; grows with use up to MaxPool
+	Pool    int                         // data keys that are held ready in the long run, once a program has made a file; 0: none are made ahead
 	MaxAge  time.Duration               // how long a proof that a key may be used is good for; 5 min if zero
 	Grace   time.Duration               // how long cached keys are used while a service cannot be reached; 1 h if zero, not at all if negative
 	EachKey bool                        // a key is used for MaxAge only, whatever was proven of others
@@ -184,7 +184,7 @@ func untrusted(ws []Wrapped) error {
 	if len(ws) > 0 {
 		uri = ws[0].URI
 	}
-	return &Error{Kind: Untrusted, URI: uri, Op: "unwrap", Err: errors.New("nobody named this key for the volume")}
+	return &Error{Kind: Untrusted, URI: uri, Op: "unwrap", Err: errors.New("it is under keys that no user named")}
 }
 
 // Unwrap returns the data key of a file through the first of its recipients
@@ -403,7 +403,7 @@ func (r *Ring) unwrap(ctx context.Context, s *standing, b Binding, w Wrapped) ([
 			if c.err != nil && KindOf(c.err) != Canceled && (joined || KindOf(c.err) != Outage) {
 				return nil, c.err
 			}
-			// A call that began long before may have been out of luck: once it is made again,
+			// A call that began long before may have been unlucky: it is made again one time,
 			// unless the store is down by now.
 			joined = joined || c.err != nil
 			if r.ctx.Err() != nil {
@@ -439,7 +439,7 @@ func (r *Ring) Waits() bool { return r.waits }
 type Counts struct {
 	Hits, Misses             uint64 // unwrappings that the cache answered, and others
 	Prefetched, PrefetchUsed uint64
-	Made, Wasted             uint64 // new keys, and those of them that were for nothing
+	Made, Wasted             uint64 // new keys, and those that were wiped without being used
 	Cached, Pool, PoolTarget int
 }
 

@@ -52,5 +52,5 @@ func UnwrapFirst(ctx context.Context, stores []Store, b Binding, ws []Wrapped) (
 	if len(ws) > 0 {
 		uri = ws[0].URI
 	}
-	return nil, &Error{Kind: Untrusted, URI: uri, Op: "unwrap", Err: errors.New("none of its keys is at hand")}
+	return nil, &Error{Kind: Untrusted, URI: uri, Op: "unwrap", Err: errors.New("no key at hand is one that opens this")}
 }

@@ -15,7 +15,7 @@ var errUnwrap = errors.New("the wrapped key was damaged, or is not of this key")
 
 // WrapLocal wraps key under the 32-byte key kek, a local or a branch key: AES-256-GCM
 // under HKDF(kek, salt = volume ID ‖ ID, info "kmsfs v1 wrap" ‖ use), so that
-// every wrapping has a key of its own. branch is zero for a local key.
+// each binding has a wrapping key of its own. branch is zero for a local key.
 func WrapLocal(kek []byte, b Binding, branch [16]byte, key []byte) ([]byte, error) {
 	a, err := wrapCipher(kek, b)
 	if err != nil {

@@ -11,12 +11,12 @@
 //
 //  1. Data that fsync or [Volume.Close] has confirmed is there after a power cut;
 //     data of a closed file is there after a SIGKILL.
-//  2. No interruption makes unreadable what was confirmed: it reads as its old
+//  2. No interruption makes confirmed data unreadable: each page of 4 KiB reads as its old
 //     or its new content, never as a mix, never as other bytes.
-//  3. Bytes that were not authenticated are never returned, and no error is
-//     swallowed: it reaches the caller and the log.
-//  4. A full disk, a failing disk, a refusal by the key service: the file keeps
-//     what it had.
+//  3. Bytes that were not authenticated are never returned, but for the zeros of holes. An error
+//     that concerns a program's data reaches the program and the log.
+//  4. On a full disk, a failing disk or a refusal by the key service, a file keeps its confirmed
+//     content.
 //
 // Package disk below makes all syscalls on the ciphertext tree, relative to descriptors of
 // directories, and never follows a symlink.
@@ -30,12 +30,14 @@
 // that it has to do with. Locks that are held across a syscall, and the requests that wait:
 //
 //   - Node.entries of a directory, for reading while an entry is looked up or made, for
-//     writing while one is removed or renamed: requests of the other kind in that directory.
+//     writing while one is removed or renamed: a removal or a rename waits for all others in that
+//     directory, and all others wait for it.
 //   - Volume.crossing while an entry goes from one directory to another: other such
 //     renames, as in Linux.
 //   - Node.openMu while a file is opened, repaired or closed: the same for that file.
 //   - file.mu while a file is read (shared), written, cut or settled: requests for its
-//     content. Not during an fsync, and requests for its attributes do not wait at all.
+//     content. A program's fsync does not hold it, but a sync that a write must wait for does
+//     (FORMAT.md, section 4). Requests for the file's attributes do not wait at all.
 //   - sessions.markerMu while the marker is replaced, and while a new session begins: the next
 //     change of the marker, which no request waits for.
 //   - Node.dirMu while the ID of a directory is read: requests for a name in it.

@@ -14,28 +14,28 @@ func (c *Content) LookThrough(length int64) error {
 
 // Findings are the blocks of an unfinished file that open.
 type Findings struct {
-	Size  int64   // bytes of plaintext that open
+	Size  int64   // of the plaintext: up to the last block that opens, or the floor
 	Pages int64   // blocks that stay
 	Short []int64 // blocks in the middle that are sealed short
 	Last  bool    // the last block is to be sealed up to size
 }
 
-// stopEvery is after how many blocks assess asks whether it is to stop.
+// Assess asks at the multiples of stopEvery blocks, as far as it meets them, whether to stop.
 const stopEvery = 256
 
-// lastHole returns the last block of the hole in the backing file that block k begins, at
-// most the one before n.
+// lastHole returns the last block of the run of pages without data in the ciphertext file that
+// begins with block k; at most block n-1.
 func (c *Content) lastHole(k, n int64) (int64, error) {
 	next, err := c.dataFrom(k + 1)
 	return max(k, min(next, n)-1), err
 }
 
 // Assess reads a file of this length, which is dirty or beyond its floor, and
-// finds where it ends. Damage below the floor is an error. Every stopEvery
-// blocks it asks stop, if that is not nil, and returns its error.
+// finds where it ends. Damage below the floor is an error. Now and then it asks
+// stop, if that is not nil, and ends with its error.
 func (c *Content) Assess(length int64, stop func() error) (r Findings, err error) {
 	g, s := c.Geo, c.Header.State
-	must := int64(0) // so many blocks must open
+	must := int64(0) // blocks below the floor, which must open
 	if s.Floor > 0 {
 		must = g.Block(s.Floor-1) + 1
 	}
@@ -43,7 +43,7 @@ func (c *Content) Assess(length int64, stop func() error) (r Findings, err error
 	if s.Flags&blockcrypt.Cut != 0 {
 		n = min(n, must)
 	}
-	var tail, heldPages int64 // bytes in the last block that is none of the holes, and blocks up to it
+	var tail, heldPages int64 // of the last block that is no hole: its bytes of plaintext, and its number plus one
 	endsInHole := false
 	var page [blockcrypt.PageSize]byte
 	var text [blockcrypt.BlockSize]byte
@@ -60,7 +60,8 @@ func (c *Content) Assess(length int64, stop func() error) (r Findings, err error
 		}
 		p := PageOf(page[:m], 0, g.Lead(k))
 		if k > 0 && s.Flags&blockcrypt.Sparse != 0 && m == blockcrypt.PageSize && blockcrypt.IsHole(p) {
-			// What the backing file has no data for is a hole, too: a walk costs by data.
+			// Pages for which the ciphertext file has no data are holes, too: they are skipped,
+			// so that a sparse file costs as much as its data.
 			endsInHole = true
 			if k, err = c.lastHole(k, n); err != nil {
 				return r, err

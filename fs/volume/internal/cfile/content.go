@@ -33,7 +33,7 @@ type Content struct {
 	AheadUntil time.Time
 }
 
-// Unfinished reports whether the file was being written when its state was.
+// Unfinished reports whether the state says that the file is being written.
 func (c *Content) Unfinished() bool { return c.Flags()&(blockcrypt.Dirty|blockcrypt.Cut) != 0 }
 
 // Accept takes the size of a clean state if it goes with the length of the ciphertext file.

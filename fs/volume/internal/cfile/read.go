@@ -113,8 +113,8 @@ func (c *Content) OpenBlock(dst []byte, k int64, page []byte, size int) error {
 		return nil
 	}
 	if n := blockcrypt.BlockLen(page); n != size && c.Partial {
-		// A file that is being written can end within a block, and have short
-		// ones in the middle, which are zeros behind.
+		// A file that is being written can end within a block, and have short ones in the middle:
+		// the rest of such a block reads as zeros.
 		out, err := c.Keys.Open(nil, k, page, c.Geo.Capacity(k))
 		clear(dst[copy(dst[:size], out):size])
 		return err

@@ -15,7 +15,7 @@ import (
 
 // An UnfitError says which property a backing filesystem lacks.
 type UnfitError struct {
-	Lacks string // "no symlinks", for example
+	Lacks string // "has no symlinks", for example
 	Err   error  // of the call that showed it; nil if the call gave a wrong result
 }
 
@@ -29,8 +29,8 @@ func (e *UnfitError) Error() string {
 
 func (e *UnfitError) Unwrap() error { return e.Err }
 
-// CheckBacking tests in the empty directory dir whether its filesystem has the properties
-// that a volume needs; an [UnfitError] names the first one that it lacks. The notes are
+// CheckBacking tests in the empty directory dir whether its filesystem has the properties that a
+// volume needs; the error, mostly an [UnfitError], names the first one that it lacks. The notes are
 // about properties that programs may miss. It leaves the directory empty.
 func CheckBacking(dir string, plainNames bool) (notes []string, err error) {
 	d := &disk.Disk{}
@@ -113,7 +113,7 @@ func checkFile(d *disk.Disk, fd int) error {
 	return nil
 }
 
-// checkNames tests whether encoded names, of up to 255 bytes in both cases, are kept.
+// checkNames tests whether encoded names are kept: up to 255 bytes, in upper and lower case.
 func checkNames(d *disk.Disk, root int, long string) error {
 	if err := d.Mknod(root, long, unix.S_IFREG|0o400, 0); err != nil {
 		return &UnfitError{"has no names of 255 bytes (init --plain-names does without)", err}
@@ -138,7 +138,7 @@ func backingNotes(d *disk.Disk, fd int) (notes []string) {
 }
 
 // TimeGranularity returns how exactly the filesystem keeps the times of files, in nanoseconds:
-// a power of ten from 1 to 10^9. It sets the times of the file.
+// a power of ten from 1 to 10^9. It sets the file's mtime to now.
 func TimeGranularity(d *disk.Disk, fd int) uint32 {
 	probe := unix.Timespec{Sec: 1e9, Nsec: 123456789}
 	var was, st unix.Stat_t

@@ -81,7 +81,7 @@ func DirIDOf(d *disk.Disk, fd int, entries []disk.Dirent) (x DirID) {
 		s, named := strings.CutPrefix(e.Name, DirLink+".")
 		switch {
 		case e.Name == DirLink:
-			t, _ := d.Readlink(fd, DirLink) // an error is one of its content
+			t, _ := d.Readlink(fd, DirLink) // if it fails the place is malformed
 			add(e.Name, t)
 		case named:
 			add(e.Name, s)

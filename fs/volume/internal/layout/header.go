@@ -7,8 +7,8 @@ import (
 	"kmsfs/fs/volume/internal/disk"
 )
 
-// ErrUnwritten says that the first page of a file is zeros: the power failed before it was
-// written, and nothing in the file was confirmed.
+// ErrUnwritten says that a file begins with zeros, as far as its first page was read: the power
+// failed before that page was written, and nothing in the file was confirmed.
 var ErrUnwritten = errors.New("the file was never written before the power failed")
 
 // unwritten is the damage of such a file, which a mount after the power failure repairs.

@@ -24,8 +24,8 @@ const (
 	// lockByte lies beyond the end of any file: SMB's locks are mandatory, and must not
 	// meet what is read and written.
 	lockByte = 1 << 62
-	// lockSize is the length of kmsfs.lock. It stays the same, so that a full disk keeps
-	// nobody from mounting.
+	// lockSize is the length that the first mount gives kmsfs.lock. It stays the same, so that
+	// later ones need no space.
 	lockSize = 512
 )
 
@@ -163,8 +163,8 @@ func makeLock(d *disk.Disk, root int) error {
 	return d.Chmod(fd, 0o644|st.Mode&0o022)
 }
 
-// signLock writes into kmsfs.lock who holds it. Nothing depends on it but the message that
-// another mount gets, so a failure is none.
+// signLock writes into kmsfs.lock which process holds it. A failure is ignored: another mount then
+// cannot name the holder, or names the one before.
 func signLock(d *disk.Disk, fd int) {
 	host, _ := os.Hostname()
 	b, err := json.Marshal(LockedError{Host: host, PID: os.Getpid(), Since: time.Now().Truncate(time.Second), Boot: bootID()})
@@ -177,7 +177,7 @@ func signLock(d *disk.Disk, fd int) {
 	}
 }
 
-// lockHolder returns the error that names the writer of the volume.
+// lockHolder returns the error that names the writer of the volume, by the last signature.
 func lockHolder(d *disk.Disk, root int) error {
 	e := &LockedError{}
 	fd, err := d.Open(root, LockName, unix.O_RDONLY|disk.FileFlags, 0)
@@ -194,8 +194,8 @@ func lockHolder(d *disk.Disk, root int) error {
 	return e
 }
 
-// WriterOf returns a [LockedError] if a mount has the volume open for writing, nil if none
-// has.
+// WriterOf returns a [LockedError] if a mount has the volume open for writing, as far as this user
+// can see, else nil or another error.
 func WriterOf(d *disk.Disk, root int) error {
 	// By descriptors of its own: a lock belongs to an open file description.
 	fd, err := d.Open(root, ".", unix.O_RDONLY|unix.O_DIRECTORY, 0)

@@ -14,7 +14,7 @@ import (
 const MarkerName = "kmsfs.mounted"
 
 // ReadMarker returns the sessions that the marker names, none if there is no marker. Without vk
-// they are not authenticated. An error with a class of damage is one of the marker.
+// they are not authenticated. An error that has a class of damage says that the marker is damaged.
 func ReadMarker(d *disk.Disk, root int, vk *blockcrypt.VolumeKeys) ([]uint64, error) {
 	target, err := d.Readlink(root, MarkerName)
 	switch {

@@ -20,13 +20,13 @@ var ErrNotVolume = errors.New("not a kmsfs volume: it has no kmsfs.json")
 
 // LinksName is a symlink in the root. A copy of the volume that has kmsfs.lock and lacks
 // it was made by a tool that leaves symlinks out: the volume's symlinks and its long names
-// are missing too, and nothing else would say so.
+// are missing too, and of the symlinks nothing else would tell.
 const LinksName = "kmsfs.links"
 
 // LinksTarget is its target.
 const LinksTarget = "copies of this directory need its symlinks"
 
-// RootNames are the entries of the root that are kmsfs' own.
+// RootNames are the entries that only the root has.
 var RootNames = []string{blockcrypt.ConfigName, MarkerName, LockName, LinksName}
 
 // MakeRootEntries makes kmsfs.lock and kmsfs.links in a volume that has no kmsfs.lock: a new
@@ -38,13 +38,14 @@ func MakeRootEntries(d *disk.Disk, root int) error {
 	return disk.Ignore(d.Symlink(LinksTarget, root, LinksName), unix.EEXIST)
 }
 
-// LacksLinks reports whether the volume was copied without its symlinks.
+// LacksLinks reports whether the volume seems to have been copied without its symlinks.
 func LacksLinks(d *disk.Disk, root int) bool {
 	var st unix.Stat_t
 	return d.Stat(root, LockName, &st) == nil && errors.Is(d.Stat(root, LinksName, &st), unix.ENOENT)
 }
 
-// IsOwn reports whether an entry is kmsfs' own.
+// IsOwn reports whether a ciphertext name is reserved: that of an entry of kmsfs' own, or of an
+// entry with a long name.
 func IsOwn(name string) bool { return strings.HasPrefix(name, blockcrypt.Reserved) }
 
 // OpenRoot opens the root of a volume.
@@ -61,7 +62,7 @@ func OpenRoot(d *disk.Disk, dir string) (int, error) {
 	return fd, nil
 }
 
-// ReadConfig reads kmsfs.json; nothing in it is authenticated.
+// ReadConfig reads kmsfs.json, without authenticating it.
 func ReadConfig(d *disk.Disk, root int) (*blockcrypt.Config, error) {
 	fd, err := d.Open(root, blockcrypt.ConfigName, unix.O_RDONLY|disk.FileFlags, 0)
 	if errors.Is(err, unix.ENOENT) {
