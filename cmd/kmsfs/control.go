@@ -260,7 +260,7 @@ type recipient struct {
 
 func (c *control) stats() stats {
 	ms := func(q float64) float64 { return float64(c.meter.Quantile(q)) / float64(time.Millisecond) }
-	s := stats{Hours: time.Since(c.since).Hours(), Locked: c.v.Suspended() != nil, P50: ms(0.5), P90: ms(0.9), P99: ms(0.99), Keys: keyCounts(c.v.KeyCounts())}
+	s := stats{Hours: time.Since(c.since).Hours(), Locked: c.v.Suspended() != nil, P50: ms(0.5), P90: ms(0.9), P99: ms(0.99), Keys: keyCounts(c.v.KeyCounts()), Calls: []callCount{}, Recipients: []recipient{}}
 	for _, x := range c.meter.Calls() {
 		s.Calls = append(s.Calls, callCount(x))
 	}

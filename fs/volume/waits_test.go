@@ -287,7 +287,7 @@ func TestDamagedKeyOfUnfinishedFile(t *testing.T) {
 	}
 }
 
-// A lookup that cannot wait for the key of an unfinished file gives its node up: whoever waits for
+// A lookup that cannot wait for the key of an unfinished file gives its node up: a call that waits for
 // the same key does not repair the file by that node, since the next lookup makes another one.
 func TestAbandonedNodeRepairsNothing(t *testing.T) {
 	var changes atomic.Int32

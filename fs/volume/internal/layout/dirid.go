@@ -110,7 +110,7 @@ func MendDirID(d *disk.Disk, fd int, id blockcrypt.ID) error {
 }
 
 // nameDirID makes the second place of an ID, unless it exists. If the daemon is root's, both get
-// the owner of the directory, who may run the next mount.
+// the owner of the directory: the next mount can be that user's.
 func nameDirID(d *disk.Disk, fd int, id blockcrypt.ID) error {
 	name := DirLink + "." + id.String()
 	err := disk.Ignore(d.Mknod(fd, name, unix.S_IFREG|0o444, 0), unix.EEXIST)
