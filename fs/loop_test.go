@@ -351,3 +351,25 @@ func TestMisses(t *testing.T) {
 		t.Error("after five slow ones another is expected to be quick")
 	}
 }
+
+// A request that says that it waits for another one of the same file does not count as slow.
+func TestBehindDoesNotCount(t *testing.T) {
+	for _, behind := range []bool{false, true} {
+		d := newDevice(t)
+		d.w.waits = func(uint64) {}
+		if behind {
+			d.w.waits = d.l.behind
+		}
+		for range 20 {
+			d.read()
+			d.soon("the read is being answered", func() bool { return d.w.asked.Load() == d.unique })
+			time.Sleep(4 * longAfter)
+			d.w.held <- struct{}{}
+			d.answered()
+		}
+		d.soon("the last one has counted", func() bool { return d.l.requests.get(d.unique) == nil })
+		if long := d.l.paces[opRead].long(); long == behind {
+			t.Errorf("behind another: %v, but reads are taken for slow: %v", behind, long)
+		}
+	}
+}

@@ -1,6 +1,7 @@
 package volume
 
 import (
+	"container/list"
 	"errors"
 
 	"golang.org/x/sys/unix"
@@ -181,6 +182,74 @@ func (f *file) wake() error {
 		f.parked.Store(false)
 	}
 	return nil
+}
+
+// Descriptors of directories, the least recently used of which are closed.
+
+type dirLRU struct{ list list.List } // of *Node; most recently used first
+
+func (l *dirLRU) init() { l.list.Init() }
+
+// closeDirs closes them all.
+func (v *Volume) closeDirs() {
+	for e := v.dirLRU.list.Front(); e != nil; e = e.Next() {
+		v.disk.Close(e.Value.(*Node).dirFD)
+	}
+	v.dirLRU.list.Init()
+}
+
+// enter returns a descriptor of a directory, good until leave is called.
+func (n *Node) enter() (int, error) {
+	v := n.v
+	if n == v.root {
+		return v.rootD, nil
+	}
+	v.fdMu.Lock()
+	if n.dirFD >= 0 {
+		n.dirRefs++
+		v.dirLRU.list.MoveToFront(n.dirElem)
+		v.fdMu.Unlock()
+		return n.dirFD, nil
+	}
+	v.fdMu.Unlock()
+	fd, err := n.open(unix.O_PATH | unix.O_DIRECTORY)
+	if err != nil {
+		return -1, err
+	}
+	v.fdMu.Lock()
+	n.dirRefs++
+	unneeded := []int{fd}
+	if n.dirFD < 0 { // or another was faster
+		n.dirFD, n.dirElem = fd, v.dirLRU.list.PushFront(n)
+		unneeded = v.takeDirsDownTo(v.fdLimits.cached)
+	}
+	fd = n.dirFD
+	v.fdMu.Unlock()
+	for _, fd := range unneeded {
+		v.disk.Close(fd)
+	}
+	return fd, nil
+}
+
+func (n *Node) leave() {
+	if n == n.v.root {
+		return
+	}
+	n.v.fdMu.Lock()
+	n.dirRefs--
+	n.v.fdMu.Unlock()
+}
+
+// takeDirFD takes the descriptor of a directory away, -1 if it has none or it is in use.
+// fdMu is held.
+func (v *Volume) takeDirFD(n *Node) (fd int) {
+	if n.dirFD < 0 || n.dirElem == nil || n.dirRefs > 0 {
+		return -1
+	}
+	fd = n.dirFD
+	v.dirLRU.list.Remove(n.dirElem)
+	n.dirFD, n.dirElem = -1, nil
+	return fd
 }
 
 // closeIdleDirs closes the descriptors of directories that are not in use, and reports

@@ -32,6 +32,14 @@ func behind(ctx context.Context) {
 	}
 }
 
+// rlock takes mu for reading, and tells if it waits for another call.
+func (f *file) rlock(ctx context.Context) {
+	if !f.mu.TryRLock() {
+		behind(ctx)
+		f.mu.RLock()
+	}
+}
+
 // Read fills b from offset off; less is read only at the end of the file.
 func (h *Handle) Read(ctx context.Context, b []byte, off int64) (int, error) {
 	f := h.f
@@ -39,10 +47,7 @@ func (h *Handle) Read(ctx context.Context, b []byte, off int64) (int, error) {
 		if err := f.ready(ctx, false); err != nil {
 			return 0, err
 		}
-		if !f.mu.TryRLock() {
-			behind(ctx)
-			f.mu.RLock()
-		}
+		f.rlock(ctx)
 		if f.FD >= 0 && !f.keyless() && f.refuses(false) == nil {
 			break
 		}

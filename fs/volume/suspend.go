@@ -311,7 +311,7 @@ func (f *file) ready(ctx context.Context, delayedWrite bool) error {
 				return err
 			}
 		}
-		f.mu.RLock()
+		f.rlock(ctx)
 		hdr, has := f.Header, f.Keys != nil
 		f.mu.RUnlock()
 		if hdr == nil || has {

@@ -260,6 +260,38 @@ func (s refusing) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wra
 	return s.Store.Unwrap(ctx, b, w)
 }
 
+// A read or a write that waits for another write of the same file says so, and no other does.
+func TestToldBehind(t *testing.T) {
+	var s stalls
+	w := newWorld(t, volume.Options{Hook: s.hook})
+	w.write("f", noise(3000))
+	h := w.opened("f")
+	for what, do := range map[string]func(context.Context) error{
+		"read":  func(ctx context.Context) error { _, err := h.Read(ctx, make([]byte, 10), 0); return err },
+		"write": func(ctx context.Context) error { _, err := h.Write(ctx, []byte("x"), 0); return err },
+	} {
+		told := make(chan struct{}, 10)
+		asked := context.WithValue(ctx, volume.BehindKey{}, func() { told <- struct{}{} })
+		w.do(what, do(asked))
+		if len(told) > 0 {
+			t.Errorf("a %s alone is behind another", what)
+		}
+		s.stall(func(c volume.Call) bool { return c.Op == "pwrite" })
+		first, second := make(chan error, 1), make(chan error, 1)
+		go func() {
+			_, err := h.Write(ctx, noise(100), 0)
+			first <- err
+		}()
+		<-s.met
+		go func() { second <- do(asked) }()
+		within(t, "a "+what+" that should tell that it", func() { <-told })
+		close(s.held)
+		w.do("the first write", <-first)
+		w.do(what, <-second)
+	}
+	w.do("close", h.Release())
+}
+
 // A file that was being written when the daemon was killed, and whose wrapped key is damaged,
 // has a name and can be removed, though it cannot be repaired.
 func TestDamagedKeyOfUnfinishedFile(t *testing.T) {
