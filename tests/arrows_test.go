@@ -23,9 +23,10 @@ var arrows = map[string]string{
 
 	"kmsfs/fs/volume/internal/disk":   "",
 	"kmsfs/fs/volume/internal/layout": "kmsfs/blockcrypt kmsfs/fs/volume/internal/disk",
-	"kmsfs/fs/volume/internal/cfile":  "kmsfs/blockcrypt kmsfs/fs/volume/internal/disk",
+	"kmsfs/fs/volume/internal/ranges": "",
+	"kmsfs/fs/volume/internal/cfile":  "kmsfs/blockcrypt kmsfs/fs/volume/internal/disk kmsfs/fs/volume/internal/ranges",
 
-	"kmsfs/fs/volume":         "kmsfs/blockcrypt kmsfs/fs/volume/internal/cfile kmsfs/fs/volume/internal/disk kmsfs/fs/volume/internal/layout kmsfs/keystore",
+	"kmsfs/fs/volume":         "kmsfs/blockcrypt kmsfs/fs/volume/internal/cfile kmsfs/fs/volume/internal/disk kmsfs/fs/volume/internal/layout kmsfs/fs/volume/internal/ranges kmsfs/keystore",
 	"kmsfs/fs":                "kmsfs/fs/volume kmsfs/keystore",
 	"kmsfs/cmd/kmsfs":         "kmsfs/blockcrypt kmsfs/fs kmsfs/fs/volume kmsfs/keystore kmsfs/keystore/awskms kmsfs/keystore/local",
 	"kmsfs/tests":             "",

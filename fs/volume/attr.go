@@ -206,7 +206,7 @@ func (n *Node) setTimes(atime, mtime *unix.Timespec) error {
 			defer f.unlock()
 			err := set(f.FD)
 			if err == nil && mtime != nil {
-				f.setMtime(*mtime)
+				f.SetMtime(*mtime)
 			}
 			return err
 		}

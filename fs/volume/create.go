@@ -147,6 +147,7 @@ func (n *Node) adopt(fd int, st *Attr, key *keystore.DataKey, write bool) *Handl
 	f := n.file.Load()
 	if f == nil {
 		f = n.newFile(fd, true, st)
+		f.BelieveEmpty()
 		f.handles, f.next = 1, key
 		if write {
 			f.writers = 1

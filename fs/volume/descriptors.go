@@ -71,7 +71,7 @@ func (v *Volume) settleOpen() {
 	changes := make([]uint64, len(files))
 	for i, f := range files {
 		f.mu.RLock()
-		changes[i] = f.changes
+		changes[i] = f.Changes()
 		f.mu.RUnlock()
 	}
 	if v.syncAll() != nil {
@@ -79,15 +79,8 @@ func (v *Volume) settleOpen() {
 	}
 	for i, f := range files {
 		f.mu.Lock()
-		if f.FD >= 0 && f.rw && !f.closed && !f.broken && !f.keyless() && f.changes == changes[i] && !f.n.Gone() && !v.doubts.of(f.n) {
-			f.failed("settling", errors.Join(f.rest(), f.settle(changes[i])))
-			if f.Header != nil && f.unconfirmed() && !f.unsettled() {
-				// Clean at its exact length, and the sync has made it durable.
-				f.conf, f.durable = f.Size, f.Size
-				f.failed("settling", f.writeState(f.cleanFlags()))
-				f.failed("settling", f.putMtime())
-			}
-			f.synced = int64(f.changes)
+		if f.FD >= 0 && f.rw && !f.closed && !f.Broken() && !f.Keyless() && !f.n.Gone() && !v.doubts.of(f.n) {
+			f.failed("settling", f.SettleWhole(changes[i]))
 		}
 		f.unlock()
 	}
@@ -120,9 +113,9 @@ func (f *file) park(used bool) bool {
 	defer f.unlock()
 	var st unix.Stat_t
 	switch {
-	case f.FD < 0 || f.closed || f.broken || f.touched || f.syncing > 0 || f.unsettled():
+	case f.FD < 0 || f.closed || f.Broken() || f.Times().Touched || f.syncing > 0 || f.Unsettled():
 		return false
-	case f.Header != nil && (f.keyless() || f.Partial || f.synced != int64(f.changes) || f.unconfirmed() && f.v.sessions.isBad(f.Header.State.Session)):
+	case f.Header != nil && (f.Keyless() || f.Partial || !f.Synced() || f.Unconfirmed() && f.v.sessions.isBad(f.Header.State.Session)):
 		return false // if its writeback fails, this descriptor is the one to hear of it
 	case !f.n.named() || f.n.linked.Load() || f.v.disk.Fstat(f.FD, &st) != nil || st.Nlink != 1:
 		return false // no name surely leads to it, now and after an unlink
@@ -275,6 +268,20 @@ func (v *Volume) takeDirsDownTo(n int) (fds []int) {
 		e = prev
 	}
 	return fds
+}
+
+// lockAwake takes mu with the descriptor open.
+func (f *file) lockAwake() error {
+	for {
+		if err := f.wake(); err != nil {
+			return err
+		}
+		f.mu.Lock()
+		if f.FD >= 0 {
+			return nil
+		}
+		f.unlock() // just now
+	}
 }
 
 // awake holds mu for reading with the descriptor open, until unlock is called.

@@ -64,8 +64,8 @@ func (v *Volume) syncAll() error {
 		v.sessions.stuck.Store(true)
 		for _, f := range v.files() {
 			f.mu.Lock()
-			if f.rw && !f.closed && f.Header != nil && (f.unsettled() || f.durable < f.Size || f.synced != int64(f.changes)) {
-				f.syncFailed(err)
+			if f.rw && !f.closed && f.Header != nil && (f.Unsettled() || !f.AllDurable()) {
+				f.SyncFailed(err)
 			}
 			f.unlock()
 		}

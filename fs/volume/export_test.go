@@ -80,11 +80,11 @@ func (o Options) FDLimit(n uint64) Options {
 // Descriptors returns how many are open.
 func (v *Volume) Descriptors() int64 { return v.disk.Descriptors() }
 
-// Age makes every open file older than the time in which it counts as fresh.
+// Age makes every open file one of which something may be confirmed, as time does.
 func (v *Volume) Age() {
 	for _, f := range v.files() {
 		f.mu.Lock()
-		f.born = f.born.Add(-2 * freshFor)
+		f.Confirm()
 		f.mu.Unlock()
 	}
 }
@@ -106,13 +106,6 @@ func (h *Handle) State() (flags uint32, floor, size int64) {
 	s := h.f.Header.State
 	return s.Flags, s.Floor, s.Size
 }
-
-// Ranges is the set of numbers that files keep of their holes.
-type Ranges struct{ r ranges }
-
-func (r Ranges) With(a, b int64) Ranges    { return Ranges{r.r.with(a, b)} }
-func (r Ranges) Without(a, b int64) Ranges { return Ranges{r.r.without(a, b)} }
-func (r Ranges) Touch(a, b int64) bool     { return r.r.touch(a, b) }
 
 // KnownNodes returns how many nodes the volume holds.
 func (v *Volume) KnownNodes() int {

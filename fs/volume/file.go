@@ -17,9 +17,8 @@ import (
 )
 
 // file is the ciphertext file of a node while something of it is open, or has
-// still to settle. The rules that its methods follow are those of FORMAT.md,
-// "The disk when the power fails"; conf, durable, whole, S and the
-// names of the states are from there.
+// still to settle: who uses it, its lock, its descriptors and its keys. What is written, and in
+// which order, is for [cfile.File].
 type file struct {
 	n *Node
 	v *Volume
@@ -33,63 +32,20 @@ type file struct {
 	shownMu sync.Mutex // guards shown, and nothing is done under it
 	shown   shown
 
-	// mu guards the fields below. It is held across reads and writes of the
-	// file, and shared by readers; not across an fsync or a call to a key service.
-	mu            sync.RWMutex
-	cfile.Content       // fd is -1 while park has closed it
-	old           []int // descriptors that could only read, closed with the file
-	rw            bool
-	closed        bool
-	handles       int
-	writers       int
-
-	head []byte            // the header's bytes as they are on the disk
-	next *keystore.DataKey // under which the first byte of an empty file will be written
-
-	conf     int64 // this many bytes may be confirmed; 0: the file is fresh
-	durable  int64 // so many are
-	born     time.Time
-	tailK    int64 // the block that tail holds, -1 for none
-	tail     []byte
-	sealed   int64 // blocks, under the current content key
-	epoch    uint16
-	inked    bool   // epoch was drawn
-	holes    ranges // the blocks that are holes, where known is true
-	known    bool   // the sparse flag was set here
-	reserved int64  // this many bytes of the ciphertext file have their space, as far as is known
-	// announced: dirty, the length at whole pages and the flags set with them are durable.
-	announced bool
-	// broken: an error left disk and memory different; it is not settled, and
-	// repaired when it is loaded again.
-	broken   bool
-	overlong bool   // the ciphertext still has pages behind its end
-	changes  uint64 // of the content
-	cuts     uint64 // of them, truncations
-	reread   bool   // loaded after a sync that failed: the kernel may have what the disk has not
-
-	mtime   unix.Timespec // what the kernel believes
-	touched bool          // the backing's mtime is another by now
-	wroteAt time.Time     // of our last write, which gave the backing its mtime
-
-	// synced is the number of changes that a sync has covered, -1 if it is not known that all
-	// content is on the disk; syncing counts the fsyncs under way, which use fd without mu.
-	synced  int64
-	syncing int
+	// mu guards the fields below, and the ciphertext file. It is held across reads and writes of
+	// the file, and shared by readers; not across an fsync by a program or a call to a key service.
+	mu          sync.RWMutex
+	*cfile.File        // FD is -1 while park has closed it
+	moves       uint64 // of its times, as far as the node was told
+	old         []int  // descriptors that could only read, closed with the file
+	rw          bool
+	closed      bool
+	handles     int
+	writers     int
+	next        *keystore.DataKey // under which the first byte of an empty file will be written
+	reread      bool              // loaded after a sync that failed: the kernel may have what the disk has not
+	syncing     int               // fsyncs under way, which use FD without mu
 }
-
-// fresh is what a node remembers of a file that was closed before anything of
-// it was confirmed, and the number of its content key.
-type fresh struct {
-	file  blockcrypt.ID
-	born  time.Time // zero: something may be confirmed
-	epoch uint16
-	inked bool
-	// sealed counts the blocks under that key.
-	sealed int64
-}
-
-// freshFor is how long nothing of a new file counts as confirmed without fsync.
-const freshFor = 30 * time.Second
 
 // acquire returns the node's open file, loading it if need be; write opens it
 // for writing and takes the data key that an empty file's first byte needs. No
@@ -264,22 +220,16 @@ func (f *file) dropIfIdleLocked() {
 	if f.handles > 0 || f.closed {
 		return
 	}
-	if f.rw && !f.n.Gone() && f.unsettled() {
+	if f.rw && !f.n.Gone() && f.Unsettled() {
 		f.v.settler.add(f)
 		return
 	}
-	if f.touched && f.rw && f.FD >= 0 && !f.broken && !f.n.Gone() { // a time came after the last close
-		f.failed("close", f.putMtime())
+	if f.rw && f.FD >= 0 && !f.Broken() && !f.n.Gone() { // a time came after the last close
+		f.failed("close", f.PutMtime())
 	}
-	f.n.fresh = fresh{epoch: f.epoch, inked: f.inked, sealed: f.sealed}
-	if f.broken {
+	f.n.past = f.Past()
+	if f.Broken() {
 		f.n.believed = f.Size
-	}
-	if f.Header != nil {
-		f.n.fresh.file = f.Header.File
-		if f.conf == 0 {
-			f.n.fresh.born = f.born
-		}
 	}
 	f.closed = true
 	f.closeFDs()
@@ -296,22 +246,6 @@ func (f *file) closeFDs() {
 		f.v.disk.Close(fd)
 	}
 	f.FD, f.old = -1, nil
-}
-
-// unsettled reports whether the file on the disk is not yet in its final form. mu is held.
-func (f *file) unsettled() bool {
-	if f.Header == nil || f.broken || f.keyless() {
-		return false
-	}
-	dirty := f.Flags()&(blockcrypt.Dirty|blockcrypt.Cut) != 0
-	return dirty || f.overlong || f.conf > 0 && f.Whole && !f.reservedBeyond()
-}
-
-// breaks notes that the file on the disk is not what memory says: after an
-// error, and another when the first was to be undone.
-func (f *file) breaks() {
-	f.broken = true
-	f.v.sessions.stuck.Store(true)
 }
 
 // borrow calls g with the descriptor; done is false where the file was closed.
@@ -335,9 +269,14 @@ type shown struct {
 // unlock unlocks mu after it was held for writing. Requests for attributes do not wait for
 // mu: what the file has from here on is shown.
 func (f *file) unlock() {
+	t := f.Times()
 	f.shownMu.Lock()
-	f.shown = shown{f.Size, f.mtime, f.touched, f.closed}
+	f.shown = shown{f.Size, t.Mtime, t.Touched, f.closed}
 	f.shownMu.Unlock()
+	if f.moves != t.Moves {
+		f.moves = t.Moves
+		f.n.change()
+	}
 	f.mu.Unlock()
 }
 
@@ -378,52 +317,9 @@ func (f *file) fill(st *Attr) bool {
 
 func (f *file) fillLocked(st *Attr) {
 	st.Size = f.Size
-	if f.touched {
-		st.Mtim = f.mtime
+	if t := f.Times(); t.Touched {
+		st.Mtim = t.Mtime
 	}
-}
-
-// setMtime notes that the backing file was given a time. mu is held.
-func (f *file) setMtime(t unix.Timespec) {
-	f.wroteAt = time.Time{}
-	if t.Nsec == unix.UTIME_NOW {
-		var st unix.Stat_t
-		if f.v.disk.Fstat(f.FD, &st) == nil {
-			f.mtime, f.touched = st.Mtim, false
-		}
-		return
-	}
-	f.mtime, f.touched = t, false
-}
-
-// touch notes that the content changed. mu is held.
-func (f *file) touch() {
-	f.Ahead.Store(nil)
-	f.changes++
-	f.moveTime()
-	if !f.v.o.KernelTimes {
-		unix.ClockGettime(unix.CLOCK_REALTIME, &f.mtime)
-	}
-}
-
-// moveTime notes that a write of ours moves the backing's mtime. mu is held.
-func (f *file) moveTime() {
-	f.touched, f.wroteAt = true, time.Now()
-	f.n.change()
-}
-
-// putMtime puts the time back that the kernel believes, which our own writes
-// have moved. mu is held.
-func (f *file) putMtime() error {
-	if !f.touched {
-		return nil
-	}
-	err := f.v.disk.Utimens(f.FD, unix.Timespec{Nsec: unix.UTIME_OMIT}, f.mtime)
-	if f.touched = err != nil; err == nil {
-		f.wroteAt = time.Time{}
-	}
-	f.n.change()
-	return err
 }
 
 // A Handle is an open file. Its methods may be called by several goroutines.
@@ -443,10 +339,11 @@ func (n *Node) Open(ctx context.Context, write bool) (*Handle, error) {
 }
 
 func (n *Node) newFile(fd int, rw bool, st *Attr) *file {
-	f := &file{n: n, v: n.v, rw: rw, tailK: -1, born: time.Now(), mtime: st.Mtim}
-	f.Disk, f.Geo, f.FD = &n.v.disk, n.v.geo, fd
+	f := &file{n: n, v: n.v, rw: rw}
+	rules := cfile.Rules{Calm: n.v.calm, KernelTimes: n.v.o.KernelTimes}
+	f.File = cfile.New(&n.v.disk, n.v.geo, fd, st.Mtim, rules, host{f})
 	if n.v.o.ReadOnly {
-		f.AheadUntil = f.born.Add(aheadFor)
+		f.AheadUntil = time.Now().Add(aheadFor)
 	}
 	return f
 }
@@ -464,23 +361,6 @@ func (h *Handle) Reread() bool {
 // Node returns the node of the file.
 func (h *Handle) Node() *Node { return h.f.n }
 
-// rest brings a fresh file into the form that a closed one has, and puts the
-// time back. mu is held.
-func (f *file) rest() error {
-	if f.keyless() {
-		return nil // it was brought into order before the key went
-	}
-	if err := f.trim(); err != nil {
-		return f.failed("close", err)
-	}
-	if f.Header != nil && f.conf == 0 && f.Flags()&blockcrypt.Dirty != 0 && !f.broken {
-		if err := f.writeState(f.cleanFlags()); err != nil {
-			return f.failed("close", err)
-		}
-	}
-	return f.putMtime()
-}
-
 // Flush is called at each close of a descriptor: all that was written so far is
 // there after a SIGKILL when it returns.
 func (h *Handle) Flush() error {
@@ -489,7 +369,7 @@ func (h *Handle) Flush() error {
 	}
 	h.f.mu.Lock()
 	defer h.f.unlock()
-	if err := h.f.rest(); err != nil {
+	if err := h.f.Rest(); err != nil {
 		return err
 	}
 	return h.f.n.anyLostErr()
@@ -512,10 +392,26 @@ func (h *Handle) Fsync() error {
 	if err := h.f.syncPath(); err != nil {
 		return h.f.failed("fsync", err)
 	}
-	if err := h.f.sync(); err != nil {
+	if err := h.f.fsync(); err != nil {
 		return h.f.failed("fsync", err)
 	}
 	return h.f.n.anyLostErr()
+}
+
+// fsync makes the content durable. mu is not held while the disk works.
+func (f *file) fsync() error {
+	if err := f.lockAwake(); err != nil {
+		return err
+	}
+	defer f.unlock()
+	return f.Sync(func(fsync func() error) error {
+		f.syncing++
+		f.unlock()
+		err := fsync()
+		f.mu.Lock()
+		f.syncing--
+		return err
+	})
 }
 
 // syncPath makes the IDs of the directories above durable, and the file's own
@@ -538,14 +434,4 @@ func (f *file) syncPath() error {
 	}
 	f.namesSynced.Store(names)
 	return nil
-}
-
-// failed logs that an operation on the file failed, unless what was asked for
-// cannot be.
-func (f *file) failed(op string, err error) error {
-	asked := errors.Is(err, unix.EFBIG) || errors.Is(err, unix.EPERM) && f.n.immutable.Load()
-	if err != nil && !asked {
-		f.v.report(f.n.where(), op+" failed", err)
-	}
-	return err
 }

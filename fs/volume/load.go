@@ -140,6 +140,8 @@ func (n *Node) finish(h *half, keys *blockcrypt.FileKeys) error {
 			n.dropHalf()
 			return n.loadFailed(err)
 		}
+	} else {
+		f.BelieveEmpty()
 	}
 	n.half = nil
 	n.v.doubts.end(n)
@@ -147,8 +149,8 @@ func (n *Node) finish(h *half, keys *blockcrypt.FileKeys) error {
 		f.loseEnd(n.believed)
 	}
 	n.believed = 0
-	if f.Whole && h.st.Blocks*512 > h.st.Size+reservedLeast {
-		f.reserved = h.st.Blocks * 512 // as many were reserved, and left so when it settled
+	if h.st.Blocks*512 > h.st.Size+reservedLeast {
+		f.Reserved(h.st.Blocks * 512) // as many were reserved, and left so when it settled
 	}
 	n.attach(f)
 	if err := n.v.refuses(false); err != nil { // just now, and its key was not among those wiped
@@ -273,57 +275,56 @@ func (f *file) readHeader(length int64) error {
 		return err
 	}
 	head := slices.Clone(b[:min(len(b), v.geo.Header())])
-	f.Header, f.head = hdr, head
+	f.SetHeader(hdr, head)
 	f.Ahead.Store(&b)
 	return nil
 }
 
-func wrapped(rs []blockcrypt.Recipient) []keystore.Wrapped {
-	out := make([]keystore.Wrapped, len(rs))
-	for i, r := range rs {
-		out[i] = keystore.Wrapped{URI: r.URI, Branch: r.Branch, Blob: r.Wrapped}
-	}
-	return out
-}
-
-// takeState believes the state, or repairs the file.
+// takeState believes the state, or repairs the file. openMu is held.
 func (f *file) takeState(length int64) error {
 	v, s := f.v, f.Header.State
 	dirty := f.Unfinished()
-	if v.o.ReadOnly {
-		if dirty {
-			if err := f.LookThrough(length); err != nil {
-				return err
-			}
-			v.log.Warn("a file was being written when it was copied, or is now; the blocks that open are shown", "at", f.n.where(), "bytes", f.Size)
-			return nil
+	if v.o.ReadOnly && dirty {
+		if err := f.BelievePartial(length); err != nil {
+			return err
 		}
-	} else if (v.sessions.wasBad(s.Session) || v.doubts.of(f.n) && v.sessions.isBad(s.Session)) && f.unconfirmed() || dirty && v.sessions.isBad(s.Session) {
-		return f.repair(length)
-	} else if dirty {
-		return &blockcrypt.DamageError{Class: blockcrypt.BadState, Pos: blockcrypt.StateOffset,
-			Detail: "the file was being written when it was copied here; kmsfs cat gives what opens"}
-	}
-	empty, err := f.Accept(length)
-	if err != nil {
-		return err
-	}
-	if empty {
-		f.Header, f.Keys, f.head = nil, nil, nil
+		v.log.Warn("a file was being written when it was copied, or is now; the blocks that open are shown", "at", f.n.where(), "bytes", f.Size)
 		return nil
 	}
-	f.conf, f.durable, f.synced = s.Size, s.Size, int64(f.changes)
-	last := f.n.fresh
-	if last.file == f.Header.File && last.inked {
-		f.epoch, f.inked, f.sealed = last.epoch, true, last.sealed
-	}
-	if v.sessions.isBad(s.Session) { // closed by this mount, not known to be on the disk
-		f.durable, f.synced = s.Floor, -1
-		if last.file == f.Header.File && !last.born.IsZero() && time.Since(last.born) < freshFor && s.Floor == 0 && s.Session == v.sessions.now.Load() {
-			f.conf, f.born = 0, last.born
+	bad := v.sessions.isBad(s.Session)
+	if !v.o.ReadOnly {
+		unsure := v.sessions.wasBad(s.Session) || v.doubts.of(f.n) && bad
+		if unsure && f.Unconfirmed() || dirty && bad {
+			return f.repair(length)
+		}
+		if dirty {
+			return &blockcrypt.DamageError{Class: blockcrypt.BadState, Pos: blockcrypt.StateOffset,
+				Detail: "the file was being written when it was copied here; kmsfs cat gives what opens"}
 		}
 	}
-	return nil
+	return f.Believe(length, f.n.past, bad)
+}
+
+// errEnding is why a repair stops: the next mount does it.
+var errEnding = errors.New("the volume is being unmounted; the next mount repairs the file")
+
+// repair brings a file into order whose session ended badly. openMu is held, and nobody else has
+// the file.
+func (f *file) repair(length int64) error {
+	v := f.v
+	if !f.rw {
+		if err := f.needWrite(); err != nil {
+			return err
+		}
+	}
+	f.mu.Lock()
+	defer f.unlock()
+	// The sync at the mount's begin does not cover a file of which a later one failed.
+	done, err := f.Repair(length, v.doubts.of(f.n), v.ending)
+	if err == nil && done.Changed {
+		v.log.Warn("a file was repaired", "at", f.n.where(), "bytes", done.Size, "bytes it had", done.Was)
+	}
+	return err
 }
 
 // checkSession repairs the file if a session that ended badly wrote it. ok is

@@ -128,10 +128,7 @@ func Encrypt(ctx context.Context, w *os.File, r io.Reader, stores []keystore.Sto
 		return err
 	}
 	defer key.Wipe()
-	rs := make([]blockcrypt.Recipient, len(key.Wrapped))
-	for i, x := range key.Wrapped {
-		rs[i] = blockcrypt.Recipient{URI: x.URI, Branch: x.Branch, Wrapped: x.Blob}
-	}
+	rs := recipients(key.Wrapped)
 	h := max(blockcrypt.DefaultHeader, blockcrypt.RecipientsFit(rs))
 	g, err := blockcrypt.NewGeometry(h)
 	if err != nil {
@@ -214,7 +211,7 @@ func skipHole(r io.Reader) (blocks int64, err error) {
 		} else if !errors.Is(err, unix.ENXIO) { // no holes are told there
 			end = at
 		}
-		if blocks = (end - at - 1) / blockcrypt.BlockSize; blocks*blockcrypt.BlockSize <= maxGap {
+		if blocks = (end - at - 1) / blockcrypt.BlockSize; blocks*blockcrypt.BlockSize <= cfile.MaxGap {
 			blocks = 0
 		}
 		_, err = f.Seek(at+blocks*blockcrypt.BlockSize, io.SeekStart)

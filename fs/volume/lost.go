@@ -4,22 +4,22 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"slices"
 
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/ranges"
 )
 
 // lost is data that write(2) accepted and that then could not be written. Node.lostMu
 // guards it. It is remembered as long as the kernel knows the node, since the kernel goes
 // on believing that the file has that size.
 type lost struct {
-	bytes ranges // of the file
-	err   error  // why; nil if nothing is lost and everything was told
-	told  bool   // a flush or an fsync has returned err
+	bytes ranges.Set // of the file
+	err   error      // why; nil if nothing is lost and everything was told
+	told  bool       // a flush or an fsync has returned err
 
-	// pages are those at the ends of lost ranges that are lost in part, as the kernel had
+	// pages are those at the ends of lost ranges.Set that are lost in part, as the kernel had
 	// them. The kernel reads such a page before a program can write to a part of it again.
 	pages map[int64][]byte
 }
@@ -31,9 +31,9 @@ const (
 
 // keepEnds keeps the pages in which a range of b, which was to be written at off, begins and
 // ends. The kernel writes from the beginning of a page.
-func (l *lost) keepEnds(r ranges, b []byte, off int64) {
+func (l *lost) keepEnds(r ranges.Set, b []byte, off int64) {
 	for _, x := range r {
-		for _, at := range []int64{x.first, x.last + 1} {
+		for _, at := range []int64{x.First, x.Last + 1} {
 			page := at / kernelPage
 			from := page*kernelPage - off
 			if at%kernelPage == 0 || from < 0 || from >= int64(len(b)) || len(l.pages) >= mostPages {
@@ -50,7 +50,7 @@ func (l *lost) keepEnds(r ranges, b []byte, off int64) {
 // prune forgets the pages of which nothing is lost any more.
 func (l *lost) prune() {
 	for page := range l.pages {
-		if !l.bytes.touch(page*kernelPage, (page+1)*kernelPage-1) {
+		if !l.bytes.Touches(page*kernelPage, (page+1)*kernelPage-1) {
 			delete(l.pages, page)
 		}
 	}
@@ -68,7 +68,7 @@ func (f *file) readAround(b []byte, off int64) (n int, err error) {
 		m := 0
 		if kept := l.pages[page]; kept != nil {
 			m = copy(part, kept[min(int64(len(kept)), off-page*kernelPage):])
-		} else if l.bytes.touch(off, off+int64(len(part))-1) {
+		} else if l.bytes.Touches(off, off+int64(len(part))-1) {
 			return 0, unix.EIO // the log said why when they were lost
 		} else if m, err = f.Read(nil, part, off); err != nil {
 			return 0, err
@@ -106,7 +106,7 @@ func (f *file) lose(b []byte, off int64, err error) {
 	n.lostMu.Lock()
 	defer n.lostMu.Unlock()
 	for _, r := range lost {
-		n.lost.bytes = n.lost.bytes.with(r.first, r.last)
+		n.lost.bytes = n.lost.bytes.With(r.First, r.Last)
 	}
 	n.lost.keepEnds(lost, b, off)
 	n.lost.err, n.lost.told = err, false
@@ -119,7 +119,7 @@ func (f *file) loseEnd(believed int64) {
 	n := f.n
 	n.lostMu.Lock()
 	defer n.lostMu.Unlock()
-	n.lost.bytes = n.lost.bytes.with(f.Size, believed-1)
+	n.lost.bytes = n.lost.bytes.With(f.Size, believed-1)
 	n.lost.err, n.lost.told = unix.EIO, false
 	n.anyLost.Store(true)
 }
@@ -131,11 +131,11 @@ const leastEqual = 64
 // lacks returns the bytes of the file at which it differs from b at off, or ends before.
 // A file that is immutable keeps its bytes: only bytes behind its end are lacking. mu is
 // held.
-func (f *file) lacks(b []byte, off int64, immutable bool) (out ranges) {
+func (f *file) lacks(b []byte, off int64, immutable bool) (out ranges.Set) {
 	end := off + int64(len(b))
 	has := b[:min(int64(len(b)), max(0, f.Size-off))]
 	if len(has) < len(b) {
-		out = out.with(off+int64(len(has)), end-1)
+		out = out.With(off+int64(len(has)), end-1)
 	}
 	if immutable || len(has) == 0 {
 		return out
@@ -144,33 +144,20 @@ func (f *file) lacks(b []byte, off int64, immutable bool) (out ranges) {
 	for at := 0; at < len(has); {
 		m := min(len(has)-at, len(old))
 		part := has[at : at+m]
-		if f.keyless() || f.broken {
-			out = out.with(off+int64(at), off+int64(at+m)-1)
+		if f.Keyless() || f.Broken() {
+			out = out.With(off+int64(at), off+int64(at+m)-1)
 		} else if _, err := f.Read(nil, old[:m], off+int64(at)); err != nil {
-			out = out.with(off+int64(at), off+int64(at+m)-1)
+			out = out.With(off+int64(at), off+int64(at+m)-1)
 		} else {
 			for i := range part {
 				if part[i] != old[i] {
-					out = out.with(off+int64(at+i), off+int64(at+i))
+					out = out.With(off+int64(at+i), off+int64(at+i))
 				}
 			}
 		}
 		at += m
 	}
-	return out.joined(leastEqual)
-}
-
-// joined returns the set with gaps of fewer than n numbers filled.
-func (r ranges) joined(n int64) ranges {
-	out := slices.Clone(r[:min(1, len(r))])
-	for _, x := range r[len(out):] {
-		if last := &out[len(out)-1]; x.first-last.last <= n {
-			last.last = x.last
-		} else {
-			out = append(out, x)
-		}
-	}
-	return out
+	return out.Joined(leastEqual)
 }
 
 // found notes that the file has the right bytes in [off, end) again.
@@ -181,7 +168,7 @@ func (f *file) found(off, end int64) {
 	}
 	n.lostMu.Lock()
 	defer n.lostMu.Unlock()
-	if n.lost.bytes = n.lost.bytes.without(off, end-1); len(n.lost.bytes) == 0 {
+	if n.lost.bytes = n.lost.bytes.Without(off, end-1); len(n.lost.bytes) == 0 {
 		n.lost = lost{}
 		n.anyLost.Store(false)
 	}
@@ -197,10 +184,10 @@ func (n *Node) cutLost(size int64) {
 	}
 	n.lostMu.Lock()
 	defer n.lostMu.Unlock()
-	if k := len(n.lost.bytes); k == 0 || size > n.lost.bytes[k-1].last {
+	if k := len(n.lost.bytes); k == 0 || size > n.lost.bytes[k-1].Last {
 		return // the kernel believes in no greater size: the file grows
 	}
-	below := n.lost.bytes.touch(0, size-1)
+	below := n.lost.bytes.Touches(0, size-1)
 	n.lost.bytes, n.lost.pages = nil, nil
 	if n.lost.told || !below {
 		n.lost = lost{}
@@ -215,7 +202,7 @@ func (n *Node) lostIn(off, end int64) error {
 	}
 	n.lostMu.Lock()
 	defer n.lostMu.Unlock()
-	if n.lost.bytes.touch(off, end-1) {
+	if n.lost.bytes.Touches(off, end-1) {
 		return n.lost.err
 	}
 	return nil

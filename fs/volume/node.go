@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/cfile"
 	"kmsfs/fs/volume/internal/disk"
 )
 
@@ -57,8 +58,8 @@ type Node struct {
 	// openMu is held while the file is loaded, repaired or let go.
 	openMu sync.Mutex
 	file   atomic.Pointer[file]
-	fresh  fresh // guarded by openMu
-	sound  bool  // guarded by openMu: no earlier session has left it to be repaired
+	past   cfile.Past // guarded by openMu
+	sound  bool       // guarded by openMu: no earlier session has left it to be repaired
 
 	// half is a file whose key is still waited for. Guarded by openMu.
 	half *half

@@ -88,7 +88,7 @@ func (s *sessions) replace(mine ...uint64) error {
 // next begins a new session while the volume stays mounted, so that earlier data counts as
 // confirmed. confirm makes all durable, with states that name the new session; until it
 // succeeds the old ones stay in the marker.
-func (s *sessions) next(confirm func(now uint64) error) error {
+func (s *sessions) next(confirm func() error) error {
 	if s.stuck.Load() {
 		return nil
 	}
@@ -102,7 +102,7 @@ func (s *sessions) next(confirm func(now uint64) error) error {
 		return err
 	}
 	s.now.Store(now)
-	if err := confirm(now); err != nil || s.stuck.Load() {
+	if err := confirm(); err != nil || s.stuck.Load() {
 		return err
 	}
 	return s.replace(now)

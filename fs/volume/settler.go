@@ -1,6 +1,7 @@
 package volume
 
 import (
+	"errors"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -89,7 +90,7 @@ func (s *settler) settle(files []*file) {
 	changes := make([]uint64, len(files))
 	for i, f := range files {
 		f.mu.RLock()
-		changes[i] = f.changes
+		changes[i] = f.Changes()
 		f.mu.RUnlock()
 	}
 	err := s.v.syncAll()
@@ -128,8 +129,29 @@ func sideBySide(files []*file, do func(i int, f *file)) {
 
 // settleClosed settles unless somebody writes again. mu is held.
 func (f *file) settleClosed(changes uint64) error {
-	if f.writers > 0 {
+	if f.writers > 0 || f.closed {
 		return nil
 	}
-	return f.settle(changes)
+	return f.Settle(changes)
+}
+
+// settleNow settles one file at once.
+func (f *file) settleNow() error {
+	f.mu.Lock()
+	defer f.unlock()
+	if f.closed || !f.rw {
+		return nil
+	}
+	return f.SettleNow()
+}
+
+// finish brings a file into its final form at the end of a session; all was
+// synced before.
+func (f *file) finish() error {
+	f.mu.Lock()
+	defer f.unlock()
+	if f.closed || !f.rw || f.Broken() || f.n.Gone() {
+		return nil
+	}
+	return f.failed("settling", errors.Join(f.Rest(), f.Settle(f.Changes())))
 }

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"os"
 	"strings"
 	"sync/atomic"
@@ -290,32 +289,6 @@ func TestTmpfile(t *testing.T) {
 	w.reopen(volume.Options{})
 	if _, err := w.read("d/" + long); err != nil {
 		t.Error(err)
-	}
-}
-
-func TestRanges(t *testing.T) {
-	r := rand.New(rand.NewPCG(1, 2))
-	for range 200 {
-		var set volume.Ranges
-		var want [40]bool
-		for range 30 {
-			a := r.IntN(40)
-			b := a + r.IntN(40-a)
-			add := r.IntN(2) == 0
-			for i := a; i <= b; i++ {
-				want[i] = add
-			}
-			if add {
-				set = set.With(int64(a), int64(b))
-			} else {
-				set = set.Without(int64(a), int64(b))
-			}
-			for i, in := range want {
-				if set.Touch(int64(i), int64(i)) != in {
-					t.Fatalf("%d: %v, want %v in %v", i, !in, in, set)
-				}
-			}
-		}
 	}
 }
 

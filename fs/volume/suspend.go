@@ -160,7 +160,7 @@ func (v *Volume) keysForWriters(atMost time.Duration) {
 		slots := make(chan struct{}, renewAtOnce)
 		for _, f := range v.files() {
 			f.mu.RLock()
-			needs, empty := f.writers > 0 && f.keyless(), f.writers > 0 && f.Header == nil && f.next == nil
+			needs, empty := f.writers > 0 && f.Keyless(), f.writers > 0 && f.Header == nil && f.next == nil
 			f.mu.RUnlock()
 			if !needs && !empty {
 				continue
@@ -227,7 +227,7 @@ func (v *Volume) dropKeys(files []*file) error {
 		changes[i], _ = within(left(), func() uint64 { // 0 if it is held: then it is not settled if it has changed
 			f.mu.RLock()
 			defer f.mu.RUnlock()
-			return f.changes
+			return f.Changes()
 		})
 	}
 	var err error
@@ -253,10 +253,10 @@ func (f *file) settleAndWipe(settle bool, changes uint64) (err error) {
 	if f.refuses(false) == nil {
 		return nil // it took so long that it may be used again
 	}
-	if settle && f.rw && !f.closed && !f.broken {
-		err = errors.Join(f.rest(), f.settle(changes))
+	if settle && f.rw && !f.closed && !f.Broken() {
+		err = errors.Join(f.Rest(), f.Settle(changes))
 	}
-	if f.Header != nil && f.rw && f.Flags()&(blockcrypt.Dirty|blockcrypt.Cut) != 0 {
+	if f.Header != nil && f.rw && f.Unfinished() {
 		f.v.sessions.stuck.Store(true) // it cannot be settled without its key: the next mount does
 	}
 	f.wipe()
@@ -287,9 +287,7 @@ func (v *Volume) dropKey(f *file, hdr *blockcrypt.Header, verdict error) error {
 
 // wipe forgets the file's keys and all that is in memory of its content. mu is held.
 func (f *file) wipe() {
-	f.Keys = nil
-	clear(f.tail)
-	f.tailK = -1
+	f.Wipe()
 	if f.next != nil {
 		f.v.ring.PutBack(f.next)
 		f.next = nil
@@ -337,9 +335,6 @@ func (f *file) ready(ctx context.Context, delayedWrite bool) error {
 		}
 	}
 }
-
-// keyless reports whether the file has content whose key was wiped. mu is held.
-func (f *file) keyless() bool { return f.Header != nil && f.Keys == nil }
 
 // renewer is the lease of single files, for policies that allow some and not
 // others: the key of every open file is unwrapped again, twice in each MaxAge, and

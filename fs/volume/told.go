@@ -1,8 +1,6 @@
 package volume
 
 import (
-	"time"
-
 	"golang.org/x/sys/unix"
 )
 
@@ -36,10 +34,6 @@ func (n *Node) change() {
 	}
 }
 
-// mtimeNear is how much later the modification time on the disk may be than the one that the
-// kernel believes, while a file is open for writing. After a power cut it can stay so.
-const mtimeNear = time.Second
-
 // KeepMtime is [Node.SetAttr] of the modification time as the kernel writes it back, where
 // nothing has to be done for it now: ok is false if something has to. Attributes are as they
 // were told last.
@@ -57,18 +51,10 @@ func (n *Node) KeepMtime(t unix.Timespec) (st Attr, ok bool) {
 		return st, false
 	}
 	defer f.unlock()
-	if f.closed || f.mtime != t && (f.writers == 0 || !f.near(t)) {
+	if times := f.Times(); f.closed || times.Mtime != t && (f.writers == 0 || !times.Near(t)) {
 		return st, false
 	}
-	f.touched = f.touched || f.mtime != t
-	f.mtime = t
+	f.KeepMtime(t)
 	f.fillLocked(&st)
 	return st, true
-}
-
-// near reports whether the file's time on the disk is nearly this one, since it was written
-// just then. mu is held.
-func (f *file) near(t unix.Timespec) bool {
-	d := f.wroteAt.Sub(time.Unix(t.Unix()))
-	return !f.wroteAt.IsZero() && -mtimeNear < d && d < mtimeNear
 }

@@ -317,12 +317,28 @@ func (v *Volume) beginSession() error {
 // nextSession begins a new session: the states of open files are written again, and all is
 // synced.
 func (v *Volume) nextSession() error {
-	return v.sessions.next(func(now uint64) error {
-		if err := v.restamp(now); err != nil {
+	return v.sessions.next(func() error {
+		if err := v.restamp(); err != nil {
 			return err
 		}
 		return v.syncAll()
 	})
+}
+
+// restamp rewrites the states of open files that another session wrote.
+func (v *Volume) restamp() error {
+	for _, f := range v.files() {
+		f.mu.Lock()
+		err := error(nil)
+		if f.rw && !f.closed {
+			err = f.Restamp()
+		}
+		f.unlock()
+		if err != nil {
+			return f.failed("beginning a session", err)
+		}
+	}
+	return nil
 }
 
 func (v *Volume) endSession() error {

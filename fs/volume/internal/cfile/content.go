@@ -1,6 +1,11 @@
-// Package cfile reads the content of one ciphertext file: its blocks and holes, and the part of
-// an unfinished file that opens. The rules are those of FORMAT.md. It changes nothing, and knows
-// no volume: mounts, fsck and the commands for single files share it.
+// Package cfile reads and writes one ciphertext file. It knows no volume, no names and no key
+// service.
+//
+// [Content] reads: the blocks and holes of a file, and the part of an unfinished one that opens.
+// It changes nothing; fsck and the commands for single files have no more. [File] is a Content
+// that can be written as FORMAT.md, section 4, demands. Its [Phase] says how far the file on the
+// disk is from the form in which it rests; the table in phase.go has all ways from one phase to
+// another. What it needs of the volume around it, it asks of its [Host].
 package cfile
 
 import (

@@ -1,0 +1,98 @@
+package volume
+
+import (
+	"errors"
+	"runtime"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+	"kmsfs/keystore"
+)
+
+// host is what the ciphertext file of f needs of the volume.
+type host struct{ f *file }
+
+func (h host) Session() uint64 { return h.f.v.sessions.now.Load() }
+
+// NewFile uses up the data key that the file has taken.
+func (h host) NewFile() (*blockcrypt.Header, *blockcrypt.FileKeys, error) {
+	f, k := h.f, h.f.next
+	hdr, keys, err := blockcrypt.NewFile(f.v.geo, f.v.vk, k.ID, f.n.parentID(), k.Key, recipients(k.Wrapped))
+	if err != nil {
+		return nil, nil, err
+	}
+	f.v.ring.Learn(k)
+	k.Wipe()
+	f.next = nil
+	return hdr, keys, nil
+}
+
+func (h host) TakeSpace(n int64, take func() error) error {
+	v := h.f.v
+	v.sessions.wrote.Store(true)
+	v.space.takes(n)
+	err := h.asOwner(take)
+	v.space.took(err)
+	return err
+}
+
+// asOwner calls take, which takes space for the file, with the rights of its owner,
+// if the daemon is root's and little space is left: the reserve of the
+// filesystem is root's own.
+func (h host) asOwner(take func() error) error {
+	v := h.f.v
+	if !v.space.tight.Load() || !v.super {
+		return take()
+	}
+	var st unix.Stat_t
+	if err := v.disk.Fstat(h.f.FD, &st); err != nil {
+		return err
+	}
+	if st.Uid == 0 {
+		return take()
+	}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	if err := unix.Setfsuid(int(st.Uid)); err != nil {
+		return err
+	}
+	defer unix.Setfsuid(0)
+	return take()
+}
+
+func (h host) Failed(op string, err error) error { return h.f.failed(op, err) }
+
+func (h host) Broke(bySync bool) {
+	if bySync {
+		h.f.v.doubts.begin(h.f.n)
+	}
+	h.f.v.sessions.stuck.Store(true)
+}
+
+// failed logs that an operation on the file failed, unless what was asked for
+// cannot be.
+func (f *file) failed(op string, err error) error {
+	asked := errors.Is(err, unix.EFBIG) || errors.Is(err, unix.EPERM) && f.n.immutable.Load()
+	if err != nil && !asked {
+		f.v.report(f.n.where(), op+" failed", err)
+	}
+	return err
+}
+
+// recipients are wrapped keys as a header has them; wrapped is its inverse.
+func recipients(ws []keystore.Wrapped) []blockcrypt.Recipient {
+	out := make([]blockcrypt.Recipient, len(ws))
+	for i, w := range ws {
+		out[i] = blockcrypt.Recipient{URI: w.URI, Branch: w.Branch, Wrapped: w.Blob}
+	}
+	return out
+}
+
+func wrapped(rs []blockcrypt.Recipient) []keystore.Wrapped {
+	out := make([]keystore.Wrapped, len(rs))
+	for i, r := range rs {
+		out[i] = keystore.Wrapped{URI: r.URI, Branch: r.Branch, Blob: r.Wrapped}
+	}
+	return out
+}

@@ -1,0 +1,245 @@
+package cfile
+
+import (
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/disk"
+)
+
+// Host is what a file that is written needs of the volume around it. Its methods are called while
+// the file's lock is held, and take no lock of a file or a node.
+type Host interface {
+	// Session returns the number that states name.
+	Session() uint64
+	// NewFile makes the header and the keys of new content, from a data key at hand.
+	NewFile() (*blockcrypt.Header, *blockcrypt.FileKeys, error)
+	// TakeSpace calls take, which takes n bytes of space for the file.
+	TakeSpace(n int64, take func() error) error
+	// Failed tells of a failure of op, and returns err.
+	Failed(op string, err error) error
+	// Broke is told when disk and memory differ after an error, so that this session cannot end
+	// well; bySync says that a sync failed.
+	Broke(bySync bool)
+}
+
+// Rules are those that depend on the mount.
+type Rules struct {
+	Calm        bool // pages cannot tear: no S
+	KernelTimes bool // the kernel owns the times of open files
+}
+
+// File is a ciphertext file that can be written. It follows FORMAT.md, section 4: when a call
+// returns, with or without an error, a power cut at any moment of it leaves confirmed bytes
+// readable. Its owner has one lock for it, held for writing across each call of its methods, for
+// reading across those of [Content]; none says otherwise.
+type File struct {
+	pages
+
+	holes    holes
+	reserved int64 // this many bytes of the ciphertext file have their space, as far as is known
+	overlong bool  // the ciphertext still has pages behind its end
+}
+
+// durability says how much of a file is where.
+type durability struct {
+	confirmed int64     // this many bytes may be confirmed; 0: the file is fresh
+	durable   int64     // so many are
+	born      time.Time // when its first byte was written
+	changes   uint64    // of the content
+	cuts      uint64    // of them, truncations
+	synced    int64     // how many changes a sync has covered; -1 if that is not known
+}
+
+// freshFor is how long nothing of a new file counts as confirmed without fsync.
+const freshFor = 30 * time.Second
+
+// Past is what is remembered of a file that was closed, for when it is opened again.
+type Past struct {
+	file blockcrypt.ID
+	born time.Time // zero: something may be confirmed
+	key  contentKey
+}
+
+// New returns an open file whose header was not read yet, of a tree on d.
+func New(d *disk.Disk, g blockcrypt.Geometry, fd int, mtime unix.Timespec, r Rules, h Host) *File {
+	f := &File{}
+	f.Disk, f.Geo, f.FD = d, g, fd
+	f.rules, f.host = r, h
+	f.tail.k = -1
+	f.dur.born = time.Now()
+	f.times.Mtime = mtime
+	return f
+}
+
+// SetHeader takes the header, and the bytes that it has on the disk. They are kept.
+func (f *File) SetHeader(h *blockcrypt.Header, raw []byte) { f.Header, f.head = h, raw }
+
+// BelieveEmpty takes a file of no bytes for what it is.
+func (f *File) BelieveEmpty() { f.enter(Empty) }
+
+// BelievePartial shows the blocks that open of an unfinished file of this length, which is
+// not changed.
+func (f *File) BelievePartial(length int64) error {
+	if err := f.LookThrough(length); err != nil {
+		return err
+	}
+	f.enter(Partial)
+	return nil
+}
+
+// Believe takes the clean state of a file of this length. If it was closed in a session that is
+// not known to have ended well, unsynced, only its floor is known to be on the disk; past then says
+// whether something of it can be confirmed.
+func (f *File) Believe(length int64, past Past, unsynced bool) error {
+	empty, err := f.Accept(length)
+	if err != nil {
+		return err
+	}
+	if empty {
+		f.Header, f.Keys, f.head = nil, nil, nil
+		f.enter(Empty)
+		return nil
+	}
+	s, d := f.Header.State, &f.dur
+	d.confirmed, d.durable, d.synced = s.Size, s.Size, int64(d.changes)
+	same := past.file == f.Header.File
+	if same && past.key.drawn {
+		f.key = past.key
+	}
+	if unsynced {
+		d.durable, d.synced = s.Floor, -1
+		if same && !past.born.IsZero() && time.Since(past.born) < freshFor && s.Floor == 0 && s.Session == f.host.Session() {
+			d.confirmed, d.born = 0, past.born
+			f.enter(Fresh)
+			return nil
+		}
+	}
+	f.enter(Settled)
+	return nil
+}
+
+// Past returns what is to be remembered when the file is closed.
+func (f *File) Past() Past {
+	p := Past{key: f.key}
+	if f.Header != nil {
+		p.file = f.Header.File
+		if f.phase == Fresh {
+			p.born = f.dur.born
+		}
+	}
+	return p
+}
+
+// Phase returns the file's phase.
+func (f *File) Phase() Phase { return f.phase }
+
+// Broken reports whether the file must be loaded again before it is used.
+func (f *File) Broken() bool { return f.phase == Broken }
+
+// Keyless reports whether the file has content whose key was wiped.
+func (f *File) Keyless() bool { return f.Header != nil && f.Keys == nil }
+
+// Wipe forgets the file's keys and all that is in memory of its content.
+func (f *File) Wipe() {
+	f.Keys = nil
+	clear(f.tail.text)
+	f.tail.k = -1
+}
+
+// Changes counts the changes of the content so far.
+func (f *File) Changes() uint64 { return f.dur.changes }
+
+// Synced reports whether a sync has covered all changes of the content.
+func (f *File) Synced() bool { return f.dur.synced == int64(f.dur.changes) }
+
+// AllDurable reports whether the whole content is known to be on the disk.
+func (f *File) AllDurable() bool { return f.Synced() && f.dur.durable >= f.Size }
+
+// Unconfirmed reports whether the state says that more was written than is known to be on the
+// disk: only in a session that the marker names is that no damage.
+func (f *File) Unconfirmed() bool {
+	s := f.Header.State
+	return s.Flags&(blockcrypt.Dirty|blockcrypt.Cut) != 0 || s.Floor < s.Size
+}
+
+// Unsettled reports whether the file on the disk is not yet in its final form.
+func (f *File) Unsettled() bool {
+	if f.Keyless() {
+		return false
+	}
+	switch f.phase {
+	case Dirty, Growing, Cutting:
+		return true
+	case Fresh:
+		return f.Flags()&blockcrypt.Dirty != 0 || f.overlong
+	case Settled:
+		return f.overlong || f.Whole && !f.reservedBeyond()
+	default:
+		return false
+	}
+}
+
+// begin gives an empty file its header in memory: the first run carries it to the disk. Of a file
+// that will have size bytes with it, the state is that of a closed one, if size is not 0.
+func (f *File) begin(flags uint32, size int64) error {
+	hdr, keys, err := f.host.NewFile()
+	if err != nil {
+		return err
+	}
+	keys.SetState(hdr, blockcrypt.State{Session: f.host.Session(), Generation: 1, Size: size, Flags: flags})
+	head, err := hdr.Encode()
+	if err != nil {
+		return err
+	}
+	f.Header, f.Keys, f.head = hdr, keys, head
+	f.dur.confirmed, f.dur.durable, f.Whole = 0, 0, false
+	f.dur.born = time.Now()
+	f.key.drawn = false
+	f.holes = holes{known: true}
+	f.tail.k = -1
+	f.enter(Fresh)
+	return nil
+}
+
+// abandon undoes begin after the first run could not be written. Some of it may
+// be on the disk, so the next attempt takes another key.
+func (f *File) abandon() {
+	f.becomeEmpty()
+	if err := f.Disk.Truncate(f.FD, 0); err != nil {
+		f.host.Failed("emptying the file again", err)
+		f.enter(Broken)
+	}
+}
+
+// becomeEmpty forgets the content's keys.
+func (f *File) becomeEmpty() {
+	f.Header, f.Keys, f.head = nil, nil, nil
+	f.Size, f.dur.confirmed, f.dur.durable, f.Whole = 0, 0, 0, false
+	f.tail.k, f.holes, f.overlong, f.reserved = -1, holes{}, false, 0
+	f.dur.cuts++
+	f.enter(Empty)
+}
+
+// Confirm notes that all bytes that the file has may be confirmed from here on.
+func (f *File) Confirm() {
+	f.dur.confirmed = max(f.dur.confirmed, f.Size)
+	if f.phase == Fresh && f.Size > 0 {
+		if f.Flags()&blockcrypt.Dirty != 0 {
+			f.enter(Dirty)
+		} else {
+			f.enter(Settled)
+		}
+	}
+}
+
+// growOld ends the time in which nothing of the file counts as confirmed: when the file is
+// old enough, or when its state is of an earlier session, which may leave the marker at any
+// time.
+func (f *File) growOld() {
+	if f.phase == Fresh && (time.Since(f.dur.born) > freshFor || f.Header.State.Session != f.host.Session()) {
+		f.Confirm()
+	}
+}

@@ -1,0 +1,164 @@
+package cfile
+
+import (
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+)
+
+// Sync is fsync(2). The owner's lock is held when it is called and when it returns; unlocked
+// calls its argument without it, so that others go on while the disk works.
+func (f *File) Sync(unlocked func(func() error) error) error {
+	if f.phase == Broken {
+		return unix.EIO
+	}
+	if f.Keyless() {
+		return f.syncKeyless()
+	}
+	if err := f.trim(); err != nil {
+		return err
+	}
+	if f.phase == Fresh && (f.Flags()&blockcrypt.Dirty != 0 || f.Header.State.Size != f.Size) {
+		// A fresh file's state goes with the same sync: clean, at its exact length.
+		if err := f.writeState(f.cleanFlags()); err != nil {
+			return err
+		}
+	}
+	size, cuts, changes := f.Size, f.dur.cuts, f.dur.changes
+	f.Confirm()                       // confirmed counts from here
+	if !f.times.Near(f.times.Mtime) { // else it can wait for the file's last close
+		if err := f.PutMtime(); err != nil {
+			return err
+		}
+	}
+	fd := f.FD
+	err := unlocked(func() error { return f.Disk.Fsync(fd) })
+	if f.SyncFailed(err); err != nil {
+		return err
+	}
+	f.dur.synced = max(f.dur.synced, int64(changes))
+	if f.dur.cuts == cuts {
+		f.dur.durable = max(f.dur.durable, size)
+	}
+	if f.phase != Cutting || f.Keyless() {
+		return nil
+	}
+	if f.dur.cuts != cuts { // of a truncation that this sync did not cover
+		if err := f.datasync(); err != nil {
+			return err
+		}
+	}
+	if err := f.writeState(f.Flags() &^ blockcrypt.Cut); err != nil {
+		return err
+	}
+	return f.datasync()
+}
+
+// syncKeyless is Sync of a file whose key was wiped: nothing has changed since it was settled.
+func (f *File) syncKeyless() error {
+	if f.Unfinished() {
+		return unix.EIO // it could not be settled: nothing is confirmed
+	}
+	f.Confirm()
+	err := f.Disk.Fsync(f.FD)
+	if f.SyncFailed(err); err == nil {
+		f.dur.durable, f.dur.synced = f.Size, int64(f.dur.changes)
+	}
+	return err
+}
+
+// cleanFlags are the flags of a clean state: sparse goes when no hole is left.
+func (f *File) cleanFlags() uint32 {
+	if f.holes.none() {
+		return 0
+	}
+	return f.Flags() & blockcrypt.Sparse
+}
+
+// Rest brings a fresh file into the form that a closed one has, and puts the
+// time back.
+func (f *File) Rest() error {
+	if f.Keyless() {
+		return nil // it was brought into order before the key went
+	}
+	if err := f.trim(); err != nil {
+		return f.host.Failed("close", err)
+	}
+	if f.phase == Fresh && f.Flags()&blockcrypt.Dirty != 0 {
+		if err := f.writeState(f.cleanFlags()); err != nil {
+			return f.host.Failed("close", err)
+		}
+	}
+	return f.PutMtime()
+}
+
+// Settle brings a file whose data a sync has made durable, up to the change
+// with the number changes, into its final form: clean, at its exact length,
+// with its own time. It does nothing where the file has changed since.
+func (f *File) Settle(changes uint64) error {
+	if !f.Unsettled() || f.dur.changes != changes {
+		return nil
+	}
+	f.Confirm()
+	f.dur.confirmed, f.dur.durable, f.dur.synced = f.Size, f.Size, int64(f.dur.changes)
+	if err := f.writeState(f.cleanFlags()); err != nil {
+		return err
+	}
+	if !f.reservedBeyond() || f.overlong {
+		if err := f.Disk.Truncate(f.FD, f.Geo.Exact(f.Size)); err != nil {
+			return err
+		}
+		f.Whole, f.overlong, f.reserved = false, false, 0
+	}
+	return f.PutMtime()
+}
+
+// SettleNow is [File.Settle] with a sync of this file alone.
+func (f *File) SettleNow() error {
+	if f.phase == Fresh || f.Keyless() {
+		return f.Rest()
+	}
+	if !f.Unsettled() {
+		return nil
+	}
+	if err := f.datasync(); err != nil {
+		return err
+	}
+	return f.Settle(f.dur.changes)
+}
+
+// SettleWhole is [File.Rest] and [File.Settle] of a file that a sync has made durable as it is, up
+// to the change with the number changes. When it returns without an error, the state says so too,
+// of a file that was closed before and is clean already.
+func (f *File) SettleWhole(changes uint64) error {
+	if f.dur.changes != changes {
+		return nil
+	}
+	if err := f.Rest(); err != nil {
+		return err
+	}
+	if err := f.Settle(changes); err != nil {
+		return err
+	}
+	if f.Header != nil && f.Unconfirmed() && !f.Unsettled() {
+		f.Confirm()
+		f.dur.confirmed, f.dur.durable = f.Size, f.Size
+		if err := f.writeState(f.cleanFlags()); err != nil {
+			return err
+		}
+		if err := f.PutMtime(); err != nil {
+			return err
+		}
+	}
+	f.dur.synced = int64(f.dur.changes)
+	return nil
+}
+
+// Restamp writes the state again, if another session than the present one wrote it and it says
+// that something may not be on the disk.
+func (f *File) Restamp() error {
+	if f.phase == Broken || f.Header == nil || f.Keyless() || f.Header.State.Session == f.host.Session() || !f.Unconfirmed() {
+		return nil
+	}
+	return f.writeState(f.Flags())
+}

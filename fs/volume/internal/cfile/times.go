@@ -1,0 +1,83 @@
+package cfile
+
+import (
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Times is what is known of the file's modification time.
+type Times struct {
+	Mtime   unix.Timespec // what the kernel believes
+	Touched bool          // the backing's is another by now
+	Moves   uint64        // how often the backing's times were moved, by a write or set
+
+	wroteAt time.Time // of our last write, which gave the backing its time
+}
+
+// Times returns what is known of the modification time.
+func (p *pages) Times() Times { return p.times }
+
+// mtimeNear is how much later the modification time on the disk may be than the one that the
+// kernel believes, while a file is open for writing. After a power cut it can stay so.
+const mtimeNear = time.Second
+
+// Near reports whether the time on the disk is nearly this one, since it was written just then.
+func (t *Times) Near(want unix.Timespec) bool {
+	d := t.wroteAt.Sub(time.Unix(want.Unix()))
+	return !t.wroteAt.IsZero() && -mtimeNear < d && d < mtimeNear
+}
+
+// SetMtime notes that the backing file was given a time.
+func (p *pages) SetMtime(t unix.Timespec) {
+	p.times.wroteAt = time.Time{}
+	if t.Nsec == unix.UTIME_NOW {
+		var st unix.Stat_t
+		if p.Disk.Fstat(p.FD, &st) == nil {
+			p.times.Mtime, p.times.Touched = st.Mtim, false
+		}
+		return
+	}
+	p.times.Mtime, p.times.Touched = t, false
+}
+
+// KeepMtime takes a time that the kernel believes; the backing gets it later.
+func (p *pages) KeepMtime(t unix.Timespec) {
+	p.times.Touched = p.times.Touched || p.times.Mtime != t
+	p.times.Mtime = t
+}
+
+// TouchNow gives the file the present time, as a program's write does.
+func (p *pages) TouchNow() {
+	unix.ClockGettime(unix.CLOCK_REALTIME, &p.times.Mtime)
+	p.moveTime()
+}
+
+// touch notes that the content changed.
+func (p *pages) touch() {
+	p.Ahead.Store(nil)
+	p.dur.changes++
+	p.moveTime()
+	if !p.rules.KernelTimes {
+		unix.ClockGettime(unix.CLOCK_REALTIME, &p.times.Mtime)
+	}
+}
+
+// moveTime notes that a write of ours moves the backing's mtime.
+func (p *pages) moveTime() {
+	p.times.Touched, p.times.wroteAt = true, time.Now()
+	p.times.Moves++
+}
+
+// PutMtime puts the time back that the kernel believes, which our own writes have moved.
+func (p *pages) PutMtime() error {
+	if !p.times.Touched {
+		return nil
+	}
+	err := p.Disk.Utimens(p.FD, unix.Timespec{Nsec: unix.UTIME_OMIT}, p.times.Mtime)
+	if p.times.Touched = err != nil; err == nil {
+		p.times.wroteAt = time.Time{}
+	}
+	p.times.Moves++
+	return err
+}

@@ -1,0 +1,97 @@
+package volume
+
+import (
+	"context"
+	"errors"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+)
+
+// truncate changes the size of a file that may be closed.
+func (n *Node) truncate(ctx context.Context, size int64) error {
+	if size < 0 || size > blockcrypt.MaxPlain {
+		return unix.EFBIG
+	}
+	f, err := n.acquire(ctx, size > 0)
+	if err != nil && size == 0 && blockcrypt.ClassOf(err) != "" {
+		return n.emptyDamaged(err)
+	}
+	if err != nil {
+		return err
+	}
+	write := size > 0
+	err = f.resize(ctx, size)
+	f.mu.Lock()
+	err = errors.Join(err, f.Rest())
+	f.unlock()
+	f.release(write)
+	return f.failed("truncate", err)
+}
+
+// emptyDamaged empties a file that does not open: no key is needed to throw its
+// content away.
+func (n *Node) emptyDamaged(damage error) error {
+	if n.v.o.ReadOnly {
+		return unix.EROFS
+	}
+	n.openMu.Lock()
+	defer n.openMu.Unlock()
+	if n.file.Load() != nil {
+		return damage
+	}
+	n.dropHalf()
+	fd, err := n.open(unix.O_RDWR)
+	if err != nil {
+		return err
+	}
+	defer n.v.disk.Close(fd)
+	return n.v.disk.Truncate(fd, 0)
+}
+
+// resize is truncate for an open file.
+func (f *file) resize(ctx context.Context, size int64) error {
+	if err := f.needWrite(); err != nil {
+		return err
+	}
+	if size == 0 {
+		return f.empty(ctx)
+	}
+	unlock, err := f.lockForContent(ctx, false)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	grows := size > f.Size
+	if err := f.Truncate(size); err != nil {
+		return err
+	}
+	if f.n.cutLost(size); grows {
+		f.found(size-1, size)
+	}
+	return nil
+}
+
+// empty truncates to nothing. Where somebody has the file open for writing, the
+// new content's data key is taken before the old content goes.
+func (f *file) empty(ctx context.Context) error {
+	for {
+		if err := f.lockAwake(); err != nil {
+			return err
+		}
+		if f.writers == 0 || f.next != nil {
+			break
+		}
+		f.unlock()
+		if err := f.takeKey(ctx); err != nil {
+			return err
+		}
+	}
+	defer f.unlock()
+	_, err := f.Clear()
+	if err == nil {
+		f.n.cutLost(0)
+	}
+	return err
+}
