@@ -101,10 +101,10 @@ func (v *Volume) Tmpfile(ctx context.Context, dir *Node, mode uint32, c Caller, 
 		v.ring.PutBack(key)
 		return nil, Attr{}, nil, err
 	}
-	v.mu.Lock()
-	n := v.newNode(&st)
+	v.nodes.mu.Lock()
+	n := v.nodes.add(&st)
 	n.lookups, n.gone, n.last = 1, true, last
-	v.mu.Unlock()
+	v.nodes.mu.Unlock()
 	h := n.adopt(fd, &st, key, write)
 	n.fill(&st, -1, "")
 	return n, st, h, nil

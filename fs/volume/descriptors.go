@@ -1,7 +1,6 @@
 package volume
 
 import (
-	"container/list"
 	"errors"
 
 	"golang.org/x/sys/unix"
@@ -21,7 +20,7 @@ const (
 type fdLimits struct {
 	files  int64 // from so many open descriptors on, no file is opened for a program
 	dirs   int64 // likewise, no directory
-	cached int   // directories that are kept open without being in use
+	cached int   // dirFDs.most
 	closed int   // closed files that wait for the settler
 }
 
@@ -67,7 +66,7 @@ func (v *Volume) room(most int64) error {
 // settleOpen settles the files that programs have open, after one sync, as far as they do not
 // change meanwhile.
 func (v *Volume) settleOpen() {
-	files := v.files()
+	files := v.nodes.files()
 	changes := make([]uint64, len(files))
 	for i, f := range files {
 		f.mu.RLock()
@@ -87,17 +86,17 @@ func (v *Volume) settleOpen() {
 }
 
 // giveUpIdle closes descriptors that are not in use, of directories and of files that are
-// open, and reports whether there were any. The caller may hold any lock but Volume.mu and
-// Volume.fdMu.
+// open, and reports whether there were any. The caller may hold any lock but nodeTable.mu and
+// dirFDs.mu.
 func (v *Volume) giveUpIdle() (some bool) {
-	some = v.closeIdleDirs()
-	for _, f := range v.files() {
+	some = v.dirFDs.closeIdle()
+	for _, f := range v.nodes.files() {
 		some = f.park(false) || some
 	}
 	if some {
 		return true
 	}
-	for _, f := range v.files() { // all were used of late
+	for _, f := range v.nodes.files() { // all were used of late
 		some = f.park(true) || some
 	}
 	return some
@@ -127,8 +126,8 @@ func (f *file) park(used bool) bool {
 
 // named reports whether a name is known that leads to the node.
 func (n *Node) named() bool {
-	n.v.mu.Lock()
-	defer n.v.mu.Unlock()
+	n.v.nodes.mu.Lock()
+	defer n.v.nodes.mu.Unlock()
 	return !n.gone && len(n.links) > 0
 }
 
@@ -175,99 +174,6 @@ func (f *file) wake() error {
 		f.parked.Store(false)
 	}
 	return nil
-}
-
-// Descriptors of directories, the least recently used of which are closed.
-
-type dirLRU struct{ list list.List } // of *Node; most recently used first
-
-func (l *dirLRU) init() { l.list.Init() }
-
-// closeDirs closes them all.
-func (v *Volume) closeDirs() {
-	for e := v.dirLRU.list.Front(); e != nil; e = e.Next() {
-		v.disk.Close(e.Value.(*Node).dirFD)
-	}
-	v.dirLRU.list.Init()
-}
-
-// enter returns a descriptor of a directory, good until leave is called.
-func (n *Node) enter() (int, error) {
-	v := n.v
-	if n == v.root {
-		return v.rootD, nil
-	}
-	v.fdMu.Lock()
-	if n.dirFD >= 0 {
-		n.dirRefs++
-		v.dirLRU.list.MoveToFront(n.dirElem)
-		v.fdMu.Unlock()
-		return n.dirFD, nil
-	}
-	v.fdMu.Unlock()
-	fd, err := n.open(unix.O_PATH | unix.O_DIRECTORY)
-	if err != nil {
-		return -1, err
-	}
-	v.fdMu.Lock()
-	n.dirRefs++
-	unneeded := []int{fd}
-	if n.dirFD < 0 { // or another was faster
-		n.dirFD, n.dirElem = fd, v.dirLRU.list.PushFront(n)
-		unneeded = v.takeDirsDownTo(v.fdLimits.cached)
-	}
-	fd = n.dirFD
-	v.fdMu.Unlock()
-	for _, fd := range unneeded {
-		v.disk.Close(fd)
-	}
-	return fd, nil
-}
-
-func (n *Node) leave() {
-	if n == n.v.root {
-		return
-	}
-	n.v.fdMu.Lock()
-	n.dirRefs--
-	n.v.fdMu.Unlock()
-}
-
-// takeDirFD takes the descriptor of a directory away, -1 if it has none or it is in use.
-// fdMu is held.
-func (v *Volume) takeDirFD(n *Node) (fd int) {
-	if n.dirFD < 0 || n.dirElem == nil || n.dirRefs > 0 {
-		return -1
-	}
-	fd = n.dirFD
-	v.dirLRU.list.Remove(n.dirElem)
-	n.dirFD, n.dirElem = -1, nil
-	return fd
-}
-
-// closeIdleDirs closes the descriptors of directories that are not in use, and reports
-// whether there were any.
-func (v *Volume) closeIdleDirs() bool {
-	v.fdMu.Lock()
-	fds := v.takeDirsDownTo(0)
-	v.fdMu.Unlock()
-	for _, fd := range fds {
-		v.disk.Close(fd)
-	}
-	return len(fds) > 0
-}
-
-// takeDirsDownTo takes the descriptors of the least recently used directories away, to be
-// closed, until only n have one without being in use. fdMu is held.
-func (v *Volume) takeDirsDownTo(n int) (fds []int) {
-	for e := v.dirLRU.list.Back(); e != nil && v.dirLRU.list.Len() > n; {
-		prev := e.Prev()
-		if fd := v.takeDirFD(e.Value.(*Node)); fd >= 0 {
-			fds = append(fds, fd)
-		}
-		e = prev
-	}
-	return fds
 }
 
 // lockAwake takes mu with the descriptor open.

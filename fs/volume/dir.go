@@ -48,7 +48,7 @@ func (v *Volume) lookup(dir *Node, cname string) (n *Node, st Attr, err error) {
 	if err := v.disk.Stat(fd, cname, &st); err != nil {
 		return nil, st, err
 	}
-	n = v.intern(&st, dir, cname)
+	n = v.nodes.intern(&st, dir, cname)
 	n.fill(&st, fd, cname)
 	n.tell(&st, clock)
 	return n, st, nil
@@ -70,12 +70,12 @@ func (v *Volume) checked(ctx context.Context, n *Node, st Attr, err error) (*Nod
 		return nil, st, false, err
 	}
 	if !ok { // the next lookup makes another node, with its true size
-		v.mu.Lock()
+		v.nodes.mu.Lock()
 		n.pending = true
-		if key := (inodeKey{n.dev, n.ino}); v.inodes[key] == n {
-			delete(v.inodes, key)
+		if key := (inodeKey{n.dev, n.ino}); v.nodes.byInode[key] == n {
+			delete(v.nodes.byInode, key)
 		}
-		v.mu.Unlock()
+		v.nodes.mu.Unlock()
 	}
 	return n, st, ok, nil
 }
@@ -118,7 +118,7 @@ func (v *Volume) make(dir *Node, name string, c Caller, mode uint32, f func(fd i
 	if err := v.disk.Fstat(made, &st); err != nil {
 		return nil, st, err
 	}
-	n = v.intern(&st, dir, e.cname)
+	n = v.nodes.intern(&st, dir, e.cname)
 	n.fill(&st, fd, e.cname)
 	n.tell(&st, clock)
 	return n, st, nil
@@ -276,8 +276,8 @@ func (v *Volume) lockDirs(a, b *Node) (unlock func()) {
 
 // above reports whether directory m is below n, or is n.
 func (n *Node) above(m *Node) bool {
-	n.v.mu.Lock()
-	defer n.v.mu.Unlock()
+	n.v.nodes.mu.Lock()
+	defer n.v.nodes.mu.Unlock()
 	for m != n && len(m.links) > 0 {
 		m = m.links[0].dir
 	}
@@ -315,13 +315,13 @@ func (v *Volume) remove(dir *Node, name string, f func(fd int, cname string) err
 			return nil, err
 		}
 		defer dir.leave()
-		x := v.part(location{dir, e.cname}, fd)
+		x := v.nodes.part(location{dir, e.cname}, fd)
 		if err := f(fd, e.cname); err != nil {
-			v.stays(x)
+			v.nodes.stays(x)
 			return nil, err
 		}
 		e.dropName(&v.disk, fd)
-		return v.leaves(x), nil
+		return v.nodes.leaves(x), nil
 	}()
 	gone.dropIfGone()
 	return err
@@ -338,7 +338,7 @@ func (v *Volume) clearDir(dir *Node, fd int, cname string, held *Node) error {
 	if st.Mode&unix.S_IFMT != unix.S_IFDIR {
 		return unix.ENOTDIR
 	}
-	n := v.intern(&st, dir, cname)
+	n := v.nodes.intern(&st, dir, cname)
 	defer v.Forget(n.id, 1)
 	if held != nil && n.above(held) { // held is in it, or is it and has an entry
 		return unix.ENOTEMPTY
@@ -401,7 +401,7 @@ func (v *Volume) renameLocked(from *Node, oldName string, to *Node, newName stri
 	}
 	defer to.leave()
 	a, b := location{from, old.cname}, location{to, now.cname}
-	n, m := v.at(a), v.at(b)
+	n, m := v.nodes.at(a), v.nodes.at(b)
 	if n != nil {
 		n.moving.Add(1)
 		defer n.moving.Add(-1)
@@ -413,7 +413,7 @@ func (v *Volume) renameLocked(from *Node, oldName string, to *Node, newName stri
 		m.moving.Add(1)
 		defer m.moving.Add(-1)
 	case !exchange && m != n:
-		x = v.part(b, nfd)
+		x = v.nodes.part(b, nfd)
 	}
 	err = v.disk.Rename(ofd, old.cname, nfd, now.cname, flags)
 	if flags&(unix.RENAME_NOREPLACE|unix.RENAME_EXCHANGE) == 0 && (errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EEXIST)) {
@@ -422,24 +422,24 @@ func (v *Volume) renameLocked(from *Node, oldName string, to *Node, newName stri
 		}
 	}
 	if err != nil {
-		v.stays(x)
+		v.nodes.stays(x)
 		now.undo(&v.disk, nfd)
 		return nil, err
 	}
 	if n == nil || n.IsDir() || exchange && (m == nil || m.IsDir()) || v.repairs() {
-		v.dirMoves.Add(1)
+		v.walker.moves.Add(1)
 	}
 	if a == b || n != nil && n == m && !exchange {
-		v.stays(x)
+		v.nodes.stays(x)
 		return nil, nil // rename of a hard link onto another of the same file does nothing
 	}
 	if exchange {
-		v.moved(n, a, b)
-		v.moved(m, b, a)
+		v.nodes.moved(n, a, b)
+		v.nodes.moved(m, b, a)
 		return nil, nil
 	}
-	gone = v.leaves(x)
-	v.moved(n, a, b)
+	gone = v.nodes.leaves(x)
+	v.nodes.moved(n, a, b)
 	if flags&unix.RENAME_WHITEOUT == 0 {
 		old.dropName(&v.disk, ofd)
 	}

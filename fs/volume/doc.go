@@ -21,29 +21,48 @@
 // Package disk below makes all syscalls on the ciphertext tree, relative to descriptors of
 // directories, and never follows a symlink.
 //
-// Locks, in this order: sessions.markerMu, Volume.crossing, Node.entries (see lockDirs),
-// Node.openMu, file.mu, Node.lostMu, Node.dirMu, settler.mu, Volume.mu, Volume.fdMu; under
-// sessions.mu, doubts.mu and file.shownMu no other lock is taken. No call to a key service is
-// made under any of them.
+// The package, from top to bottom; calls go down:
 //
-// A request waits for the disk only as long as its own calls take, and those of requests
-// that it has to do with. Locks that are held across a syscall, and the requests that wait:
+//	Volume, Node, Handle, Dir     what a mount calls: names (dir.go), content (io.go), attributes
+//	file                          an open file: users, lock, descriptors, keys (file.go, load.go)
+//	access, settler, walker,      what goes on beside requests
+//	prefetcher
+//	sessions, doubts, space,      what is known of this mount, of the disk, of lost bytes,
+//	lost, nodeTable, dirFDs       of nodes and of their descriptors
+//	internal/cfile                one ciphertext file: pages, state, phases
+//	internal/layout               names, directory IDs, marker, headers
+//	internal/disk                 every syscall on the tree
 //
-//   - Node.entries of a directory, for reading while an entry is looked up or made, for
-//     writing while one is removed or renamed: a removal or a rename waits for all others in that
-//     directory, and all others wait for it.
-//   - Volume.crossing while an entry goes from one directory to another: other such
-//     renames, as in Linux.
-//   - Node.openMu while a file is opened, repaired or closed: the same for that file.
-//   - file.mu while a file is read (shared), written, cut or settled: requests for its
-//     content. A program's fsync does not hold it, but a sync that a write must wait for does
-//     (FORMAT.md, section 4). Requests for the file's attributes do not wait at all.
-//   - sessions.markerMu while the marker is replaced, and while a new session begins: the next
-//     change of the marker, which no request waits for.
-//   - Node.dirMu while the ID of a directory is read: requests for a name in it.
-//   - Node.lostMu while a file is read of which bytes were lost.
+// Locks, from the first to be taken to the last. No call to a key service is made under any.
 //
-// Volume.mu and Volume.fdMu, which every request takes, are held across no syscall. A call
-// that finds no descriptor closes idle ones (descriptors.go): it only tries the locks of
-// other files.
+//	lock                held across syscalls?   who waits
+//	sessions.markerMu   while the marker is     the next change of the marker; no request
+//	                    replaced, or a session
+//	                    begins
+//	access.mu           yes                     the next Suspend or Resume
+//	Volume.crossing     yes                     renames from one directory to another, as in Linux
+//	Node.entries        shared while an entry   in this directory, a removal or a rename waits for
+//	                    is looked up or made,   all others, and all others wait for it
+//	                    else alone
+//	Node.openMu         while the file is       the same for this file
+//	                    opened, repaired, closed
+//	file.mu             shared by reads; alone  requests for this file's content; not those for its
+//	                    for writes, truncation, attributes. A program's fsync does not hold it, but a
+//	                    settling                sync that a write must wait for does (FORMAT.md, 4)
+//	lost.mu             while a file is read    the same for this file
+//	                    of which bytes were
+//	                    lost
+//	Node.dirMu          while the ID of a       requests for a name in this directory
+//	                    directory is read
+//	settler.mu          no
+//	nodeTable.mu        no                      every request, for a moment
+//	dirFDs.mu           no                      every request, for a moment
+//	sessions.mu,        no; no other lock is
+//	doubts.mu,          taken under them
+//	reports.mu,
+//	file.shownMu
+//
+// So a request waits for the disk only as long as its own calls take, and those of requests that
+// it has to do with. A call that finds no descriptor closes idle ones (descriptors.go): it only
+// tries the locks of other files.
 package volume

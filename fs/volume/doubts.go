@@ -62,7 +62,7 @@ func (v *Volume) syncAll() error {
 		// It does not say whose data is lost: perhaps that of files that are closed.
 		v.doubts.beginAll()
 		v.sessions.stuck.Store(true)
-		for _, f := range v.files() {
+		for _, f := range v.nodes.files() {
 			f.mu.Lock()
 			if f.rw && !f.closed && f.Header != nil && (f.Unsettled() || !f.AllDurable()) {
 				f.SyncFailed(err)

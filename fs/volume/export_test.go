@@ -2,8 +2,6 @@ package volume
 
 import (
 	"errors"
-	"maps"
-	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -21,19 +19,19 @@ func (v *Volume) Crash() {
 	v.settler.stop()
 	v.disk.Hook = func(disk.Call) error { return errCrashed }
 	v.ring.Close()
-	for _, f := range v.files() {
+	for _, f := range v.nodes.files() {
 		f.mu.Lock()
 		unix.Close(f.FD)
 		f.closed = true
 		f.mu.Unlock()
 	}
-	v.closeDirs()
+	v.dirFDs.closeAll()
 	v.unlockWriter()
 	unix.Close(v.rootD)
 }
 
 // SealWithin sets how long a disk may take before keys are wiped.
-func (v *Volume) SealWithin(d time.Duration) { v.writeWithin = d }
+func (v *Volume) SealWithin(d time.Duration) { v.access.writeWithin = d }
 
 // Settle settles all closed files now.
 func (v *Volume) Settle() { v.settler.settle(v.settler.due(0)) }
@@ -43,10 +41,7 @@ func (v *Volume) NextSession() error { return v.nextSession() }
 
 // WaitingForKeys returns how many calls wait for a file's key.
 func (v *Volume) WaitingForKeys() (n int) {
-	v.mu.Lock()
-	nodes := slices.Collect(maps.Values(v.nodes))
-	v.mu.Unlock()
-	for _, x := range nodes {
+	for _, x := range v.nodes.all() {
 		x.openMu.Lock()
 		if x.half != nil {
 			n += x.half.waiting
@@ -82,7 +77,7 @@ func (v *Volume) Descriptors() int64 { return v.disk.Descriptors() }
 
 // Age makes every open file one of which something may be confirmed, as time does.
 func (v *Volume) Age() {
-	for _, f := range v.files() {
+	for _, f := range v.nodes.files() {
 		f.mu.Lock()
 		f.Confirm()
 		f.mu.Unlock()
@@ -109,9 +104,7 @@ func (h *Handle) State() (flags uint32, floor, size int64) {
 
 // KnownNodes returns how many nodes the volume holds.
 func (v *Volume) KnownNodes() int {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	return len(v.nodes)
+	return len(v.nodes.all())
 }
 
 // CheckBackingWith is [CheckBacking] with a hook.
@@ -136,9 +129,9 @@ func GranularityOf(t time.Time) uint32 { return layout.GranularityOf(t.UnixNano(
 
 // DirFDs returns how many descriptors of directories are open.
 func (v *Volume) DirFDs() int {
-	v.fdMu.Lock()
-	defer v.fdMu.Unlock()
-	return v.dirLRU.list.Len()
+	v.dirFDs.mu.Lock()
+	defer v.dirFDs.mu.Unlock()
+	return v.dirFDs.list.Len()
 }
 
 // Closing reports whether Close was called.

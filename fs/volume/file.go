@@ -57,7 +57,7 @@ func (n *Node) acquire(ctx context.Context, write bool) (*file, error) {
 	if write && n.v.o.ReadOnly {
 		return nil, unix.EROFS
 	}
-	if err := n.v.refuses(false); err != nil {
+	if err := n.v.access.refuses(false); err != nil {
 		return nil, err
 	}
 	if write && n.immutable.Load() {
@@ -372,7 +372,7 @@ func (h *Handle) Flush() error {
 	if err := h.f.Rest(); err != nil {
 		return err
 	}
-	return h.f.n.anyLostErr()
+	return h.f.n.lost.tell()
 }
 
 // Release closes the handle.
@@ -395,7 +395,7 @@ func (h *Handle) Fsync() error {
 	if err := h.f.fsync(); err != nil {
 		return h.f.failed("fsync", err)
 	}
-	return h.f.n.anyLostErr()
+	return h.f.n.lost.tell()
 }
 
 // fsync makes the content durable. mu is not held while the disk works.
@@ -419,9 +419,9 @@ func (f *file) fsync() error {
 func (f *file) syncPath() error {
 	n := f.n
 	names := n.moves.Load() + 1
-	n.v.mu.Lock()
+	n.v.nodes.mu.Lock()
 	links := slices.Clone(n.links)
-	n.v.mu.Unlock()
+	n.v.nodes.mu.Unlock()
 	for _, l := range links {
 		if err := l.dir.syncIDs(); err != nil {
 			return err

@@ -48,7 +48,7 @@ func (h *Handle) Read(ctx context.Context, b []byte, off int64) (int, error) {
 	defer f.mu.RUnlock()
 	var n int
 	var err error
-	if f.n.lostIn(off, off+int64(len(b))) != nil {
+	if f.n.lost.in(off, off+int64(len(b))) {
 		keystore.Waits(ctx)
 		n, err = f.readAround(b, off)
 	} else {
@@ -100,7 +100,7 @@ func (h *Handle) put(ctx context.Context, b []byte, off int64, how writeHow) (in
 	if err != nil {
 		return 0, f.failed("write", err)
 	}
-	f.found(off, off+int64(len(b)))
+	f.n.lost.found(off, off+int64(len(b)))
 	if how == writeThrough {
 		f.TouchNow()
 	}
@@ -166,7 +166,7 @@ func (h *Handle) extent(off int64) (hole bool, n int64) {
 	if off < 0 || off >= f.Size {
 		return false, 0
 	}
-	if hole, n, err = f.Extent(off); err != nil || f.n.anyLost.Load() {
+	if hole, n, err = f.Extent(off); err != nil || f.n.lost.any.Load() {
 		return false, f.Size - off
 	}
 	return hole, n
@@ -189,7 +189,7 @@ func (h *Handle) zero(ctx context.Context, off, n int64) error {
 	}
 	if err == nil && end > f.Size {
 		if err = f.Write(nil, end-1, 1); err == nil {
-			f.found(off, end)
+			f.n.lost.found(off, end)
 		}
 	}
 	return f.failed("write", err)

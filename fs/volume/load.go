@@ -93,8 +93,8 @@ func (n *Node) openedHalf() (h *half, resumed bool, err error) {
 
 // isPending reports whether a lookup gave the node up, since it could not be repaired yet.
 func (n *Node) isPending() bool {
-	n.v.mu.Lock()
-	defer n.v.mu.Unlock()
+	n.v.nodes.mu.Lock()
+	defer n.v.nodes.mu.Unlock()
 	return n.pending
 }
 
@@ -153,7 +153,7 @@ func (n *Node) finish(h *half, keys *blockcrypt.FileKeys) error {
 		f.Reserved(h.st.Blocks * 512) // as many were reserved, and left so when it settled
 	}
 	n.attach(f)
-	if err := n.v.refuses(false); err != nil { // just now, and its key was not among those wiped
+	if err := n.v.access.refuses(false); err != nil { // just now, and its key was not among those wiped
 		f.mu.Lock()
 		f.wipe()
 		f.unlock()
@@ -392,72 +392,4 @@ func (n *Node) needsRepair() (bool, error) {
 	}
 	s := h.State
 	return n.v.sessions.wasBad(s.Session) && (s.Flags&(blockcrypt.Dirty|blockcrypt.Cut) != 0 || s.Floor < s.Size), nil
-}
-
-// walk looks everything up once after a session that ended badly, so that its
-// files are repaired and it can leave the marker.
-func (v *Volume) walk() {
-	defer close(v.walked)
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	go func() {
-		select {
-		case <-v.quit:
-			cancel()
-		case <-ctx.Done():
-		}
-	}()
-	whole, err := false, error(nil)
-	for range maxWalks {
-		moves := v.dirMoves.Load()
-		if whole, err = v.walkDir(ctx, v.root); err != nil || v.dirMoves.Load() == moves {
-			break
-		}
-		whole = false // something may have moved from where it was not yet to where it was already
-	}
-	if err == nil && whole {
-		err = v.cleaned()
-	}
-	switch {
-	case ctx.Err() != nil:
-	case err != nil:
-		v.report(".", "the walk after a mount that did not end well failed; it is made again at the next mount", err)
-	case !whole:
-		v.log.Warn("some files could not be repaired yet; it is tried again when they are looked up, and at the next mount")
-	default:
-		v.log.Info("all files of the mount that did not end well were checked")
-	}
-}
-
-// maxWalks is how often the walk begins again while directories are moved.
-const maxWalks = 20
-
-func (v *Volume) walkDir(ctx context.Context, n *Node) (whole bool, err error) {
-	d, err := n.OpenDir()
-	if err != nil {
-		return false, err
-	}
-	defer d.Close()
-	whole = true
-	err = d.Next(func(e Entry) bool {
-		if e.Name == "." || e.Name == ".." {
-			return ctx.Err() == nil
-		}
-		c, _, final, lerr := d.Lookup(ctx, e)
-		if lerr != nil {
-			whole = whole && errors.Is(lerr, unix.ENOENT)
-			return ctx.Err() == nil
-		}
-		whole = whole && final
-		if c.IsDir() {
-			ok, derr := v.walkDir(ctx, c)
-			whole = whole && (ok && derr == nil)
-		}
-		v.Forget(c.id, 1)
-		return ctx.Err() == nil
-	})
-	if ctx.Err() != nil {
-		return false, ctx.Err()
-	}
-	return whole, err
 }

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -11,17 +13,37 @@ import (
 	"kmsfs/fs/volume/internal/ranges"
 )
 
-// lost is data that write(2) accepted and that then could not be written. Node.lostMu
-// guards it. It is remembered as long as the kernel knows the node, since the kernel goes
-// on believing that the file has that size.
+// lost is data that write(2) accepted and that then could not be written. It is remembered as long
+// as the kernel knows the node, since the kernel goes on believing that the file has that size.
 type lost struct {
+	any atomic.Bool // there is something; most files have nothing
+
+	mu    sync.Mutex // guards the fields below
 	bytes ranges.Set // of the file
 	err   error      // why; nil if nothing is lost and everything was told
 	told  bool       // a flush or an fsync has returned err
 
-	// pages are those at the ends of lost ranges.Set that are lost in part, as the kernel had
+	// pages are those at the ends of lost ranges that are lost in part, as the kernel had
 	// them. The kernel reads such a page before a program can write to a part of it again.
 	pages map[int64][]byte
+}
+
+// forget ends it. mu is held.
+func (l *lost) forget() {
+	l.bytes, l.err, l.told, l.pages = nil, nil, false, nil
+	l.any.Store(false)
+}
+
+// add notes that these bytes are lost, for err; b at off is what was to be written.
+func (l *lost) add(s ranges.Set, b []byte, off int64, err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, r := range s {
+		l.bytes = l.bytes.With(r.First, r.Last)
+	}
+	l.keepEnds(s, b, off)
+	l.err, l.told = err, false
+	l.any.Store(true)
 }
 
 const (
@@ -60,8 +82,8 @@ func (l *lost) prune() {
 // kept come from memory. It fails if others are lost. mu is held.
 func (f *file) readAround(b []byte, off int64) (n int, err error) {
 	l := &f.n.lost
-	f.n.lostMu.Lock()
-	defer f.n.lostMu.Unlock()
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	for len(b) > 0 {
 		page := off / kernelPage
 		part := b[:min(int64(len(b)), (page+1)*kernelPage-off)]
@@ -100,28 +122,15 @@ func (f *file) lose(b []byte, off int64, err error) {
 	f.mu.RLock()
 	lost := f.lacks(b, off, errors.Is(err, unix.EPERM) && n.immutable.Load())
 	f.mu.RUnlock()
-	if len(lost) == 0 {
-		return
+	if len(lost) > 0 {
+		n.lost.add(lost, b, off, err)
 	}
-	n.lostMu.Lock()
-	defer n.lostMu.Unlock()
-	for _, r := range lost {
-		n.lost.bytes = n.lost.bytes.With(r.First, r.Last)
-	}
-	n.lost.keepEnds(lost, b, off)
-	n.lost.err, n.lost.told = err, false
-	n.anyLost.Store(true)
 }
 
 // loseEnd notes that the bytes from the file's end to believed are lost: the kernel goes on to
 // believe in a file of that size, and would show zeros.
 func (f *file) loseEnd(believed int64) {
-	n := f.n
-	n.lostMu.Lock()
-	defer n.lostMu.Unlock()
-	n.lost.bytes = n.lost.bytes.With(f.Size, believed-1)
-	n.lost.err, n.lost.told = unix.EIO, false
-	n.anyLost.Store(true)
+	f.n.lost.add(ranges.Set{{First: f.Size, Last: believed - 1}}, nil, 0, unix.EIO)
 }
 
 // leastEqual is how many bytes in the middle of a write must be those of the file to count
@@ -161,65 +170,57 @@ func (f *file) lacks(b []byte, off int64, immutable bool) (out ranges.Set) {
 }
 
 // found notes that the file has the right bytes in [off, end) again.
-func (f *file) found(off, end int64) {
-	n := f.n
-	if !n.anyLost.Load() || off >= end {
+func (l *lost) found(off, end int64) {
+	if !l.any.Load() || off >= end {
 		return
 	}
-	n.lostMu.Lock()
-	defer n.lostMu.Unlock()
-	if n.lost.bytes = n.lost.bytes.Without(off, end-1); len(n.lost.bytes) == 0 {
-		n.lost = lost{}
-		n.anyLost.Store(false)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.bytes = l.bytes.Without(off, end-1); len(l.bytes) == 0 {
+		l.forget()
 	}
-	n.lost.prune()
+	l.prune()
 }
 
-// cutLost is called when a program has cut the file to size: a program that rolls back
+// cut is called when a program has cut the file to size: a program that rolls back
 // does. The file then is what the disk has of it. Bytes that were lost below size read as
 // the file has them, as on ext4; if their error was not told yet, it is told once.
-func (n *Node) cutLost(size int64) {
-	if !n.anyLost.Load() {
+func (l *lost) cut(size int64) {
+	if !l.any.Load() {
 		return
 	}
-	n.lostMu.Lock()
-	defer n.lostMu.Unlock()
-	if k := len(n.lost.bytes); k == 0 || size > n.lost.bytes[k-1].Last {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if k := len(l.bytes); k == 0 || size > l.bytes[k-1].Last {
 		return // the kernel believes in no greater size: the file grows
 	}
-	below := n.lost.bytes.Touches(0, size-1)
-	n.lost.bytes, n.lost.pages = nil, nil
-	if n.lost.told || !below {
-		n.lost = lost{}
-		n.anyLost.Store(false)
+	below := l.bytes.Touches(0, size-1)
+	if l.bytes, l.pages = nil, nil; l.told || !below {
+		l.forget()
 	}
 }
 
-// lostIn returns why a part of [off, end) could not be written, or nil.
-func (n *Node) lostIn(off, end int64) error {
-	if !n.anyLost.Load() {
-		return nil
+// in reports whether a part of [off, end) could not be written.
+func (l *lost) in(off, end int64) bool {
+	if !l.any.Load() {
+		return false
 	}
-	n.lostMu.Lock()
-	defer n.lostMu.Unlock()
-	if n.lost.bytes.Touches(off, end-1) {
-		return n.lost.err
-	}
-	return nil
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.bytes.Touches(off, end-1)
 }
 
-// anyLostErr returns why something of the file could not be written, or nil. It is for
+// tell returns why something of the file could not be written, or nil. It is for
 // flush and fsync: it tells the program.
-func (n *Node) anyLostErr() error {
-	if !n.anyLost.Load() {
+func (l *lost) tell() error {
+	if !l.any.Load() {
 		return nil
 	}
-	n.lostMu.Lock()
-	defer n.lostMu.Unlock()
-	err := n.lost.err
-	if n.lost.told = true; len(n.lost.bytes) == 0 {
-		n.lost = lost{}
-		n.anyLost.Store(false)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	err := l.err
+	if l.told = true; len(l.bytes) == 0 {
+		l.forget()
 	}
 	return err
 }

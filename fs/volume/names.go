@@ -182,12 +182,12 @@ func (n *Node) syncIDs() error {
 	var chain []*Node
 	for n != nil && n != n.v.root {
 		chain = append(chain, n)
-		n.v.mu.Lock()
+		n.v.nodes.mu.Lock()
 		var up *Node
 		if len(n.links) > 0 {
 			up = n.links[0].dir
 		}
-		n.v.mu.Unlock()
+		n.v.nodes.mu.Unlock()
 		n = up
 	}
 	// From the top: an fsync can make an entry durable whose directory's ID is not.

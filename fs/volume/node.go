@@ -23,11 +23,19 @@ type Node struct {
 	dev, ino uint64
 	typ      uint32 // S_IFMT bits
 
-	// entries, of a directory, is held for reading while an entry is looked up or made, for
-	// writing while one is removed or renamed: it keeps links true. See [Volume.lockDirs].
-	entries sync.RWMutex
+	known     // who knows it, and its names
+	directory // only of a directory
+	content   // only of a file
 
-	// Guarded by Volume.mu.
+	moving  atomic.Int64         // changes of its places under way
+	moves   atomic.Uint64        // changes of its places so far
+	linked  atomic.Bool          // another name was made in this mount
+	told    atomic.Pointer[told] // of a file
+	changed atomic.Uint64        // the value of Volume.clock at the last change of its attributes
+}
+
+// known is guarded by nodeTable.mu.
+type known struct {
 	lookups uint64     // the kernel's
 	holds   int        // of children's links, open files and directories
 	links   []location // its names; the root, and an object that was removed, have none
@@ -35,43 +43,46 @@ type Node struct {
 	leaving bool       // with the space that it took
 	last    int        // O_PATH, of what lost its last name or is about to; -1 otherwise
 	pending bool       // a file that is still to be repaired: nobody may remember it
+}
 
-	// Guarded by Volume.fdMu, of directories.
+// directory is what is known of a directory.
+type directory struct {
+	// entries is held for reading while an entry is looked up or made, for writing while one is
+	// removed or renamed: it keeps the links of what is in the directory true. See
+	// [Volume.lockDirs].
+	entries sync.RWMutex
+
+	// Guarded by dirFDs.mu.
 	dirFD   int // O_PATH, -1 while closed
 	dirRefs int
 	dirElem *list.Element
 
-	// dirMu guards the ID of a directory.
-	dirMu    sync.Mutex
+	dirMu    sync.Mutex // guards the fields below
 	dirID    blockcrypt.ID
 	hasID    bool
 	acl      aclKnown // whether it has a default ACL
 	idSynced bool     // the ID is durable
+}
 
-	// lostMu guards lost.
-	lostMu  sync.Mutex
-	lost    lost
-	anyLost atomic.Bool
-
+// content is what is known of a file's content.
+type content struct {
+	lost      lost
 	immutable atomic.Bool // by [Node.SetFlags]
+	file      atomic.Pointer[file]
 
-	// openMu is held while the file is loaded, repaired or let go.
-	openMu sync.Mutex
-	file   atomic.Pointer[file]
-	past   cfile.Past // guarded by openMu
-	sound  bool       // guarded by openMu: no earlier session has left it to be repaired
+	// openMu is held while the file is loaded, repaired or let go. It guards the fields below.
+	openMu   sync.Mutex
+	half     *half      // a file whose key is still waited for
+	past     cfile.Past // what was known when it was closed last
+	sound    bool       // no earlier session has left it to be repaired
+	believed int64      // the size that the file had when it broke, which the kernel goes on to believe in
+}
 
-	// half is a file whose key is still waited for. Guarded by openMu.
-	half *half
-
-	believed int64       // guarded by openMu: the size that a file had when it broke, which the kernel goes on to believe in
-	linked   atomic.Bool // another name was made in this mount
-
-	moving atomic.Int64  // changes of its places under way
-	moves  atomic.Uint64 // changes of its places so far
-
-	told    atomic.Pointer[told] // of a file
-	changed atomic.Uint64        // the value of Volume.clock at the last change of its attributes
+// newNode returns a node that st describes.
+func newNode(v *Volume, id uint64, st *unix.Stat_t) *Node {
+	n := &Node{v: v, id: id, dev: st.Dev, ino: st.Ino, typ: st.Mode & unix.S_IFMT}
+	n.last, n.dirFD = -1, -1
+	return n
 }
 
 // location is where a node is, or could be: one of its names.
@@ -94,8 +105,8 @@ func (n *Node) IsFile() bool { return n.typ == unix.S_IFREG }
 
 // Gone reports whether the node has no name any more.
 func (n *Node) Gone() bool {
-	n.v.mu.Lock()
-	defer n.v.mu.Unlock()
+	n.v.nodes.mu.Lock()
+	defer n.v.nodes.mu.Unlock()
 	return n.gone
 }
 
@@ -111,256 +122,23 @@ func (n *Node) Writing() bool {
 	return f.writers > 0
 }
 
-// Node returns the node with a number that Lookup or Create gave out, nil if
-// the kernel has forgotten it.
-func (v *Volume) Node(id uint64) *Node {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	return v.nodes[id]
-}
-
-// at returns the node that was found at a place, nil if none was or the kernel has
-// forgotten it. The directory's entries are held, so that it is still there.
-func (v *Volume) at(p location) *Node {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	return v.places[p]
-}
-
-// unlock unlocks mu, and closes what nobody needs any more: closing can wait for the disk.
-func (v *Volume) unlock() {
-	fds, left := v.unneeded, v.left
-	v.unneeded, v.left = nil, 0
-	v.mu.Unlock()
-	for _, fd := range fds {
-		v.disk.Close(fd)
-	}
-	v.disk.Left(left)
-}
-
-// intern returns the node of what st describes, found at dir/cname, counting a
-// lookup.
-func (v *Volume) intern(st *unix.Stat_t, dir *Node, cname string) *Node {
-	v.mu.Lock()
-	defer v.unlock()
-	key := inodeKey{st.Dev, st.Ino}
-	n := v.inodes[key]
-	if n != nil && n.typ != st.Mode&unix.S_IFMT { // changed behind our back
-		n.gone, n = true, nil
-	}
-	if n == nil {
-		n = v.newNode(st)
-		v.inodes[key] = n
-	}
-	n.lookups++
-	n.addLink(location{dir, cname})
-	return n
-}
-
-// newNode makes a node that no inode number leads to. v.mu is held.
-func (v *Volume) newNode(st *unix.Stat_t) *Node {
-	n := &Node{v: v, id: v.nextID.Add(1), dev: st.Dev, ino: st.Ino, typ: st.Mode & unix.S_IFMT, dirFD: -1, last: -1}
-	v.nodes[n.id] = n
-	return n
-}
-
-// addLink and dropLink keep links and Volume.places; v.mu is held.
-func (n *Node) addLink(p location) {
-	if slices.Contains(n.links, p) {
-		n.v.places[p] = n
-		return
-	}
-	if n.typ == unix.S_IFDIR {
-		for len(n.links) > 0 { // moved behind our back
-			n.dropLink(n.links[0])
-		}
-	}
-	n.v.places[p] = n
-	n.links = append(n.links, p)
-	p.dir.holds++
-}
-
-func (n *Node) dropLink(p location) {
-	if n.v.places[p] == n {
-		delete(n.v.places, p)
-	}
-	if i := slices.Index(n.links, p); i >= 0 {
-		n.links = append(n.links[:i:i], n.links[i+1:]...)
-		n.v.unhold(p.dir)
-	}
-}
-
-// hold keeps a node while something of it is open; release is its inverse.
-func (n *Node) hold() {
-	n.v.mu.Lock()
-	n.holds++
-	n.v.mu.Unlock()
-}
-
-func (n *Node) release() {
-	n.v.mu.Lock()
-	defer n.v.unlock()
-	n.v.unhold(n)
-}
-
-// unhold takes back one hold; v.mu is held.
-func (v *Volume) unhold(n *Node) {
-	n.holds--
-	v.dropIfUnknown(n)
-}
-
-// Forget takes back count lookups of a node.
-func (v *Volume) Forget(id, count uint64) {
-	v.mu.Lock()
-	defer v.unlock()
-	if n := v.nodes[id]; n != nil && n != v.root {
-		n.lookups -= min(count, n.lookups)
-		v.dropIfUnknown(n)
-	}
-}
-
-// dropIfUnknown lets go of a node that neither the kernel nor anything open knows; v.mu is
-// held.
-func (v *Volume) dropIfUnknown(n *Node) {
-	if n.lookups > 0 || n.holds > 0 || n == v.root {
-		return
-	}
-	delete(v.nodes, n.id)
-	if key := (inodeKey{n.dev, n.ino}); v.inodes[key] == n {
-		delete(v.inodes, key)
-	}
-	for len(n.links) > 0 {
-		n.dropLink(n.links[0])
-	}
-	if n.IsDir() {
-		v.fdMu.Lock()
-		if fd := v.takeDirFD(n); fd >= 0 {
-			v.unneeded = append(v.unneeded, fd)
-		}
-		v.fdMu.Unlock()
-	}
-	if n.last >= 0 {
-		v.unneeded = append(v.unneeded, n.last)
-		n.last = -1
-	}
-	if n.leaving {
-		n.leaving = false
-		v.left++
-	}
-}
-
-// A parting is a name that goes, by a removal or a rename over it. The kernel goes on
-// asking for the node by its number: for a moment, and as long as something refers to
-// it. So it is opened while it can be found.
-type parting struct {
-	at   location
-	n    *Node       // nil if the kernel does not know what is there
-	fd   int         // O_PATH; -1 if it could not be opened
-	ours bool        // fd is not n's yet
-	st   unix.Stat_t // of the object before its name went
-}
-
-// part begins the removal of a name in the directory that fd is of, whose entries are
-// held.
-func (v *Volume) part(p location, fd int) parting {
-	v.mu.Lock()
-	n := v.places[p]
-	if n == nil {
-		v.mu.Unlock()
-		return parting{at: p, fd: -1}
-	}
-	n.holds++
-	last := n.last
-	v.mu.Unlock()
-	n.moving.Add(1)
-	x := parting{at: p, n: n, fd: last}
-	if last < 0 {
-		var err error
-		x.fd, err = v.disk.Open(fd, p.cname, unix.O_PATH, 0)
-		x.ours = err == nil
-	}
-	if x.fd >= 0 {
-		v.disk.Fstat(x.fd, &x.st)
-	} else {
-		v.disk.Stat(fd, p.cname, &x.st) // if it fails too, the removal will
-	}
-	return x
-}
-
-// stays ends a removal that was not made.
-func (v *Volume) stays(x parting) {
-	if x.n == nil {
-		return
-	}
-	v.mu.Lock()
-	defer v.unlock()
-	if x.ours {
-		v.unneeded = append(v.unneeded, x.fd)
-	}
-	x.n.moving.Add(-1)
-	v.unhold(x.n)
-}
-
-// leaves ends a removal that was made. It returns the node if that was its last name.
-func (v *Volume) leaves(x parting) (gone *Node) {
-	n := x.n
-	if n == nil {
-		return nil
-	}
-	same := n.is(&x.st) // or the tree was changed behind our back
-	last := x.st.Nlink <= 1 || n.IsDir()
-	// If others add or remove names at the same time, the disk tells who was the last. A
-	// network filesystem may keep a name of its own for an open object (.nfsXXXX).
-	if same && x.fd >= 0 && (!last || n.linked.Load()) {
-		var now unix.Stat_t
-		last = v.disk.Fstat(x.fd, &now) != nil || now.Nlink == 0
-	}
-	v.mu.Lock()
-	defer v.unlock()
-	if !same {
-		last = len(n.links) <= 1
-	}
-	if last && !n.gone {
-		gone = n
-		n.gone = true
-		// The filesystem gives the inode number of a removed file to the next file: no
-		// later lookup may find this node by it.
-		if key := (inodeKey{n.dev, n.ino}); v.inodes[key] == n {
-			delete(v.inodes, key)
-		}
-		n.leaving = true
-		v.disk.Leaves()
-	}
-	if x.ours && last && same && n.last < 0 {
-		n.last = x.fd
-	} else if x.ours {
-		v.unneeded = append(v.unneeded, x.fd)
-	}
-	n.dropLink(x.at)
-	n.moves.Add(1)
-	n.moving.Add(-1)
-	n.change()
-	v.unhold(n)
-	return gone
-}
-
 // setNamed notes that what was made without a name gets its first one, or does not
 // after all. The descriptor stays: somebody may be using it.
 func (n *Node) setNamed(named bool) {
-	n.v.mu.Lock()
-	defer n.v.mu.Unlock()
+	n.v.nodes.mu.Lock()
+	defer n.v.nodes.mu.Unlock()
 	key := inodeKey{n.dev, n.ino}
 	if n.gone = !named; named {
-		n.v.inodes[key] = n
-	} else if n.v.inodes[key] == n {
-		delete(n.v.inodes, key)
+		n.v.nodes.byInode[key] = n
+	} else if n.v.nodes.byInode[key] == n {
+		delete(n.v.nodes.byInode, key)
 	}
 }
 
 // kept returns the descriptor that part made, if the node has no name any more.
 func (n *Node) kept() (fd int, ok bool) {
-	n.v.mu.Lock()
-	defer n.v.mu.Unlock()
+	n.v.nodes.mu.Lock()
+	defer n.v.nodes.mu.Unlock()
 	return n.last, n.last >= 0 && len(n.links) == 0
 }
 
@@ -378,20 +156,6 @@ func (n *Node) dropIfGone() {
 	}
 }
 
-// moved notes that a node went from one place to another.
-func (v *Volume) moved(n *Node, from, to location) {
-	if n == nil {
-		return
-	}
-	v.mu.Lock()
-	defer v.unlock()
-	n.holds++
-	n.dropLink(from)
-	n.addLink(to)
-	n.moves.Add(1)
-	v.unhold(n)
-}
-
 // find calls f with a place of the node: a directory's descriptor and a name in
 // it. f must check that it found this node, see is. Where the place is no
 // longer right, another is tried.
@@ -400,9 +164,9 @@ func (n *Node) find(f func(dir int, name string) error) error {
 	for try := 0; ; try++ {
 		settled := n.moving.Load() == 0
 		moves := n.moves.Load()
-		v.mu.Lock()
+		v.nodes.mu.Lock()
 		links := slices.Clone(n.links)
-		v.mu.Unlock()
+		v.nodes.mu.Unlock()
 		err := error(unix.ENOENT)
 		for _, l := range links {
 			if err = l.visit(f); !errors.Is(err, unix.ENOENT) && !errors.Is(err, errMoved) {
@@ -506,12 +270,12 @@ func (n *Node) withFD(f func(fd int) error) error {
 
 // parentID returns the ID of a directory that the node is in, zero if there is none.
 func (n *Node) parentID() (id blockcrypt.ID) {
-	n.v.mu.Lock()
+	n.v.nodes.mu.Lock()
 	var dir *Node
 	if len(n.links) > 0 && !n.v.plain {
 		dir = n.links[0].dir
 	}
-	n.v.mu.Unlock()
+	n.v.nodes.mu.Unlock()
 	if dir != nil {
 		dir.dirMu.Lock()
 		id = dir.dirID
@@ -522,8 +286,8 @@ func (n *Node) parentID() (id blockcrypt.ID) {
 
 // where is a ciphertext path of the node below the root, for the log.
 func (n *Node) where() string {
-	n.v.mu.Lock()
-	defer n.v.mu.Unlock()
+	n.v.nodes.mu.Lock()
+	defer n.v.nodes.mu.Unlock()
 	return n.whereLocked()
 }
 

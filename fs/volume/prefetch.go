@@ -123,8 +123,8 @@ func (p *prefetcher) loop() {
 
 // place returns where the node is.
 func (n *Node) place() (location, bool) {
-	n.v.mu.Lock()
-	defer n.v.mu.Unlock()
+	n.v.nodes.mu.Lock()
+	defer n.v.nodes.mu.Unlock()
 	if len(n.links) == 0 {
 		return location{}, false
 	}

@@ -47,7 +47,7 @@ func (h *Handle) Fallocate(ctx context.Context, mode uint32, off, n int64) error
 		return unix.EOPNOTSUPP
 	}
 	if f.Size > size {
-		f.found(size, f.Size)
+		f.n.lost.found(size, f.Size)
 	}
 	return f.failed("fallocate", err)
 }
@@ -56,7 +56,7 @@ func (h *Handle) Fallocate(ctx context.Context, mode uint32, off, n int64) error
 func (f *file) zero(off, n, least int64) error {
 	err := f.Zero(off, n, least)
 	if err == nil {
-		f.found(off, min(off+n, f.Size))
+		f.n.lost.found(off, min(off+n, f.Size))
 	}
 	return err
 }
@@ -74,7 +74,7 @@ func (h *Handle) Seek(off int64, whence int) (int64, error) {
 	if off < 0 || off >= f.Size {
 		return 0, unix.ENXIO
 	}
-	if f.n.anyLost.Load() { // bytes that were lost are no hole
+	if f.n.lost.any.Load() { // bytes that were lost are no hole
 		if whence == unix.SEEK_HOLE {
 			return f.Size, nil
 		}

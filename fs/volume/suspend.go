@@ -4,8 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"kmsfs/blockcrypt"
@@ -19,14 +19,25 @@ type Kernel interface {
 }
 
 // AttachKernel is called by a mount before it serves.
-func (v *Volume) AttachKernel(k Kernel) { v.kernel.Store(&k) }
+func (v *Volume) AttachKernel(k Kernel) { v.access.kernel.Store(&k) }
 
 // letGo makes the kernel write what it holds back of a file, and forget the rest.
-func (v *Volume) letGo(node uint64) error {
-	if k := v.kernel.Load(); k != nil {
+func (a *access) letGo(node uint64) error {
+	if k := a.kernel.Load(); k != nil {
 		return (*k).WriteBack(node)
 	}
 	return nil
+}
+
+// access says whether content may be read and written, and wipes the keys if it may not.
+type access struct {
+	v           *Volume
+	kernel      atomic.Pointer[Kernel] // nil without a mount
+	suspended   atomic.Bool            // by Suspend
+	refusal     atomic.Pointer[refusal]
+	mu          sync.Mutex            // held by suspend and resume
+	writeWithin time.Duration         // see the constant
+	unwritten   atomic.Pointer[error] // the error of writing or settling when keys were wiped last
 }
 
 // refusal is why no content can be read or written: the keys may not be used.
@@ -59,13 +70,13 @@ func within[T any](d time.Duration, f func() T) (out T, ok bool) {
 // meanwhile, or waits, is EKEYEXPIRED. The error says what could not be written before; the volume
 // is suspended all the same.
 func (v *Volume) Suspend() error {
-	v.suspendMu.Lock()
-	defer v.suspendMu.Unlock()
-	v.suspended.Store(true)
-	v.keysForWriters(v.writeWithin / 6) // for what the kernel holds back
-	v.unwritten.Store(nil)
+	v.access.mu.Lock()
+	defer v.access.mu.Unlock()
+	v.access.suspended.Store(true)
+	v.access.keysForWriters(v.access.writeWithin / 6) // for what the kernel holds back
+	v.access.unwritten.Store(nil)
 	v.ring.Suspend(errSuspended)
-	if e := v.unwritten.Load(); e != nil {
+	if e := v.access.unwritten.Load(); e != nil {
 		return *e
 	}
 	return nil
@@ -73,9 +84,9 @@ func (v *Volume) Suspend() error {
 
 // Resume ends Suspend, after one that is under way.
 func (v *Volume) Resume() {
-	v.suspendMu.Lock()
-	defer v.suspendMu.Unlock()
-	v.suspended.Store(false)
+	v.access.mu.Lock()
+	defer v.access.mu.Unlock()
+	v.access.suspended.Store(false)
 	v.ring.Resume()
 }
 
@@ -86,7 +97,7 @@ var errSuspended = &keystore.Error{Kind: keystore.Credentials, Op: "unwrap", Err
 
 // Suspended returns why nothing at all is answered, nil unless [Volume.Suspend] was called.
 func (v *Volume) Suspended() error {
-	if v.suspended.Load() {
+	if v.access.suspended.Load() {
 		return errSuspended
 	}
 	return nil
@@ -101,64 +112,64 @@ func (r *refusal) of(delayedWrite bool) error {
 }
 
 // refuses returns why no content of the volume is read or written now.
-func (v *Volume) refuses(delayedWrite bool) error { return v.refusal.Load().of(delayedWrite) }
+func (a *access) refuses(delayedWrite bool) error { return a.refusal.Load().of(delayedWrite) }
 
 // refuses returns why the file's content is not.
 func (f *file) refuses(delayedWrite bool) error {
-	if err := f.v.refuses(delayedWrite); err != nil {
+	if err := f.v.access.refuses(delayedWrite); err != nil {
 		return err
 	}
 	return f.refusal.Load().of(delayedWrite)
 }
 
-// keysChanged is told by the ring when keys may not be used any more, and when
+// changed is told by the ring when keys may not be used any more, and when
 // they may again.
-func (v *Volume) keysChanged(verdict error) {
+func (a *access) changed(verdict error) {
 	if verdict == nil {
-		v.refusal.Store(nil)
-		v.log.Info("the volume's keys can be used again")
-		v.keysForWriters(v.writeWithin)
+		a.refusal.Store(nil)
+		a.v.log.Info("the volume's keys can be used again")
+		a.keysForWriters(a.writeWithin)
 		return
 	}
-	v.refusal.Store(&refusal{err: verdict})
-	if v.Suspended() != nil {
-		v.log.Info("the volume is locked")
+	a.refusal.Store(&refusal{err: verdict})
+	if a.v.Suspended() != nil {
+		a.v.log.Info("the volume is locked")
 	} else {
-		v.report("keys", "the volume's keys may not be used any more; its files answer with the verdict until they may", verdict)
+		a.v.report("keys", "the volume's keys may not be used any more; its files answer with the verdict until they may", verdict)
 	}
-	err := v.letKernelWrite()
-	v.refusal.Store(&refusal{verdict, true})
-	if err = errors.Join(err, v.dropKeys(v.files())); err != nil {
-		v.report(".", "before the keys were wiped, not everything could be written or settled", err)
-		v.unwritten.Store(&err)
+	err := a.letKernelWrite()
+	a.refusal.Store(&refusal{verdict, true})
+	if err = errors.Join(err, a.dropKeys(a.v.nodes.files())); err != nil {
+		a.v.report(".", "before the keys were wiped, not everything could be written or settled", err)
+		a.unwritten.Store(&err)
 	}
 }
 
-// keyServiceReached is told by the ring when a key service cannot be reached any more, and
+// reached is told by the ring when a key service cannot be reached any more, and
 // when it can again.
-func (v *Volume) keyServiceReached(uri string, err error) {
+func (a *access) reached(uri string, err error) {
 	if err == nil {
-		v.log.Info("the key service answers again", "key", uri)
+		a.v.log.Info("the key service answers again", "key", uri)
 		return
 	}
-	attrs := []any{"key", uri, "error", err, "grace", v.o.Grace}
+	attrs := []any{"key", uri, "error", err, "grace", a.v.o.Grace}
 	if e, ok := errors.AsType[*keystore.Error](err); ok && e.Hint != "" {
 		attrs = append(attrs, "hint", e.Hint)
 	}
-	v.log.Warn("the key service cannot be reached; files whose keys are known can be used until the grace period ends", attrs...)
+	a.v.log.Warn("the key service cannot be reached; files whose keys are known can be used until the grace period ends", attrs...)
 }
 
 // keysForWriters asks again for the wiped keys of files that somebody has open for
 // writing: what the kernel's cache takes shows here only when it is written, and
 // then the keys may be gone again. It takes this time at most, whatever disk and key
 // service do.
-func (v *Volume) keysForWriters(atMost time.Duration) {
+func (a *access) keysForWriters(atMost time.Duration) {
 	ctx, cancel := context.WithTimeout(context.Background(), atMost)
 	defer cancel()
 	within(atMost, func() (_ struct{}) {
 		var wg sync.WaitGroup
 		slots := make(chan struct{}, renewAtOnce)
-		for _, f := range v.files() {
+		for _, f := range a.v.nodes.files() {
 			f.mu.RLock()
 			needs, empty := f.writers > 0 && f.Keyless(), f.writers > 0 && f.Header == nil && f.next == nil
 			f.mu.RUnlock()
@@ -183,25 +194,23 @@ func (v *Volume) keysForWriters(atMost time.Duration) {
 // letKernelWrite makes the kernel write what it holds back of every file, and
 // forget the rest, and its entries of directories. A disk that does not answer
 // does not keep the keys alive.
-func (v *Volume) letKernelWrite() error {
-	if v.kernel.Load() == nil {
+func (a *access) letKernelWrite() error {
+	if a.kernel.Load() == nil {
 		return nil
 	}
-	v.mu.Lock()
-	nodes := maps.Clone(v.nodes)
-	v.mu.Unlock()
-	_, ok := within(v.writeWithin, func() (_ struct{}) {
+	nodes := a.v.nodes.all()
+	_, ok := within(a.writeWithin, func() (_ struct{}) {
 		var wg sync.WaitGroup
-		queue := make(chan uint64)
+		queue := make(chan *Node)
 		for range 4 {
 			wg.Go(func() {
-				for id := range queue {
-					v.letGo(id) // what fails is remembered as lost
+				for n := range queue {
+					a.letGo(n.id) // what fails is remembered as lost
 				}
 			})
 		}
-		for id := range nodes {
-			queue <- id
+		for _, n := range nodes {
+			queue <- n
 		}
 		close(queue)
 		wg.Wait()
@@ -212,15 +221,15 @@ func (v *Volume) letKernelWrite() error {
 	}
 	var err error
 	for _, n := range nodes {
-		err = errors.Join(err, n.anyLostErr())
+		err = errors.Join(err, n.lost.tell())
 	}
 	return err
 }
 
 // dropKeys brings files into their final form and wipes their keys. Those that a
 // disk that does not answer holds are wiped when it lets them go.
-func (v *Volume) dropKeys(files []*file) error {
-	end := time.Now().Add(v.writeWithin)
+func (a *access) dropKeys(files []*file) error {
+	end := time.Now().Add(a.writeWithin)
 	left := func() time.Duration { return max(time.Until(end), fileWithin) }
 	changes := make([]uint64, len(files))
 	for i, f := range files {
@@ -231,14 +240,14 @@ func (v *Volume) dropKeys(files []*file) error {
 		})
 	}
 	var err error
-	if !v.o.ReadOnly {
-		err = v.syncWithin(left())
+	if !a.v.o.ReadOnly {
+		err = a.syncWithin(left())
 	}
 	for i, f := range files {
 		settle := err == nil
 		ferr, ok := within(left(), func() error { return f.settleAndWipe(settle, changes[i]) })
 		if !ok {
-			v.sessions.stuck.Store(true)
+			a.v.sessions.stuck.Store(true)
 			ferr = context.DeadlineExceeded
 		}
 		err = errors.Join(err, ferr)
@@ -265,22 +274,22 @@ func (f *file) settleAndWipe(settle bool, changes uint64) (err error) {
 
 // syncWithin is syncAll for at most d: a disk that does not answer does not
 // keep the keys alive.
-func (v *Volume) syncWithin(d time.Duration) error {
-	err, ok := within(d, v.syncAll)
+func (a *access) syncWithin(d time.Duration) error {
+	err, ok := within(d, a.v.syncAll)
 	if !ok {
-		v.sessions.stuck.Store(true)
+		a.v.sessions.stuck.Store(true)
 		return context.DeadlineExceeded
 	}
 	return err
 }
 
-// dropKey is what keysChanged does, for one file.
-func (v *Volume) dropKey(f *file, hdr *blockcrypt.Header, verdict error) error {
+// dropKey is what changed does, for one file.
+func (a *access) dropKey(f *file, hdr *blockcrypt.Header, verdict error) error {
 	f.refusal.Store(&refusal{err: verdict}) // or it would change meanwhile
-	err := v.letGo(f.n.id)
-	v.ring.Forget(hdr.File, wrapped(hdr.Recipients))
+	err := a.letGo(f.n.id)
+	a.v.ring.Forget(hdr.File, wrapped(hdr.Recipients))
 	f.refusal.Store(&refusal{verdict, true})
-	err = errors.Join(err, v.dropKeys([]*file{f}), v.letGo(f.n.id)) // somebody may have read it meanwhile
+	err = errors.Join(err, a.dropKeys([]*file{f}), a.letGo(f.n.id)) // somebody may have read it meanwhile
 	f.refusal.Store(nil)                                            // from here on its key is asked for
 	return err
 }
@@ -339,28 +348,28 @@ func (f *file) ready(ctx context.Context, delayedWrite bool) error {
 // renewer is the lease of single files, for policies that allow some and not
 // others: the key of every open file is unwrapped again, twice in each MaxAge, and
 // wiped where that is refused.
-func (v *Volume) renewer() {
-	t := time.NewTicker(v.o.MaxAge / 2)
+func (a *access) renewer() {
+	t := time.NewTicker(a.v.o.MaxAge / 2)
 	defer t.Stop()
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	go func() {
-		<-v.quit
+		<-a.v.quit
 		cancel()
 	}()
 	for {
 		select {
-		case <-v.quit:
+		case <-a.v.quit:
 			return
 		case <-t.C:
 		}
 		var wg sync.WaitGroup
 		slots := make(chan struct{}, renewAtOnce)
-		for _, f := range v.files() {
+		for _, f := range a.v.nodes.files() {
 			slots <- struct{}{}
 			wg.Go(func() {
 				defer func() { <-slots }()
-				v.renew(ctx, f)
+				a.renew(ctx, f)
 			})
 		}
 		wg.Wait()
@@ -370,16 +379,16 @@ func (v *Volume) renewer() {
 // renewAtOnce is how many keys are asked for at the same time.
 const renewAtOnce = 32
 
-func (v *Volume) renew(ctx context.Context, f *file) {
+func (a *access) renew(ctx context.Context, f *file) {
 	f.mu.RLock()
 	hdr, has := f.Header, f.Keys != nil
 	f.mu.RUnlock()
 	if hdr == nil || !has {
 		return
 	}
-	err := v.ring.Renew(ctx, hdr.File, wrapped(hdr.Recipients))
+	err := a.v.ring.Renew(ctx, hdr.File, wrapped(hdr.Recipients))
 	if k := keystore.KindOf(err); k == keystore.Revoked || k == keystore.Denied || k == keystore.Damaged {
 		f.failed("renewing its key", err)
-		f.failed("settling it before its key was wiped", v.dropKey(f, hdr, err))
+		f.failed("settling it before its key was wiped", a.dropKey(f, hdr, err))
 	}
 }

@@ -67,8 +67,8 @@ func (f *file) resize(ctx context.Context, size int64) error {
 	if err := f.Truncate(size); err != nil {
 		return err
 	}
-	if f.n.cutLost(size); grows {
-		f.found(size-1, size)
+	if f.n.lost.cut(size); grows {
+		f.n.lost.found(size-1, size)
 	}
 	return nil
 }
@@ -91,7 +91,7 @@ func (f *file) empty(ctx context.Context) error {
 	defer f.unlock()
 	_, err := f.Clear()
 	if err == nil {
-		f.n.cutLost(0)
+		f.n.lost.cut(0)
 	}
 	return err
 }

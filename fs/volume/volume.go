@@ -69,76 +69,63 @@ type Options struct {
 	fdLimit uint64 // for tests, instead of the process's own
 }
 
-// Volume is an open encrypted tree.
-type Volume struct {
-	disk   disk.Disk
-	o      Options
-	log    *slog.Logger
-	cfg    *blockcrypt.Config
-	geo    blockcrypt.Geometry
-	vk     *blockcrypt.VolumeKeys
-	ring   *keystore.Ring
-	root   *Node
-	kernel atomic.Pointer[Kernel] // nil without a mount
-	rootD  int                    // the root's descriptor, which holds one of the writer's locks
-	lockFD int                    // of kmsfs.lock, which holds the other; -1 if read-only
-	plain  bool                   // names mode
-	calm   bool                   // a filesystem in memory: pages cannot tear, no S
-	super  bool                   // running as root: new files are given to their users
-
-	fdLimits    fdLimits
+// base is what does not change while a volume is open.
+type base struct {
+	disk        disk.Disk
+	o           Options
+	log         *slog.Logger
+	cfg         *blockcrypt.Config
+	geo         blockcrypt.Geometry
+	vk          *blockcrypt.VolumeKeys
+	root        *Node
+	rootD       int    // the root's descriptor, which holds one of the writer's locks
+	lockFD      int    // of kmsfs.lock, which holds the other; -1 if read-only
+	plain       bool   // names mode
+	calm        bool   // a filesystem in memory: pages cannot tear, no S
+	super       bool   // running as root: new files are given to their users
 	granularity uint32 // of the times of files on the disk, in nanoseconds
-
-	sessions    sessions
-	space       space
-	suspended   atomic.Bool // by Suspend
-	refusal     atomic.Pointer[refusal]
-	suspendMu   sync.Mutex // for Suspend and Resume
-	writeWithin time.Duration
-	unwritten   atomic.Pointer[error] // the error of writing or settling when keys were wiped last
-	nextID      atomic.Uint64
-
-	doubts doubts
-	clock  atomic.Uint64 // counts changes of attributes, see told
-
-	// crossing is held by a rename from one directory to another, see lockDirs.
-	crossing sync.Mutex
-
-	// mu guards the fields below and Node.lookups, holds, links, gone, leaving and last. No
-	// syscall is made under it.
-	mu       sync.Mutex
-	nodes    map[uint64]*Node
-	inodes   map[inodeKey]*Node
-	places   map[location]*Node // of all links
-	unneeded []int              // descriptors that unlock closes
-	left     int32              // nodes without a name that are known no more; unlock counts them
-
-	// fdMu guards dirLRU and Node.dirFD, dirRefs, dirElem.
-	fdMu   sync.Mutex
-	dirLRU dirLRU
-
-	reportMu sync.Mutex
-	reported map[string]time.Time // faults that the log has, and since when
-
-	dirMoves atomic.Uint64 // of directories, and of files still to be repaired: the walk may have missed them
-
-	settler  settler
-	prefetch prefetcher
-	bg       sync.WaitGroup
-	quit     chan struct{}
-	walked   chan struct{} // closed when the walk after a bad end is over
+	fdLimits    fdLimits
 }
 
-type inodeKey struct{ dev, ino uint64 }
+// Volume is an open encrypted tree.
+type Volume struct {
+	base
+	ring     *keystore.Ring
+	nodes    nodeTable
+	dirFDs   dirFDs
+	sessions sessions
+	doubts   doubts
+	space    space
+	access   access
+	reports  reports
+	walker   walker
+	settler  settler
+	prefetch prefetcher
+
+	clock    atomic.Uint64 // counts changes of attributes, see told
+	crossing sync.Mutex    // held by a rename from one directory to another, see lockDirs
+
+	bg   sync.WaitGroup
+	quit chan struct{} // closed by Close
+}
 
 // Open gives the tree of a volume that [Found.Unlock] opened. It takes the volume's
 // lock and the ring, which Close closes.
 func (u *Unlocked) Open(o Options) (*Volume, error) {
-	v := &Volume{disk: disk.Disk{Hook: o.Hook, Done: o.Done, Seen: o.Seen}, o: o, writeWithin: writeWithin, log: o.Logger, cfg: u.Config, vk: u.keys, rootD: u.root, lockFD: -1, plain: u.Config.Names == blockcrypt.NamesPlain,
-		super: unix.Geteuid() == 0, nodes: map[uint64]*Node{}, inodes: map[inodeKey]*Node{}, places: map[location]*Node{}, quit: make(chan struct{}), walked: make(chan struct{})}
+	v := &Volume{
+		base: base{
+			disk: disk.Disk{Hook: o.Hook, Done: o.Done, Seen: o.Seen}, o: o, log: o.Logger,
+			cfg: u.Config, vk: u.keys, plain: u.Config.Names == blockcrypt.NamesPlain,
+			rootD: u.root, lockFD: -1, super: unix.Geteuid() == 0,
+		},
+		quit: make(chan struct{}),
+	}
 	if v.log == nil {
 		v.log = slog.New(slog.DiscardHandler)
 	}
+	v.reports.log = v.log
+	v.access.v, v.access.writeWithin = v, writeWithin
+	v.walker.v, v.walker.done = v, make(chan struct{})
 	var err error
 	if v.geo, err = blockcrypt.NewGeometry(u.Config.Header); err != nil {
 		return nil, err
@@ -169,12 +156,13 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 	if memory {
 		v.disk.NeverWaits()
 	}
-	v.root = &Node{v: v, id: 1, dev: st.Dev, ino: st.Ino, typ: unix.S_IFDIR, dirFD: v.rootD, last: -1, lookups: 1, dirID: u.Config.Volume, hasID: true, idSynced: true}
-	v.nodes[1], v.inodes[inodeKey{st.Dev, st.Ino}] = v.root, v.root
-	v.nextID.Store(1)
-	v.dirLRU.init()
+	v.root = newNode(v, 1, &st)
+	v.root.lookups, v.root.dirFD = 1, v.rootD
+	v.root.dirID, v.root.hasID, v.root.idSynced = u.Config.Volume, true, true
+	v.nodes.init(v, v.root)
 	v.disk.Idle = v.giveUpIdle
 	v.fdLimits = newFDLimits(cmp.Or(o.fdLimit, processFDs()))
+	v.dirFDs.d, v.dirFDs.most = &v.disk, v.fdLimits.cached
 	if !o.ReadOnly {
 		if layout.LacksLinks(&v.disk, v.rootD) {
 			v.log.Warn("this copy of the volume was made without symlinks: the volume's own symlinks and its names of more than 160 bytes are missing; kmsfs fsck tells more")
@@ -196,8 +184,8 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 		Report: func(err error) {
 			v.report("pool", "a data key could not be made ahead, or not for all recipients", err)
 		},
-		Changed: v.keysChanged,
-		Reach:   v.keyServiceReached,
+		Changed: v.access.changed,
+		Reach:   v.access.reached,
 	})
 	u.root = -1
 	if !v.ring.MemoryLocked() {
@@ -208,13 +196,13 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 			v.prefetch.start(v)
 		}
 		if o.FileLease {
-			v.bg.Go(v.renewer)
+			v.bg.Go(v.access.renewer)
 		}
 	}
 	if !o.ReadOnly {
 		v.settler.start(v)
 		if v.repairs() {
-			v.bg.Go(v.walk)
+			v.bg.Go(v.walker.walk)
 		}
 	}
 	opened = true
@@ -235,6 +223,16 @@ func (v *Volume) KeyCounts() keystore.Counts { return v.ring.Counts() }
 
 // KeyStates returns what is known of the recipients that are trusted.
 func (v *Volume) KeyStates() []keystore.StoreState { return v.ring.States() }
+
+// Node returns the node with a number that Lookup or Create gave out, nil if
+// the kernel has forgotten it.
+func (v *Volume) Node(id uint64) *Node { return v.nodes.get(id) }
+
+// Forget takes back count lookups of a node.
+func (v *Volume) Forget(id, count uint64) { v.nodes.forget(id, count) }
+
+// report logs a fault, see [reports.fault].
+func (v *Volume) report(what, msg string, err error) { v.reports.fault(what, msg, err) }
 
 // Root returns the root's node, whose number is 1.
 func (v *Volume) Root() *Node { return v.root }
@@ -267,43 +265,10 @@ func (v *Volume) Close() error {
 		err = v.endSession()
 	}
 	v.ring.Close()
-	v.closeDirs()
+	v.dirFDs.closeAll()
 	v.unlockWriter()
 	v.disk.Close(v.rootD)
 	return err
-}
-
-// reportAgain is when a key service's failure is told again: it may be another one.
-const reportAgain = time.Minute
-
-// report logs a fault once for each what and error, a key service's again after a
-// while. When it returns the log has it, whoever wrote it.
-func (v *Volume) report(what, msg string, err error) {
-	e, ok := errors.AsType[*keystore.Error](err)
-	if ok && (e.Kind == keystore.Canceled || e == errSuspended) { // no faults
-		return
-	}
-	key := what + "\x00" + err.Error()
-	if ok { // the text has the number of the request
-		key = what + "\x00" + e.URI + "\x00" + e.Op + "\x00" + e.Kind.String()
-	}
-	v.reportMu.Lock()
-	defer v.reportMu.Unlock()
-	if t, known := v.reported[key]; known && (!ok || time.Since(t) < reportAgain) {
-		return
-	}
-	if len(v.reported) >= 10000 || v.reported == nil {
-		v.reported = map[string]time.Time{}
-	}
-	v.reported[key] = time.Now()
-	attrs := []any{"at", what, "error", err}
-	if ok {
-		attrs = append(attrs, "kind", e.Kind.String())
-		if e.Hint != "" {
-			attrs = append(attrs, "hint", e.Hint)
-		}
-	}
-	v.log.Error(msg, attrs...)
 }
 
 func (v *Volume) beginSession() error {
@@ -327,7 +292,7 @@ func (v *Volume) nextSession() error {
 
 // restamp rewrites the states of open files that another session wrote.
 func (v *Volume) restamp() error {
-	for _, f := range v.files() {
+	for _, f := range v.nodes.files() {
 		f.mu.Lock()
 		err := error(nil)
 		if f.rw && !f.closed {
@@ -343,7 +308,7 @@ func (v *Volume) restamp() error {
 
 func (v *Volume) endSession() error {
 	err := v.syncAll()
-	files := v.files()
+	files := v.nodes.files()
 	errs := make([]error, len(files))
 	sideBySide(files, func(i int, f *file) { errs[i] = f.finish() })
 	if err = errors.Join(err, errors.Join(errs...)); err == nil {
@@ -357,19 +322,6 @@ func (v *Volume) endSession() error {
 		return err
 	}
 	return v.sessions.end()
-}
-
-// files returns the open file of every node that has one.
-func (v *Volume) files() []*file {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	var out []*file
-	for _, n := range v.nodes {
-		if f := n.file.Load(); f != nil {
-			out = append(out, f)
-		}
-	}
-	return out
 }
 
 // repairs reports whether files of earlier sessions may need repair, by this mount.
@@ -397,7 +349,7 @@ func (v *Volume) ending() error {
 func (v *Volume) Wait(ctx context.Context) error {
 	for v.repairs() {
 		select {
-		case <-v.walked:
+		case <-v.walker.done:
 			return nil // the rest is tried at the next mount
 		case <-ctx.Done():
 			return ctx.Err()

@@ -1,0 +1,84 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+)
+
+// walker goes through the tree once after a session that ended badly.
+type walker struct {
+	v     *Volume
+	moves atomic.Uint64 // of directories, and of files still to be repaired: the walk may have missed them
+	done  chan struct{} // closed when the walk is over
+}
+
+// walk looks everything up once after a session that ended badly, so that its
+// files are repaired and it can leave the marker.
+func (w *walker) walk() {
+	defer close(w.done)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	go func() {
+		select {
+		case <-w.v.quit:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	whole, err := false, error(nil)
+	for range maxWalks {
+		moves := w.moves.Load()
+		if whole, err = w.dir(ctx, w.v.root); err != nil || w.moves.Load() == moves {
+			break
+		}
+		whole = false // something may have moved from where it was not yet to where it was already
+	}
+	if err == nil && whole {
+		err = w.v.cleaned()
+	}
+	switch {
+	case ctx.Err() != nil:
+	case err != nil:
+		w.v.report(".", "the walk after a mount that did not end well failed; it is made again at the next mount", err)
+	case !whole:
+		w.v.log.Warn("some files could not be repaired yet; it is tried again when they are looked up, and at the next mount")
+	default:
+		w.v.log.Info("all files of the mount that did not end well were checked")
+	}
+}
+
+// maxWalks is how often the walk begins again while directories are moved.
+const maxWalks = 20
+
+func (w *walker) dir(ctx context.Context, n *Node) (whole bool, err error) {
+	d, err := n.OpenDir()
+	if err != nil {
+		return false, err
+	}
+	defer d.Close()
+	whole = true
+	err = d.Next(func(e Entry) bool {
+		if e.Name == "." || e.Name == ".." {
+			return ctx.Err() == nil
+		}
+		c, _, final, lerr := d.Lookup(ctx, e)
+		if lerr != nil {
+			whole = whole && errors.Is(lerr, unix.ENOENT)
+			return ctx.Err() == nil
+		}
+		whole = whole && final
+		if c.IsDir() {
+			ok, derr := w.dir(ctx, c)
+			whole = whole && (ok && derr == nil)
+		}
+		w.v.Forget(c.id, 1)
+		return ctx.Err() == nil
+	})
+	if ctx.Err() != nil {
+		return false, ctx.Err()
+	}
+	return whole, err
+}
