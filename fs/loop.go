@@ -33,19 +33,13 @@ type loop struct {
 	slowSync bool   // a sync waits for a disk
 	timeGran uint32 // of the times that the disk keeps, in nanoseconds; 0: not told
 
-	reading atomic.Int32  // workers that wait for a request, or are about to
-	reads   atomic.Uint64 // requests so far
-	most    atomic.Int32  // workers that read while nothing takes long, at most procs
-	procs   int32         // processors
-	long    atomic.Int32  // requests under way that were expected to wait long
-	longs   atomic.Uint64 // all of these so far
+	readers
+	watchdog
 
-	free    chan struct{} // calls a parked worker to read
 	done    chan struct{} // closed when the connection ends
 	ended   int           // an eventfd, written then
 	end     sync.Once
 	workers sync.WaitGroup
-	parked  atomic.Int32
 
 	paces    [opcodes]pace
 	misses   pace // of reads, from where the disk is asked
@@ -55,8 +49,23 @@ type loop struct {
 
 	gate   sync.RWMutex // held for reading while notifications are written
 	closed atomic.Bool
+}
 
-	awake   atomic.Bool   // the watchdog
+// readers are the workers that read from the device.
+type readers struct {
+	reading atomic.Int32  // workers that wait for a request, or are about to
+	reads   atomic.Uint64 // requests so far
+	most    atomic.Int32  // workers that read while nothing takes long, at most procs
+	procs   int32         // processors
+	long    atomic.Int32  // requests under way that were expected to wait long
+	longs   atomic.Uint64 // all of these so far
+	free    chan struct{} // calls a parked worker to read
+	parked  atomic.Int32
+}
+
+// watchdog finds out that nobody reads.
+type watchdog struct {
+	awake   atomic.Bool
 	wake    chan struct{} // wakes it
 	begun   time.Time
 	closely atomic.Int64 // until when it looks often, in nanoseconds since begun
@@ -82,7 +91,9 @@ func newLoop(fd int, ps *fuse.ProtocolServer, log *slog.Logger) (*loop, error) {
 	if err != nil {
 		return nil, os.NewSyscallError("eventfd", err)
 	}
-	l := &loop{fd: fd, ended: ended, ps: ps, log: log, free: make(chan struct{}), done: make(chan struct{}), wake: make(chan struct{}, 1), begun: time.Now(), procs: int32(runtime.GOMAXPROCS(0)), queue: queue{most: threadLimit()}}
+	l := &loop{fd: fd, ended: ended, ps: ps, log: log, done: make(chan struct{}), queue: queue{most: threadLimit()}}
+	l.free, l.procs = make(chan struct{}), int32(runtime.GOMAXPROCS(0))
+	l.wake, l.begun = make(chan struct{}, 1), time.Now()
 	l.most.Store(1)
 	return l, nil
 }

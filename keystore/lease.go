@@ -6,10 +6,27 @@ import (
 	"errors"
 	"math/rand/v2"
 	"slices"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
+
+// lease says whether keys may be used: as long as a service has proven so not too long ago, or is
+// away for not longer than the grace. It proves it again before that ends.
+type lease struct {
+	r    *Ring
+	wake chan struct{} // of watch
+
+	tellMu sync.Mutex // held while Changed runs; it comes before Ring.mu
+
+	// Guarded by Ring.mu; the stores do not change.
+	stores        []*standing
+	suspended     *Error        // by Suspend
+	told          *Error        // to Changed
+	toldSuspended bool          // told is that of Suspend
+	proof         chan struct{} // closed, and replaced, whenever the state of a store may have changed
+}
 
 // standing is a store with all that the ring knows of it. The ring's mutex guards it.
 type standing struct {
@@ -73,57 +90,57 @@ func (s *standing) learn(b Binding, w Wrapped) {
 
 // note draws the conclusions from the outcome of a call: op is "generate", "wrap" or "unwrap",
 // probe says that it was made to see. mu is held.
-func (r *Ring) note(s *standing, op string, probe bool, err error) {
-	defer r.noted()
+func (l *lease) note(s *standing, op string, probe bool, err error) {
+	defer l.noted()
 	e, ok := errors.AsType[*Error](err)
 	if s.immediate || err != nil && !ok {
 		return
 	}
-	switch s.health.note(r.o.Now(), outcome{op, probe, e}, rand.N[time.Duration]) {
+	switch s.health.note(l.r.o.Now(), outcome{op, probe, e}, rand.N[time.Duration]) {
 	case restored:
-		r.pool.failing = false
+		l.r.pool.failing = false
 	case failed:
-		r.giveUp(s, s.wrong()) // waiting callers need not wait for their own deadlines
+		l.giveUp(s, s.wrong()) // waiting callers need not wait for their own deadlines
 	}
 }
 
 // giveUp ends the calls to a store that are under way, with a verdict. mu is held.
-func (r *Ring) giveUp(s *standing, verdict *Error) {
+func (l *lease) giveUp(s *standing, verdict *Error) {
 	if s.giveUp != nil {
 		s.giveUp(verdict)
 	}
-	s.calls, s.giveUp = context.WithCancelCause(r.ctx)
+	s.calls, s.giveUp = context.WithCancelCause(l.r.ctx)
 }
 
 // noted wakes who waits for a proof. mu is held.
-func (r *Ring) noted() {
-	close(r.proof)
-	r.proof = make(chan struct{})
+func (l *lease) noted() {
+	close(l.proof)
+	l.proof = make(chan struct{})
 }
 
 // Prove returns nil if keys may be used: the last proof is not too old, or the service is away and
 // the grace has not ended. Else it returns why they may not. After a long sleep it waits for a
 // proof.
-func (r *Ring) Prove(ctx context.Context) error {
-	if !r.waits {
+func (l *lease) Prove(ctx context.Context) error {
+	if !l.r.waits {
 		return nil
 	}
 	for {
-		r.mu.Lock()
-		e, stale, c := r.verdict(), r.stale(), r.proof
-		r.mu.Unlock()
+		l.r.mu.Lock()
+		e, stale, c := l.verdict(), l.stale(), l.proof
+		l.r.mu.Unlock()
 		switch {
 		case e != nil:
 			return e
 		case !stale:
 			return nil
 		}
-		r.kick()
+		l.kick()
 		Waits(ctx)
 		select {
 		case <-c:
-		case <-r.ctx.Done():
-			return &Error{Kind: Canceled, Op: "unwrap", Err: r.ctx.Err()}
+		case <-l.r.ctx.Done():
+			return &Error{Kind: Canceled, Op: "unwrap", Err: l.r.ctx.Err()}
 		case <-ctx.Done():
 			return &Error{Kind: Canceled, Op: "unwrap", Err: ctx.Err()}
 		}
@@ -131,92 +148,92 @@ func (r *Ring) Prove(ctx context.Context) error {
 }
 
 // stale reports whether every store's last proof is too old. mu is held.
-func (r *Ring) stale() bool {
-	t := r.o.Now()
-	return !slices.ContainsFunc(r.stores, func(s *standing) bool { return !s.stale(t, r.o.MaxAge) })
+func (l *lease) stale() bool {
+	t := l.r.o.Now()
+	return !slices.ContainsFunc(l.stores, func(s *standing) bool { return !s.stale(t, l.r.o.MaxAge) })
 }
 
 // watch probes the stores that are due, and tells of changes, until the ring closes.
-func (r *Ring) watch() {
+func (l *lease) watch() {
 	t := time.NewTicker(watchEvery)
 	defer t.Stop()
 	for {
 		select {
-		case <-r.ctx.Done():
+		case <-l.r.ctx.Done():
 			return
 		case <-t.C:
-		case <-r.wake:
+		case <-l.wake:
 		}
-		r.mu.Lock()
-		for _, s := range r.stores {
-			if r.due(s) {
+		l.r.mu.Lock()
+		for _, s := range l.stores {
+			if l.due(s) {
 				s.probing = true
-				r.wg.Go(func() { r.probe(s) })
+				l.r.wg.Go(func() { l.probe(s) })
 			}
 		}
-		r.refill()
-		r.mu.Unlock()
-		r.tellChange()
+		l.r.refill()
+		l.r.mu.Unlock()
+		l.tellChange()
 	}
 }
 
 // due reports whether a store is to be probed. mu is held.
-func (r *Ring) due(s *standing) bool {
-	if s.immediate || s.probing || r.suspended != nil || len(s.samples) == 0 {
+func (l *lease) due(s *standing) bool {
+	if s.immediate || s.probing || l.suspended != nil || len(s.samples) == 0 {
 		return false
 	}
-	return s.health.due(r.o.Now(), r.o.MaxAge, rand.N[time.Duration])
+	return s.health.due(l.r.o.Now(), l.r.o.MaxAge, rand.N[time.Duration])
 }
 
 // probe unwraps one key, to see whether that is still allowed.
-func (r *Ring) probe(s *standing) {
-	r.mu.Lock()
+func (l *lease) probe(s *standing) {
+	l.r.mu.Lock()
 	s.turn++
 	x := s.samples[s.turn%len(s.samples)]
-	r.mu.Unlock()
-	ctx, cancel := context.WithTimeout(WithPurpose(r.ctx, ForLease), probeAtMost)
+	l.r.mu.Unlock()
+	ctx, cancel := context.WithTimeout(WithPurpose(l.r.ctx, ForLease), probeAtMost)
 	defer cancel()
 	key, err := s.Unwrap(ctx, x.b, x.w)
 	clear(key)
 	if KindOf(err) == Denied {
 		// A policy may forbid this file alone: what counts is another, the volume's own
 		// key where it is known.
-		r.mu.Lock()
+		l.r.mu.Lock()
 		other := s.samples[0]
 		if s.turn%len(s.samples) == 0 {
 			other = s.samples[len(s.samples)-1]
 		}
-		r.mu.Unlock()
+		l.r.mu.Unlock()
 		key, err = s.Unwrap(ctx, other.b, other.w)
 		clear(key)
 	}
-	if KindOf(err) == Canceled && r.ctx.Err() == nil {
+	if KindOf(err) == Canceled && l.r.ctx.Err() == nil {
 		err = &Error{Kind: Outage, URI: s.URI(), Op: "unwrap", Err: context.DeadlineExceeded}
 	}
-	r.mu.Lock()
+	l.r.mu.Lock()
 	s.probing, s.suspect = false, false
-	r.note(s, "unwrap", true, err)
-	r.mu.Unlock()
-	r.kick()
+	l.note(s, "unwrap", true, err)
+	l.r.mu.Unlock()
+	l.kick()
 }
 
 // kick lets watch look at once.
-func (r *Ring) kick() {
+func (l *lease) kick() {
 	select {
-	case r.wake <- struct{}{}:
+	case l.wake <- struct{}{}:
 	default:
 	}
 }
 
 // verdict returns why nothing can be unwrapped any more: every store is lost. mu
 // is held.
-func (r *Ring) verdict() *Error {
-	if r.suspended != nil {
-		return r.suspended
+func (l *lease) verdict() *Error {
+	if l.suspended != nil {
+		return l.suspended
 	}
 	var first *Error
-	for _, s := range r.stores {
-		e := s.lost(r.o.Now(), r.o.Grace)
+	for _, s := range l.stores {
+		e := s.lost(l.r.o.Now(), l.r.o.Grace)
 		if e == nil {
 			return nil
 		}
@@ -228,38 +245,38 @@ func (r *Ring) verdict() *Error {
 }
 
 // tellChange calls Changed when the verdict is another than at the last call.
-func (r *Ring) tellChange() {
-	r.tellMu.Lock()
-	defer r.tellMu.Unlock()
-	r.mu.Lock()
-	v := r.verdict()
+func (l *lease) tellChange() {
+	l.tellMu.Lock()
+	defer l.tellMu.Unlock()
+	l.r.mu.Lock()
+	v := l.verdict()
 	// Suspend's error is told apart from a lack of credentials, though it is of the same kind.
-	changed := (v == nil) != (r.told == nil) || v != nil && (v.Kind != r.told.Kind || (v == r.suspended) != r.toldSuspended)
-	r.told, r.toldSuspended = v, v != nil && v == r.suspended
-	reached := r.newlyReached()
-	r.mu.Unlock()
+	changed := (v == nil) != (l.told == nil) || v != nil && (v.Kind != l.told.Kind || (v == l.suspended) != l.toldSuspended)
+	l.told, l.toldSuspended = v, v != nil && v == l.suspended
+	reached := l.newlyReached()
+	l.r.mu.Unlock()
 	for _, s := range reached {
-		r.o.Reach(s.URI, s.Error)
+		l.r.o.Reach(s.URI, s.Error)
 	}
 	if !changed {
 		return
 	}
 	if v == nil {
-		r.o.Changed(nil)
+		l.r.o.Changed(nil)
 		return
 	}
-	r.o.Changed(v)
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.verdict() != nil {
-		r.wipe()
+	l.r.o.Changed(v)
+	l.r.mu.Lock()
+	defer l.r.mu.Unlock()
+	if l.verdict() != nil {
+		l.r.wipe()
 	}
 }
 
 // newlyReached returns the stores that cannot be reached since the last look, and those that
 // can again. mu is held.
-func (r *Ring) newlyReached() (out []StoreState) {
-	for _, s := range r.stores {
+func (l *lease) newlyReached() (out []StoreState) {
+	for _, s := range l.stores {
 		if away := s.down != nil && s.bad == nil; away != s.away {
 			s.away = away
 			st := StoreState{URI: s.URI()}
@@ -274,19 +291,19 @@ func (r *Ring) newlyReached() (out []StoreState) {
 
 // Suspend makes every use of a key fail with err until Resume, and wipes what the
 // ring holds, after Changed has returned.
-func (r *Ring) Suspend(err *Error) {
-	r.mu.Lock()
-	r.suspended = err
-	for _, s := range r.stores {
-		r.giveUp(s, err)
+func (l *lease) Suspend(err *Error) {
+	l.r.mu.Lock()
+	l.suspended = err
+	for _, s := range l.stores {
+		l.giveUp(s, err)
 	}
-	r.noted() // wakes the callers that wait for a proof
-	r.mu.Unlock()
-	r.tellChange()
+	l.noted() // wakes the callers that wait for a proof
+	l.r.mu.Unlock()
+	l.tellChange()
 	for range suspendWaits { // until the keys of abandoned calls are wiped too
-		r.mu.Lock()
-		n := r.flying
-		r.mu.Unlock()
+		l.r.mu.Lock()
+		n := l.r.flying
+		l.r.mu.Unlock()
 		if n == 0 {
 			return
 		}
@@ -295,26 +312,26 @@ func (r *Ring) Suspend(err *Error) {
 }
 
 // Resume ends Suspend.
-func (r *Ring) Resume() {
-	r.mu.Lock()
-	r.suspended = nil
-	for _, s := range r.stores {
+func (l *lease) Resume() {
+	l.r.mu.Lock()
+	l.suspended = nil
+	for _, s := range l.stores {
 		s.next = 0
 	}
-	r.mu.Unlock()
-	r.tellChange()
-	r.kick()
+	l.r.mu.Unlock()
+	l.tellChange()
+	l.kick()
 }
 
 // Retry asks stores at once that could not be asked.
-func (r *Ring) Retry() {
-	r.mu.Lock()
-	for _, s := range r.stores {
+func (l *lease) Retry() {
+	l.r.mu.Lock()
+	for _, s := range l.stores {
 		s.next, s.again = 0, 0
 	}
-	r.pool.failing = false
-	r.mu.Unlock()
-	r.kick()
+	l.r.pool.failing = false
+	l.r.mu.Unlock()
+	l.kick()
 }
 
 // wipe wipes pool and cache. mu is held.
@@ -332,12 +349,12 @@ func (r *Ring) wipe() {
 }
 
 // creates returns why no new key can be made, nil if one can. mu is held.
-func (r *Ring) creates() error {
-	if r.suspended != nil {
-		return r.suspended
+func (l *lease) creates() error {
+	if l.suspended != nil {
+		return l.suspended
 	}
 	var first error
-	for _, s := range r.stores {
+	for _, s := range l.stores {
 		e := s.wrong()
 		if e == nil {
 			return nil
@@ -350,11 +367,11 @@ func (r *Ring) creates() error {
 }
 
 // refuses returns why a store is not asked now, nil if it can be.
-func (r *Ring) refuses(s *standing) error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.suspended != nil {
-		return r.suspended
+func (l *lease) refuses(s *standing) error {
+	l.r.mu.Lock()
+	defer l.r.mu.Unlock()
+	if l.suspended != nil {
+		return l.suspended
 	}
 	if e := s.wrong(); e != nil {
 		return e

@@ -47,6 +47,12 @@ const (
 
 // pool holds data keys made ahead: as many as the last burst of creations took.
 // The ring's mutex guards it.
+// maker makes data keys for new files, some of them ahead. Ring.mu guards its pool.
+type maker struct {
+	r    *Ring
+	pool pool
+}
+
 type pool struct {
 	keys    []*DataKey
 	used    bool // a program has asked for a key
@@ -123,107 +129,107 @@ func (p *pool) wants(now time.Duration) bool {
 
 // NewKey returns a data key for a new file: from the pool, or as soon as one is
 // made.
-func (r *Ring) NewKey(ctx context.Context) (*DataKey, error) {
-	r.mu.Lock()
-	p := &r.pool
-	if e := r.verdict(); e != nil {
-		r.mu.Unlock()
+func (m *maker) NewKey(ctx context.Context) (*DataKey, error) {
+	m.r.mu.Lock()
+	p := &m.pool
+	if e := m.r.verdict(); e != nil {
+		m.r.mu.Unlock()
 		return nil, e
 	}
-	if !r.waits { // a key costs less than handing one over
-		r.mu.Unlock()
-		k, err := r.make(ctx)
+	if !m.r.waits { // a key costs less than handing one over
+		m.r.mu.Unlock()
+		k, err := m.make(ctx)
 		if err == nil {
-			r.mu.Lock()
-			r.counts.Made++
-			r.mu.Unlock()
+			m.r.mu.Lock()
+			m.r.counts.Made++
+			m.r.mu.Unlock()
 		}
 		return k, err
 	}
-	if n := len(p.keys); n > 0 && !r.stale() {
-		p.taken(r.o.Now())
+	if n := len(p.keys); n > 0 && !m.r.stale() {
+		p.taken(m.r.o.Now())
 		k := p.keys[n-1]
 		p.keys = p.keys[:n-1]
-		r.refill()
-		r.mu.Unlock()
+		m.refill()
+		m.r.mu.Unlock()
 		return k, nil
 	}
-	if err := r.creates(); err != nil {
-		r.mu.Unlock()
+	if err := m.r.creates(); err != nil {
+		m.r.mu.Unlock()
 		return nil, err
 	}
-	p.taken(r.o.Now())
+	p.taken(m.r.o.Now())
 	c := make(chan made, 1)
-	p.waiting = append(p.waiting, waiter{c, r.o.Now()})
-	r.refill()
-	r.mu.Unlock()
+	p.waiting = append(p.waiting, waiter{c, m.r.o.Now()})
+	m.refill()
+	m.r.mu.Unlock()
 	Waits(ctx)
 	select {
-	case m := <-c:
-		return m.key, m.err
+	case got := <-c:
+		return got.key, got.err
 	case <-ctx.Done():
 	}
-	r.mu.Lock()
+	m.r.mu.Lock()
 	i := slices.IndexFunc(p.waiting, func(w waiter) bool { return w.c == c })
 	if i >= 0 {
 		p.waiting = slices.Delete(p.waiting, i, i+1)
 		p.returned()
 	}
-	r.mu.Unlock()
+	m.r.mu.Unlock()
 	if i < 0 { // it came just now
-		if m := <-c; m.key != nil {
-			r.PutBack(m.key)
+		if got := <-c; got.key != nil {
+			m.PutBack(got.key)
 		}
 	}
 	return nil, &Error{Kind: Canceled, Op: "generate", Err: ctx.Err()}
 }
 
 // PutBack returns a key under which nothing was written.
-func (r *Ring) PutBack(k *DataKey) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.pool.returned()
-	if p := &r.pool; r.verdict() == nil && p.base > 0 && len(p.keys) < max(p.base, p.peak) && r.ctx.Err() == nil {
+func (m *maker) PutBack(k *DataKey) {
+	m.r.mu.Lock()
+	defer m.r.mu.Unlock()
+	m.pool.returned()
+	if p := &m.pool; m.r.verdict() == nil && p.base > 0 && len(p.keys) < max(p.base, p.peak) && m.r.ctx.Err() == nil {
 		p.keys = append(p.keys, k)
 		return
 	}
-	r.waste(k)
+	m.waste(k)
 }
 
 // waste wipes a key that was made for nothing. mu is held.
-func (r *Ring) waste(k *DataKey) {
-	r.counts.Wasted++
-	r.free(k)
+func (m *maker) waste(k *DataKey) {
+	m.r.counts.Wasted++
+	m.free(k)
 }
 
 // refill starts the calls that bring the pool to its target and give each waiting
 // caller a key. mu is held.
-func (r *Ring) refill() {
-	p := &r.pool
+func (m *maker) refill() {
+	p := &m.pool
 	most := poolCalls
-	if r.counts.Made == 0 {
+	if m.r.counts.Made == 0 {
 		most = 1 // until it is known that one can be made
 	}
-	for r.ctx.Err() == nil && p.making < most {
+	for m.r.ctx.Err() == nil && p.making < most {
 		purpose := ForCreate
 		if p.making >= len(p.waiting) {
 			purpose = ForPool
-			if p.failing || r.o.Now() < p.pause || r.suspended != nil || r.creates() != nil || !p.wants(r.o.Now()) {
+			if p.failing || m.r.o.Now() < p.pause || m.r.suspended != nil || m.r.creates() != nil || !p.wants(m.r.o.Now()) {
 				return
 			}
 		}
 		p.making++
-		begun, since := p.count, r.o.Now()
-		r.wg.Go(func() {
-			k, err := r.make(WithPurpose(r.ctx, purpose))
-			r.mu.Lock()
+		begun, since := p.count, m.r.o.Now()
+		m.r.wg.Go(func() {
+			k, err := m.make(WithPurpose(m.r.ctx, purpose))
+			m.r.mu.Lock()
 			p.making--
 			p.pace = max(p.pace, p.count-begun)
-			told := r.arrived(k, err, since)
-			r.refill()
-			r.mu.Unlock()
+			told := m.arrived(k, err, since)
+			m.refill()
+			m.r.mu.Unlock()
 			if told != nil {
-				r.report(told)
+				m.r.report(told)
 			}
 		})
 	}
@@ -232,13 +238,13 @@ func (r *Ring) refill() {
 // arrived hands a new key, or the error, to the caller that has waited longest; the
 // error that it returns is to be reported. A denial of a call that began before the
 // caller waited is not handed to it: the right may have been given since. mu is held.
-func (r *Ring) arrived(k *DataKey, err error, begun time.Duration) (told error) {
-	p := &r.pool
+func (m *maker) arrived(k *DataKey, err error, begun time.Duration) (told error) {
+	p := &m.pool
 	if err == nil {
 		p.failing = false
-		r.counts.Made++
-		if e := r.verdict(); e != nil { // no key may be used by now
-			r.waste(k)
+		m.r.counts.Made++
+		if e := m.r.verdict(); e != nil { // no key may be used by now
+			m.waste(k)
 			k, err = nil, e
 		}
 	}
@@ -251,12 +257,12 @@ func (r *Ring) arrived(k *DataKey, err error, begun time.Duration) (told error) 
 		}
 		c <- made{k, err}
 	case err != nil:
-		if !p.failing && r.ctx.Err() == nil && r.suspended == nil {
+		if !p.failing && m.r.ctx.Err() == nil && m.r.suspended == nil {
 			told = err
 		}
-		unlucky := KindOf(err) == Outage && r.creates() == nil // keys can be made, as far as is known
-		p.failing = r.suspended == nil && (p.failing || !unlucky)
-		p.pause = r.o.Now() + firstRetry
+		unlucky := KindOf(err) == Outage && m.r.creates() == nil // keys can be made, as far as is known
+		p.failing = m.r.suspended == nil && (p.failing || !unlucky)
+		p.pause = m.r.o.Now() + firstRetry
 	default:
 		p.keys = append(p.keys, k)
 	}
@@ -264,39 +270,39 @@ func (r *Ring) arrived(k *DataKey, err error, begun time.Duration) (told error) 
 }
 
 // make makes one data key.
-func (r *Ring) make(ctx context.Context) (*DataKey, error) {
+func (m *maker) make(ctx context.Context) (*DataKey, error) {
 	var id [16]byte
 	rand.Read(id[:])
-	k, missing, err := r.wrapForAll(ctx, Binding{ForFile, r.volume, id})
+	k, missing, err := m.wrapForAll(ctx, Binding{ForFile, m.r.volume, id})
 	if err != nil {
 		return nil, err
 	}
 	for _, err := range missing { // there is a key all the same
-		r.report(err)
+		m.r.report(err)
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	m.r.mu.Lock()
+	defer m.r.mu.Unlock()
 	// What the cache may need stays free: files that stay empty can be many.
-	if len(r.slab.free) <= r.cache.most-len(r.cache.where) {
+	if len(m.r.slab.free) <= m.r.cache.most-len(m.r.cache.where) {
 		return k, nil
 	}
-	if i := r.slab.take(); i >= 0 {
+	if i := m.r.slab.take(); i >= 0 {
 		raw := k.Key
-		k.Key = r.slab.at(i)
+		k.Key = m.r.slab.at(i)
 		copy(k.Key, raw)
 		clear(raw)
-		k.ring, k.slot = r, i
+		k.ring, k.slot = m.r, i
 	}
 	return k, nil
 }
 
 // free wipes a key and gives its slot back. mu is held.
-func (r *Ring) free(k *DataKey) {
+func (m *maker) free(k *DataKey) {
 	switch {
 	case k.ring == nil:
 		clear(k.Key)
-	case r.slab.mem != nil: // else it was wiped with all others
-		r.slab.give(k.slot)
+	case m.r.slab.mem != nil: // else it was wiped with all others
+		m.r.slab.give(k.slot)
 	}
 	k.Key, k.ring = nil, nil
 }
@@ -304,19 +310,19 @@ func (r *Ring) free(k *DataKey) {
 // wrapForAll makes one data key and wraps it for every store that answers now. A store that does
 // not is left out, as long as there is another: the file is then readable by the others only, and
 // fsck lists it. That a store may not wrap new keys is remembered for a minute.
-func (r *Ring) wrapForAll(ctx context.Context, b Binding) (k *DataKey, missing []error, err error) {
+func (m *maker) wrapForAll(ctx context.Context, b Binding) (k *DataKey, missing []error, err error) {
 	var usable []Store
 	var which []*standing
-	for _, s := range r.stores {
-		err := r.refuses(s)
-		if err == nil && len(r.stores) > 1 {
-			err = r.forbidden(s)
+	for _, s := range m.r.stores {
+		err := m.r.refuses(s)
+		if err == nil && len(m.r.stores) > 1 {
+			err = m.forbidden(s)
 		}
 		if err != nil {
 			missing = append(missing, err)
 			continue
 		}
-		usable, which = append(usable, watched{r, s}), append(which, s)
+		usable, which = append(usable, watched{m.r, s}), append(which, s)
 	}
 	if len(usable) == 0 {
 		if len(missing) == 0 {
@@ -328,7 +334,7 @@ func (r *Ring) wrapForAll(ctx context.Context, b Binding) (k *DataKey, missing [
 	for i, e := range errs {
 		if e != nil {
 			missing = append(missing, e)
-			r.forbid(which[i], e)
+			m.forbid(which[i], e)
 		}
 	}
 	if err != nil && KindOf(err) != Canceled {
@@ -338,21 +344,21 @@ func (r *Ring) wrapForAll(ctx context.Context, b Binding) (k *DataKey, missing [
 }
 
 // forbidden returns why a store is known not to wrap new keys, nil if it may.
-func (r *Ring) forbidden(s *standing) error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if s.mayNot != nil && r.o.Now() < s.again {
+func (m *maker) forbidden(s *standing) error {
+	m.r.mu.Lock()
+	defer m.r.mu.Unlock()
+	if s.mayNot != nil && m.r.o.Now() < s.again {
 		return s.mayNot
 	}
 	return nil
 }
 
 // forbid remembers a refusal for a minute: at once it would be the same.
-func (r *Ring) forbid(s *standing, err error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
+func (m *maker) forbid(s *standing, err error) {
+	m.r.mu.Lock()
+	defer m.r.mu.Unlock()
 	if e, ok := errors.AsType[*Error](err); ok && (e.Kind == Denied || e.Kind == Invalid) {
-		s.mayNot, s.again = e, r.o.Now()+remembered
+		s.mayNot, s.again = e, m.r.o.Now()+remembered
 	}
 }
 

@@ -17,31 +17,23 @@ import (
 // for longer than RingOptions.MaxAge, nor one whose service cannot be reached for
 // longer than Grace. Close wipes what it holds.
 type Ring struct {
+	lease
+	maker
 	volume [16]byte
-	stores []*standing
 	o      RingOptions
 	report func(error)
 	waits  bool // any store is a service that has to be waited for
 	ctx    context.Context
 	stop   context.CancelFunc
 	wg     sync.WaitGroup
-	wake   chan struct{}
 
-	// tellMu is held while Changed runs. It comes before mu.
-	tellMu sync.Mutex
-
-	// mu guards the fields below. No key service is called under it.
-	mu            sync.Mutex
-	slab          *slab
-	cache         *cache
-	calls         map[[32]byte]*call
-	pool          pool
-	suspended     *Error        // by Suspend
-	told          *Error        // to Changed
-	toldSuspended bool          // told is that of Suspend
-	flying        int           // calls to services that have not ended
-	proof         chan struct{} // closed, and replaced, whenever the state of a store may have changed
-	counts        Counts
+	// mu guards the fields below, and those of lease and maker. No key service is called under it.
+	mu     sync.Mutex
+	slab   *slab
+	cache  *cache
+	calls  map[[32]byte]*call
+	flying int // calls to services that have not ended
+	counts Counts
 }
 
 // RingOptions of [NewRing]; the zero value makes no keys ahead.
@@ -84,7 +76,9 @@ func NewRing(volume [16]byte, stores []Store, o RingOptions) *Ring {
 	if o.Changed == nil {
 		o.Changed = func(error) {}
 	}
-	r := &Ring{volume: volume, o: o, report: o.Report, calls: map[[32]byte]*call{}, wake: make(chan struct{}, 1), proof: make(chan struct{})}
+	r := &Ring{volume: volume, o: o, report: o.Report, calls: map[[32]byte]*call{}}
+	r.lease.r, r.maker.r = r, r
+	r.wake, r.proof = make(chan struct{}, 1), make(chan struct{})
 	r.ctx, r.stop = context.WithCancel(context.Background())
 	r.pool.base = min(o.Pool, MaxPool)
 	if r.report == nil {

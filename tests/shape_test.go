@@ -20,6 +20,13 @@ const (
 	mostShare   = 35 // per cent of the code that one package has
 )
 
+// asMany are types with as many methods as somebody else's list has entries.
+var asMany = map[string]string{
+	"../fs.fileSystem":                "requests of FUSE",
+	"../fs/volume/internal/disk.Disk": "system calls",
+	"../keystore/keystoretest.Server": "what tests turn on the KMS server and ask of it",
+}
+
 // No type and no package is so large that nobody knows all of it.
 func TestNothingIsTooLarge(t *testing.T) {
 	methods, lines, all := map[string]int{}, map[string]int{}, 0
@@ -58,7 +65,7 @@ func TestNothingIsTooLarge(t *testing.T) {
 		t.Fatalf("%d lines read: %v", all, err)
 	}
 	for _, name := range slices.Sorted(maps.Keys(methods)) {
-		if n := methods[name]; n > mostMethods {
+		if n := methods[name]; n > mostMethods && asMany[name] == "" {
 			t.Errorf("%s has %d methods, more than %d", name, n, mostMethods)
 		}
 	}

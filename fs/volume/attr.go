@@ -15,15 +15,15 @@ import (
 )
 
 // Attr returns what stat says of the node.
-func (n *Node) Attr() (st Attr, err error) {
-	v := n.v
+func (a *attributes) Attr() (st Attr, err error) {
+	v := a.v
 	clock := v.clock.Load()
 	defer func() {
 		if err == nil {
-			n.tell(&st, clock)
+			a.tell(&st, clock)
 		}
 	}()
-	f := n.file.Load()
+	f := a.n.file.Load()
 	if f != nil {
 		if done, err := f.attr(&st, false); done {
 			return st, err
@@ -38,24 +38,24 @@ func (n *Node) Attr() (st Attr, err error) {
 			}
 		}()
 	}
-	if n.IsDir() {
-		err = n.withFD(func(fd int) error { return v.disk.Fstat(fd, &st) })
-		n.fill(&st, -1, "")
+	if a.n.IsDir() {
+		err = a.n.withFD(func(fd int) error { return v.disk.Fstat(fd, &st) })
+		a.fill(&st, -1, "")
 		return st, err
 	}
-	err = n.find(func(dir int, name string) error {
+	err = a.n.find(func(dir int, name string) error {
 		err := v.disk.Stat(dir, name, &st)
-		if err == nil && !n.is(&st) {
+		if err == nil && !a.n.is(&st) {
 			err = errMoved
 		}
 		return err
 	})
 	if err == nil {
-		n.fill(&st, -1, "") // by a descriptor: the name may be another file's by now
+		a.fill(&st, -1, "") // by a descriptor: the name may be another file's by now
 	}
-	if last, ok := n.kept(); ok && errors.Is(err, unix.ENOENT) {
+	if last, ok := a.n.kept(); ok && errors.Is(err, unix.ENOENT) {
 		if err = v.disk.Fstat(last, &st); err == nil {
-			n.fill(&st, -1, "")
+			a.fill(&st, -1, "")
 		}
 	}
 	return st, err
@@ -63,21 +63,21 @@ func (n *Node) Attr() (st Attr, err error) {
 
 // fill turns the ciphertext's stat into the plaintext's: sizes, inode number,
 // the time that the kernel believes. The file is at dir/name.
-func (n *Node) fill(st *Attr, dir int, name string) {
-	st.Ino = n.v.foldIno(st.Dev, st.Ino)
+func (a *attributes) fill(st *Attr, dir int, name string) {
+	st.Ino = a.v.foldIno(st.Dev, st.Ino)
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFLNK:
 		st.Size = max(0, blockcrypt.TargetLen(st.Size))
 	case unix.S_IFREG:
 		st.Blksize = blockcrypt.PageSize
-		if f := n.file.Load(); f != nil && f.fill(st) {
+		if f := a.n.file.Load(); f != nil && f.fill(st) {
 			return
 		}
-		st.Size = n.plainSize(st.Size, func() (int, error) {
+		st.Size = a.plainSize(st.Size, func() (int, error) {
 			if dir < 0 {
-				return n.open(unix.O_RDONLY)
+				return a.n.open(unix.O_RDONLY)
 			}
-			return n.v.disk.Open(dir, name, unix.O_RDONLY|disk.FileFlags, 0)
+			return a.v.disk.Open(dir, name, unix.O_RDONLY|disk.FileFlags, 0)
 		})
 	}
 }
@@ -85,8 +85,8 @@ func (n *Node) fill(st *Attr, dir int, name string) {
 // plainSize computes the plaintext size from the ciphertext's length. Damage
 // must not keep a file from being removed, so it has a size too: opening it
 // fails.
-func (n *Node) plainSize(length int64, open func() (int, error)) int64 {
-	v := n.v
+func (a *attributes) plainSize(length int64, open func() (int, error)) int64 {
+	v := a.v
 	size, err := v.geo.Plain(length, func(k int64) (int, error) {
 		fd, err := open()
 		if err != nil {
@@ -96,7 +96,7 @@ func (n *Node) plainSize(length int64, open func() (int, error)) int64 {
 		return cfile.SealedLen(&v.disk, v.geo, fd, k)
 	})
 	if err != nil {
-		v.report(n.where(), "a file's length is wrong", err)
+		v.report(a.n.where(), "a file's length is wrong", err)
 		return max(0, length-int64(v.geo.Header()))
 	}
 	return size
@@ -110,9 +110,9 @@ func (v *Volume) foldIno(dev, ino uint64) uint64 {
 
 // Birth returns when the node was made; ok is false where the backing filesystem
 // does not say.
-func (n *Node) Birth() (t unix.StatxTimestamp, ok bool, err error) {
-	err = n.withFD(func(fd int) error {
-		t, ok, err = n.v.disk.Birth(fd)
+func (a *attributes) Birth() (t unix.StatxTimestamp, ok bool, err error) {
+	err = a.n.withFD(func(fd int) error {
+		t, ok, err = a.v.disk.Birth(fd)
 		return err
 	})
 	return t, ok, err
@@ -121,17 +121,17 @@ func (n *Node) Birth() (t unix.StatxTimestamp, ok bool, err error) {
 // Access checks the permissions of the user who runs the mount, as access(2)
 // does; mask is of unix.R_OK, W_OK, X_OK. Where several users are let in, the
 // kernel checks instead.
-func (n *Node) Access(mask uint32) error {
-	if mask&unix.W_OK != 0 && n.v.o.ReadOnly {
+func (a *attributes) Access(mask uint32) error {
+	if mask&unix.W_OK != 0 && a.v.o.ReadOnly {
 		return unix.EROFS
 	}
-	if n.v.super {
+	if a.v.super {
 		mask &= unix.X_OK // root may read and write everything
 	}
 	if mask == 0 {
 		return nil
 	}
-	return n.withFD(func(fd int) error { return n.v.disk.Access(fd, mask) })
+	return a.n.withFD(func(fd int) error { return a.v.disk.Access(fd, mask) })
 }
 
 // SetAttr is what [Node.SetAttr] changes; nil leaves a thing as it is.
@@ -144,23 +144,23 @@ type SetAttr struct {
 }
 
 // SetAttr changes what s names, and returns the new attributes.
-func (n *Node) SetAttr(ctx context.Context, s SetAttr) (Attr, error) {
-	if n.v.o.ReadOnly {
+func (a *attributes) SetAttr(ctx context.Context, s SetAttr) (Attr, error) {
+	if a.v.o.ReadOnly {
 		return Attr{}, unix.EROFS
 	}
 	if s.Size != nil {
-		if err := n.truncate(ctx, *s.Size); err != nil {
+		if err := a.n.truncate(ctx, *s.Size); err != nil {
 			return Attr{}, err
 		}
 	}
 	if s.KillPriv {
-		if err := n.KillPriv(false); err != nil {
+		if err := a.KillPriv(false); err != nil {
 			return Attr{}, err
 		}
 	}
 	// What settling writes later would drop these bits again.
 	if s.Mode != nil || s.UID != nil || s.GID != nil {
-		if f := n.file.Load(); f != nil {
+		if f := a.n.file.Load(); f != nil {
 			if err := f.settleNow(); err != nil {
 				return Attr{}, err
 			}
@@ -168,19 +168,19 @@ func (n *Node) SetAttr(ctx context.Context, s SetAttr) (Attr, error) {
 	}
 	var err error
 	if s.UID != nil || s.GID != nil {
-		err = n.withFD(func(fd int) error { return n.v.disk.Chown(fd, orMinusOne(s.UID), orMinusOne(s.GID)) })
+		err = a.n.withFD(func(fd int) error { return a.v.disk.Chown(fd, orMinusOne(s.UID), orMinusOne(s.GID)) })
 	}
 	if err == nil && s.Mode != nil {
-		err = n.withFD(func(fd int) error { return n.v.disk.Chmod(fd, *s.Mode&0o7777) })
+		err = a.n.withFD(func(fd int) error { return a.v.disk.Chmod(fd, *s.Mode&0o7777) })
 	}
 	if err == nil && (s.Atime != nil || s.Mtime != nil) {
-		err = n.setTimes(s.Atime, s.Mtime)
+		err = a.setTimes(s.Atime, s.Mtime)
 	}
-	n.change()
+	a.change()
 	if err != nil {
 		return Attr{}, err
 	}
-	return n.Attr()
+	return a.Attr()
 }
 
 func orMinusOne(p *uint32) int {
@@ -190,17 +190,17 @@ func orMinusOne(p *uint32) int {
 	return int(*p)
 }
 
-func (n *Node) setTimes(atime, mtime *unix.Timespec) error {
+func (a *attributes) setTimes(atime, mtime *unix.Timespec) error {
 	omit := unix.Timespec{Nsec: unix.UTIME_OMIT}
-	a, m := omit, omit
+	at, mt := omit, omit
 	if atime != nil {
-		a = *atime
+		at = *atime
 	}
 	if mtime != nil {
-		m = *mtime
+		mt = *mtime
 	}
-	set := func(fd int) error { return n.v.disk.Utimens(fd, a, m) }
-	if f := n.file.Load(); f != nil {
+	set := func(fd int) error { return a.v.disk.Utimens(fd, at, mt) }
+	if f := a.n.file.Load(); f != nil {
 		f.mu.Lock()
 		if !f.closed && f.FD >= 0 {
 			defer f.unlock()
@@ -212,21 +212,21 @@ func (n *Node) setTimes(atime, mtime *unix.Timespec) error {
 		}
 		f.unlock()
 	}
-	return n.withFD(set)
+	return a.n.withFD(set)
 }
 
 // KillPriv takes setuid, setgid of an executable, and capabilities away, as a
 // write by somebody else does. Where root does not run the mount, the backing
 // filesystem does so itself. Outsider says that they are not in the file's group:
 // then setgid goes from a file that nobody executes, too.
-func (n *Node) KillPriv(outsider bool) error {
-	if !n.v.super {
+func (a *attributes) KillPriv(outsider bool) error {
+	if !a.v.super {
 		return nil
 	}
-	defer n.change()
-	return n.withFD(func(fd int) error {
+	defer a.change()
+	return a.n.withFD(func(fd int) error {
 		var st unix.Stat_t
-		if err := n.v.disk.Fstat(fd, &st); err != nil {
+		if err := a.v.disk.Fstat(fd, &st); err != nil {
 			return err
 		}
 		drop := privileges(st.Mode)
@@ -234,11 +234,11 @@ func (n *Node) KillPriv(outsider bool) error {
 			drop |= st.Mode & unix.S_ISGID
 		}
 		if drop != 0 {
-			if err := n.v.disk.Chmod(fd, st.Mode&0o7777&^drop); err != nil {
+			if err := a.v.disk.Chmod(fd, st.Mode&0o7777&^drop); err != nil {
 				return err
 			}
 		}
-		err := n.v.disk.Removexattr(fd, capabilityName)
+		err := a.v.disk.Removexattr(fd, capabilityName)
 		if errors.Is(err, unix.ENODATA) || errors.Is(err, unix.EOPNOTSUPP) {
 			return nil
 		}
@@ -282,14 +282,14 @@ func refused(name string) bool {
 	return slices.Contains(ofKernel, name) || strings.HasPrefix(name, "security.SMACK64") || strings.HasPrefix(name, "security.bpf.")
 }
 
-func (n *Node) attrName(name string) (string, error) {
+func (a *attributes) attrName(name string) (string, error) {
 	if passes(name) {
 		return name, nil
 	}
 	if refused(name) {
 		return "", unix.EOPNOTSUPP
 	}
-	if enc, err := n.v.vk.EncodeAttr(name); err == nil {
+	if enc, err := a.v.vk.EncodeAttr(name); err == nil {
 		if len(enc) > 255 {
 			return "", unix.ERANGE
 		}
@@ -299,91 +299,91 @@ func (n *Node) attrName(name string) (string, error) {
 }
 
 // Getxattr returns the value of an attribute.
-func (n *Node) Getxattr(name string) (value []byte, err error) {
-	enc, err := n.attrName(name)
+func (a *attributes) Getxattr(name string) (value []byte, err error) {
+	enc, err := a.attrName(name)
 	if err != nil {
 		return nil, err
 	}
-	err = n.withFD(func(fd int) error {
-		value, err = n.v.disk.Getxattr(fd, enc)
+	err = a.n.withFD(func(fd int) error {
+		value, err = a.v.disk.Getxattr(fd, enc)
 		return err
 	})
 	if err != nil || enc == name {
 		return value, err
 	}
-	value, err = n.v.vk.OpenValue(name, value)
+	value, err = a.v.vk.OpenValue(name, value)
 	if err != nil {
-		n.v.report(n.where(), "an extended attribute cannot be read", err)
+		a.v.report(a.n.where(), "an extended attribute cannot be read", err)
 	}
 	return value, err
 }
 
 // Setxattr sets an attribute; flags are those of setxattr(2). With killSGID the
 // file's setgid bit goes, as where somebody who is not in its group sets an ACL.
-func (n *Node) Setxattr(name string, value []byte, flags int, killSGID bool) error {
-	if n.v.o.ReadOnly {
+func (a *attributes) Setxattr(name string, value []byte, flags int, killSGID bool) error {
+	if a.v.o.ReadOnly {
 		return unix.EROFS
 	}
-	enc, err := n.attrName(name)
+	enc, err := a.attrName(name)
 	if err != nil {
 		return err
 	}
 	if enc != name {
-		if value, err = n.v.vk.SealValue(name, value); err != nil {
+		if value, err = a.v.vk.SealValue(name, value); err != nil {
 			return err
 		}
 	}
-	if f := n.file.Load(); name == capabilityName && f != nil {
+	if f := a.n.file.Load(); name == capabilityName && f != nil {
 		if err := f.settleNow(); err != nil {
 			return err
 		}
 	}
-	err = n.withFD(func(fd int) error {
-		err := n.v.disk.Setxattr(fd, enc, value, flags)
+	err = a.n.withFD(func(fd int) error {
+		err := a.v.disk.Setxattr(fd, enc, value, flags)
 		if err == nil && killSGID {
-			err = n.killSGID(fd)
+			err = a.killSGID(fd)
 		}
 		return err
 	})
-	n.aclChanged(name)
+	a.n.aclChanged(name)
 	return err
 }
 
-func (n *Node) killSGID(fd int) error {
+func (a *attributes) killSGID(fd int) error {
 	var st unix.Stat_t
-	if err := n.v.disk.Fstat(fd, &st); err != nil || st.Mode&unix.S_ISGID == 0 {
+	if err := a.v.disk.Fstat(fd, &st); err != nil || st.Mode&unix.S_ISGID == 0 {
 		return err
 	}
-	return n.v.disk.Chmod(fd, st.Mode&0o7777&^unix.S_ISGID)
+	return a.v.disk.Chmod(fd, st.Mode&0o7777&^unix.S_ISGID)
 }
 
 // Removexattr removes an attribute.
-func (n *Node) Removexattr(name string) error {
-	if n.v.o.ReadOnly {
+func (a *attributes) Removexattr(name string) error {
+	if a.v.o.ReadOnly {
 		return unix.EROFS
 	}
-	enc, err := n.attrName(name)
+	enc, err := a.attrName(name)
 	if err != nil {
 		return err
 	}
-	err = n.withFD(func(fd int) error { return n.v.disk.Removexattr(fd, enc) })
-	n.aclChanged(name)
+	err = a.n.withFD(func(fd int) error { return a.v.disk.Removexattr(fd, enc) })
+	a.n.aclChanged(name)
 	return err
 }
 
-func (n *Node) aclChanged(name string) {
+func (d *directory) aclChanged(name string) {
 	if name == aclDefaultName {
-		n.dirMu.Lock()
-		n.acl = aclUnknown
-		n.dirMu.Unlock()
+		d.dirMu.Lock()
+		d.acl = aclUnknown
+		d.dirMu.Unlock()
 	}
 }
 
 // Listxattr returns the names of the attributes, each with a NUL behind it.
-func (n *Node) Listxattr() ([]byte, error) {
+func (a *attributes) Listxattr() ([]byte, error) {
 	var raw []byte
-	err := n.withFD(func(fd int) (err error) {
-		raw, err = n.v.disk.Listxattr(fd)
+	err := a.n.withFD(func(fd int) (err error) {
+		raw, err = a.v.disk.Listxattr(fd)
 		return err
 	})
 	if err != nil {
@@ -397,8 +397,8 @@ func (n *Node) Listxattr() ([]byte, error) {
 			continue
 		case passes(plain):
 		case strings.HasPrefix(plain, "user."), strings.HasPrefix(plain, "trusted."), strings.HasPrefix(plain, "security."+blockcrypt.Reserved):
-			if plain, err = n.v.vk.DecodeAttr(plain); err != nil {
-				n.v.report(n.where(), "an extended attribute is not shown", err)
+			if plain, err = a.v.vk.DecodeAttr(plain); err != nil {
+				a.v.report(a.n.where(), "an extended attribute is not shown", err)
 				continue
 			}
 		default:

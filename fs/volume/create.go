@@ -12,29 +12,29 @@ import (
 
 // Create makes a regular file, or opens the one that is there unless excl is
 // set, and opens it for writing, or reading only.
-func (v *Volume) Create(ctx context.Context, dir *Node, name string, mode uint32, c Caller, excl, write bool) (*Node, Attr, *Handle, error) {
-	if v.o.ReadOnly {
+func (ns *namespace) Create(ctx context.Context, dir *Node, name string, mode uint32, c Caller, excl, write bool) (*Node, Attr, *Handle, error) {
+	if ns.v.o.ReadOnly {
 		return nil, Attr{}, nil, unix.EROFS
 	}
-	if err := v.roomForFile(); err != nil {
+	if err := ns.v.descriptors.roomForFile(); err != nil {
 		return nil, Attr{}, nil, err
 	}
 	// Before the file is there: a refusal leaves nothing behind.
-	key, err := v.ring.NewKey(ctx)
+	key, err := ns.v.ring.NewKey(ctx)
 	if err != nil {
-		v.report("new file", "no data key", err)
+		ns.v.report("new file", "no data key", err)
 		return nil, Attr{}, nil, err
 	}
 	for range maxRaces {
 		var n *Node
 		var st Attr
 		var h *Handle
-		if n, st, h, err = v.create(ctx, dir, name, mode, c, excl, write, &key); !errors.Is(err, unix.ENOENT) || excl {
+		if n, st, h, err = ns.create(ctx, dir, name, mode, c, excl, write, &key); !errors.Is(err, unix.ENOENT) || excl {
 			return n, st, h, err
 		}
 		// Somebody had made it, and it went before it was opened.
 		if key == nil {
-			if key, err = v.ring.NewKey(ctx); err != nil {
+			if key, err = ns.v.ring.NewKey(ctx); err != nil {
 				return nil, Attr{}, nil, err
 			}
 		}
@@ -47,17 +47,17 @@ const maxRaces = 100
 
 // create is one attempt of Create. It uses the data key, or gives it back and
 // leaves nil.
-func (v *Volume) create(ctx context.Context, dir *Node, name string, mode uint32, c Caller, excl, write bool, k **keystore.DataKey) (*Node, Attr, *Handle, error) {
+func (ns *namespace) create(ctx context.Context, dir *Node, name string, mode uint32, c Caller, excl, write bool, k **keystore.DataKey) (*Node, Attr, *Handle, error) {
 	key := *k
 	*k = nil
 	created := -1
-	n, st, err := v.make(dir, name, c, mode|unix.S_IFREG, func(fd int, cname string, mode uint32) (_ int, err error) {
-		created, err = v.disk.Open(fd, cname, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|disk.FileFlags, mode&^unix.S_IFMT)
+	n, st, err := ns.make(dir, name, c, mode|unix.S_IFREG, func(fd int, cname string, mode uint32) (_ int, err error) {
+		created, err = ns.v.disk.Open(fd, cname, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|disk.FileFlags, mode&^unix.S_IFMT)
 		return created, err
 	})
 	if errors.Is(err, unix.EEXIST) && !excl && created < 0 {
-		v.ring.PutBack(key)
-		n, _, _, err = v.Lookup(ctx, dir, name)
+		ns.v.ring.PutBack(key)
+		n, _, _, err = ns.Lookup(ctx, dir, name)
 		if err != nil {
 			return nil, Attr{}, nil, err
 		}
@@ -68,43 +68,43 @@ func (v *Volume) create(ctx context.Context, dir *Node, name string, mode uint32
 			}
 		}
 		if err != nil {
-			v.Forget(n.id, 1)
+			ns.v.Forget(n.id, 1)
 			return nil, st, nil, err
 		}
 		return n, st, h, nil
 	}
 	if err != nil {
 		if created >= 0 {
-			v.disk.Close(created)
+			ns.v.disk.Close(created)
 		}
-		v.ring.PutBack(key)
+		ns.v.ring.PutBack(key)
 		return nil, Attr{}, nil, err
 	}
 	return n, st, n.adopt(created, &st, key, write), nil
 }
 
 // Tmpfile makes a regular file in dir that has no name, and opens it; see [Volume.Link].
-func (v *Volume) Tmpfile(ctx context.Context, dir *Node, mode uint32, c Caller, write bool) (*Node, Attr, *Handle, error) {
-	if v.o.ReadOnly {
+func (ns *namespace) Tmpfile(ctx context.Context, dir *Node, mode uint32, c Caller, write bool) (*Node, Attr, *Handle, error) {
+	if ns.v.o.ReadOnly {
 		return nil, Attr{}, nil, unix.EROFS
 	}
-	if err := v.roomForFile(); err != nil {
+	if err := ns.v.descriptors.roomForFile(); err != nil {
 		return nil, Attr{}, nil, err
 	}
-	key, err := v.ring.NewKey(ctx)
+	key, err := ns.v.ring.NewKey(ctx)
 	if err != nil {
-		v.report("new file", "no data key", err)
+		ns.v.report("new file", "no data key", err)
 		return nil, Attr{}, nil, err
 	}
-	st, fd, last, err := v.tmpfile(dir, mode, c)
+	st, fd, last, err := ns.tmpfile(dir, mode, c)
 	if err != nil {
-		v.ring.PutBack(key)
+		ns.v.ring.PutBack(key)
 		return nil, Attr{}, nil, err
 	}
-	v.nodes.mu.Lock()
-	n := v.nodes.add(&st)
+	ns.v.nodes.mu.Lock()
+	n := ns.v.nodes.add(&st)
 	n.lookups, n.gone, n.last = 1, true, last
-	v.nodes.mu.Unlock()
+	ns.v.nodes.mu.Unlock()
 	h := n.adopt(fd, &st, key, write)
 	n.fill(&st, -1, "")
 	return n, st, h, nil
@@ -112,50 +112,50 @@ func (v *Volume) Tmpfile(ctx context.Context, dir *Node, mode uint32, c Caller, 
 
 // tmpfile makes the ciphertext file of Tmpfile, and a descriptor that stays as
 // long as the node is known.
-func (v *Volume) tmpfile(dir *Node, mode uint32, c Caller) (st Attr, fd, last int, err error) {
+func (ns *namespace) tmpfile(dir *Node, mode uint32, c Caller) (st Attr, fd, last int, err error) {
 	d, err := dir.enter()
 	if err != nil {
 		return st, -1, -1, err
 	}
 	defer dir.leave()
 	mode = dir.masked(d, mode, c) &^ unix.S_IFMT
-	if fd, err = v.disk.Open(d, ".", unix.O_TMPFILE|unix.O_RDWR, mode); err != nil {
+	if fd, err = ns.v.disk.Open(d, ".", unix.O_TMPFILE|unix.O_RDWR, mode); err != nil {
 		return st, -1, -1, err
 	}
-	if uid, gid, ok := v.owners(d, c); ok {
-		if err = v.disk.Chown(fd, uid, gid); err == nil && mode&(unix.S_ISUID|unix.S_ISGID) != 0 {
-			err = v.disk.Chmod(fd, mode) // chown took the bits
+	if uid, gid, ok := ns.owners(d, c); ok {
+		if err = ns.v.disk.Chown(fd, uid, gid); err == nil && mode&(unix.S_ISUID|unix.S_ISGID) != 0 {
+			err = ns.v.disk.Chmod(fd, mode) // chown took the bits
 		}
 	}
 	if err == nil {
-		err = v.disk.Fstat(fd, &st)
+		err = ns.v.disk.Fstat(fd, &st)
 	}
 	if err == nil {
-		last, err = v.disk.Reopen(fd, unix.O_PATH)
+		last, err = ns.v.disk.Reopen(fd, unix.O_PATH)
 	}
 	if err != nil {
-		v.disk.Close(fd)
+		ns.v.disk.Close(fd)
 	}
 	return st, fd, last, err
 }
 
 // adopt opens a file that was made just now, empty, by its descriptor.
-func (n *Node) adopt(fd int, st *Attr, key *keystore.DataKey, write bool) *Handle {
-	n.openMu.Lock()
-	defer n.openMu.Unlock()
-	n.sound = true
-	f := n.file.Load()
+func (c *content) adopt(fd int, st *Attr, key *keystore.DataKey, write bool) *Handle {
+	c.openMu.Lock()
+	defer c.openMu.Unlock()
+	c.sound = true
+	f := c.file.Load()
 	if f == nil {
-		f = n.newFile(fd, true, st)
+		f = c.newFile(fd, true, st)
 		f.BelieveEmpty()
 		f.handles, f.next = 1, key
 		if write {
 			f.writers = 1
 		}
-		n.attach(f)
+		c.attach(f)
 		return &Handle{f, write}
 	}
-	n.v.disk.Close(fd) // another has opened it already
+	c.v.disk.Close(fd) // another has opened it already
 	f.mu.Lock()
 	defer f.unlock()
 	f.handles++
@@ -165,7 +165,7 @@ func (n *Node) adopt(fd int, st *Attr, key *keystore.DataKey, write bool) *Handl
 	if f.next == nil && f.Size == 0 {
 		f.next = key
 	} else {
-		n.v.ring.PutBack(key)
+		c.v.ring.PutBack(key)
 	}
 	return &Handle{f, write}
 }

@@ -16,6 +16,12 @@ const (
 	mostKept   = 1024 // descriptors that programs do not get
 )
 
+// descriptors keeps programs' files and directories below the limit of the process.
+type descriptors struct {
+	v *Volume
+	fdLimits
+}
+
 // fdLimits are derived from the limit of the process.
 type fdLimits struct {
 	files  int64 // from so many open descriptors on, no file is opened for a program
@@ -41,44 +47,44 @@ func processFDs() uint64 {
 
 // roomForFile returns nil if a file may be opened for a program, else ENFILE. It closes what
 // is not in use first. No lock is held.
-func (v *Volume) roomForFile() error { return v.room(v.fdLimits.files) }
+func (d *descriptors) roomForFile() error { return d.room(d.files) }
 
 // roomForDir is roomForFile for an open directory.
-func (v *Volume) roomForDir() error { return v.room(v.fdLimits.dirs) }
+func (d *descriptors) roomForDir() error { return d.room(d.dirs) }
 
-func (v *Volume) room(most int64) error {
-	if v.disk.Descriptors() < most {
+func (d *descriptors) room(most int64) error {
+	if d.v.disk.Descriptors() < most {
 		return nil
 	}
-	v.giveUpIdle()
-	if v.disk.Descriptors() >= most && !v.o.ReadOnly { // files keep theirs until they are settled
-		v.settler.settle(v.settler.due(0))
-		v.settleOpen()
-		v.giveUpIdle()
+	d.giveUpIdle()
+	if d.v.disk.Descriptors() >= most && !d.v.o.ReadOnly { // files keep theirs until they are settled
+		d.v.settler.settle(d.v.settler.due(0))
+		d.settleOpen()
+		d.giveUpIdle()
 	}
-	if v.disk.Descriptors() < most {
+	if d.v.disk.Descriptors() < most {
 		return nil
 	}
-	v.report("descriptors", "programs have too many files open on the mount; raise the limit of the daemon (ulimit -n)", unix.ENFILE)
+	d.v.report("descriptors", "programs have too many files open on the mount; raise the limit of the daemon (ulimit -n)", unix.ENFILE)
 	return unix.ENFILE
 }
 
 // settleOpen settles the files that programs have open, after one sync, as far as they do not
 // change meanwhile.
-func (v *Volume) settleOpen() {
-	files := v.nodes.files()
+func (d *descriptors) settleOpen() {
+	files := d.v.nodes.files()
 	changes := make([]uint64, len(files))
 	for i, f := range files {
 		f.mu.RLock()
 		changes[i] = f.Changes()
 		f.mu.RUnlock()
 	}
-	if v.syncAll() != nil {
+	if d.v.syncAll() != nil {
 		return
 	}
 	for i, f := range files {
 		f.mu.Lock()
-		if f.FD >= 0 && f.rw && !f.closed && !f.Broken() && !f.Keyless() && !f.n.Gone() && !v.doubts.of(f.n) {
+		if f.FD >= 0 && f.rw && !f.closed && !f.Broken() && !f.Keyless() && !f.n.Gone() && !d.v.doubts.of(f.n) {
 			f.failed("settling", f.SettleWhole(changes[i]))
 		}
 		f.unlock()
@@ -88,15 +94,15 @@ func (v *Volume) settleOpen() {
 // giveUpIdle closes descriptors that are not in use, of directories and of files that are
 // open, and reports whether there were any. The caller may hold any lock but nodeTable.mu and
 // dirFDs.mu.
-func (v *Volume) giveUpIdle() (some bool) {
-	some = v.dirFDs.closeIdle()
-	for _, f := range v.nodes.files() {
+func (d *descriptors) giveUpIdle() (some bool) {
+	some = d.v.dirFDs.closeIdle()
+	for _, f := range d.v.nodes.files() {
 		some = f.park(false) || some
 	}
 	if some {
 		return true
 	}
-	for _, f := range v.nodes.files() { // all were used of late
+	for _, f := range d.v.nodes.files() { // all were used of late
 		some = f.park(true) || some
 	}
 	return some
@@ -145,7 +151,7 @@ func (f *file) wake() error {
 	if !parked {
 		return nil
 	}
-	f.v.roomForFile() // if there is none, what is kept for short uses serves
+	f.v.descriptors.roomForFile() // if there is none, what is kept for short uses serves
 	flags := unix.O_RDONLY
 	if rw {
 		flags = unix.O_RDWR

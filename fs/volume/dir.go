@@ -3,6 +3,7 @@ package volume
 import (
 	"context"
 	"errors"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -16,39 +17,46 @@ type Caller struct {
 	Umask    uint32 // applied unless the directory has a default ACL
 }
 
+// namespace has the operations on names. crossing is held by a rename from one directory to
+// another, see lockDirs.
+type namespace struct {
+	v        *Volume
+	crossing sync.Mutex
+}
+
 // Lookup finds an entry and counts a lookup of its node; see [Volume.Forget].
 // final is false for a file that could not be repaired yet: its size may change,
 // so nobody may remember what was told.
-func (v *Volume) Lookup(ctx context.Context, dir *Node, name string) (n *Node, st Attr, final bool, err error) {
-	n, st, err = v.find(dir, func() (string, error) {
+func (ns *namespace) Lookup(ctx context.Context, dir *Node, name string) (n *Node, st Attr, final bool, err error) {
+	n, st, err = ns.find(dir, func() (string, error) {
 		e, err := dir.encode(name, false)
 		return e.cname, err
 	})
-	return v.checked(ctx, n, st, err)
+	return ns.checked(ctx, n, st, err)
 }
 
-func (v *Volume) find(dir *Node, cname func() (string, error)) (n *Node, st Attr, err error) {
+func (ns *namespace) find(dir *Node, cname func() (string, error)) (n *Node, st Attr, err error) {
 	dir.entries.RLock()
 	defer dir.entries.RUnlock()
 	c, err := cname()
 	if err != nil {
 		return nil, st, err
 	}
-	return v.lookup(dir, c)
+	return ns.lookup(dir, c)
 }
 
 // lookup finds an entry by its ciphertext name; the directory's entries are held.
-func (v *Volume) lookup(dir *Node, cname string) (n *Node, st Attr, err error) {
+func (ns *namespace) lookup(dir *Node, cname string) (n *Node, st Attr, err error) {
 	fd, err := dir.enter()
 	if err != nil {
 		return nil, st, err
 	}
 	defer dir.leave()
-	clock := v.clock.Load()
-	if err := v.disk.Stat(fd, cname, &st); err != nil {
+	clock := ns.v.clock.Load()
+	if err := ns.v.disk.Stat(fd, cname, &st); err != nil {
 		return nil, st, err
 	}
-	n = v.nodes.intern(&st, dir, cname)
+	n = ns.v.nodes.intern(&st, dir, cname)
 	n.fill(&st, fd, cname)
 	n.tell(&st, clock)
 	return n, st, nil
@@ -57,8 +65,8 @@ func (v *Volume) lookup(dir *Node, cname string) (n *Node, st Attr, err error) {
 // checked repairs a file of a session that ended badly at its first lookup,
 // before anybody is told its size; a second caller waits. No lock is held: it
 // may need a key.
-func (v *Volume) checked(ctx context.Context, n *Node, st Attr, err error) (*Node, Attr, bool, error) {
-	if err != nil || n.typ != unix.S_IFREG || !v.repairs() {
+func (ns *namespace) checked(ctx context.Context, n *Node, st Attr, err error) (*Node, Attr, bool, error) {
+	if err != nil || n.typ != unix.S_IFREG || !ns.v.repairs() {
 		return n, st, err == nil, err
 	}
 	ok, err := n.checkSession(ctx)
@@ -66,23 +74,23 @@ func (v *Volume) checked(ctx context.Context, n *Node, st Attr, err error) (*Nod
 		st, err = n.Attr()
 	}
 	if err != nil {
-		v.Forget(n.id, 1)
+		ns.v.Forget(n.id, 1)
 		return nil, st, false, err
 	}
 	if !ok { // the next lookup makes another node, with its true size
-		v.nodes.mu.Lock()
+		ns.v.nodes.mu.Lock()
 		n.pending = true
-		if key := (inodeKey{n.dev, n.ino}); v.nodes.byInode[key] == n {
-			delete(v.nodes.byInode, key)
+		if key := (inodeKey{n.dev, n.ino}); ns.v.nodes.byInode[key] == n {
+			delete(ns.v.nodes.byInode, key)
 		}
-		v.nodes.mu.Unlock()
+		ns.v.nodes.mu.Unlock()
 	}
 	return n, st, ok, nil
 }
 
 // ensure prepares dir for a new entry: its ID, its name's symlink.
-func (v *Volume) ensure(dir *Node, name string) (e entryName, fd int, err error) {
-	if v.o.ReadOnly {
+func (ns *namespace) ensure(dir *Node, name string) (e entryName, fd int, err error) {
+	if ns.v.o.ReadOnly {
 		return e, -1, unix.EROFS
 	}
 	if e, err = dir.encode(name, true); err != nil {
@@ -94,10 +102,10 @@ func (v *Volume) ensure(dir *Node, name string) (e entryName, fd int, err error)
 
 // make runs a syscall that makes an entry, gives the object to its user, and
 // looks it up. f returns a descriptor of the new object, or -1.
-func (v *Volume) make(dir *Node, name string, c Caller, mode uint32, f func(fd int, cname string, mode uint32) (int, error)) (n *Node, st Attr, err error) {
+func (ns *namespace) make(dir *Node, name string, c Caller, mode uint32, f func(fd int, cname string, mode uint32) (int, error)) (n *Node, st Attr, err error) {
 	dir.entries.RLock()
 	defer dir.entries.RUnlock()
-	e, fd, err := v.ensure(dir, name)
+	e, fd, err := ns.ensure(dir, name)
 	if err != nil {
 		return nil, st, err
 	}
@@ -105,20 +113,20 @@ func (v *Volume) make(dir *Node, name string, c Caller, mode uint32, f func(fd i
 	mode = dir.masked(fd, mode, c)
 	made, err := f(fd, e.cname, mode)
 	if err != nil {
-		e.undo(&v.disk, fd)
+		e.undo(&ns.v.disk, fd)
 		return nil, st, err
 	}
-	if err := v.give(fd, e.cname, c, mode); err != nil {
+	if err := ns.give(fd, e.cname, c, mode); err != nil {
 		return nil, st, err
 	}
 	if made < 0 {
-		return v.lookup(dir, e.cname)
+		return ns.lookup(dir, e.cname)
 	}
-	clock := v.clock.Load()
-	if err := v.disk.Fstat(made, &st); err != nil {
+	clock := ns.v.clock.Load()
+	if err := ns.v.disk.Fstat(made, &st); err != nil {
 		return nil, st, err
 	}
-	n = v.nodes.intern(&st, dir, e.cname)
+	n = ns.v.nodes.intern(&st, dir, e.cname)
 	n.fill(&st, fd, e.cname)
 	n.tell(&st, clock)
 	return n, st, nil
@@ -128,41 +136,43 @@ func (v *Volume) make(dir *Node, name string, c Caller, mode uint32, f func(fd i
 func nothing(err error) (int, error) { return -1, err }
 
 // Mkdir makes a directory.
-func (v *Volume) Mkdir(ctx context.Context, dir *Node, name string, mode uint32, c Caller) (*Node, Attr, error) {
-	return v.make(dir, name, c, mode, func(fd int, cname string, mode uint32) (int, error) {
-		return nothing(v.disk.Mkdir(fd, cname, mode&^unix.S_IFMT))
+func (ns *namespace) Mkdir(ctx context.Context, dir *Node, name string, mode uint32, c Caller) (*Node, Attr, error) {
+	return ns.make(dir, name, c, mode, func(fd int, cname string, mode uint32) (int, error) {
+		return nothing(ns.v.disk.Mkdir(fd, cname, mode&^unix.S_IFMT))
 	})
 }
 
 // Mknod makes a file, device, pipe or socket.
-func (v *Volume) Mknod(ctx context.Context, dir *Node, name string, mode, rdev uint32, c Caller) (*Node, Attr, error) {
-	return v.make(dir, name, c, mode, func(fd int, cname string, mode uint32) (int, error) {
-		return nothing(v.disk.Mknod(fd, cname, mode, int(rdev)))
+func (ns *namespace) Mknod(ctx context.Context, dir *Node, name string, mode, rdev uint32, c Caller) (*Node, Attr, error) {
+	return ns.make(dir, name, c, mode, func(fd int, cname string, mode uint32) (int, error) {
+		return nothing(ns.v.disk.Mknod(fd, cname, mode, int(rdev)))
 	})
 }
 
 // Symlink makes a symlink whose target is encrypted.
-func (v *Volume) Symlink(ctx context.Context, dir *Node, name, target string, c Caller) (*Node, Attr, error) {
-	sealed, err := v.vk.SealTarget(target)
+func (ns *namespace) Symlink(ctx context.Context, dir *Node, name, target string, c Caller) (*Node, Attr, error) {
+	sealed, err := ns.v.vk.SealTarget(target)
 	if err != nil {
 		return nil, Attr{}, err
 	}
-	return v.make(dir, name, c, unix.S_IFLNK, func(fd int, cname string, _ uint32) (int, error) { return nothing(v.disk.Symlink(sealed, fd, cname)) })
+	return ns.make(dir, name, c, unix.S_IFLNK, func(fd int, cname string, _ uint32) (int, error) {
+		return nothing(ns.v.disk.Symlink(sealed, fd, cname))
+	})
 }
 
 // Link makes a further name of a file. One that is still to settle settles
 // first.
-func (v *Volume) Link(ctx context.Context, n, dir *Node, name string) (*Node, Attr, error) {
+func (ns *namespace) Link(ctx context.Context, n, dir *Node, name string) (*Node, Attr, error) {
 	if f := n.file.Load(); f != nil {
 		if err := f.settleNow(); err != nil {
 			return nil, Attr{}, err
 		}
 	}
-	return v.make(dir, name, Caller{}, 0, func(fd int, cname string, _ uint32) (int, error) {
+	return ns.make(dir, name, Caller{}, 0, func(fd int, cname string, _ uint32) (int, error) {
 		if last, ok := n.kept(); ok { // made without a name
 			// Before the name is there: who looks it up must find this node.
 			n.setNamed(true)
-			err := v.disk.LinkFD(last, fd, cname)
+			err := ns.v.disk.LinkFD(last, fd, cname)
 			if err != nil {
 				n.setNamed(false)
 			}
@@ -171,29 +181,29 @@ func (v *Volume) Link(ctx context.Context, n, dir *Node, name string) (*Node, At
 		n.linked.Store(true)
 		n.change()
 		// By a descriptor: the old name may be another file's by now.
-		return nothing(n.withFD(func(old int) error { return v.disk.LinkFD(old, fd, cname) }))
+		return nothing(n.withFD(func(old int) error { return ns.v.disk.LinkFD(old, fd, cname) }))
 	})
 }
 
 // Readlink returns the target of a symlink.
-func (v *Volume) Readlink(n *Node) (target string, err error) {
+func (ns *namespace) Readlink(n *Node) (target string, err error) {
 	// By a descriptor: the name may be another symlink's from one call to the next.
 	err = n.withFD(func(fd int) error {
-		sealed, err := v.disk.Readlink(fd, "")
+		sealed, err := ns.v.disk.Readlink(fd, "")
 		if err == nil {
-			target, err = v.vk.OpenTarget(sealed)
+			target, err = ns.v.vk.OpenTarget(sealed)
 		}
 		return err
 	})
 	if blockcrypt.ClassOf(err) != "" {
-		v.report(n.where(), "a symlink cannot be read", err)
+		ns.v.report(n.where(), "a symlink cannot be read", err)
 	}
 	return target, err
 }
 
 // masked applies the umask, unless the directory has a default ACL.
-func (n *Node) masked(fd int, mode uint32, c Caller) uint32 {
-	if c.Umask == 0 || n.hasDefaultACL(fd) {
+func (d *directory) masked(fd int, mode uint32, c Caller) uint32 {
+	if c.Umask == 0 || d.hasDefaultACL(fd) {
 		return mode
 	}
 	return mode &^ (c.Umask & 0o777)
@@ -207,26 +217,26 @@ const (
 	aclDefault
 )
 
-func (n *Node) hasDefaultACL(fd int) bool {
-	n.dirMu.Lock()
-	defer n.dirMu.Unlock()
-	if n.acl == aclUnknown {
-		n.acl = aclNone
-		if n.v.disk.Hasxattr(fd, aclDefaultName) {
-			n.acl = aclDefault
+func (d *directory) hasDefaultACL(fd int) bool {
+	d.dirMu.Lock()
+	defer d.dirMu.Unlock()
+	if d.acl == aclUnknown {
+		d.acl = aclNone
+		if d.v.disk.Hasxattr(fd, aclDefaultName) {
+			d.acl = aclDefault
 		}
 	}
-	return n.acl == aclDefault
+	return d.acl == aclDefault
 }
 
 // owners returns to whom a new entry of the directory fd belongs; ok is false where it
 // belongs to whom it should already.
-func (v *Volume) owners(fd int, c Caller) (uid, gid int, ok bool) {
-	if !v.super || c.UID == 0 && c.GID == 0 {
+func (ns *namespace) owners(fd int, c Caller) (uid, gid int, ok bool) {
+	if !ns.v.super || c.UID == 0 && c.GID == 0 {
 		return 0, 0, false
 	}
 	var parent unix.Stat_t
-	if err := v.disk.Fstat(fd, &parent); err == nil && parent.Mode&unix.S_ISGID != 0 {
+	if err := ns.v.disk.Fstat(fd, &parent); err == nil && parent.Mode&unix.S_ISGID != 0 {
 		return int(c.UID), -1, true
 	}
 	return int(c.UID), int(c.GID), true
@@ -234,18 +244,18 @@ func (v *Volume) owners(fd int, c Caller) (uid, gid int, ok bool) {
 
 // give makes the caller own a new entry, where root made it. The group is the
 // directory's where that is setgid. An entry that cannot be given away goes.
-func (v *Volume) give(fd int, cname string, c Caller, mode uint32) (err error) {
-	uid, gid, ok := v.owners(fd, c)
+func (ns *namespace) give(fd int, cname string, c Caller, mode uint32) (err error) {
+	uid, gid, ok := ns.owners(fd, c)
 	if !ok {
 		return nil
 	}
-	err = v.disk.ChownAt(fd, cname, uid, gid)
+	err = ns.v.disk.ChownAt(fd, cname, uid, gid)
 	if err == nil && mode&(unix.S_ISUID|unix.S_ISGID) != 0 && mode&unix.S_IFMT != unix.S_IFLNK {
-		err = v.disk.ChmodAt(fd, cname, mode&^unix.S_IFMT) // chown took the bits
+		err = ns.v.disk.ChmodAt(fd, cname, mode&^unix.S_IFMT) // chown took the bits
 	}
 	if err != nil {
-		if v.disk.Unlink(fd, cname, 0) == unix.EISDIR {
-			v.disk.Unlink(fd, cname, unix.AT_REMOVEDIR)
+		if ns.v.disk.Unlink(fd, cname, 0) == unix.EISDIR {
+			ns.v.disk.Unlink(fd, cname, unix.AT_REMOVEDIR)
 		}
 	}
 	return err
@@ -256,12 +266,12 @@ func (v *Volume) give(fd int, cname string, c Caller, mode uint32) (err error) {
 // before those below it, and of two that are not one below the other the one that became
 // known first. Only renames from one directory to another change what is below what, and
 // of those there is one at a time.
-func (v *Volume) lockDirs(a, b *Node) (unlock func()) {
+func (ns *namespace) lockDirs(a, b *Node) (unlock func()) {
 	if a == b {
 		a.entries.Lock()
 		return a.entries.Unlock
 	}
-	v.crossing.Lock()
+	ns.crossing.Lock()
 	if b.above(a) || b.id < a.id && !a.above(b) {
 		a, b = b, a
 	}
@@ -270,37 +280,37 @@ func (v *Volume) lockDirs(a, b *Node) (unlock func()) {
 	return func() {
 		b.entries.Unlock()
 		a.entries.Unlock()
-		v.crossing.Unlock()
+		ns.crossing.Unlock()
 	}
 }
 
 // above reports whether directory m is below n, or is n.
-func (n *Node) above(m *Node) bool {
-	n.v.nodes.mu.Lock()
-	defer n.v.nodes.mu.Unlock()
-	for m != n && len(m.links) > 0 {
+func (d *directory) above(m *Node) bool {
+	d.v.nodes.mu.Lock()
+	defer d.v.nodes.mu.Unlock()
+	for m != d.n && len(m.links) > 0 {
 		m = m.links[0].dir
 	}
-	return m == n
+	return m == d.n
 }
 
 // Unlink removes a name of anything but a directory. No key is needed.
-func (v *Volume) Unlink(dir *Node, name string) error {
-	return v.remove(dir, name, func(fd int, cname string) error { return v.disk.Unlink(fd, cname, 0) })
+func (ns *namespace) Unlink(dir *Node, name string) error {
+	return ns.remove(dir, name, func(fd int, cname string) error { return ns.v.disk.Unlink(fd, cname, 0) })
 }
 
 // Rmdir removes an empty directory, with what kmsfs keeps in it.
-func (v *Volume) Rmdir(dir *Node, name string) error {
-	return v.remove(dir, name, func(fd int, cname string) error {
-		if err := v.clearDir(dir, fd, cname, nil); err != nil {
+func (ns *namespace) Rmdir(dir *Node, name string) error {
+	return ns.remove(dir, name, func(fd int, cname string) error {
+		if err := ns.clearDir(dir, fd, cname, nil); err != nil {
 			return err
 		}
-		return v.disk.Unlink(fd, cname, unix.AT_REMOVEDIR)
+		return ns.v.disk.Unlink(fd, cname, unix.AT_REMOVEDIR)
 	})
 }
 
-func (v *Volume) remove(dir *Node, name string, f func(fd int, cname string) error) error {
-	if v.o.ReadOnly {
+func (ns *namespace) remove(dir *Node, name string, f func(fd int, cname string) error) error {
+	if ns.v.o.ReadOnly {
 		return unix.EROFS
 	}
 	gone, err := func() (*Node, error) {
@@ -315,13 +325,13 @@ func (v *Volume) remove(dir *Node, name string, f func(fd int, cname string) err
 			return nil, err
 		}
 		defer dir.leave()
-		x := v.nodes.part(location{dir, e.cname}, fd)
+		x := ns.v.nodes.part(location{dir, e.cname}, fd)
 		if err := f(fd, e.cname); err != nil {
-			v.nodes.stays(x)
+			ns.v.nodes.stays(x)
 			return nil, err
 		}
-		e.dropName(&v.disk, fd)
-		return v.nodes.leaves(x), nil
+		e.dropName(&ns.v.disk, fd)
+		return ns.v.nodes.leaves(x), nil
 	}()
 	gone.dropIfGone()
 	return err
@@ -330,16 +340,16 @@ func (v *Volume) remove(dir *Node, name string, f func(fd int, cname string) err
 // clearDir removes what kmsfs keeps in the directory dir/cname, if nothing else
 // is there: ENOTEMPTY before touching anything. The entries of dir are held for writing,
 // and of held too if it is not nil.
-func (v *Volume) clearDir(dir *Node, fd int, cname string, held *Node) error {
+func (ns *namespace) clearDir(dir *Node, fd int, cname string, held *Node) error {
 	var st unix.Stat_t
-	if err := v.disk.Stat(fd, cname, &st); err != nil {
+	if err := ns.v.disk.Stat(fd, cname, &st); err != nil {
 		return err
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFDIR {
 		return unix.ENOTDIR
 	}
-	n := v.nodes.intern(&st, dir, cname)
-	defer v.Forget(n.id, 1)
+	n := ns.v.nodes.intern(&st, dir, cname)
+	defer ns.v.Forget(n.id, 1)
 	if held != nil && n.above(held) { // held is in it, or is it and has an entry
 		return unix.ENOTEMPTY
 	}
@@ -350,19 +360,19 @@ func (v *Volume) clearDir(dir *Node, fd int, cname string, held *Node) error {
 		return err
 	}
 	defer n.leave()
-	if !v.super && st.Mode&0o700 != 0o700 && int(st.Uid) == unix.Geteuid() {
+	if !ns.v.super && st.Mode&0o700 != 0o700 && int(st.Uid) == unix.Geteuid() {
 		// An empty directory can be removed whatever its own mode is.
-		if err := v.disk.Chmod(d, st.Mode&0o7777|0o700); err != nil {
+		if err := ns.v.disk.Chmod(d, st.Mode&0o7777|0o700); err != nil {
 			return err
 		}
-		defer v.disk.Chmod(d, st.Mode&0o7777)
+		defer ns.v.disk.Chmod(d, st.Mode&0o7777)
 	}
 	own, err := n.emptied(d)
 	if err != nil {
 		return err
 	}
 	for _, name := range own {
-		if err := v.disk.Unlink(d, name, 0); err != nil {
+		if err := ns.v.disk.Unlink(d, name, 0); err != nil {
 			return err
 		}
 	}
@@ -372,12 +382,12 @@ func (v *Volume) clearDir(dir *Node, fd int, cname string, held *Node) error {
 
 // Rename moves an entry; flags are those of renameat2: RENAME_NOREPLACE,
 // RENAME_EXCHANGE, RENAME_WHITEOUT.
-func (v *Volume) Rename(from *Node, oldName string, to *Node, newName string, flags uint32) error {
-	if v.o.ReadOnly {
+func (ns *namespace) Rename(from *Node, oldName string, to *Node, newName string, flags uint32) error {
+	if ns.v.o.ReadOnly {
 		return unix.EROFS
 	}
-	unlock := v.lockDirs(from, to)
-	gone, err := v.renameLocked(from, oldName, to, newName, flags)
+	unlock := ns.lockDirs(from, to)
+	gone, err := ns.renameLocked(from, oldName, to, newName, flags)
 	unlock()
 	gone.dropIfGone()
 	return err
@@ -385,7 +395,7 @@ func (v *Volume) Rename(from *Node, oldName string, to *Node, newName string, fl
 
 // renameLocked is Rename with the entries of both directories held. It returns the node
 // that has lost its last name, if one has.
-func (v *Volume) renameLocked(from *Node, oldName string, to *Node, newName string, flags uint32) (gone *Node, err error) {
+func (ns *namespace) renameLocked(from *Node, oldName string, to *Node, newName string, flags uint32) (gone *Node, err error) {
 	old, err := from.encode(oldName, false)
 	if err != nil {
 		return nil, err
@@ -395,13 +405,13 @@ func (v *Volume) renameLocked(from *Node, oldName string, to *Node, newName stri
 		return nil, err
 	}
 	defer from.leave()
-	now, nfd, err := v.ensure(to, newName)
+	now, nfd, err := ns.ensure(to, newName)
 	if err != nil {
 		return nil, err
 	}
 	defer to.leave()
 	a, b := location{from, old.cname}, location{to, now.cname}
-	n, m := v.nodes.at(a), v.nodes.at(b)
+	n, m := ns.v.nodes.at(a), ns.v.nodes.at(b)
 	if n != nil {
 		n.moving.Add(1)
 		defer n.moving.Add(-1)
@@ -413,35 +423,35 @@ func (v *Volume) renameLocked(from *Node, oldName string, to *Node, newName stri
 		m.moving.Add(1)
 		defer m.moving.Add(-1)
 	case !exchange && m != n:
-		x = v.nodes.part(b, nfd)
+		x = ns.v.nodes.part(b, nfd)
 	}
-	err = v.disk.Rename(ofd, old.cname, nfd, now.cname, flags)
+	err = ns.v.disk.Rename(ofd, old.cname, nfd, now.cname, flags)
 	if flags&(unix.RENAME_NOREPLACE|unix.RENAME_EXCHANGE) == 0 && (errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EEXIST)) {
-		if err = v.clearDir(to, nfd, now.cname, from); err == nil {
-			err = v.disk.Rename(ofd, old.cname, nfd, now.cname, flags)
+		if err = ns.clearDir(to, nfd, now.cname, from); err == nil {
+			err = ns.v.disk.Rename(ofd, old.cname, nfd, now.cname, flags)
 		}
 	}
 	if err != nil {
-		v.nodes.stays(x)
-		now.undo(&v.disk, nfd)
+		ns.v.nodes.stays(x)
+		now.undo(&ns.v.disk, nfd)
 		return nil, err
 	}
-	if n == nil || n.IsDir() || exchange && (m == nil || m.IsDir()) || v.repairs() {
-		v.walker.moves.Add(1)
+	if n == nil || n.IsDir() || exchange && (m == nil || m.IsDir()) || ns.v.repairs() {
+		ns.v.walker.moves.Add(1)
 	}
 	if a == b || n != nil && n == m && !exchange {
-		v.nodes.stays(x)
+		ns.v.nodes.stays(x)
 		return nil, nil // rename of a hard link onto another of the same file does nothing
 	}
 	if exchange {
-		v.nodes.moved(n, a, b)
-		v.nodes.moved(m, b, a)
+		ns.v.nodes.moved(n, a, b)
+		ns.v.nodes.moved(m, b, a)
 		return nil, nil
 	}
-	gone = v.nodes.leaves(x)
-	v.nodes.moved(n, a, b)
+	gone = ns.v.nodes.leaves(x)
+	ns.v.nodes.moved(n, a, b)
 	if flags&unix.RENAME_WHITEOUT == 0 {
-		old.dropName(&v.disk, ofd)
+		old.dropName(&ns.v.disk, ofd)
 	}
 	return gone, nil
 }
@@ -472,7 +482,7 @@ func (n *Node) OpenDir() (*Dir, error) {
 	if !n.IsDir() {
 		return nil, unix.ENOTDIR
 	}
-	if err := n.v.roomForDir(); err != nil {
+	if err := n.v.descriptors.roomForDir(); err != nil {
 		return nil, err
 	}
 	fd, err := n.enter()

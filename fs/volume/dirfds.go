@@ -29,31 +29,31 @@ func (l *dirFDs) closeAll() {
 }
 
 // enter returns a descriptor of a directory, good until leave is called.
-func (n *Node) enter() (int, error) {
-	v := n.v
-	if n == v.root {
+func (d *directory) enter() (int, error) {
+	v := d.v
+	if d.n == v.root {
 		return v.rootD, nil
 	}
 	v.dirFDs.mu.Lock()
-	if n.dirFD >= 0 {
-		n.dirRefs++
-		v.dirFDs.list.MoveToFront(n.dirElem)
+	if d.dirFD >= 0 {
+		d.dirRefs++
+		v.dirFDs.list.MoveToFront(d.dirElem)
 		v.dirFDs.mu.Unlock()
-		return n.dirFD, nil
+		return d.dirFD, nil
 	}
 	v.dirFDs.mu.Unlock()
-	fd, err := n.open(unix.O_PATH | unix.O_DIRECTORY)
+	fd, err := d.n.open(unix.O_PATH | unix.O_DIRECTORY)
 	if err != nil {
 		return -1, err
 	}
 	v.dirFDs.mu.Lock()
-	n.dirRefs++
+	d.dirRefs++
 	unneeded := []int{fd}
-	if n.dirFD < 0 { // or another was faster
-		n.dirFD, n.dirElem = fd, v.dirFDs.list.PushFront(n)
+	if d.dirFD < 0 { // or another was faster
+		d.dirFD, d.dirElem = fd, v.dirFDs.list.PushFront(d.n)
 		unneeded = v.dirFDs.takeDownTo(v.dirFDs.most)
 	}
-	fd = n.dirFD
+	fd = d.dirFD
 	v.dirFDs.mu.Unlock()
 	for _, fd := range unneeded {
 		v.disk.Close(fd)
@@ -61,13 +61,13 @@ func (n *Node) enter() (int, error) {
 	return fd, nil
 }
 
-func (n *Node) leave() {
-	if n == n.v.root {
+func (d *directory) leave() {
+	if d.n == d.v.root {
 		return
 	}
-	n.v.dirFDs.mu.Lock()
-	n.dirRefs--
-	n.v.dirFDs.mu.Unlock()
+	d.v.dirFDs.mu.Lock()
+	d.dirRefs--
+	d.v.dirFDs.mu.Unlock()
 }
 
 // take takes the descriptor of a directory away, -1 if it has none or it is in use.

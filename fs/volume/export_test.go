@@ -139,9 +139,9 @@ func (v *Volume) Closing() bool { return v.ending() != nil }
 
 // GiveUp gives up every descriptor that can be, as if there were none left.
 func (v *Volume) GiveUp() {
-	v.settleOpen()
-	v.giveUpIdle()
-	v.giveUpIdle()
+	v.descriptors.settleOpen()
+	v.descriptors.giveUpIdle()
+	v.descriptors.giveUpIdle()
 }
 
 // Park gives up the descriptor of an open file, if that is possible.

@@ -50,45 +50,45 @@ type file struct {
 // acquire returns the node's open file, loading it if need be; write opens it
 // for writing and takes the data key that an empty file's first byte needs. No
 // lock is held while a key service is asked.
-func (n *Node) acquire(ctx context.Context, write bool) (*file, error) {
-	if n.typ != unix.S_IFREG {
+func (c *content) acquire(ctx context.Context, write bool) (*file, error) {
+	if c.n.typ != unix.S_IFREG {
 		return nil, unix.EINVAL
 	}
-	if write && n.v.o.ReadOnly {
+	if write && c.v.o.ReadOnly {
 		return nil, unix.EROFS
 	}
-	if err := n.v.access.refuses(false); err != nil {
+	if err := c.v.access.refuses(false); err != nil {
 		return nil, err
 	}
-	if write && n.immutable.Load() {
+	if write && c.immutable.Load() {
 		return nil, unix.EPERM
 	}
-	if n.file.Load() == nil {
-		if err := n.v.roomForFile(); err != nil {
+	if c.file.Load() == nil {
+		if err := c.v.descriptors.roomForFile(); err != nil {
 			return nil, err
 		}
 	}
 	var key *keystore.DataKey // for the first byte of an empty file
 	defer func() {
 		if key != nil {
-			n.v.ring.PutBack(key)
+			c.v.ring.PutBack(key)
 		}
 	}()
 	told := false // the prefetcher
 	opened := func(cold bool) {
 		if !told {
-			n.v.prefetch.opened(n, cold)
+			c.v.prefetch.opened(c.n, cold)
 			told = true
 		}
 	}
 	for {
-		f, err := n.join(ctx, write, &key, func() { opened(true) })
+		f, err := c.join(ctx, write, &key, func() { opened(true) })
 		if err != nil {
 			return nil, err
 		}
 		if f == nil {
-			if key, err = n.v.ring.NewKey(ctx); err != nil {
-				n.v.report(n.where(), "no data key for new content", err)
+			if key, err = c.v.ring.NewKey(ctx); err != nil {
+				c.v.report(c.n.where(), "no data key for new content", err)
 				return nil, err
 			}
 			continue
@@ -104,8 +104,8 @@ func (n *Node) acquire(ctx context.Context, write bool) (*file, error) {
 
 // join counts a handle of the node's file, which it loads if need be. If the file is empty and
 // needs a data key for its first byte, it takes *key; without one it returns no file.
-func (n *Node) join(ctx context.Context, write bool, key **keystore.DataKey, waits func()) (f *file, err error) {
-	err = n.withFile(ctx, waits, func(open *file) error {
+func (c *content) join(ctx context.Context, write bool, key **keystore.DataKey, waits func()) (f *file, err error) {
+	err = c.withFile(ctx, waits, func(open *file) error {
 		joined, err := open.join(write, key)
 		if joined {
 			f = open
@@ -117,11 +117,11 @@ func (n *Node) join(ctx context.Context, write bool, key **keystore.DataKey, wai
 	return f, err
 }
 
-func (n *Node) attach(f *file) {
+func (c *content) attach(f *file) {
 	f.mu.Lock()
 	f.unlock()
-	n.hold()
-	n.file.Store(f)
+	c.n.hold()
+	c.file.Store(f)
 }
 
 // join counts a handle. It is false, without an error, if a data key is needed that *key does
@@ -266,15 +266,26 @@ type shown struct {
 	closed  bool
 }
 
+func (s shown) fill(st *Attr) {
+	if st.Size = s.size; s.touched {
+		st.Mtim = s.mtime
+	}
+}
+
+// current returns what is to be shown now. mu is held.
+func (f *file) current() shown {
+	t := f.Times()
+	return shown{f.Size, t.Mtime, t.Touched, f.closed}
+}
+
 // unlock unlocks mu after it was held for writing. Requests for attributes do not wait for
 // mu: what the file has from here on is shown.
 func (f *file) unlock() {
-	t := f.Times()
 	f.shownMu.Lock()
-	f.shown = shown{f.Size, t.Mtime, t.Touched, f.closed}
+	f.shown = f.current()
 	f.shownMu.Unlock()
-	if f.moves != t.Moves {
-		f.moves = t.Moves
+	if moves := f.Times().Moves; f.moves != moves {
+		f.moves = moves
 		f.n.change()
 	}
 	f.mu.Unlock()
@@ -297,7 +308,7 @@ func (f *file) attr(st *Attr, wait bool) (done bool, err error) {
 	}
 	st.Ino = f.v.foldIno(st.Dev, st.Ino)
 	st.Blksize = blockcrypt.PageSize
-	f.fillLocked(st)
+	f.current().fill(st)
 	return true, nil
 }
 
@@ -305,21 +316,11 @@ func (f *file) attr(st *Attr, wait bool) (done bool, err error) {
 func (f *file) fill(st *Attr) bool {
 	f.shownMu.Lock()
 	defer f.shownMu.Unlock()
-	s := f.shown
-	if s.closed {
+	if f.shown.closed {
 		return false
 	}
-	if st.Size = s.size; s.touched {
-		st.Mtim = s.mtime
-	}
+	f.shown.fill(st)
 	return true
-}
-
-func (f *file) fillLocked(st *Attr) {
-	st.Size = f.Size
-	if t := f.Times(); t.Touched {
-		st.Mtim = t.Mtime
-	}
 }
 
 // A Handle is an open file. Its methods may be called by several goroutines.
@@ -330,19 +331,19 @@ type Handle struct {
 
 // Open opens a regular file. Opening an empty one for writing takes a data key,
 // so that a refusal by the key service shows here.
-func (n *Node) Open(ctx context.Context, write bool) (*Handle, error) {
-	f, err := n.acquire(ctx, write)
+func (c *content) Open(ctx context.Context, write bool) (*Handle, error) {
+	f, err := c.acquire(ctx, write)
 	if err != nil {
 		return nil, err
 	}
 	return &Handle{f, write}, nil
 }
 
-func (n *Node) newFile(fd int, rw bool, st *Attr) *file {
-	f := &file{n: n, v: n.v, rw: rw}
-	rules := cfile.Rules{Calm: n.v.calm, KernelTimes: n.v.o.KernelTimes}
-	f.File = cfile.New(&n.v.disk, n.v.geo, fd, st.Mtim, rules, host{f})
-	if n.v.o.ReadOnly {
+func (c *content) newFile(fd int, rw bool, st *Attr) *file {
+	f := &file{n: c.n, v: c.v, rw: rw}
+	rules := cfile.Rules{Calm: c.v.calm, KernelTimes: c.v.o.KernelTimes}
+	f.File = cfile.New(&c.v.disk, c.v.geo, fd, st.Mtim, rules, host{f})
+	if c.v.o.ReadOnly {
 		f.AheadUntil = time.Now().Add(aheadFor)
 	}
 	return f
@@ -392,14 +393,15 @@ func (h *Handle) Fsync() error {
 	if err := h.f.syncPath(); err != nil {
 		return h.f.failed("fsync", err)
 	}
-	if err := h.f.fsync(); err != nil {
+	if err := h.fsync(); err != nil {
 		return h.f.failed("fsync", err)
 	}
 	return h.f.n.lost.tell()
 }
 
 // fsync makes the content durable. mu is not held while the disk works.
-func (f *file) fsync() error {
+func (h *Handle) fsync() error {
+	f := h.f
 	if err := f.lockAwake(); err != nil {
 		return err
 	}

@@ -29,40 +29,40 @@ const (
 )
 
 // Flags returns the inode's flags; ENOTTY where the backing filesystem has none.
-func (n *Node) Flags() (flags uint32, err error) {
-	err = n.withReal(func(fd int) error { return n.v.disk.Ioctl(fd, unix.FS_IOC_GETFLAGS, unsafe.Pointer(&flags)) })
+func (a *attributes) Flags() (flags uint32, err error) {
+	err = a.withReal(func(fd int) error { return a.v.disk.Ioctl(fd, unix.FS_IOC_GETFLAGS, unsafe.Pointer(&flags)) })
 	return flags, err
 }
 
 // SetFlags sets them. Append-only is EOPNOTSUPP, since ciphertext is written in
 // whole pages; so is casefold, which encoded names do not survive.
-func (n *Node) SetFlags(flags uint32) error {
-	old, err := n.Flags()
+func (a *attributes) SetFlags(flags uint32) error {
+	old, err := a.Flags()
 	if err != nil {
 		return err
 	}
 	if (flags^old)&(flagAppend|flagCasefold) != 0 {
 		return unix.EOPNOTSUPP
 	}
-	return n.setFlags(old&flagImmutable != 0, flags&flagImmutable != 0, func(fd int) error { return n.v.disk.Ioctl(fd, unix.FS_IOC_SETFLAGS, unsafe.Pointer(&flags)) })
+	return a.setFlags(old&flagImmutable != 0, flags&flagImmutable != 0, func(fd int) error { return a.v.disk.Ioctl(fd, unix.FS_IOC_SETFLAGS, unsafe.Pointer(&flags)) })
 }
 
 // FSXAttr returns the inode's attributes by FS_IOC_FSGETXATTR.
-func (n *Node) FSXAttr() (x FSXAttr, err error) {
-	err = n.withReal(func(fd int) error { return n.v.disk.Ioctl(fd, FSGetXAttr, unsafe.Pointer(&x)) })
+func (a *attributes) FSXAttr() (x FSXAttr, err error) {
+	err = a.withReal(func(fd int) error { return a.v.disk.Ioctl(fd, FSGetXAttr, unsafe.Pointer(&x)) })
 	return x, err
 }
 
 // SetFSXAttr sets them; see [Node.SetFlags].
-func (n *Node) SetFSXAttr(x FSXAttr) error {
-	old, err := n.FSXAttr()
+func (a *attributes) SetFSXAttr(x FSXAttr) error {
+	old, err := a.FSXAttr()
 	if err != nil {
 		return err
 	}
 	if (x.XFlags^old.XFlags)&xflagAppend != 0 {
 		return unix.EOPNOTSUPP
 	}
-	return n.setFlags(old.XFlags&xflagImmutable != 0, x.XFlags&xflagImmutable != 0, func(fd int) error { return n.v.disk.Ioctl(fd, FSSetXAttr, unsafe.Pointer(&x)) })
+	return a.setFlags(old.XFlags&xflagImmutable != 0, x.XFlags&xflagImmutable != 0, func(fd int) error { return a.v.disk.Ioctl(fd, FSSetXAttr, unsafe.Pointer(&x)) })
 }
 
 // FS_IOC_FSGETXATTR and FS_IOC_FSSETXATTR of linux/fs.h.
@@ -73,38 +73,38 @@ const (
 
 // setFlags settles a file first that is to become immutable: then it cannot be
 // settled, nor, by a descriptor that is open already, be written any more.
-func (n *Node) setFlags(was, is bool, f func(fd int) error) error {
-	if n.v.o.ReadOnly {
+func (a *attributes) setFlags(was, is bool, f func(fd int) error) error {
+	if a.v.o.ReadOnly {
 		return unix.EROFS
 	}
-	if o := n.file.Load(); o != nil && !was {
+	if o := a.n.file.Load(); o != nil && !was {
 		if err := o.settleNow(); err != nil {
 			return err
 		}
 	}
-	err := n.withReal(f)
+	err := a.withReal(f)
 	if err == nil {
-		n.immutable.Store(is)
+		a.n.immutable.Store(is)
 	}
 	return err
 }
 
 // withReal calls f with a descriptor that is open for reading.
-func (n *Node) withReal(f func(fd int) error) error {
-	if o := n.file.Load(); o != nil {
+func (a *attributes) withReal(f func(fd int) error) error {
+	if o := a.n.file.Load(); o != nil {
 		if done, err := o.borrow(f); done {
 			return err
 		}
 	}
-	if n.typ != unix.S_IFREG && !n.IsDir() {
+	if a.n.typ != unix.S_IFREG && !a.n.IsDir() {
 		return unix.ENOTTY
 	}
-	return n.withFD(func(p int) error {
-		fd, err := n.v.disk.Reopen(p, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC)
+	return a.n.withFD(func(p int) error {
+		fd, err := a.v.disk.Reopen(p, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC)
 		if err != nil {
 			return err
 		}
-		defer n.v.disk.Close(fd)
+		defer a.v.disk.Close(fd)
 		return f(fd)
 	})
 }

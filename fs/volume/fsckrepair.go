@@ -29,6 +29,7 @@ type Repaired struct {
 // session that did not end well are repaired by opening the volume.
 func (v *Volume) Repair(ctx context.Context, findings []Finding, ask func(Finding) bool) []Repaired {
 	var out []Repaired
+	mend := &repairer{v}
 	kept := map[string]bool{}
 	for _, f := range findings {
 		if ctx.Err() != nil {
@@ -37,17 +38,17 @@ func (v *Volume) Repair(ctx context.Context, findings []Finding, ask func(Findin
 		r := Repaired{Finding: f}
 		switch {
 		case f.What == FoundLeftover, f.What == FoundOrphan:
-			r.Done, r.Err = v.removeLeftover(f.Path)
+			r.Done, r.Err = mend.removeLeftover(f.Path)
 		case f.What == FoundLinks:
 			r.Done, r.Err = "accepted as a copy without symlinks", v.disk.Symlink(layout.LinksTarget, v.rootD, layout.LinksName)
 		case f.What == FoundDirID:
-			r.Done, r.Err = v.mendDirID(f.Path)
+			r.Done, r.Err = mend.mendDirID(f.Path)
 		case f.What == string(blockcrypt.BadBlock), f.What == string(blockcrypt.BadSize), f.What == FoundCopied:
 			if kept[f.Path] || !ask(f) {
 				continue
 			}
 			kept[f.Path] = true
-			r.Done, r.Err = v.keepRest(ctx, f.Path)
+			r.Done, r.Err = mend.keepRest(ctx, f.Path)
 		default:
 			continue
 		}
@@ -56,96 +57,99 @@ func (v *Volume) Repair(ctx context.Context, findings []Finding, ask func(Findin
 	return out
 }
 
-func (v *Volume) below(cpath string, flags int) (int, error) {
-	return v.disk.OpenBelow(v.rootD, cpath, flags)
+// repairer mends what a check has found.
+type repairer struct{ v *Volume }
+
+func (r *repairer) below(cpath string, flags int) (int, error) {
+	return r.v.disk.OpenBelow(r.v.rootD, cpath, flags)
 }
 
-func (v *Volume) removeLeftover(cpath string) (string, error) {
+func (r *repairer) removeLeftover(cpath string) (string, error) {
 	dir, name := path.Split(cpath)
-	fd, err := v.below(path.Clean(dir), unix.O_RDONLY|unix.O_DIRECTORY)
+	fd, err := r.below(path.Clean(dir), unix.O_RDONLY|unix.O_DIRECTORY)
 	if err != nil {
 		return "", err
 	}
-	defer v.disk.Close(fd)
+	defer r.v.disk.Close(fd)
 	var st unix.Stat_t
-	if entry, ok := layout.EntryOf(name); ok && v.disk.Stat(fd, entry, &st) == nil {
+	if entry, ok := layout.EntryOf(name); ok && r.v.disk.Stat(fd, entry, &st) == nil {
 		return "", errors.New("its entry is there by now")
 	}
-	if err := v.disk.Unlink(fd, name, 0); err != nil {
+	if err := r.v.disk.Unlink(fd, name, 0); err != nil {
 		return "", err
 	}
-	return "removed", v.disk.Fsync(fd)
+	return "removed", r.v.disk.Fsync(fd)
 }
 
 // mendDirID finds a directory's ID: in one of its two places, or in the headers of
 // the files in it; the names tell which is right.
-func (v *Volume) mendDirID(cpath string) (string, error) {
-	fd, err := v.below(cpath, unix.O_RDONLY|unix.O_DIRECTORY)
+func (r *repairer) mendDirID(cpath string) (string, error) {
+	fd, err := r.below(cpath, unix.O_RDONLY|unix.O_DIRECTORY)
 	if err != nil {
 		return "", err
 	}
-	defer v.disk.Close(fd)
+	defer r.v.disk.Close(fd)
 	var entries []disk.Dirent
-	if err := v.disk.Scan(fd, func(e disk.Dirent) error { entries = append(entries, e); return nil }); err != nil {
+	if err := r.v.disk.Scan(fd, func(e disk.Dirent) error { entries = append(entries, e); return nil }); err != nil {
 		return "", err
 	}
-	x := layout.DirIDOf(&v.disk, fd, entries)
+	x := layout.DirIDOf(&r.v.disk, fd, entries)
 	candidates := x.IDs
 	encoded := "" // a name that the right one decodes
 	for _, e := range entries {
 		if _, ok := layout.EntryOf(e.Name); ok && encoded == "" {
-			encoded, _ = v.disk.Readlink(fd, e.Name)
+			encoded, _ = r.v.disk.Readlink(fd, e.Name)
 		}
 		if layout.IsOwn(e.Name) {
 			continue
 		}
 		encoded = e.Name
-		if hdr, err := v.headerOf(fd, e.Name); err == nil && !slices.Contains(candidates, hdr.Dir) {
+		if hdr, err := r.headerOf(fd, e.Name); err == nil && !slices.Contains(candidates, hdr.Dir) {
 			candidates = append(candidates, hdr.Dir)
 		}
 	}
 	for _, id := range candidates {
 		empty := encoded == "" && len(candidates) == 1 // no name could contradict
-		if _, err := v.vk.DecodeName(id, encoded); err != nil && !empty {
+		if _, err := r.v.vk.DecodeName(id, encoded); err != nil && !empty {
 			continue
 		}
 		for _, p := range x.Places {
 			if p != layout.DirLink+"."+id.String() {
-				if err := v.disk.Unlink(fd, p, 0); err != nil {
+				if err := r.v.disk.Unlink(fd, p, 0); err != nil {
 					return "", err
 				}
 			}
 		}
-		if err := layout.MendDirID(&v.disk, fd, id); err != nil {
+		if err := layout.MendDirID(&r.v.disk, fd, id); err != nil {
 			return "", err
 		}
-		return "its ID was found again", v.disk.Fsync(fd)
+		return "its ID was found again", r.v.disk.Fsync(fd)
 	}
 	return "", errors.New("none of the IDs that can be found decodes the names in it")
 }
 
-func (v *Volume) headerOf(dir int, name string) (*blockcrypt.Header, error) {
-	fd, err := v.disk.Open(dir, name, unix.O_RDONLY|disk.FileFlags, 0)
+func (r *repairer) headerOf(dir int, name string) (*blockcrypt.Header, error) {
+	fd, err := r.v.disk.Open(dir, name, unix.O_RDONLY|disk.FileFlags, 0)
 	if err != nil {
 		return nil, err
 	}
-	defer v.disk.Close(fd)
-	hdr, _, err := layout.ReadHeader(&v.disk, fd, v.geo.Header())
+	defer r.v.disk.Close(fd)
+	hdr, _, err := layout.ReadHeader(&r.v.disk, fd, r.v.geo.Header())
 	if err == nil {
-		err = layout.CheckHeader(hdr, v.geo, v.cfg.Volume, v.vk)
+		err = layout.CheckHeader(hdr, r.v.geo, r.v.cfg.Volume, r.v.vk)
 	}
 	return hdr, err
 }
 
 // nodeOf returns the node of a directory by its ciphertext path. Its lookups
 // stay until the volume is closed.
-func (v *Volume) nodeOf(cpath string) (*Node, error) {
-	n := v.root
+func (r *repairer) nodeOf(cpath string) (*Node, error) {
+	n := r.v.root
 	for part := range strings.SplitSeq(path.Clean(cpath), "/") {
 		if part == "." || part == "" {
 			continue
 		}
-		c, _, err := v.find(n, func() (string, error) { return part, nil })
+		c, _, err := r.v.find(n, func() (string, error) { return part, nil })
 		if err != nil {
 			return nil, err
 		}
@@ -160,36 +164,36 @@ const RestSuffix = ".readable-rest"
 
 // keepRest copies the blocks of a file that open to a new file beside it, at
 // their own places: the bytes between read as zeros.
-func (v *Volume) keepRest(ctx context.Context, cpath string) (done string, err error) {
+func (r *repairer) keepRest(ctx context.Context, cpath string) (done string, err error) {
 	dirPath, cname := path.Split(cpath)
-	dir, err := v.nodeOf(dirPath)
+	dir, err := r.nodeOf(dirPath)
 	if err != nil {
 		return "", err
 	}
-	name, err := v.plainName(dir, cname)
+	name, err := r.plainName(dir, cname)
 	if err != nil {
 		return "", fmt.Errorf("its name cannot be read, so the copy has none: %w", err)
 	}
-	fd, err := v.below(cpath, unix.O_RDONLY)
+	fd, err := r.below(cpath, unix.O_RDONLY)
 	if err != nil {
 		return "", err
 	}
-	defer v.disk.Close(fd)
+	defer r.v.disk.Close(fd)
 	var st unix.Stat_t
-	if err := v.disk.Fstat(fd, &st); err != nil {
+	if err := r.v.disk.Fstat(fd, &st); err != nil {
 		return "", err
 	}
 	d, base := path.Split(cpath)
-	dfd, err := v.below(path.Clean(d), unix.O_RDONLY|unix.O_DIRECTORY)
+	dfd, err := r.below(path.Clean(d), unix.O_RDONLY|unix.O_DIRECTORY)
 	if err != nil {
 		return "", err
 	}
-	defer v.disk.Close(dfd)
-	hdr, err := v.headerOf(dfd, base)
+	defer r.v.disk.Close(dfd)
+	hdr, err := r.headerOf(dfd, base)
 	if err != nil {
 		return "", err
 	}
-	key, err := v.ring.Unwrap(ctx, hdr.File, wrapped(hdr.Recipients))
+	key, err := r.v.ring.Unwrap(ctx, hdr.File, wrapped(hdr.Recipients))
 	if err != nil {
 		return "", err
 	}
@@ -199,11 +203,11 @@ func (v *Volume) keepRest(ctx context.Context, cpath string) (done string, err e
 		return "", err
 	}
 	name = name[:min(len(name), 255-len(RestSuffix))] + RestSuffix
-	_, _, h, err := v.Create(ctx, dir, name, st.Mode&0o7777, Caller{UID: st.Uid, GID: st.Gid}, true, true)
+	_, _, h, err := r.v.Create(ctx, dir, name, st.Mode&0o7777, Caller{UID: st.Uid, GID: st.Gid}, true, true)
 	if err != nil {
 		return "", fmt.Errorf("the copy beside it: %w", err)
 	}
-	kept, err := v.copyBlocks(ctx, h, fd, keys, st.Size)
+	kept, err := r.copyBlocks(ctx, h, fd, keys, st.Size)
 	if err == nil {
 		err = h.Fsync()
 	}
@@ -213,7 +217,7 @@ func (v *Volume) keepRest(ctx context.Context, cpath string) (done string, err e
 	return fmt.Sprintf("%d bytes that can be read were kept in %q beside it", kept, name), nil
 }
 
-func (v *Volume) plainName(dir *Node, cname string) (string, error) {
+func (r *repairer) plainName(dir *Node, cname string) (string, error) {
 	fd, err := dir.enter()
 	if err != nil {
 		return "", err
@@ -230,29 +234,29 @@ func (v *Volume) plainName(dir *Node, cname string) (string, error) {
 	return name, err
 }
 
-func (v *Volume) copyBlocks(ctx context.Context, h *Handle, fd int, keys *blockcrypt.FileKeys, length int64) (kept int64, err error) {
+func (r *repairer) copyBlocks(ctx context.Context, h *Handle, fd int, keys *blockcrypt.FileKeys, length int64) (kept int64, err error) {
 	var page [blockcrypt.PageSize]byte
 	text := make([]byte, 0, blockcrypt.BlockSize)
-	for k := int64(0); k <= v.geo.Last(length); k++ {
-		n, err := v.disk.Pread(fd, page[:], v.geo.PageOff(k))
+	for k := int64(0); k <= r.v.geo.Last(length); k++ {
+		n, err := r.v.disk.Pread(fd, page[:], r.v.geo.PageOff(k))
 		if err != nil {
 			continue // the disk cannot read it
 		}
 		if n == len(page) && blockcrypt.IsHole(page[:]) {
-			at, err := v.disk.Seek(fd, v.geo.PageOff(k), unix.SEEK_DATA)
+			at, err := r.v.disk.Seek(fd, r.v.geo.PageOff(k), unix.SEEK_DATA)
 			if errors.Is(err, unix.ENXIO) { // none is behind it
 				break
 			}
 			if err == nil {
-				k = max(k, v.geo.BlockAt(at)-1)
+				k = max(k, r.v.geo.BlockAt(at)-1)
 			}
 			continue
 		}
-		out, err := keys.Open(text, k, cfile.PageOf(page[:n], 0, v.geo.Lead(k)), v.geo.Capacity(k))
+		out, err := keys.Open(text, k, cfile.PageOf(page[:n], 0, r.v.geo.Lead(k)), r.v.geo.Capacity(k))
 		if err != nil {
 			continue
 		}
-		if _, err := h.Write(ctx, out, v.geo.Start(k)); err != nil {
+		if _, err := h.Write(ctx, out, r.v.geo.Start(k)); err != nil {
 			return kept, err
 		}
 		kept += int64(len(out))

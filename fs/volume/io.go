@@ -102,7 +102,7 @@ func (h *Handle) put(ctx context.Context, b []byte, off int64, how writeHow) (in
 	}
 	f.n.lost.found(off, off+int64(len(b)))
 	if how == writeThrough {
-		f.TouchNow()
+		f.Times().TouchNow()
 	}
 	return len(b), nil
 }

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/cfile"
 	"kmsfs/fs/volume/internal/ranges"
 )
 
@@ -120,17 +121,11 @@ func (f *file) lose(b []byte, off int64, err error) {
 	n := f.n
 	f.wake() // if it fails, all of b counts as lost
 	f.mu.RLock()
-	lost := f.lacks(b, off, errors.Is(err, unix.EPERM) && n.immutable.Load())
+	lost := lacks(f.File, b, off, errors.Is(err, unix.EPERM) && n.immutable.Load())
 	f.mu.RUnlock()
 	if len(lost) > 0 {
 		n.lost.add(lost, b, off, err)
 	}
-}
-
-// loseEnd notes that the bytes from the file's end to believed are lost: the kernel goes on to
-// believe in a file of that size, and would show zeros.
-func (f *file) loseEnd(believed int64) {
-	f.n.lost.add(ranges.Set{{First: f.Size, Last: believed - 1}}, nil, 0, unix.EIO)
 }
 
 // leastEqual is how many bytes in the middle of a write must be those of the file to count
@@ -140,7 +135,7 @@ const leastEqual = 64
 // lacks returns the bytes of the file at which it differs from b at off, or ends before.
 // A file that is immutable keeps its bytes: only bytes behind its end are lacking. mu is
 // held.
-func (f *file) lacks(b []byte, off int64, immutable bool) (out ranges.Set) {
+func lacks(f *cfile.File, b []byte, off int64, immutable bool) (out ranges.Set) {
 	end := off + int64(len(b))
 	has := b[:min(int64(len(b)), max(0, f.Size-off))]
 	if len(has) < len(b) {

@@ -13,57 +13,57 @@ import (
 
 // dirIdent returns the directory's ID. One without entries has none yet: ok is false,
 // unless create is set, which makes one.
-func (n *Node) dirIdent(create bool) (id blockcrypt.ID, ok bool, err error) {
-	if n.v.plain {
+func (d *directory) dirIdent(create bool) (id blockcrypt.ID, ok bool, err error) {
+	if d.v.plain {
 		return id, true, nil
 	}
-	n.dirMu.Lock()
-	defer n.dirMu.Unlock()
-	if n.hasID {
-		return n.dirID, true, nil
+	d.dirMu.Lock()
+	defer d.dirMu.Unlock()
+	if d.hasID {
+		return d.dirID, true, nil
 	}
-	fd, err := n.enter()
+	fd, err := d.enter()
 	if err != nil {
 		return id, false, err
 	}
-	defer n.leave()
-	id, ok, err = n.v.readDirID(fd)
+	defer d.leave()
+	id, ok, err = d.readDirID(fd)
 	if err != nil {
-		n.v.report(n.where(), "a directory cannot be read", err)
+		d.v.report(d.n.where(), "a directory cannot be read", err)
 		return id, false, unix.EIO
 	}
 	if !ok && create {
-		if id, err = layout.NewDirID(&n.v.disk, fd); err != nil {
+		if id, err = layout.NewDirID(&d.v.disk, fd); err != nil {
 			return id, false, err
 		}
 		ok = true
 	}
 	if ok {
-		n.dirID, n.hasID = id, true
+		d.dirID, d.hasID = id, true
 	}
 	return id, ok, nil
 }
 
 // forgetID is called when the directory's ID was removed from the disk.
-func (n *Node) forgetID() {
-	n.dirMu.Lock()
-	defer n.dirMu.Unlock()
-	if n != n.v.root {
-		n.hasID, n.idSynced = false, false
+func (d *directory) forgetID() {
+	d.dirMu.Lock()
+	defer d.dirMu.Unlock()
+	if d.n != d.v.root {
+		d.hasID, d.idSynced = false, false
 	}
 }
 
 // readDirID reads the ID of a directory. A place of it that is lost is made again if the volume
 // is writable; the other one is enough to go on.
-func (v *Volume) readDirID(fd int) (id blockcrypt.ID, ok bool, err error) {
-	x, err := layout.ReadDirID(&v.disk, fd)
+func (d *directory) readDirID(fd int) (id blockcrypt.ID, ok bool, err error) {
+	x, err := layout.ReadDirID(&d.v.disk, fd)
 	if err != nil {
 		return id, false, err
 	}
 	id, ok, lost, err := x.Resolve()
-	if lost && !v.o.ReadOnly {
-		if err := layout.MendDirID(&v.disk, fd, id); err != nil {
-			v.log.Warn("one of the two places of a directory's ID is lost and cannot be made again", "error", err)
+	if lost && !d.v.o.ReadOnly {
+		if err := layout.MendDirID(&d.v.disk, fd, id); err != nil {
+			d.v.log.Warn("one of the two places of a directory's ID is lost and cannot be made again", "error", err)
 		}
 	}
 	return id, ok, err
@@ -73,13 +73,13 @@ func (v *Volume) readDirID(fd int) (id blockcrypt.ID, ok bool, err error) {
 // if that is a long one. With create, the directory gets its ID, and a long
 // name its symlink; made says that it was made now. Without, an entry of a
 // directory that has no ID is ENOENT.
-func (n *Node) encode(name string, create bool) (e entryName, err error) {
+func (d *directory) encode(name string, create bool) (e entryName, err error) {
 	if len(name) > 255 {
 		return e, unix.ENAMETOOLONG
 	}
-	v := n.v
+	v := d.v
 	if v.plain {
-		if n == v.root && layout.IsOwn(name) {
+		if d.n == v.root && layout.IsOwn(name) {
 			if create {
 				return e, unix.EPERM
 			}
@@ -87,7 +87,7 @@ func (n *Node) encode(name string, create bool) (e entryName, err error) {
 		}
 		return entryName{cname: name}, nil
 	}
-	id, ok, err := n.dirIdent(create)
+	id, ok, err := d.dirIdent(create)
 	if err != nil {
 		return e, err
 	}
@@ -104,11 +104,11 @@ func (n *Node) encode(name string, create bool) (e entryName, err error) {
 	}
 	e = entryName{cname: blockcrypt.LongPrefix + hash, name: blockcrypt.LongName + hash}
 	if create {
-		fd, err := n.enter()
+		fd, err := d.enter()
 		if err != nil {
 			return e, err
 		}
-		defer n.leave()
+		defer d.leave()
 		err = v.disk.Symlink(encoded, fd, e.name)
 		e.made = err == nil
 		return e, disk.Ignore(err, unix.EEXIST)
@@ -144,10 +144,10 @@ func (e entryName) dropName(d *disk.Disk, fd int) {
 
 // decode returns the plaintext name of a ciphertext entry; ok is false for what
 // is kmsfs' own. Names that do not decode are an error.
-func (n *Node) decode(fd int, id blockcrypt.ID, cname string) (name string, ok bool, err error) {
-	v := n.v
+func (d *directory) decode(fd int, id blockcrypt.ID, cname string) (name string, ok bool, err error) {
+	v := d.v
 	if v.plain {
-		return cname, n != v.root || !layout.IsOwn(cname), nil
+		return cname, d.n != v.root || !layout.IsOwn(cname), nil
 	}
 	encoded, err := layout.EncodedName(&v.disk, fd, cname)
 	if err != nil || encoded == "" {
@@ -159,10 +159,10 @@ func (n *Node) decode(fd int, id blockcrypt.ID, cname string) (name string, ok b
 
 // emptied reports whether only kmsfs' own entries are in a directory, and
 // which: those go with it. Anything foreign is ENOTEMPTY.
-func (n *Node) emptied(fd int) (own []string, err error) {
-	err = n.v.disk.Scan(fd, func(e disk.Dirent) error {
+func (d *directory) emptied(fd int) (own []string, err error) {
+	err = d.v.disk.Scan(fd, func(e disk.Dirent) error {
 		switch {
-		case n.v.plain:
+		case d.v.plain:
 			return unix.ENOTEMPTY
 		case layout.IsDirID(e.Name):
 		case strings.HasPrefix(e.Name, blockcrypt.LongName) && e.Type&^unix.S_IFLNK == 0:
@@ -178,16 +178,16 @@ func (n *Node) emptied(fd int) (own []string, err error) {
 
 // syncIDs makes the IDs of a directory and of all its ancestors durable: an
 // fsync of each that is not known to be.
-func (n *Node) syncIDs() error {
+func (d *directory) syncIDs() error {
 	var chain []*Node
-	for n != nil && n != n.v.root {
+	for n := d.n; n != nil && n != d.v.root; {
 		chain = append(chain, n)
-		n.v.nodes.mu.Lock()
+		d.v.nodes.mu.Lock()
 		var up *Node
 		if len(n.links) > 0 {
 			up = n.links[0].dir
 		}
-		n.v.nodes.mu.Unlock()
+		d.v.nodes.mu.Unlock()
 		n = up
 	}
 	// From the top: an fsync can make an entry durable whose directory's ID is not.
@@ -209,16 +209,16 @@ func (n *Node) syncIDs() error {
 }
 
 // syncDir makes the entries of a directory durable.
-func (n *Node) syncDir() error {
-	fd, err := n.enter()
+func (d *directory) syncDir() error {
+	fd, err := d.enter()
 	if err != nil {
 		return err
 	}
-	defer n.leave()
-	real, err := n.v.disk.Open(fd, ".", unix.O_RDONLY|unix.O_DIRECTORY, 0)
+	defer d.leave()
+	real, err := d.v.disk.Open(fd, ".", unix.O_RDONLY|unix.O_DIRECTORY, 0)
 	if err != nil {
 		return err
 	}
-	defer n.v.disk.Close(real)
-	return n.v.disk.Fsync(real)
+	defer d.v.disk.Close(real)
+	return d.v.disk.Fsync(real)
 }

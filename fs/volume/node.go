@@ -23,15 +23,14 @@ type Node struct {
 	dev, ino uint64
 	typ      uint32 // S_IFMT bits
 
-	known     // who knows it, and its names
+	known // who knows it, and its names
+	attributes
 	directory // only of a directory
 	content   // only of a file
 
-	moving  atomic.Int64         // changes of its places under way
-	moves   atomic.Uint64        // changes of its places so far
-	linked  atomic.Bool          // another name was made in this mount
-	told    atomic.Pointer[told] // of a file
-	changed atomic.Uint64        // the value of Volume.clock at the last change of its attributes
+	moving atomic.Int64  // changes of its places under way
+	moves  atomic.Uint64 // changes of its places so far
+	linked atomic.Bool   // another name was made in this mount
 }
 
 // known is guarded by nodeTable.mu.
@@ -47,6 +46,9 @@ type known struct {
 
 // directory is what is known of a directory.
 type directory struct {
+	v *Volume
+	n *Node
+
 	// entries is held for reading while an entry is looked up or made, for writing while one is
 	// removed or renamed: it keeps the links of what is in the directory true. See
 	// [Volume.lockDirs].
@@ -66,6 +68,9 @@ type directory struct {
 
 // content is what is known of a file's content.
 type content struct {
+	v *Volume
+	n *Node
+
 	lost      lost
 	immutable atomic.Bool // by [Node.SetFlags]
 	file      atomic.Pointer[file]
@@ -81,6 +86,9 @@ type content struct {
 // newNode returns a node that st describes.
 func newNode(v *Volume, id uint64, st *unix.Stat_t) *Node {
 	n := &Node{v: v, id: id, dev: st.Dev, ino: st.Ino, typ: st.Mode & unix.S_IFMT}
+	n.attributes.v, n.attributes.n = v, n
+	n.directory.v, n.directory.n = v, n
+	n.content.v, n.content.n = v, n
 	n.last, n.dirFD = -1, -1
 	return n
 }

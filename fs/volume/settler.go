@@ -1,7 +1,6 @@
 package volume
 
 import (
-	"errors"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -39,7 +38,7 @@ func (s *settler) add(f *file) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.files[f] = time.Now()
-	if len(s.files) > s.v.fdLimits.closed {
+	if len(s.files) > s.v.descriptors.closed {
 		select {
 		case s.full <- struct{}{}:
 		default:
@@ -100,7 +99,9 @@ func (s *settler) settle(files []*file) {
 	sideBySide(files, func(i int, f *file) {
 		if err == nil {
 			f.mu.Lock()
-			f.failed("settling", f.settleClosed(changes[i]))
+			if f.writers == 0 && !f.closed {
+				f.failed("settling", f.Settle(changes[i]))
+			}
 			f.unlock()
 		}
 		f.n.openMu.Lock()
@@ -127,14 +128,6 @@ func sideBySide(files []*file, do func(i int, f *file)) {
 	wg.Wait()
 }
 
-// settleClosed settles unless somebody writes again. mu is held.
-func (f *file) settleClosed(changes uint64) error {
-	if f.writers > 0 || f.closed {
-		return nil
-	}
-	return f.Settle(changes)
-}
-
 // settleNow settles one file at once.
 func (f *file) settleNow() error {
 	f.mu.Lock()
@@ -143,15 +136,4 @@ func (f *file) settleNow() error {
 		return nil
 	}
 	return f.SettleNow()
-}
-
-// finish brings a file into its final form at the end of a session; all was
-// synced before.
-func (f *file) finish() error {
-	f.mu.Lock()
-	defer f.unlock()
-	if f.closed || !f.rw || f.Broken() || f.n.Gone() {
-		return nil
-	}
-	return f.failed("settling", errors.Join(f.Rest(), f.Settle(f.Changes())))
 }

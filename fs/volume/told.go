@@ -1,6 +1,8 @@
 package volume
 
 import (
+	"sync/atomic"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -16,19 +18,29 @@ type told struct {
 	clock uint64
 }
 
+// attributes are those of a node: what stat says, times, owners and modes, extended attributes and
+// inode flags.
+type attributes struct {
+	v *Volume
+	n *Node
+
+	told    atomic.Pointer[told] // of a file
+	changed atomic.Uint64        // the value of Volume.clock at the last change
+}
+
 // tell remembers attributes that were asked for when Volume.clock was clock.
-func (n *Node) tell(st *Attr, clock uint64) {
-	if n.typ == unix.S_IFREG && n.v.o.KernelTimes {
-		n.told.Store(&told{*st, clock})
+func (a *attributes) tell(st *Attr, clock uint64) {
+	if a.n.typ == unix.S_IFREG && a.v.o.KernelTimes {
+		a.told.Store(&told{*st, clock})
 	}
 }
 
 // change notes that the attributes on the disk are others than those that were told.
-func (n *Node) change() {
-	now := n.v.clock.Add(1)
+func (a *attributes) change() {
+	now := a.v.clock.Add(1)
 	for {
-		was := n.changed.Load()
-		if was >= now || n.changed.CompareAndSwap(was, now) {
+		was := a.changed.Load()
+		if was >= now || a.changed.CompareAndSwap(was, now) {
 			return
 		}
 	}
@@ -37,15 +49,15 @@ func (n *Node) change() {
 // KeepMtime is [Node.SetAttr] of the modification time as the kernel writes it back, where
 // nothing has to be done for it now: ok is false if something has to. Attributes are as they
 // were told last.
-func (n *Node) KeepMtime(t unix.Timespec) (st Attr, ok bool) {
-	told := n.told.Load()
+func (a *attributes) KeepMtime(t unix.Timespec) (st Attr, ok bool) {
+	told := a.told.Load()
 	if told == nil || told.st.Mode&(unix.S_ISUID|unix.S_ISGID) != 0 { // a write may have taken these
 		return st, false
 	}
 	st = told.st
-	f := n.file.Load()
+	f := a.n.file.Load()
 	if f == nil {
-		return st, t == st.Mtim && n.changed.Load() <= told.clock
+		return st, t == st.Mtim && a.changed.Load() <= told.clock
 	}
 	if !f.mu.TryLock() {
 		return st, false
@@ -54,7 +66,7 @@ func (n *Node) KeepMtime(t unix.Timespec) (st Attr, ok bool) {
 	if times := f.Times(); f.closed || times.Mtime != t && (f.writers == 0 || !times.Near(t)) {
 		return st, false
 	}
-	f.KeepMtime(t)
-	f.fillLocked(&st)
+	f.Times().Keep(t)
+	f.current().fill(&st)
 	return st, true
 }

@@ -10,13 +10,13 @@ import (
 )
 
 // truncate changes the size of a file that may be closed.
-func (n *Node) truncate(ctx context.Context, size int64) error {
+func (c *content) truncate(ctx context.Context, size int64) error {
 	if size < 0 || size > blockcrypt.MaxPlain {
 		return unix.EFBIG
 	}
-	f, err := n.acquire(ctx, size > 0)
+	f, err := c.acquire(ctx, size > 0)
 	if err != nil && size == 0 && blockcrypt.ClassOf(err) != "" {
-		return n.emptyDamaged(err)
+		return c.emptyDamaged(err)
 	}
 	if err != nil {
 		return err
@@ -32,22 +32,22 @@ func (n *Node) truncate(ctx context.Context, size int64) error {
 
 // emptyDamaged empties a file that does not open: no key is needed to throw its
 // content away.
-func (n *Node) emptyDamaged(damage error) error {
-	if n.v.o.ReadOnly {
+func (c *content) emptyDamaged(damage error) error {
+	if c.v.o.ReadOnly {
 		return unix.EROFS
 	}
-	n.openMu.Lock()
-	defer n.openMu.Unlock()
-	if n.file.Load() != nil {
+	c.openMu.Lock()
+	defer c.openMu.Unlock()
+	if c.file.Load() != nil {
 		return damage
 	}
-	n.dropHalf()
-	fd, err := n.open(unix.O_RDWR)
+	c.dropHalf()
+	fd, err := c.n.open(unix.O_RDWR)
 	if err != nil {
 		return err
 	}
-	defer n.v.disk.Close(fd)
-	return n.v.disk.Truncate(fd, 0)
+	defer c.v.disk.Close(fd)
+	return c.v.disk.Truncate(fd, 0)
 }
 
 // resize is truncate for an open file.

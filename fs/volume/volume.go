@@ -84,26 +84,26 @@ type base struct {
 	calm        bool   // a filesystem in memory: pages cannot tear, no S
 	super       bool   // running as root: new files are given to their users
 	granularity uint32 // of the times of files on the disk, in nanoseconds
-	fdLimits    fdLimits
 }
 
 // Volume is an open encrypted tree.
 type Volume struct {
 	base
-	ring     *keystore.Ring
-	nodes    nodeTable
-	dirFDs   dirFDs
-	sessions sessions
-	doubts   doubts
-	space    space
-	access   access
-	reports  reports
-	walker   walker
-	settler  settler
-	prefetch prefetcher
+	namespace
+	ring        *keystore.Ring
+	nodes       nodeTable
+	dirFDs      dirFDs
+	descriptors descriptors
+	sessions    sessions
+	doubts      doubts
+	space       space
+	access      access
+	reports     reports
+	walker      walker
+	settler     settler
+	prefetch    prefetcher
 
-	clock    atomic.Uint64 // counts changes of attributes, see told
-	crossing sync.Mutex    // held by a rename from one directory to another, see lockDirs
+	clock atomic.Uint64 // counts changes of attributes, see told
 
 	bg   sync.WaitGroup
 	quit chan struct{} // closed by Close
@@ -124,6 +124,7 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 		v.log = slog.New(slog.DiscardHandler)
 	}
 	v.reports.log = v.log
+	v.namespace.v, v.descriptors.v = v, v
 	v.access.v, v.access.writeWithin = v, writeWithin
 	v.walker.v, v.walker.done = v, make(chan struct{})
 	var err error
@@ -160,9 +161,9 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 	v.root.lookups, v.root.dirFD = 1, v.rootD
 	v.root.dirID, v.root.hasID, v.root.idSynced = u.Config.Volume, true, true
 	v.nodes.init(v, v.root)
-	v.disk.Idle = v.giveUpIdle
-	v.fdLimits = newFDLimits(cmp.Or(o.fdLimit, processFDs()))
-	v.dirFDs.d, v.dirFDs.most = &v.disk, v.fdLimits.cached
+	v.disk.Idle = v.descriptors.giveUpIdle
+	v.descriptors.fdLimits = newFDLimits(cmp.Or(o.fdLimit, processFDs()))
+	v.dirFDs.d, v.dirFDs.most = &v.disk, v.descriptors.cached
 	if !o.ReadOnly {
 		if layout.LacksLinks(&v.disk, v.rootD) {
 			v.log.Warn("this copy of the volume was made without symlinks: the volume's own symlinks and its names of more than 160 bytes are missing; kmsfs fsck tells more")
@@ -310,7 +311,13 @@ func (v *Volume) endSession() error {
 	err := v.syncAll()
 	files := v.nodes.files()
 	errs := make([]error, len(files))
-	sideBySide(files, func(i int, f *file) { errs[i] = f.finish() })
+	sideBySide(files, func(i int, f *file) {
+		f.mu.Lock()
+		defer f.unlock()
+		if !f.closed && f.rw && !f.Broken() && !f.n.Gone() {
+			errs[i] = f.failed("settling", errors.Join(f.Rest(), f.Settle(f.Changes())))
+		}
+	})
 	if err = errors.Join(err, errors.Join(errs...)); err == nil {
 		err = v.disk.Syncfs(v.rootD)
 	}

@@ -36,18 +36,31 @@ type Server struct {
 	URL string // of KMS, and of STS
 
 	http    *httptest.Server
-	mu      sync.Mutex
+	mu      sync.Mutex        // guards the fields below
 	keys    map[string]*key   // by ID
 	aliases map[string]string // alias/… to ID
-	calls   map[string]int    // by operation
-	active  int
-	most    int
-	opened  int             // connections
+	seen
+	knobs
+}
+
+// seen is what the server remembers of its calls.
+type seen struct {
+	calls  map[string]int // by operation
+	active int
+	most   int
+	opened int                 // connections
+	blobs  []map[string]string // contexts of all calls that had one
+	agents map[string]bool
+	number int // of the last request
+	keep   bool
+	made   [][]byte // data keys
+}
+
+// knobs are what tests turn.
+type knobs struct {
 	denied  map[string]bool // operations
 	fail    func(op string) *Failure
 	latency time.Duration
-	blobs   []map[string]string // contexts of all calls that had one
-	agents  map[string]bool
 	refused map[string]string // access key IDs, with the error code
 	policy  *policy           // of every key, nil if all is allowed
 	roles   map[string]string // the principal's ARN by access key ID
@@ -56,9 +69,6 @@ type Server struct {
 	away    string            // a Region whose calls fail
 	clock   time.Duration     // how wrong the client's clock is, as the server sees it
 	session time.Duration     // of a role, an hour if zero
-	number  int               // of the last request
-	keep    bool
-	made    [][]byte // data keys
 }
 
 // Failure is an answer that a test asks for: an error code of KMS, or any body.
@@ -85,7 +95,8 @@ func NewServer(t testing.TB) *Server {
 
 // Start starts a server that ends with the test.
 func Start(t testing.TB) *Server {
-	s := &Server{keys: map[string]*key{}, aliases: map[string]string{}, calls: map[string]int{}, denied: map[string]bool{}}
+	s := &Server{keys: map[string]*key{}, aliases: map[string]string{}}
+	s.calls, s.denied = map[string]int{}, map[string]bool{}
 	s.agents, s.refused = map[string]bool{}, map[string]string{}
 	s.http = httptest.NewUnstartedServer(http.HandlerFunc(s.serve))
 	s.http.Config.ConnState = func(_ net.Conn, st http.ConnState) {

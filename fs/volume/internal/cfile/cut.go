@@ -31,50 +31,8 @@ func (f *File) Truncate(size int64) error {
 	case size < f.Size:
 		f.growOld()
 		f.touch()
-		return f.shrink(size)
+		return newCut(f).shrink(size)
 	}
-	return nil
-}
-
-// shrink truncates to a size between 1 and the present one.
-func (f *File) shrink(size int64) error {
-	g := f.Geo
-	k := g.Block(size - 1)
-	reseal, text, err := f.reseals(k, size)
-	if err != nil {
-		return err
-	}
-	c := cut{f, f.Flags(), f.dur.durable}
-	if size < f.dur.confirmed {
-		if err := c.announce(size, reseal); err != nil {
-			return err
-		}
-	}
-	if f.Flags()&blockcrypt.Dirty == 0 { // fresh, and closed before
-		if err := f.writeState(f.Flags() | blockcrypt.Dirty); err != nil {
-			return err
-		}
-	}
-	if reseal {
-		// To the end of its page: nothing of the old block may stay behind it.
-		whole := f.Whole
-		f.Whole = true
-		err := f.put(k, k, size, text, g.Start(k), size)
-		f.Whole = whole
-		if err != nil {
-			c.takeBack(c.flags|blockcrypt.Dirty, c.durable)
-			return err
-		}
-	}
-	f.dur.cuts++
-	f.tail.k = -1
-	f.holes.fill(k, 1<<62)
-	f.Size = size
-	f.dur.confirmed, f.dur.durable = min(f.dur.confirmed, size), min(f.dur.durable, size)
-	f.overlong = true
-	// The content is cut. What cannot be cut off the ciphertext now is cut off
-	// before anything else is written; the callers of fsync are told.
-	f.host.Failed("cutting the ciphertext's length", f.trim())
 	return nil
 }
 
@@ -98,9 +56,60 @@ func (f *File) trim() error {
 	return nil
 }
 
+// cut is a truncation under way: what the file was before.
+type cut struct {
+	f       *File
+	flags   uint32
+	durable int64
+}
+
+func newCut(f *File) cut { return cut{f, f.Flags(), f.durable} }
+
+// shrink truncates to a size between 1 and the present one.
+func (c cut) shrink(size int64) error {
+	f, g := c.f, c.f.Geo
+	k := g.Block(size - 1)
+	reseal, text, err := c.reseals(k, size)
+	if err != nil {
+		return err
+	}
+	if size < f.confirmed {
+		if err := c.announce(size, reseal); err != nil {
+			return err
+		}
+	}
+	if f.Flags()&blockcrypt.Dirty == 0 { // fresh, and closed before
+		if err := f.writeState(f.Flags() | blockcrypt.Dirty); err != nil {
+			return err
+		}
+	}
+	if reseal {
+		// To the end of its page: nothing of the old block may stay behind it.
+		whole := f.Whole
+		f.Whole = true
+		err := f.put(k, k, size, text, g.Start(k), size)
+		f.Whole = whole
+		if err != nil {
+			c.takeBack(c.flags|blockcrypt.Dirty, c.durable)
+			return err
+		}
+	}
+	f.cuts++
+	f.tail.k = -1
+	f.holes.fill(k, 1<<62)
+	f.Size = size
+	f.confirmed, f.durable = min(f.confirmed, size), min(f.durable, size)
+	f.overlong = true
+	// The content is cut. What cannot be cut off the ciphertext now is cut off
+	// before anything else is written; the callers of fsync are told.
+	f.host.Failed("cutting the ciphertext's length", f.trim())
+	return nil
+}
+
 // reseals reports whether a truncation to size changes a page: within a block,
 // or where a hole would come last. text is what block k then holds.
-func (f *File) reseals(k, size int64) (bool, []byte, error) {
+func (c cut) reseals(k, size int64) (bool, []byte, error) {
+	f := c.f
 	buf := make([]byte, blockcrypt.BlockSize)
 	if f.Geo.Block(size) != k {
 		if f.Flags()&blockcrypt.Sparse == 0 || k == f.Geo.Block(f.Size-1) {
@@ -120,13 +129,6 @@ func (f *File) reseals(k, size int64) (bool, []byte, error) {
 	return true, append([]byte(nil), old[:size-f.Geo.Start(k)]...), nil
 }
 
-// cut is a truncation under way: what the file was before.
-type cut struct {
-	f       *File
-	flags   uint32
-	durable int64
-}
-
 // announce makes durable that confirmed bytes are to go: dirty, a lower
 // floor, and cut where a page is sealed again.
 func (c cut) announce(size int64, reseal bool) error {
@@ -139,20 +141,20 @@ func (c cut) announce(size int64, reseal bool) error {
 	if !reseal && !lower && flags == f.Flags() && f.Whole {
 		return nil
 	}
-	if f.dur.durable < size {
+	if f.durable < size {
 		// A floor below size would cut off more than is to go.
 		if err := f.datasync(); err != nil {
 			return err
 		}
-		f.dur.durable = f.Size
+		f.durable = f.Size
 	}
-	old := f.dur.durable
-	f.dur.durable = min(f.dur.durable, size)
+	old := f.durable
+	f.durable = min(f.durable, size)
 	if err := f.writeState(flags); err != nil {
-		f.dur.durable = old
+		f.durable = old
 		return err
 	}
-	f.dur.cuts++ // an fsync under way must not raise durable again
+	f.cuts++ // an fsync under way must not raise durable again
 	err := f.makeWhole()
 	if err == nil {
 		err = f.datasync()
@@ -170,7 +172,7 @@ func (c cut) announce(size int64, reseal bool) error {
 // takeBack undoes announce after the truncation failed.
 func (c cut) takeBack(flags uint32, durable int64) {
 	f := c.f
-	f.dur.durable = durable
+	f.durable = durable
 	err := f.datasync()
 	if err == nil {
 		err = f.writeState(flags)

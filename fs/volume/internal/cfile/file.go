@@ -43,25 +43,8 @@ type File struct {
 	overlong bool  // the ciphertext still has pages behind its end
 }
 
-// durability says how much of a file is where.
-type durability struct {
-	confirmed int64     // this many bytes may be confirmed; 0: the file is fresh
-	durable   int64     // so many are
-	born      time.Time // when its first byte was written
-	changes   uint64    // of the content
-	cuts      uint64    // of them, truncations
-	synced    int64     // how many changes a sync has covered; -1 if that is not known
-}
-
 // freshFor is how long nothing of a new file counts as confirmed without fsync.
 const freshFor = 30 * time.Second
-
-// Past is what is remembered of a file that was closed, for when it is opened again.
-type Past struct {
-	file blockcrypt.ID
-	born time.Time // zero: something may be confirmed
-	key  contentKey
-}
 
 // New returns an open file whose header was not read yet, of a tree on d.
 func New(d *disk.Disk, g blockcrypt.Geometry, fd int, mtime unix.Timespec, r Rules, h Host) *File {
@@ -69,24 +52,21 @@ func New(d *disk.Disk, g blockcrypt.Geometry, fd int, mtime unix.Timespec, r Rul
 	f.Disk, f.Geo, f.FD = d, g, fd
 	f.rules, f.host = r, h
 	f.tail.k = -1
-	f.dur.born = time.Now()
+	f.born = time.Now()
 	f.times.Mtime = mtime
 	return f
 }
 
-// SetHeader takes the header, and the bytes that it has on the disk. They are kept.
-func (f *File) SetHeader(h *blockcrypt.Header, raw []byte) { f.Header, f.head = h, raw }
-
 // BelieveEmpty takes a file of no bytes for what it is.
-func (f *File) BelieveEmpty() { f.enter(Empty) }
+func (p *pages) BelieveEmpty() { p.enter(Empty) }
 
 // BelievePartial shows the blocks that open of an unfinished file of this length, which is
 // not changed.
-func (f *File) BelievePartial(length int64) error {
-	if err := f.LookThrough(length); err != nil {
+func (p *pages) BelievePartial(length int64) error {
+	if err := p.LookThrough(length); err != nil {
 		return err
 	}
-	f.enter(Partial)
+	p.enter(Partial)
 	return nil
 }
 
@@ -103,7 +83,7 @@ func (f *File) Believe(length int64, past Past, unsynced bool) error {
 		f.enter(Empty)
 		return nil
 	}
-	s, d := f.Header.State, &f.dur
+	s, d := f.Header.State, &f.durability
 	d.confirmed, d.durable, d.synced = s.Size, s.Size, int64(d.changes)
 	same := past.file == f.Header.File
 	if same && past.key.drawn {
@@ -119,50 +99,6 @@ func (f *File) Believe(length int64, past Past, unsynced bool) error {
 	}
 	f.enter(Settled)
 	return nil
-}
-
-// Past returns what is to be remembered when the file is closed.
-func (f *File) Past() Past {
-	p := Past{key: f.key}
-	if f.Header != nil {
-		p.file = f.Header.File
-		if f.phase == Fresh {
-			p.born = f.dur.born
-		}
-	}
-	return p
-}
-
-// Phase returns the file's phase.
-func (f *File) Phase() Phase { return f.phase }
-
-// Broken reports whether the file must be loaded again before it is used.
-func (f *File) Broken() bool { return f.phase == Broken }
-
-// Keyless reports whether the file has content whose key was wiped.
-func (f *File) Keyless() bool { return f.Header != nil && f.Keys == nil }
-
-// Wipe forgets the file's keys and all that is in memory of its content.
-func (f *File) Wipe() {
-	f.Keys = nil
-	clear(f.tail.text)
-	f.tail.k = -1
-}
-
-// Changes counts the changes of the content so far.
-func (f *File) Changes() uint64 { return f.dur.changes }
-
-// Synced reports whether a sync has covered all changes of the content.
-func (f *File) Synced() bool { return f.dur.synced == int64(f.dur.changes) }
-
-// AllDurable reports whether the whole content is known to be on the disk.
-func (f *File) AllDurable() bool { return f.Synced() && f.dur.durable >= f.Size }
-
-// Unconfirmed reports whether the state says that more was written than is known to be on the
-// disk: only in a session that the marker names is that no damage.
-func (f *File) Unconfirmed() bool {
-	s := f.Header.State
-	return s.Flags&(blockcrypt.Dirty|blockcrypt.Cut) != 0 || s.Floor < s.Size
 }
 
 // Unsettled reports whether the file on the disk is not yet in its final form.
@@ -195,8 +131,8 @@ func (f *File) begin(flags uint32, size int64) error {
 		return err
 	}
 	f.Header, f.Keys, f.head = hdr, keys, head
-	f.dur.confirmed, f.dur.durable, f.Whole = 0, 0, false
-	f.dur.born = time.Now()
+	f.confirmed, f.durable, f.Whole = 0, 0, false
+	f.born = time.Now()
 	f.key.drawn = false
 	f.holes = holes{known: true}
 	f.tail.k = -1
@@ -217,15 +153,15 @@ func (f *File) abandon() {
 // becomeEmpty forgets the content's keys.
 func (f *File) becomeEmpty() {
 	f.Header, f.Keys, f.head = nil, nil, nil
-	f.Size, f.dur.confirmed, f.dur.durable, f.Whole = 0, 0, 0, false
+	f.Size, f.confirmed, f.durable, f.Whole = 0, 0, 0, false
 	f.tail.k, f.holes, f.overlong, f.reserved = -1, holes{}, false, 0
-	f.dur.cuts++
+	f.cuts++
 	f.enter(Empty)
 }
 
 // Confirm notes that all bytes that the file has may be confirmed from here on.
 func (f *File) Confirm() {
-	f.dur.confirmed = max(f.dur.confirmed, f.Size)
+	f.confirmed = max(f.confirmed, f.Size)
 	if f.phase == Fresh && f.Size > 0 {
 		if f.Flags()&blockcrypt.Dirty != 0 {
 			f.enter(Dirty)
@@ -239,7 +175,7 @@ func (f *File) Confirm() {
 // old enough, or when its state is of an earlier session, which may leave the marker at any
 // time.
 func (f *File) growOld() {
-	if f.phase == Fresh && (time.Since(f.dur.born) > freshFor || f.Header.State.Session != f.host.Session()) {
+	if f.phase == Fresh && (time.Since(f.born) > freshFor || f.Header.State.Session != f.host.Session()) {
 		f.Confirm()
 	}
 }

@@ -112,11 +112,11 @@ func (b *bench) inOrder(f *File) {
 	case Empty:
 		ok = f.Header == nil && f.Size == 0 && n == 0
 	case Fresh:
-		ok = f.dur.confirmed == 0 && f.Size > 0 && exact && f.Header.State.Floor == 0
+		ok = f.confirmed == 0 && f.Size > 0 && exact && f.Header.State.Floor == 0
 	case Settled:
-		ok = f.Flags()&(dirty|cut) == 0 && f.dur.confirmed > 0 && (exact || whole)
+		ok = f.Flags()&(dirty|cut) == 0 && f.confirmed > 0 && (exact || whole)
 	case Dirty:
-		ok = f.Flags()&(dirty|cut) == dirty && f.dur.confirmed > 0 && (exact || whole)
+		ok = f.Flags()&(dirty|cut) == dirty && f.confirmed > 0 && (exact || whole)
 	case Growing:
 		ok = f.Flags()&(dirty|cut) == dirty && f.Whole && whole
 	case Cutting:
@@ -124,8 +124,8 @@ func (b *bench) inOrder(f *File) {
 	case Broken:
 		ok = b.broke > 0
 	}
-	if !ok || f.dur.durable > f.Size {
-		b.t.Fatalf("%s: %d bytes, length %d (exact %v, whole %v), flags %#x, %+v, faults %q", f.Phase(), f.Size, n, exact, whole, f.Flags(), f.dur, b.faults)
+	if !ok || f.durable > f.Size {
+		b.t.Fatalf("%s: %d bytes, length %d (exact %v, whole %v), flags %#x, %+v, faults %q", f.Phase(), f.Size, n, exact, whole, f.Flags(), f.durability, b.faults)
 	}
 }
 

@@ -49,7 +49,7 @@ func (f *File) Write(b []byte, off, n int64) error {
 		if err := f.beforeGrowth(blockcrypt.Dirty | sparse); err != nil {
 			return err
 		}
-		g, err := f.growth()
+		g, err := newGrowth(f)
 		if err != nil {
 			return err
 		}
@@ -149,8 +149,8 @@ type growth struct {
 	text []byte // its plaintext; nil if it is full, and stays as it is
 }
 
-// growth returns what puts the present end of the file back.
-func (f *File) growth() (*growth, error) {
+// newGrowth remembers the present end of the file.
+func newGrowth(f *File) (*growth, error) {
 	g := &growth{f: f, size: f.Size, k: f.Geo.Block(f.Size - 1)}
 	if f.BlockLen(g.k) < f.Geo.Capacity(g.k) {
 		text, err := f.block(g.k, make([]byte, blockcrypt.BlockSize))

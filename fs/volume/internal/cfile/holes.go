@@ -101,8 +101,8 @@ func (f *File) punch(first, last int64) error {
 		f.holes = holes{known: true} // there was none before
 	}
 	flags := now | blockcrypt.Dirty | blockcrypt.Sparse
-	confirmed := f.dur.confirmed > 0
-	lower := confirmed && f.Header.State.Floor < min(f.dur.durable, g.Start(last+1))
+	confirmed := f.confirmed > 0
+	lower := confirmed && f.Header.State.Floor < min(f.durable, g.Start(last+1))
 	if flags != now || lower {
 		if err := f.writeState(flags); err != nil {
 			return err

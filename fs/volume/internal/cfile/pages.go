@@ -16,7 +16,7 @@ type pages struct {
 
 	head  []byte // the header's bytes as they are on the disk
 	phase Phase
-	dur   durability
+	durability
 	times Times
 	key   contentKey
 	tail  tail
@@ -148,10 +148,10 @@ func (p *pages) blockAfter(scratch []byte, k, size int64, b []byte, off, end int
 // guard is S over those of the blocks that may hold confirmed bytes, whose run
 // begins at byte at.
 func (p *pages) guard(at, first, last int64) error {
-	if p.dur.confirmed == 0 || p.rules.Calm {
+	if p.confirmed == 0 || p.rules.Calm {
 		return nil
 	}
-	last = min(last, p.Geo.Block(p.dur.confirmed-1))
+	last = min(last, p.Geo.Block(p.confirmed-1))
 	if first > last {
 		return nil
 	}
@@ -164,7 +164,7 @@ func (p *pages) writeState(flags uint32) error {
 	old := p.Header.State
 	p.Keys.SetState(p.Header, blockcrypt.State{
 		Size:       p.Size,
-		Floor:      min(p.dur.durable, p.Size),
+		Floor:      min(p.durable, p.Size),
 		Session:    p.host.Session(),
 		Generation: old.Generation + 1,
 		Flags:      flags,
@@ -180,7 +180,7 @@ func (p *pages) writeState(flags uint32) error {
 		p.Header.EncodeState(b)
 		return err
 	}
-	p.moveTime()
+	p.times.move()
 	p.stateWritten(flags)
 	return nil
 }
@@ -207,7 +207,7 @@ func (p *pages) settleHead() error {
 	switch {
 	case p.rules.Calm:
 		return nil
-	case p.dur.confirmed > 0:
+	case p.confirmed > 0:
 		return p.waited(p.Disk.SettlePages(p.FD, 0, blockcrypt.PageSize))
 	default:
 		return p.waited(p.Disk.WaitPages(p.FD, 0, blockcrypt.PageSize))
@@ -233,7 +233,7 @@ func (p *pages) datasync() error {
 	}
 	err := p.Disk.Datasync(p.FD)
 	if p.SyncFailed(err); err == nil {
-		p.dur.synced = int64(p.dur.changes)
+		p.synced = int64(p.changes)
 	}
 	return err
 }
@@ -254,4 +254,23 @@ func (p *pages) SyncFailed(err error) {
 		p.host.Broke(true)
 		p.enter(Broken)
 	}
+}
+
+// SetHeader takes the header, and the bytes that it has on the disk. They are kept.
+func (p *pages) SetHeader(h *blockcrypt.Header, raw []byte) { p.Header, p.head = h, raw }
+
+// Phase returns the file's phase.
+func (p *pages) Phase() Phase { return p.phase }
+
+// Broken reports whether the file must be loaded again before it is used.
+func (p *pages) Broken() bool { return p.phase == Broken }
+
+// Keyless reports whether the file has content whose key was wiped.
+func (p *pages) Keyless() bool { return p.Header != nil && p.Keys == nil }
+
+// Wipe forgets the file's keys and all that is in memory of its content.
+func (p *pages) Wipe() {
+	p.Keys = nil
+	clear(p.tail.text)
+	p.tail.k = -1
 }

@@ -30,7 +30,7 @@ func (f *File) Repair(length int64, unsure bool, stop func() error) (done Repair
 		return done, f.Disk.Datasync(f.FD)
 	}
 	f.Size, f.Whole, done.Size = r.Size, true, r.Size
-	f.dur.confirmed, f.dur.durable = r.Size, was.Floor
+	f.confirmed, f.durable = r.Size, was.Floor
 	f.holes = holes{}
 	done.Changed = len(r.Short) > 0 || r.Last || length != g.Exact(r.Size) && length != g.Whole(r.Size)
 	if err := f.reseal(r); err != nil {
@@ -48,49 +48,50 @@ func (f *File) Repair(length int64, unsure bool, stop func() error) (done Repair
 			return done, err
 		}
 	}
-	f.moveTime()
+	f.times.move()
 	return done, f.settleRepaired()
 }
 
-// reseal seals the blocks that a repair changes, with the old state in page 0.
-func (f *File) reseal(r Findings) error {
-	for _, k := range r.Short {
-		// The block has its wanted content, but for zeros at the end.
-		if err := f.resealShort(k); err != nil {
+// reseal seals the blocks that a repair changes, with the old state in page 0. A short one has its
+// wanted content, but for zeros at the end.
+func (p *pages) reseal(r Findings) error {
+	blocks := r.Short
+	if r.Last {
+		blocks = append(blocks, p.Geo.Block(p.Size-1))
+	}
+	for _, k := range blocks {
+		if err := p.resealShort(k); err != nil {
 			return err
 		}
-	}
-	if r.Last {
-		return f.resealShort(f.Geo.Block(f.Size - 1))
 	}
 	return nil
 }
 
 // resealShort seals block k as a file of this size has it, from its present content.
-func (f *File) resealShort(k int64) error {
-	g := f.Geo
+func (p *pages) resealShort(k int64) error {
+	g := p.Geo
 	var page [blockcrypt.PageSize]byte
-	m, err := f.Disk.Pread(f.FD, page[:], g.PageOff(k))
+	m, err := p.Disk.Pread(p.FD, page[:], g.PageOff(k))
 	if err != nil {
 		return err
 	}
 	text := make([]byte, g.Capacity(k))
-	if p := PageOf(page[:m], 0, g.Lead(k)); !blockcrypt.IsHole(p) {
+	if b := PageOf(page[:m], 0, g.Lead(k)); !blockcrypt.IsHole(b) {
 		var tmp [blockcrypt.BlockSize]byte
-		out, err := f.Keys.Open(tmp[:0], k, p, g.Capacity(k))
+		out, err := p.Keys.Open(tmp[:0], k, b, g.Capacity(k))
 		if err != nil {
 			return err
 		}
 		copy(text, out)
 	}
-	end := min(g.Start(k+1), f.Size)
-	return f.put(k, k, f.Size, text[:end-g.Start(k)], g.Start(k), end)
+	end := min(g.Start(k+1), p.Size)
+	return p.put(k, k, p.Size, text[:end-g.Start(k)], g.Start(k), end)
 }
 
 // settleRepaired writes the clean state of a repaired file, which is durable,
 // and cuts its length.
 func (f *File) settleRepaired() error {
-	f.dur.confirmed, f.dur.durable = f.Size, f.Size
+	f.confirmed, f.durable = f.Size, f.Size
 	if err := f.writeState(f.Flags() & blockcrypt.Sparse); err != nil {
 		return err
 	}

@@ -24,7 +24,7 @@ func (f *File) Sync(unlocked func(func() error) error) error {
 			return err
 		}
 	}
-	size, cuts, changes := f.Size, f.dur.cuts, f.dur.changes
+	size, cuts, changes := f.Size, f.cuts, f.changes
 	f.Confirm()                       // confirmed counts from here
 	if !f.times.Near(f.times.Mtime) { // else it can wait for the file's last close
 		if err := f.PutMtime(); err != nil {
@@ -36,14 +36,14 @@ func (f *File) Sync(unlocked func(func() error) error) error {
 	if f.SyncFailed(err); err != nil {
 		return err
 	}
-	f.dur.synced = max(f.dur.synced, int64(changes))
-	if f.dur.cuts == cuts {
-		f.dur.durable = max(f.dur.durable, size)
+	f.synced = max(f.synced, int64(changes))
+	if f.cuts == cuts {
+		f.durable = max(f.durable, size)
 	}
 	if f.phase != Cutting || f.Keyless() {
 		return nil
 	}
-	if f.dur.cuts != cuts { // of a truncation that this sync did not cover
+	if f.cuts != cuts { // of a truncation that this sync did not cover
 		if err := f.datasync(); err != nil {
 			return err
 		}
@@ -62,7 +62,7 @@ func (f *File) syncKeyless() error {
 	f.Confirm()
 	err := f.Disk.Fsync(f.FD)
 	if f.SyncFailed(err); err == nil {
-		f.dur.durable, f.dur.synced = f.Size, int64(f.dur.changes)
+		f.durable, f.synced = f.Size, int64(f.changes)
 	}
 	return err
 }
@@ -96,11 +96,11 @@ func (f *File) Rest() error {
 // with the number changes, into its final form: clean, at its exact length,
 // with its own time. It does nothing where the file has changed since.
 func (f *File) Settle(changes uint64) error {
-	if !f.Unsettled() || f.dur.changes != changes {
+	if !f.Unsettled() || f.changes != changes {
 		return nil
 	}
 	f.Confirm()
-	f.dur.confirmed, f.dur.durable, f.dur.synced = f.Size, f.Size, int64(f.dur.changes)
+	f.confirmed, f.durable, f.synced = f.Size, f.Size, int64(f.changes)
 	if err := f.writeState(f.cleanFlags()); err != nil {
 		return err
 	}
@@ -124,14 +124,14 @@ func (f *File) SettleNow() error {
 	if err := f.datasync(); err != nil {
 		return err
 	}
-	return f.Settle(f.dur.changes)
+	return f.Settle(f.changes)
 }
 
 // SettleWhole is [File.Rest] and [File.Settle] of a file that a sync has made durable as it is, up
 // to the change with the number changes. When it returns without an error, the state says so too,
 // of a file that was closed before and is clean already.
 func (f *File) SettleWhole(changes uint64) error {
-	if f.dur.changes != changes {
+	if f.changes != changes {
 		return nil
 	}
 	if err := f.Rest(); err != nil {
@@ -142,7 +142,7 @@ func (f *File) SettleWhole(changes uint64) error {
 	}
 	if f.Header != nil && f.Unconfirmed() && !f.Unsettled() {
 		f.Confirm()
-		f.dur.confirmed, f.dur.durable = f.Size, f.Size
+		f.confirmed, f.durable = f.Size, f.Size
 		if err := f.writeState(f.cleanFlags()); err != nil {
 			return err
 		}
@@ -150,7 +150,7 @@ func (f *File) SettleWhole(changes uint64) error {
 			return err
 		}
 	}
-	f.dur.synced = int64(f.dur.changes)
+	f.synced = int64(f.changes)
 	return nil
 }
 

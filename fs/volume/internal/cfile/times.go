@@ -16,7 +16,25 @@ type Times struct {
 }
 
 // Times returns what is known of the modification time.
-func (p *pages) Times() Times { return p.times }
+func (p *pages) Times() *Times { return &p.times }
+
+// Keep takes a time that the kernel believes; the backing gets it later.
+func (t *Times) Keep(mtime unix.Timespec) {
+	t.Touched = t.Touched || t.Mtime != mtime
+	t.Mtime = mtime
+}
+
+// TouchNow gives the file the present time, as a program's write does.
+func (t *Times) TouchNow() {
+	unix.ClockGettime(unix.CLOCK_REALTIME, &t.Mtime)
+	t.move()
+}
+
+// move notes that a write of ours moves the backing's mtime.
+func (t *Times) move() {
+	t.Touched, t.wroteAt = true, time.Now()
+	t.Moves++
+}
 
 // mtimeNear is how much later the modification time on the disk may be than the one that the
 // kernel believes, while a file is open for writing. After a power cut it can stay so.
@@ -41,32 +59,14 @@ func (p *pages) SetMtime(t unix.Timespec) {
 	p.times.Mtime, p.times.Touched = t, false
 }
 
-// KeepMtime takes a time that the kernel believes; the backing gets it later.
-func (p *pages) KeepMtime(t unix.Timespec) {
-	p.times.Touched = p.times.Touched || p.times.Mtime != t
-	p.times.Mtime = t
-}
-
-// TouchNow gives the file the present time, as a program's write does.
-func (p *pages) TouchNow() {
-	unix.ClockGettime(unix.CLOCK_REALTIME, &p.times.Mtime)
-	p.moveTime()
-}
-
 // touch notes that the content changed.
 func (p *pages) touch() {
 	p.Ahead.Store(nil)
-	p.dur.changes++
-	p.moveTime()
+	p.changes++
+	p.times.move()
 	if !p.rules.KernelTimes {
 		unix.ClockGettime(unix.CLOCK_REALTIME, &p.times.Mtime)
 	}
-}
-
-// moveTime notes that a write of ours moves the backing's mtime.
-func (p *pages) moveTime() {
-	p.times.Touched, p.times.wroteAt = true, time.Now()
-	p.times.Moves++
 }
 
 // PutMtime puts the time back that the kernel believes, which our own writes have moved.
