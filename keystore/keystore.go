@@ -85,6 +85,23 @@ type Immediate interface {
 	Immediate()
 }
 
+// A Sealer is a Store that may be able only to wrap, since what unwraps is kept elsewhere.
+type Sealer interface {
+	OnlySeals() bool
+}
+
+// OnlySeals reports whether a store cannot unwrap.
+func OnlySeals(s Store) bool {
+	x, ok := s.(Sealer)
+	return ok && x.OnlySeals()
+}
+
+// A Reencrypter is a Store whose service wraps a key for it that another of the service's keys has
+// wrapped, and gives it to nobody meanwhile. ok is false if it does not do that for this other one.
+type Reencrypter interface {
+	Reencrypt(ctx context.Context, b Binding, w Wrapped, from Store) (out Wrapped, ok bool, err error)
+}
+
 // A Forgetter is a Store that keeps keys of its own, and can wipe them.
 type Forgetter interface {
 	Forget()

@@ -18,6 +18,7 @@ var arrows = map[string]string{
 	"kmsfs/blockcrypt":            "",
 	"kmsfs/keystore":              "",
 	"kmsfs/keystore/local":        "kmsfs/keystore",
+	"kmsfs/keystore/agestore":     "kmsfs/keystore",
 	"kmsfs/keystore/awskms":       "kmsfs/keystore",
 	"kmsfs/keystore/keystoretest": "kmsfs/keystore",
 
@@ -28,7 +29,7 @@ var arrows = map[string]string{
 
 	"kmsfs/fs/volume":         "kmsfs/blockcrypt kmsfs/fs/volume/internal/cfile kmsfs/fs/volume/internal/disk kmsfs/fs/volume/internal/layout kmsfs/fs/volume/internal/ranges kmsfs/keystore",
 	"kmsfs/fs":                "kmsfs/fs/volume kmsfs/keystore",
-	"kmsfs/cmd/kmsfs":         "kmsfs/blockcrypt kmsfs/fs kmsfs/fs/volume kmsfs/keystore kmsfs/keystore/awskms kmsfs/keystore/local",
+	"kmsfs/cmd/kmsfs":         "kmsfs/blockcrypt kmsfs/fs kmsfs/fs/volume kmsfs/keystore kmsfs/keystore/agestore kmsfs/keystore/awskms kmsfs/keystore/local",
 	"kmsfs/tests":             "",
 	"kmsfs/tests/cutdisk":     "",
 	"kmsfs/tests/independent": "",
