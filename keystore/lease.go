@@ -18,10 +18,12 @@ type lease struct {
 	r    *Ring
 	wake chan struct{} // of watch
 
+	watching sync.Once // watch
+
 	tellMu sync.Mutex // held while Changed runs; it comes before Ring.mu
 
-	// Guarded by Ring.mu; the stores do not change.
-	stores        []*standing
+	// Guarded by Ring.mu.
+	stores        []*standing   // that can unwrap
 	suspended     *Error        // by Suspend
 	told          *Error        // to Changed
 	toldSuspended bool          // told is that of Suspend
@@ -122,7 +124,7 @@ func (l *lease) noted() {
 // the grace has not ended. Else it returns why they may not. After a long sleep it waits for a
 // proof.
 func (l *lease) Prove(ctx context.Context) error {
-	if !l.r.waits {
+	if !l.r.waits.Load() {
 		return nil
 	}
 	for {

@@ -15,8 +15,9 @@ type DataKey struct {
 	Key     []byte // KeySize bytes, until Wipe
 	Wrapped []Wrapped
 
-	ring *Ring // whose slab has the key, nil if none
-	slot int32
+	ring  *Ring // whose slab has the key, nil if none
+	slot  int32
+	epoch uint64 // of the ring, when it was wrapped
 }
 
 // Wipe ends the use of the key.
@@ -45,14 +46,15 @@ const (
 	poolDecay  = 10 * time.Minute       // in which the target sinks to its first value
 )
 
-// pool holds data keys made ahead: as many as the last burst of creations took.
-// The ring's mutex guards it.
 // maker makes data keys for new files, some of them ahead. Ring.mu guards its pool.
 type maker struct {
-	r    *Ring
-	pool pool
+	r       *Ring
+	pool    pool
+	sealers []Store // recipients that only wrap
+	epoch   uint64  // counts the changes of the recipients
 }
 
+// pool holds data keys made ahead: as many as the last burst of creations took.
 type pool struct {
 	keys    []*DataKey
 	used    bool // a program has asked for a key
@@ -136,7 +138,7 @@ func (m *maker) NewKey(ctx context.Context) (*DataKey, error) {
 		m.r.mu.Unlock()
 		return nil, e
 	}
-	if !m.r.waits { // a key costs less than handing one over
+	if !m.r.waits.Load() { // a key costs less than handing one over
 		m.r.mu.Unlock()
 		k, err := m.make(ctx)
 		if err == nil {
@@ -184,12 +186,19 @@ func (m *maker) NewKey(ctx context.Context) (*DataKey, error) {
 	return nil, &Error{Kind: Canceled, Op: "generate", Err: ctx.Err()}
 }
 
+// Current reports whether a key is wrapped for just the recipients that are trusted now.
+func (m *maker) Current(k *DataKey) bool {
+	m.r.mu.Lock()
+	defer m.r.mu.Unlock()
+	return k.epoch == m.epoch
+}
+
 // PutBack returns a key under which nothing was written.
 func (m *maker) PutBack(k *DataKey) {
 	m.r.mu.Lock()
 	defer m.r.mu.Unlock()
 	m.pool.returned()
-	if p := &m.pool; m.r.verdict() == nil && p.base > 0 && len(p.keys) < max(p.base, p.peak) && m.r.ctx.Err() == nil {
+	if p := &m.pool; m.r.verdict() == nil && k.epoch == m.epoch && p.base > 0 && len(p.keys) < max(p.base, p.peak) && m.r.ctx.Err() == nil {
 		p.keys = append(p.keys, k)
 		return
 	}
@@ -246,6 +255,9 @@ func (m *maker) arrived(k *DataKey, err error, begun time.Duration) (told error)
 		if e := m.r.verdict(); e != nil { // no key may be used by now
 			m.waste(k)
 			k, err = nil, e
+		} else if k.epoch != m.epoch { // others are the recipients by now: refill makes another
+			m.waste(k)
+			return nil
 		}
 	}
 	switch {
@@ -313,9 +325,10 @@ func (m *maker) free(k *DataKey) {
 func (m *maker) wrapForAll(ctx context.Context, b Binding) (k *DataKey, missing []error, err error) {
 	var usable []Store
 	var which []*standing
-	for _, s := range m.r.stores {
+	stores, sealers, epoch := m.r.trusted()
+	for _, s := range stores {
 		err := m.r.refuses(s)
-		if err == nil && len(m.r.stores) > 1 {
+		if err == nil && len(stores) > 1 {
 			err = m.forbidden(s)
 		}
 		if err != nil {
@@ -330,10 +343,16 @@ func (m *maker) wrapForAll(ctx context.Context, b Binding) (k *DataKey, missing 
 		}
 		return nil, nil, missing[0]
 	}
-	k, errs, err := newKey(ctx, usable, b)
+	k, errs, err := newKey(ctx, append(usable, sealers...), b)
+	if k != nil {
+		k.epoch = epoch
+	}
 	for i, e := range errs {
-		if e != nil {
-			missing = append(missing, e)
+		if e == nil {
+			continue
+		}
+		missing = append(missing, e)
+		if i < len(which) {
 			m.forbid(which[i], e)
 		}
 	}

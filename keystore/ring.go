@@ -8,6 +8,7 @@ import (
 	"errors"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -22,7 +23,7 @@ type Ring struct {
 	volume [16]byte
 	o      RingOptions
 	report func(error)
-	waits  bool // any store is a service that has to be waited for
+	waits  atomic.Bool // any store is a service that has to be waited for
 	ctx    context.Context
 	stop   context.CancelFunc
 	wg     sync.WaitGroup
@@ -80,34 +81,69 @@ func NewRing(volume [16]byte, stores []Store, o RingOptions) *Ring {
 	r.lease.r, r.maker.r = r, r
 	r.wake, r.proof = make(chan struct{}, 1), make(chan struct{})
 	r.ctx, r.stop = context.WithCancel(context.Background())
-	r.pool.base = min(o.Pool, MaxPool)
 	if r.report == nil {
 		r.report = func(error) {}
 	}
 	r.slab = newSlab(maxCached + 2*MaxPool + poolCalls)
 	r.cache = newCache(r.slab, maxCached)
-	for _, s := range stores {
-		_, immediate := s.(Immediate)
-		st := &standing{Store: s, immediate: immediate, health: health{proven: o.Now()}}
-		for _, w := range o.Sample {
-			if Serves(s, w.URI) {
-				st.learn(Binding{Use: ForVolume, Volume: volume}, w)
-			}
-		}
-		r.giveUp(st, nil)
-		r.stores = append(r.stores, st)
-		r.waits = r.waits || !immediate
-	}
-	if !r.waits {
-		r.pool.base = 0
-	}
-	r.mu.Lock()
-	r.refill()
-	r.mu.Unlock()
-	if r.waits {
-		r.wg.Go(r.watch)
-	}
+	r.SetStores(stores)
 	return r
+}
+
+// SetStores makes these the stores that are trusted, from now on. Those that were before keep what
+// is known of them. Keys that were made ahead, for other recipients, are wiped.
+func (r *Ring) SetStores(stores []Store) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	before := r.stores
+	r.stores, r.sealers = nil, nil
+	waits := false
+	for _, s := range stores {
+		if OnlySeals(s) {
+			r.sealers = append(r.sealers, s)
+			continue
+		}
+		i := slices.IndexFunc(before, func(x *standing) bool { return x.URI() == s.URI() })
+		if i < 0 {
+			before, i = append(before, r.newStanding(s)), len(before)
+		}
+		r.stores = append(r.stores, before[i])
+		waits = waits || !before[i].immediate
+	}
+	r.epoch++
+	for _, k := range r.pool.keys {
+		r.waste(k)
+	}
+	r.pool.keys, r.pool.base = nil, 0
+	if waits {
+		r.pool.base = min(r.o.Pool, MaxPool)
+	}
+	r.refill()
+	if waits && !r.waits.Swap(waits) && r.ctx.Err() == nil {
+		r.watching.Do(func() { r.wg.Go(r.watch) })
+	}
+	r.waits.Store(waits)
+}
+
+// newStanding takes the store to have just proven that its key may be used. mu is held.
+func (r *Ring) newStanding(s Store) *standing {
+	_, immediate := s.(Immediate)
+	st := &standing{Store: s, immediate: immediate, health: health{proven: r.o.Now()}}
+	for _, w := range r.o.Sample {
+		if Serves(s, w.URI) {
+			st.learn(Binding{Use: ForVolume, Volume: r.volume}, w)
+		}
+	}
+	r.giveUp(st, nil)
+	return st
+}
+
+// trusted returns the stores that can unwrap, and those that only wrap. The lists are replaced, and
+// never changed.
+func (r *Ring) trusted() (stores []*standing, sealers []Store, epoch uint64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.stores, r.sealers, r.epoch
 }
 
 // Close ends what runs in the background and wipes the pool and the cache.
@@ -129,13 +165,11 @@ func (r *Ring) Close() {
 	r.slab.close()
 }
 
-// store returns the trusted store of a recipient, nil if there is none.
-func (r *Ring) store(uri string) *standing { return StoreFor(r.stores, uri) }
-
 // Same reports whether two recipients are one: replicas of one key are.
 func (r *Ring) Same(a, b string) bool {
-	s := r.store(a)
-	return a == b || s != nil && s == r.store(b)
+	stores, _, _ := r.trusted()
+	s := StoreFor(stores, a)
+	return a == b || s != nil && s == StoreFor(stores, b)
 }
 
 // candidate is a recipient of a file with its trusted store.
@@ -148,8 +182,9 @@ type candidate struct {
 // are asked: first those that answer at once, then those without a known fault.
 func (r *Ring) candidates(ws []Wrapped) []candidate {
 	var out []candidate
+	stores, _, _ := r.trusted()
 	for _, w := range ws {
-		if s := r.store(w.URI); s != nil {
+		if s := StoreFor(stores, w.URI); s != nil {
 			out = append(out, candidate{s, w})
 		}
 	}
@@ -286,6 +321,39 @@ func (r *Ring) Renew(ctx context.Context, file [16]byte, ws []Wrapped) error {
 	return err
 }
 
+// Rewrap wraps the data key of a file, as its recipients ws have it, for another recipient that is
+// trusted. Where the service of both can do it the key stays there. Else it comes here, and check
+// says whether it is the file's.
+func (r *Ring) Rewrap(ctx context.Context, file [16]byte, ws []Wrapped, to string, check func(key []byte) error) (Wrapped, error) {
+	ctx = WithPurpose(ctx, ForRewrap)
+	stores, sealers, _ := r.trusted()
+	var s Store
+	if x := StoreFor(sealers, to); x != nil {
+		s = x
+	} else if x := StoreFor(stores, to); x != nil {
+		s = watched{r, x}
+		if re, ok := x.Store.(Reencrypter); ok {
+			for _, c := range r.candidates(ws) {
+				w, ok, err := re.Reencrypt(ctx, Binding{ForFile, r.volume, file}, c.w, c.s.Store)
+				if ok && (err == nil || KindOf(err) == Canceled) {
+					return w, err // else to decrypt and to encrypt may be allowed, or another recipient helps
+				}
+			}
+		}
+	} else {
+		return Wrapped{}, &Error{Kind: Untrusted, URI: to, Op: "wrap", Err: errors.New("the volume does not name this recipient")}
+	}
+	key, err := r.Unwrap(ctx, file, ws)
+	if err != nil {
+		return Wrapped{}, err
+	}
+	defer clear(key)
+	if err := check(key); err != nil {
+		return Wrapped{}, err
+	}
+	return s.Wrap(ctx, Binding{ForFile, r.volume, file}, key)
+}
+
 // Forget wipes what is known of a file's key.
 func (r *Ring) Forget(file [16]byte, ws []Wrapped) {
 	r.mu.Lock()
@@ -304,7 +372,7 @@ func (r *Ring) Learn(k *DataKey) {
 	for _, w := range k.Wrapped {
 		b := Binding{ForFile, r.volume, k.ID}
 		r.insert(cacheID(b, w), k.Key, false)
-		if s := r.store(w.URI); s != nil {
+		if s := StoreFor(r.stores, w.URI); s != nil {
 			s.learn(b, w)
 		}
 	}
@@ -427,7 +495,7 @@ func (r *Ring) finish(s *standing, id [32]byte, b Binding, w Wrapped, c *call, k
 func (r *Ring) MemoryLocked() bool { return r.slab.locked }
 
 // Waits reports whether any store is a service that has to be waited for.
-func (r *Ring) Waits() bool { return r.waits }
+func (r *Ring) Waits() bool { return r.waits.Load() }
 
 // Counts are the totals of a ring's work so far, and its contents.
 type Counts struct {

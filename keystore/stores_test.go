@@ -5,9 +5,12 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"kmsfs/keystore"
+	"kmsfs/keystore/local"
 )
 
 // labeled is a store that marks what it wraps, and serves further URIs.
@@ -90,5 +93,110 @@ func TestDamagedBesideOutage(t *testing.T) {
 			t.Errorf("%v and %v: %v", c.first, c.second, err)
 		}
 		r.Close()
+	}
+}
+
+// sealer is a store that only wraps.
+type sealer struct{ slow }
+
+func (s *sealer) OnlySeals() bool { return true }
+
+// A recipient that only wraps gets every new key, and is never asked to unwrap: that the others may
+// not be used any more is not hidden by it.
+func TestSealer(t *testing.T) {
+	s, x := &slow{uri: "slow:1"}, &sealer{slow{uri: "sealer:1"}}
+	r := keystore.NewRing([16]byte{1}, []keystore.Store{s, x}, keystore.RingOptions{})
+	defer r.Close()
+	k, err := r.NewKey(t.Context())
+	if err != nil || len(k.Wrapped) != 2 || k.Wrapped[1].URI != x.uri {
+		t.Fatalf("%v, %v", k, err)
+	}
+	if _, err := r.Unwrap(t.Context(), k.ID, k.Wrapped[1:]); keystore.KindOf(err) != keystore.Untrusted || x.opens.Load() != 0 {
+		t.Errorf("%v, asked %d times", err, x.opens.Load())
+	}
+	s.err.Store(&keystore.Error{Kind: keystore.Revoked, URI: s.uri, Op: "unwrap", Err: errors.New("disabled")})
+	if _, err := r.Unwrap(t.Context(), k.ID, k.Wrapped); keystore.KindOf(err) != keystore.Revoked {
+		t.Error(err)
+	}
+	if err := r.Prove(t.Context()); keystore.KindOf(err) != keystore.Revoked {
+		t.Errorf("the only store that unwraps is revoked: %v", err)
+	}
+	if _, err := r.NewKey(t.Context()); keystore.KindOf(err) != keystore.Revoked {
+		t.Errorf("a new key that nobody here could unwrap: %v", err)
+	}
+}
+
+// When the recipients change, no key is handed out that was wrapped for those before: not from the
+// pool, not one that is given back, not one that is on its way.
+func TestSetStores(t *testing.T) {
+	a, b := &slow{uri: "slow:a", delay: time.Millisecond}, &slow{uri: "slow:b"}
+	r := keystore.NewRing([16]byte{1}, []keystore.Store{a}, keystore.RingOptions{Pool: 8})
+	defer r.Close()
+	held, err := r.NewKey(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for until := time.Now().Add(10 * time.Second); r.Counts().Pool == 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(until) {
+			t.Fatal("the pool stays empty")
+		}
+	}
+	a.more.Store(int64(50 * time.Millisecond)) // keys are on their way
+	for range 3 {
+		if _, err := r.NewKey(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r.SetStores([]keystore.Store{a, b})
+	r.PutBack(held)
+	for i := range 200 {
+		k, err := r.NewKey(t.Context())
+		if err != nil || len(k.Wrapped) != 2 {
+			t.Fatalf("key %d is wrapped for %d recipients, %v", i, len(k.Wrapped), err)
+		}
+		k.Wipe()
+	}
+	k, err := r.NewKey(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.SetStores([]keystore.Store{b})
+	if _, err := r.Unwrap(t.Context(), k.ID, k.Wrapped[:1]); keystore.KindOf(err) != keystore.Untrusted {
+		t.Errorf("by a store that is trusted no more: %v", err)
+	}
+	if _, err := r.Unwrap(t.Context(), k.ID, k.Wrapped); err != nil {
+		t.Error(err)
+	}
+}
+
+// A volume that is under a local key alone can get a key of a service while it is mounted: from
+// then on that has to be proven.
+func TestSetStoresThatWait(t *testing.T) {
+	var clock atomic.Int64
+	l, err := local.New(make([]byte, keystore.KeySize))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &slow{uri: "slow:1"}
+	r := keystore.NewRing([16]byte{1}, []keystore.Store{l}, keystore.RingOptions{MaxAge: time.Minute, Now: func() time.Duration { return time.Duration(clock.Load()) }})
+	defer r.Close()
+	if r.Waits() {
+		t.Error("a local key is waited for")
+	}
+	r.SetStores([]keystore.Store{s})
+	if !r.Waits() {
+		t.Error("a service is not waited for")
+	}
+	k, err := r.NewKey(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.Unwrap(t.Context(), k.ID, k.Wrapped); err != nil {
+		t.Fatal(err)
+	}
+	s.err.Store(&keystore.Error{Kind: keystore.Revoked, URI: s.uri, Op: "unwrap", Err: errors.New("disabled")})
+	clock.Store(int64(2 * time.Minute))
+	if err := r.Prove(t.Context()); keystore.KindOf(err) != keystore.Revoked {
+		t.Errorf("two minutes later: %v", err)
 	}
 }

@@ -137,10 +137,11 @@ const (
 )
 
 var (
-	_ keystore.Store     = (*Store)(nil)
-	_ keystore.Generator = (*Store)(nil)
-	_ keystore.Matcher   = (*Store)(nil)
-	_ keystore.Forgetter = (*Store)(nil)
+	_ keystore.Store       = (*Store)(nil)
+	_ keystore.Generator   = (*Store)(nil)
+	_ keystore.Matcher     = (*Store)(nil)
+	_ keystore.Forgetter   = (*Store)(nil)
+	_ keystore.Reencrypter = (*Store)(nil)
 )
 
 // Partition, Region, account and key are checked before they choose an endpoint.
@@ -341,6 +342,30 @@ func (s *Store) wrap(ctx context.Context, b keystore.Binding, key []byte) (keyst
 	return keystore.Wrapped{URI: s.URI(), Blob: out.CiphertextBlob}, nil
 }
 
+// Reencrypt implements [keystore.Reencrypter] by ReEncrypt, for two keys of one Region. The
+// encryption context stays.
+func (s *Store) Reencrypt(ctx context.Context, b keystore.Binding, w keystore.Wrapped, from keystore.Store) (out keystore.Wrapped, ok bool, err error) {
+	f, ok := from.(*Store)
+	if !ok || f.region != s.region || f.c != s.c || len(w.Branch) > 0 || len(w.Blob) == 0 || len(w.Blob) > maxBlob {
+		return out, false, nil
+	}
+	moved, err := call(ctx, s, "wrap", "ReEncrypt", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.ReEncryptOutput, error) {
+		in := &kms.ReEncryptInput{CiphertextBlob: w.Blob, SourceKeyId: &f.arn, DestinationKeyId: &s.arn, SourceEncryptionContext: Context(b), DestinationEncryptionContext: Context(b)}
+		out, err := k.ReEncrypt(ctx, in, o)
+		if err == nil {
+			err = errors.Join(f.checkAnswer("wrap", out.SourceKeyId, true), s.checkAnswer("wrap", out.KeyId, len(out.CiphertextBlob) > 0))
+		}
+		return out, err
+	})
+	if err != nil {
+		return out, true, err
+	}
+	return keystore.Wrapped{URI: s.URI(), Blob: moved.CiphertextBlob}, true, nil
+}
+
+// maxBlob is how long a wrapped key may be, in bytes: the bound of the API.
+const maxBlob = 6144
+
 // Unwrap implements [keystore.Store] by Decrypt; a key under a branch costs a
 // call for the branch only.
 func (s *Store) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
@@ -407,7 +432,7 @@ func (s *Store) decrypt(ctx context.Context, b keystore.Binding, blob []byte) ([
 }
 
 func (s *Store) decryptHere(ctx context.Context, b keystore.Binding, blob []byte) ([]byte, error) {
-	if len(blob) == 0 || len(blob) > 6144 { // the bounds of the API
+	if len(blob) == 0 || len(blob) > maxBlob {
 		return nil, &keystore.Error{Kind: keystore.Damaged, URI: s.URI(), Op: "unwrap", Err: errors.New("the wrapped key has an impossible length")}
 	}
 	out, err := call(ctx, s, "unwrap", "Decrypt", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.DecryptOutput, error) {

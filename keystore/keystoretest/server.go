@@ -328,6 +328,9 @@ type request struct {
 	TargetKeyId         string
 	PendingWindowInDays int
 	Policy              string
+
+	SourceKeyId, DestinationKeyId                         string
+	SourceEncryptionContext, DestinationEncryptionContext map[string]string
 }
 
 type kmsError struct{ code, message string }
@@ -455,6 +458,32 @@ func (s *Server) operate(op, credential string, q *request) (any, error) {
 		s.aliases[q.AliasName] = q.TargetKeyId[strings.LastIndex(q.TargetKeyId, "/")+1:]
 		return map[string]any{}, nil
 	}
+	if op == "ReEncrypt" {
+		return s.reencrypt(credential, q)
+	}
+	return s.withKey(op, credential, q)
+}
+
+// reencrypt is Decrypt by one key and Encrypt by another, each with its own right.
+func (s *Server) reencrypt(credential string, q *request) (any, error) {
+	if s.denied["ReEncrypt"] {
+		return nil, &kmsError{"AccessDeniedException", "User: arn:aws:iam::" + Account + ":user/test is not authorized to perform: kms:ReEncryptFrom"}
+	}
+	from, err := s.withKey("Decrypt", credential, &request{KeyId: q.SourceKeyId, CiphertextBlob: q.CiphertextBlob, EncryptionContext: q.SourceEncryptionContext})
+	if err != nil {
+		return nil, err
+	}
+	in := from.(map[string]any)
+	to, err := s.withKey("Encrypt", credential, &request{KeyId: q.DestinationKeyId, Plaintext: in["Plaintext"].([]byte), EncryptionContext: q.DestinationEncryptionContext})
+	if err != nil {
+		return nil, err
+	}
+	out := to.(map[string]any)
+	return map[string]any{"SourceKeyId": in["KeyId"], "KeyId": out["KeyId"], "CiphertextBlob": out["CiphertextBlob"]}, nil
+}
+
+// withKey is an operation on one key. mu is held.
+func (s *Server) withKey(op, credential string, q *request) (any, error) {
 	var k *key
 	if op == "Decrypt" && q.KeyId == "" && len(q.CiphertextBlob) > 36 {
 		k = s.keys[string(q.CiphertextBlob[:36])]
