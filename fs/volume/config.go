@@ -1,11 +1,13 @@
 package volume
 
 import (
+	"cmp"
 	"context"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume/internal/disk"
@@ -22,6 +24,30 @@ type Record struct {
 	Commitment string        `json:"commitment"`
 	Generation uint64        `json:"generation"`
 	Local      string        `json:"local"` // path of the local key's file
+
+	// Locals are the paths of further ones, by URI.
+	Locals map[string]string `json:"locals,omitempty"`
+}
+
+// LocalPath returns where the key file of a recipient lies, "" if that is not known.
+func (r *Record) LocalPath(uri string) string {
+	if r == nil {
+		return ""
+	}
+	return cmp.Or(r.Locals[uri], r.Local)
+}
+
+// SetLocal notes where the key file of a recipient lies.
+func (r *Record) SetLocal(uri, path string) {
+	more := slices.ContainsFunc(r.Recipients, func(u string) bool { return u != uri && strings.HasPrefix(u, "local:") })
+	if r.Local == "" || !more {
+		r.Local = path
+		return
+	}
+	if r.Locals == nil {
+		r.Locals = map[string]string{}
+	}
+	r.Locals[uri] = path
 }
 
 // Trusts reports whether the record names a recipient. A nil record trusts none.
@@ -157,6 +183,7 @@ type UnlockOptions struct {
 	Record      *Record // nil: none is kept
 	AcceptOlder bool    // a restored backup: an older kmsfs.json than the record's
 	ReadOnly    bool
+	Incomplete  bool // for changing the recipients: no store need be at hand for each
 	// More opens the store of a recipient that the authenticated kmsfs.json
 	// names, and that is trusted with it. It may be nil.
 	More func(ctx context.Context, r blockcrypt.Recipient) (keystore.Store, error)
@@ -175,7 +202,7 @@ func (l *Found) Unlock(ctx context.Context, trusted []keystore.Store, o UnlockOp
 	}
 	rec := record(l.Config, keys)
 	if o.Record != nil {
-		rec.Local = o.Record.Local
+		rec.Local, rec.Locals = o.Record.Local, o.Record.Locals
 		if o.Record.Commitment != rec.Commitment || o.Record.Volume != rec.Volume {
 			return nil, ErrOtherKey
 		}
@@ -217,7 +244,7 @@ func (l *Found) allStores(ctx context.Context, trusted []keystore.Store, o Unloc
 		case s != nil && slices.ContainsFunc(out, func(o keystore.Store) bool { return o.URI() == s.URI() }):
 		case s != nil:
 			out = append(out, s)
-		case !o.ReadOnly:
+		case !o.ReadOnly && !o.Incomplete:
 			if err == nil {
 				err = errors.New("its key is not at hand")
 			}

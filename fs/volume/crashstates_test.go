@@ -52,7 +52,7 @@ type crashChecker struct {
 	left          *int
 	total, second *atomic.Int64
 	run           *crashRun
-	busy          bool
+	busy          atomic.Bool // what is done is not recorded
 }
 
 const statesPerCall = 4
@@ -65,7 +65,7 @@ func (k *crashChecker) record(work func(*crashRun, *rand.Rand), round uint64) {
 	}
 	var s *sim
 	done := func(c volume.Call, err error) {
-		if s == nil || k.busy || c.Op == "pread" || c.Op == "openat" && c.Mode&unix.O_CREAT == 0 {
+		if s == nil || k.busy.Load() || c.Op == "pread" || c.Op == "openat" && c.Mode&unix.O_CREAT == 0 {
 			return
 		}
 		s.done(c, err)
@@ -82,14 +82,14 @@ func (k *crashChecker) record(work func(*crashRun, *rand.Rand), round uint64) {
 	k.run = c
 	w.open(volume.Options{Done: done}.Torn())
 	work(c, rand.New(rand.NewPCG(round, 5)))
-	k.busy = true
+	k.busy.Store(true)
 	w.crash()
 }
 
 // check builds some of the states that a cut just now may leave, and opens them.
 func (k *crashChecker) check() {
-	k.busy = true // what checking does is not recorded
-	defer func() { k.busy = false }()
+	k.busy.Store(true)
+	defer k.busy.Store(false)
 	for i := range statesPerCall {
 		if *k.left <= 0 || k.t.Failed() {
 			return
@@ -123,7 +123,7 @@ func (k *crashChecker) state(c choice) {
 	dir := memory(k.t)
 	defer os.RemoveAll(dir)
 	k.run.sim.build(dir, c)
-	w := &world{t: k.t, dir: dir, store: k.run.store, log: &logBuffer{}, quiet: true}
+	w := &world{t: k.t, dir: dir, store: k.run.store, more: k.run.more, log: &logBuffer{}, quiet: true}
 	fail := func(format string, args ...any) {
 		k.t.Errorf("after call %d (all %v, none %v, btrfs %v): %s; the log: %.600s", k.run.sim.calls, c.all, c.none, c.btrf, fmt.Sprintf(format, args...), w.log)
 	}
@@ -161,7 +161,7 @@ func (k *crashChecker) state(c choice) {
 	again := memory(k.t)
 	defer os.RemoveAll(again)
 	nested.build(again, choice{r: k.r, btrf: c.btrf})
-	w = &world{t: k.t, dir: again, store: k.run.store, log: &logBuffer{}, quiet: true}
+	w = &world{t: k.t, dir: again, store: k.run.store, more: k.run.more, log: &logBuffer{}, quiet: true}
 	w.open(volume.Options{})
 	if msg := k.verify(w); msg != "" {
 		fail("cut again in call %d of the repair: %s", nested.calls, msg)

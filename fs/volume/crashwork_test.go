@@ -233,6 +233,7 @@ var workloads = map[string]func(c *crashRun, r *rand.Rand){
 			}
 		}
 	},
+	"recipients": (*crashRun).recipients,
 	"settling and sessions": func(c *crashRun, r *rand.Rand) {
 		for range 3 {
 			h := c.open("f")
@@ -248,6 +249,44 @@ var workloads = map[string]func(c *crashRun, r *rand.Rand){
 			x.confirmed, x.versions = true, [][]byte{x.now()}
 		}
 	},
+}
+
+// recipients goes from one key to another, with files open meanwhile. Calls come from one goroutine at
+// a time: the simulation follows no others.
+func (c *crashRun) recipients(r *rand.Rand) {
+	c.more = newStore(c.t)
+	a, b := c.store, c.more[0]
+	h := c.open("open")
+	c.write("open", h, noise(3000), 0)
+	c.fsync("open", h)
+	for i := range 3 {
+		name := fmt.Sprint("f", i)
+		f := c.open(name)
+		c.write(name, f, noise(1+r.IntN(9000)), 0)
+		c.fsync(name, f)
+		c.do("close", f.Release())
+	}
+	empty := c.open("empty") // its data key is wrapped for the first recipient alone
+	rs := c.v.Recipients()
+	rewrap := func() {
+		done, err := rs.Rewrap(ctx, volume.RewrapOptions{})
+		if c.do("rewrap", err); done.Failed > 0 {
+			c.t.Fatalf("%+v", done)
+		}
+	}
+	_, err := rs.Add(ctx, b)
+	c.do("add", err)
+	c.write("open", h, noise(100), 2950)
+	rewrap()
+	c.write("open", h, noise(100), 10) // with the new header
+	c.fsync("open", h)
+	_, err = rs.Remove(ctx, a.URI())
+	c.do("remove", err)
+	c.write("empty", empty, noise(50), 0)
+	c.fsync("empty", empty)
+	rewrap()
+	c.write("open", h, noise(100), 3050)
+	c.fsync("open", h)
 }
 
 func (c *crashRun) syncDir(path string) {

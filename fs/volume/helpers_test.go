@@ -17,6 +17,7 @@ import (
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
 	"kmsfs/keystore"
+	"kmsfs/keystore/agestore"
 	"kmsfs/keystore/local"
 )
 
@@ -27,6 +28,7 @@ type world struct {
 	t     testing.TB
 	dir   string
 	store keystore.Store
+	more  []keystore.Store // that are trusted too
 	v     *volume.Volume
 	log   *logBuffer
 	quiet bool // a warning in the log is no failure
@@ -89,7 +91,12 @@ func (w *world) unlock() (*volume.Unlocked, error) {
 	if err != nil {
 		return nil, err
 	}
-	return l.Unlock(ctx, []keystore.Store{w.store}, volume.UnlockOptions{})
+	return l.Unlock(ctx, append([]keystore.Store{w.store}, w.more...), volume.UnlockOptions{More: w.sealer})
+}
+
+// sealer opens a recipient that only wraps.
+func (w *world) sealer(_ context.Context, r blockcrypt.Recipient) (keystore.Store, error) {
+	return agestore.Open(r.URI, r.Branch, nil)
 }
 
 // unlockWith unlocks against a trust record.

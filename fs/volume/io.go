@@ -220,6 +220,10 @@ func (f *file) lockForContent(ctx context.Context, delayedWrite bool) (unlock fu
 			}
 			continue
 		}
+		if f.next != nil && f.Size == 0 && !f.v.ring.Current(f.next) { // others are the recipients by now
+			f.v.ring.PutBack(f.next)
+			f.next = nil
+		}
 		if f.Size > 0 || f.next != nil {
 			return f.unlock, nil
 		}

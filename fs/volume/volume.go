@@ -98,6 +98,7 @@ type Volume struct {
 	doubts      doubts
 	space       space
 	access      access
+	recipients  Recipients
 	reports     reports
 	walker      walker
 	settler     settler
@@ -188,6 +189,7 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 		Changed: v.access.changed,
 		Reach:   v.access.reached,
 	})
+	v.recipients.v, v.recipients.cfg, v.recipients.stores = v, u.Config, u.stores
 	u.root = -1
 	if !v.ring.MemoryLocked() {
 		v.log.Info("data keys can be swapped out: RLIMIT_MEMLOCK is too low to lock their memory, 1 MiB is enough")

@@ -155,7 +155,7 @@ func (p *pages) guard(at, first, last int64) error {
 	if first > last {
 		return nil
 	}
-	return p.waited(p.Disk.SettlePages(p.FD, at, p.Geo.PageOff(last+1)-at))
+	return p.SyncFailed(p.Disk.SettlePages(p.FD, at, p.Geo.PageOff(last+1)-at))
 }
 
 // writeState writes a new state: the bytes [128,192) of the header, under the
@@ -208,9 +208,9 @@ func (p *pages) settleHead() error {
 	case p.rules.Calm:
 		return nil
 	case p.confirmed > 0:
-		return p.waited(p.Disk.SettlePages(p.FD, 0, blockcrypt.PageSize))
+		return p.SyncFailed(p.Disk.SettlePages(p.FD, 0, blockcrypt.PageSize))
 	default:
-		return p.waited(p.Disk.WaitPages(p.FD, 0, blockcrypt.PageSize))
+		return p.SyncFailed(p.Disk.WaitPages(p.FD, 0, blockcrypt.PageSize))
 	}
 }
 
@@ -238,22 +238,17 @@ func (p *pages) datasync() error {
 	return err
 }
 
-// waited notes an error of sync_file_range(2): it is that of any page of the file, and fsync
-// does not tell it a second time.
-func (p *pages) waited(err error) error {
-	p.SyncFailed(err)
-	return err
-}
-
 // SyncFailed notes that a sync failed, of the file or of the whole filesystem: the kernel says so once, and takes the pages
 // that it could not write for written from then on. So nothing more is said to be
 // durable of the file; when it is opened again, what the disk really has is looked
-// at.
-func (p *pages) SyncFailed(err error) {
+// at. It returns err. That of sync_file_range(2) can be any page's, and fsync does not tell it a
+// second time.
+func (p *pages) SyncFailed(err error) error {
 	if err != nil {
 		p.host.Broke(true)
 		p.enter(Broken)
 	}
+	return err
 }
 
 // SetHeader takes the header, and the bytes that it has on the disk. They are kept.

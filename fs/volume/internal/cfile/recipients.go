@@ -1,0 +1,85 @@
+package cfile
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/disk"
+)
+
+// ErrNoRoom says that more recipients do not fit in the header of a file.
+var ErrNoRoom = errors.New("the header is too small for these recipients")
+
+// capabilityName is the attribute that the kernel removes when a file is written to.
+const capabilityName = "security.capability"
+
+// replaceRecipients writes other recipients into a header. raw are the header's bytes as they are on
+// the disk, and hdr is what they say; it returns what they are then. The bytes [192, H) of the first
+// page are written under the page rule by one pwrite: after a power cut the file has the old
+// recipients or the new ones. Mode, time of modification and capabilities stay.
+func replaceRecipients(d *disk.Disk, fd int, raw []byte, hdr *blockcrypt.Header, rs []blockcrypt.Recipient, calm bool) ([]byte, error) {
+	next := *hdr
+	next.Recipients = rs
+	b, err := next.Encode()
+	switch n := blockcrypt.RecipientsFit(rs); {
+	case n == 0 || n > hdr.Geometry.Header():
+		return raw, fmt.Errorf("%w: it has %d bytes", ErrNoRoom, hdr.Geometry.Header())
+	case err != nil:
+		return raw, err
+	case len(b) > blockcrypt.PageSize: // two pages can be of two times
+		return raw, fmt.Errorf("%w in one page", ErrNoRoom)
+	case !bytes.Equal(b[:blockcrypt.RecipientsOffset], raw[:blockcrypt.RecipientsOffset]):
+		return raw, errors.New("internal error: the rest of the header would change")
+	case hdr.NoWrite != 0:
+		return raw, unix.EROFS
+	}
+	var st unix.Stat_t
+	if err := d.Fstat(fd, &st); err != nil {
+		return raw, err
+	}
+	capability, err := d.Getxattr(fd, capabilityName)
+	if errors.Is(err, unix.ENODATA) || errors.Is(err, unix.EOPNOTSUPP) {
+		capability, err = nil, nil
+	}
+	if err == nil && !calm {
+		err = d.SettlePages(fd, 0, blockcrypt.PageSize)
+	}
+	if err != nil {
+		return raw, err
+	}
+	if err := d.Pwrite(fd, b[blockcrypt.RecipientsOffset:], blockcrypt.RecipientsOffset); err != nil {
+		return raw, err
+	}
+	if capability != nil {
+		err = d.Setxattr(fd, capabilityName, capability, 0)
+	}
+	if st.Mode&(unix.S_ISUID|unix.S_ISGID) != 0 {
+		err = errors.Join(err, d.Chmod(fd, st.Mode&0o7777))
+	}
+	return b, errors.Join(err, d.Utimens(fd, unix.Timespec{Nsec: unix.UTIME_OMIT}, st.Mtim))
+}
+
+// ReplaceRecipients writes other recipients into the header of a file that nothing has open.
+func ReplaceRecipients(d *disk.Disk, fd int, raw []byte, hdr *blockcrypt.Header, rs []blockcrypt.Recipient, calm bool) error {
+	_, err := replaceRecipients(d, fd, raw, hdr, rs, calm)
+	return err
+}
+
+// SetRecipients is [ReplaceRecipients] of an open file, whose key need not be at hand.
+func (p *pages) SetRecipients(rs []blockcrypt.Recipient) error {
+	if p.phase == Broken {
+		return unix.EIO
+	}
+	raw, err := replaceRecipients(p.Disk, p.FD, p.head, p.Header, rs, p.rules.Calm)
+	if &raw[0] != &p.head[0] { // they were written
+		p.Ahead.Store(nil)
+		p.head, p.Header.Recipients = raw, slices.Clone(rs)
+		p.times.Moves++
+	}
+	return err
+}

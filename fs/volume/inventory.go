@@ -1,0 +1,122 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"path"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/disk"
+	"kmsfs/fs/volume/internal/layout"
+)
+
+// Inventoried is a ciphertext file that an inventory has found.
+type Inventoried struct {
+	Path   string             // below the root
+	Length int64              // of the ciphertext
+	Header *blockcrypt.Header // nil: an empty file, or one whose header cannot be read
+	Err    error              // why it cannot
+}
+
+// Inventory reads the headers of all ciphertext files in a directory and below, a volume or a part
+// or a copy of one. No key is needed, and nothing is authenticated. Files with several names
+// come once for each.
+func Inventory(ctx context.Context, dir string, found func(Inventoried)) error {
+	d := &disk.Disk{}
+	root, err := layout.OpenRoot(d, dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close(root)
+	return headersBelow(ctx, d, root, found)
+}
+
+// headersBelow is Inventory of the tree below a descriptor.
+func headersBelow(ctx context.Context, d *disk.Disk, root int, found func(Inventoried)) error {
+	fd, err := d.Open(root, ".", unix.O_RDONLY|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return err
+	}
+	defer d.Close(fd)
+	return headersIn(ctx, d, fd, "", found)
+}
+
+func headersIn(ctx context.Context, d *disk.Disk, fd int, at string, found func(Inventoried)) error {
+	var dirs []string
+	err := d.Scan(fd, func(e disk.Dirent) error {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		typ := e.Type
+		if typ == 0 {
+			var st unix.Stat_t
+			if err := d.Stat(fd, e.Name, &st); err != nil {
+				return disk.Ignore(err, unix.ENOENT)
+			}
+			typ = st.Mode & unix.S_IFMT
+		}
+		own := layout.IsOwn(e.Name) && !strings.HasPrefix(e.Name, blockcrypt.LongPrefix)
+		switch {
+		case typ == unix.S_IFDIR:
+			dirs = append(dirs, e.Name)
+		case typ == unix.S_IFREG && !own:
+			if x, there := inventoried(d, fd, e.Name); there {
+				x.Path = path.Join(at, e.Name)
+				found(x)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for _, name := range dirs {
+		sub, err := d.Open(fd, name, unix.O_RDONLY|unix.O_DIRECTORY, 0)
+		if errors.Is(err, unix.ENOENT) {
+			continue
+		}
+		if err == nil {
+			err = headersIn(ctx, d, sub, path.Join(at, name), found)
+			d.Close(sub)
+		} else {
+			found(Inventoried{Path: path.Join(at, name), Err: err})
+			err = nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// inventoried reads one header; there is false if the file went meanwhile.
+func inventoried(d *disk.Disk, dir int, name string) (x Inventoried, there bool) {
+	fd, err := d.Open(dir, name, unix.O_RDONLY|disk.FileFlags, 0)
+	if errors.Is(err, unix.ENOENT) {
+		return x, false
+	}
+	if err != nil {
+		x.Err = err
+		return x, true
+	}
+	defer d.Close(fd)
+	var st unix.Stat_t
+	if x.Err = d.Fstat(fd, &st); x.Err != nil {
+		return x, true
+	}
+	if x.Length = st.Size; st.Size > 0 {
+		n := blockcrypt.PageSize // most headers are shorter
+		hdr, b, err := layout.ReadHeader(d, fd, n)
+		if h, herr := blockcrypt.HeaderSize(b); herr == nil && h > n {
+			hdr, _, err = layout.ReadHeader(d, fd, h)
+		}
+		x.Header, x.Err = hdr, err
+		if err != nil {
+			x.Header = nil
+		}
+	}
+	return x, true
+}

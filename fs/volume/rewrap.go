@@ -1,0 +1,332 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/cfile"
+	"kmsfs/fs/volume/internal/layout"
+	"kmsfs/keystore"
+)
+
+// RewrapOptions say which recipients files get.
+type RewrapOptions struct {
+	// From and To, both or none, are URIs: To, a recipient of the volume, takes the place of From
+	// in each file that has it. Without them a file gets just the recipients of the volume.
+	From, To string
+	Missing  bool // no recipient is taken out of a file
+
+	AtOnce   int                 // files at the same time; 1 if zero
+	Progress func(Rewrapped)     // told now and then, by one goroutine at a time; it may be nil
+	Failed   func(string, error) // told of each file that could not be changed, likewise
+}
+
+// Rewrapped counts what [Recipients.Rewrap] has done.
+type Rewrapped struct {
+	Files   int64 `json:"files"`   // that were looked at
+	Changed int64 `json:"changed"` // that have other recipients now
+	Failed  int64 `json:"failed"`
+}
+
+// rewrapTries is how often a file is tried again that others change meanwhile.
+const rewrapTries = 10
+
+// Rewrap gives files other recipients. It changes nothing but the recipients in their headers, and
+// can be interrupted at any time and called again: what was done is not done twice. When it returns
+// without an error, all is durable.
+func (r *Recipients) Rewrap(ctx context.Context, o RewrapOptions) (done Rewrapped, err error) {
+	v := r.v
+	if v.o.ReadOnly {
+		return done, unix.EROFS
+	}
+	if err := v.Wait(ctx); err != nil { // repairs may need a recipient that would go
+		return done, err
+	}
+	p := &rewrapping{v: v, o: o}
+	p.rs, p.stores = r.snapshot()
+	if o.To != "" && among(p.rs, p.stores, o.To) < 0 {
+		return done, ErrNotRecipient
+	}
+	jobs := make(chan *Node)
+	var wg sync.WaitGroup
+	for range max(1, o.AtOnce) {
+		wg.Go(func() {
+			for n := range jobs {
+				p.file(ctx, n)
+				v.Forget(n.id, 1)
+			}
+		})
+	}
+	err = p.dir(ctx, v.root, jobs)
+	close(jobs)
+	wg.Wait()
+	if err == nil {
+		err = ctx.Err()
+	}
+	if err == nil {
+		err = v.syncAll()
+	}
+	return p.done, err
+}
+
+// rewrapping is a Rewrap under way.
+type rewrapping struct {
+	v      *Volume
+	o      RewrapOptions
+	rs     []blockcrypt.ConfigRecipient
+	stores []keystore.Store
+
+	mu   sync.Mutex
+	done Rewrapped
+}
+
+// dir sends the files below a directory to be changed, each with a lookup.
+func (p *rewrapping) dir(ctx context.Context, n *Node, jobs chan<- *Node) error {
+	d, err := n.OpenDir()
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	var fault error
+	err = d.Next(func(e Entry) bool {
+		if e.Name == "." || e.Name == ".." {
+			return ctx.Err() == nil
+		}
+		c, _, _, err := d.Lookup(ctx, e)
+		switch {
+		case errors.Is(err, unix.ENOENT):
+		case err != nil:
+			p.count(false, n.where()+"/"+e.cname, err)
+		case c.IsFile():
+			select {
+			case jobs <- c:
+			case <-ctx.Done():
+				p.v.Forget(c.id, 1)
+			}
+		default:
+			if c.IsDir() {
+				fault = errors.Join(fault, p.dir(ctx, c, jobs))
+			}
+			p.v.Forget(c.id, 1)
+		}
+		return ctx.Err() == nil
+	})
+	return errors.Join(err, fault, ctx.Err())
+}
+
+// count notes what became of a file.
+func (p *rewrapping) count(changed bool, at string, err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.done.Files++
+	if changed {
+		p.done.Changed++
+	}
+	if err != nil {
+		p.done.Failed++
+		if p.o.Failed != nil {
+			p.o.Failed(at, err)
+		}
+	}
+	if p.o.Progress != nil {
+		p.o.Progress(p.done)
+	}
+}
+
+// file gives one file its recipients.
+func (p *rewrapping) file(ctx context.Context, n *Node) {
+	changed, err := false, error(nil)
+	for range rewrapTries {
+		var again bool
+		if changed, again, err = p.try(ctx, n); !again {
+			break
+		}
+		err = errors.New("others change its recipients all the time")
+	}
+	if err != nil && (ctx.Err() != nil || errors.Is(err, unix.ENOENT)) {
+		return // interrupted, or removed meanwhile
+	}
+	p.count(changed, n.where(), err)
+}
+
+// try is one attempt; again says that the header is another one by now.
+func (p *rewrapping) try(ctx context.Context, n *Node) (changed, again bool, err error) {
+	hdr, err := n.header()
+	if err != nil || hdr == nil {
+		return false, false, err
+	}
+	rs, err := p.recipients(ctx, hdr)
+	if err != nil || slices.EqualFunc(rs, hdr.Recipients, sameRecipient) {
+		return false, false, err
+	}
+	if err := p.opens(ctx, hdr, rs); err != nil {
+		return false, false, err
+	}
+	written, err := n.setRecipients(hdr, rs)
+	return written, !written && err == nil, err
+}
+
+// opens makes sure that no recipient is taken out of a file whose others are damaged: one that was
+// made just now is good, of the others one must open.
+func (p *rewrapping) opens(ctx context.Context, hdr *blockcrypt.Header, rs []blockcrypt.Recipient) error {
+	isNew := func(x blockcrypt.Recipient) bool {
+		return !slices.ContainsFunc(hdr.Recipients, func(y blockcrypt.Recipient) bool { return sameRecipient(x, y) })
+	}
+	if slices.ContainsFunc(rs, isNew) {
+		return nil
+	}
+	key, err := p.v.ring.Unwrap(keystore.WithPurpose(ctx, keystore.ForRewrap), hdr.File, wrapped(rs))
+	if err != nil {
+		return err
+	}
+	defer clear(key)
+	_, err = hdr.Unlock(key)
+	return err
+}
+
+func sameRecipient(a, b blockcrypt.Recipient) bool {
+	return a.URI == b.URI && string(a.Branch) == string(b.Branch) && string(a.Wrapped) == string(b.Wrapped)
+}
+
+// recipients returns those that a file is to have: never others than those that it has and those
+// that the authenticated kmsfs.json names, and never none.
+func (p *rewrapping) recipients(ctx context.Context, hdr *blockcrypt.Header) ([]blockcrypt.Recipient, error) {
+	has := func(uri string) int { // the place in the header of a recipient of the volume
+		i := among(p.rs, p.stores, uri)
+		return slices.IndexFunc(hdr.Recipients, func(x blockcrypt.Recipient) bool { return among(p.rs, p.stores, x.URI) == i })
+	}
+	if p.o.From != "" {
+		i := slices.IndexFunc(hdr.Recipients, func(x blockcrypt.Recipient) bool { return x.URI == p.o.From })
+		if i < 0 {
+			return hdr.Recipients, nil
+		}
+		out := slices.Clone(hdr.Recipients)
+		if has(p.o.To) < 0 {
+			w, err := p.wrap(ctx, hdr, p.o.To)
+			out[i] = w
+			return out, err
+		}
+		return slices.Delete(out, i, i+1), nil
+	}
+	var out []blockcrypt.Recipient
+	for _, x := range p.rs {
+		if i := has(x.URI); i >= 0 {
+			out = append(out, hdr.Recipients[i])
+			continue
+		}
+		w, err := p.wrap(ctx, hdr, x.URI)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, w)
+	}
+	if p.o.Missing {
+		for _, x := range hdr.Recipients {
+			if !slices.ContainsFunc(out, func(y blockcrypt.Recipient) bool { return y.URI == x.URI }) {
+				out = append(out, x)
+			}
+		}
+		if len(out) == len(hdr.Recipients) {
+			return hdr.Recipients, nil // in another order
+		}
+	}
+	return out, nil
+}
+
+func (p *rewrapping) wrap(ctx context.Context, hdr *blockcrypt.Header, to string) (blockcrypt.Recipient, error) {
+	w, err := p.v.ring.Rewrap(ctx, hdr.File, wrapped(hdr.Recipients), to, func(key []byte) error {
+		_, err := hdr.Unlock(key)
+		return err
+	})
+	if err != nil {
+		return blockcrypt.Recipient{}, err
+	}
+	return recipients([]keystore.Wrapped{w})[0], nil
+}
+
+// header reads the header of the node's file, and checks that it is of this volume; nil if the file
+// is empty.
+func (c *content) header() (*blockcrypt.Header, error) {
+	if f := c.file.Load(); f != nil {
+		f.mu.RLock()
+		defer f.mu.RUnlock()
+		if !f.closed {
+			if f.Header == nil {
+				return nil, nil
+			}
+			h := *f.Header
+			return &h, nil
+		}
+	}
+	fd, err := c.openFor(unix.O_RDONLY)
+	if err != nil {
+		return nil, err
+	}
+	defer c.v.disk.Close(fd)
+	hdr, _, err := c.readOwn(fd)
+	return hdr, err
+}
+
+// openFor opens the file itself, whatever its mode is.
+func (c *content) openFor(flags int) (int, error) {
+	fd, err := c.n.open(flags)
+	if errors.Is(err, unix.EACCES) {
+		var st unix.Stat_t
+		fd, err = c.openForced(flags, &st)
+	}
+	return fd, err
+}
+
+// readOwn reads and checks a header; nil if the file is empty.
+func (c *content) readOwn(fd int) (*blockcrypt.Header, []byte, error) {
+	var st unix.Stat_t
+	if err := c.v.disk.Fstat(fd, &st); err != nil || st.Size == 0 {
+		return nil, nil, err
+	}
+	hdr, raw, err := layout.ReadHeader(&c.v.disk, fd, c.v.geo.Header())
+	if err == nil {
+		err = layout.CheckHeader(hdr, c.v.geo, c.v.cfg.Volume, c.v.vk)
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	return hdr, raw, nil
+}
+
+// setRecipients gives the file other recipients, if its header still is what it was.
+func (c *content) setRecipients(was *blockcrypt.Header, rs []blockcrypt.Recipient) (written bool, err error) {
+	c.openMu.Lock()
+	defer c.openMu.Unlock()
+	defer c.n.change()
+	still := func(now *blockcrypt.Header) bool {
+		return now != nil && now.File == was.File && slices.EqualFunc(now.Recipients, was.Recipients, sameRecipient)
+	}
+	if f := c.file.Load(); f != nil {
+		if err := f.needWrite(); err != nil {
+			return false, err
+		}
+		if err := f.lockAwake(); err != nil {
+			return false, err
+		}
+		defer f.unlock()
+		if !still(f.Header) {
+			return false, nil
+		}
+		return true, f.SetRecipients(rs)
+	}
+	fd, err := c.openFor(unix.O_RDWR)
+	if err != nil {
+		return false, err
+	}
+	defer c.v.disk.Close(fd)
+	hdr, raw, err := c.readOwn(fd)
+	if err != nil || !still(hdr) {
+		return false, err
+	}
+	return true, cfile.ReplaceRecipients(&c.v.disk, fd, raw, hdr, rs, c.v.calm)
+}
