@@ -31,6 +31,7 @@ type control struct {
 	v      *volume.Volume
 	meter  *keystore.Meter
 	reload func(context.Context) error
+	keys   *keyFlags // by which the volume was mounted
 	log    *slog.Logger
 	since  time.Time
 
@@ -114,6 +115,7 @@ func (c *control) start(dev string) (err error) {
 			http.Error(w, fmt.Sprintf("the old credentials stay: %v", err), http.StatusInternalServerError)
 		}
 	})
+	c.serveChanges(mux)
 	c.srv = &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, ErrorLog: slog.NewLogLogger(c.log.Handler(), slog.LevelWarn)}
 	go c.srv.Serve(l)
 	return nil
@@ -164,6 +166,17 @@ var errNoAnswer = errors.New("the daemon does not answer")
 
 // askMount is ask of the mount with a device number.
 func askMount(ctx context.Context, dev, method, what string, out any) error {
+	return converse(ctx, dev, method, what, nil, func(r io.Reader) error {
+		b, err := io.ReadAll(r)
+		if err == nil && out != nil {
+			err = json.Unmarshal(b, out)
+		}
+		return err
+	})
+}
+
+// converse sends a request to the daemon of a mount, and reads its answer with read.
+func converse(ctx context.Context, dev, method, what string, body io.Reader, read func(io.Reader) error) error {
 	path, err := socketPath(dev)
 	if err != nil {
 		return err
@@ -176,7 +189,7 @@ func askMount(ctx context.Context, dev, method, what string, out any) error {
 		return c, errors.Join(verr, err)
 	}}}
 	defer client.CloseIdleConnections()
-	req, err := http.NewRequestWithContext(ctx, method, "http://kmsfs/"+what, nil)
+	req, err := http.NewRequestWithContext(ctx, method, "http://kmsfs/"+what, body)
 	if err != nil {
 		return err
 	}
@@ -185,14 +198,14 @@ func askMount(ctx context.Context, dev, method, what string, out any) error {
 		return errNoAnswer
 	}
 	defer resp.Body.Close()
-	b, err := io.ReadAll(resp.Body)
-	if err == nil && resp.StatusCode != http.StatusOK {
-		err = fmt.Errorf("the daemon answered: %s", bytes.TrimSpace(b))
+	if resp.StatusCode != http.StatusOK {
+		b, err := io.ReadAll(resp.Body)
+		if err != nil {
+			return err
+		}
+		return fmt.Errorf("the daemon answered: %s", bytes.TrimSpace(b))
 	}
-	if err == nil && out != nil {
-		err = json.Unmarshal(b, out)
-	}
-	return err
+	return read(resp.Body)
 }
 
 func controlCommands() []*cobra.Command {

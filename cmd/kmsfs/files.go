@@ -33,6 +33,7 @@ func catCommand() *cobra.Command {
 		},
 	}
 	k.add(c, lonelyKeyUsage)
+	k.addIdentities(c)
 	return c
 }
 
@@ -58,6 +59,7 @@ stdout. OUT appears whole or not at all.`,
 		},
 	}
 	k.add(c, lonelyKeyUsage)
+	k.addIdentities(c)
 	return c
 }
 

@@ -2,13 +2,16 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 
 	"github.com/spf13/cobra"
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
+	"kmsfs/keystore"
 	"kmsfs/keystore/local"
 )
 
@@ -66,14 +69,17 @@ func (f *initFlags) run(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
+	if !slices.ContainsFunc(ms, func(m made) bool { return !keystore.OnlySeals(m.store) }) {
+		return usageError{errors.New("an age recipient is for recovery: name another --key too, by which the volume is mounted"), "kmsfs init"}
+	}
 	rec, err := volume.Init(ctx, dir, stores(ms), id, volume.InitOptions{PlainNames: f.plainNames})
 	if err != nil {
 		unmake(ms)
 		return err
 	}
 	for _, m := range ms {
-		if m.path != "" && rec.Local == "" {
-			rec.Local = m.path
+		if m.path != "" {
+			rec.SetLocal(m.store.URI(), m.path)
 		}
 	}
 	if err := writeRecord(rec, dir); err != nil {

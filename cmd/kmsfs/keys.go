@@ -14,6 +14,7 @@ import (
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
 	"kmsfs/keystore"
+	"kmsfs/keystore/agestore"
 	"kmsfs/keystore/awskms"
 	"kmsfs/keystore/local"
 )
@@ -22,16 +23,31 @@ import (
 type keyFlags struct {
 	keys           []string
 	passphraseFile string
+	identityFiles  []string // of age
 	aws            awskms.Options
 
-	clients *awskms.Clients
-	usesKMS bool
+	newPassphraseFile string // of a recipient to be added
+
+	clients    *awskms.Clients
+	usesKMS    bool
+	identities agestore.Identities // of identityFiles, once they were read
 }
 
 func (k *keyFlags) add(c *cobra.Command, usage string) {
 	f := c.Flags()
 	f.StringArrayVarP(&k.keys, "key", "k", nil, usage)
 	f.StringVar(&k.passphraseFile, "passphrase-file", "", "read the passphrase from this `FILE`")
+	k.addAWS(c)
+}
+
+// addIdentities adds the flag for opening by an age recipient.
+func (k *keyFlags) addIdentities(c *cobra.Command) {
+	c.Flags().StringArrayVar(&k.identityFiles, "identity", nil, "open with the age identity, or the SSH key, in this `FILE` (repeatable); nothing else is asked")
+}
+
+// addAWS adds the flags by which KMS is reached.
+func (k *keyFlags) addAWS(c *cobra.Command) {
+	f := c.Flags()
 	f.StringVar(&k.aws.Endpoint, "aws-endpoint", "", "`URL` of KMS, instead of the Region's own")
 	f.StringVar(&k.aws.Profile, "aws-profile", "", "`PROFILE` of the AWS configuration")
 	f.StringVar(&k.aws.Region, "aws-region", "", "`REGION` of keys that are named by alias or ID")
@@ -56,7 +72,7 @@ func kmsName(key string) (string, bool) {
 }
 
 func badKey(key string) error {
-	return usageError{fmt.Errorf("%q names no key: local:PATH, passphrase, aws-kms:ALIAS|ID|ARN, alias/… and arn:aws:kms:… do", key), "kmsfs"}
+	return usageError{fmt.Errorf("%q names no key: local:PATH, passphrase, aws-kms:ALIAS|ID|ARN, alias/…, arn:aws:kms:…, age1… and ssh-… do", key), "kmsfs"}
 }
 
 // made is a store for a new volume or file, and what to tell about it.
@@ -131,6 +147,13 @@ func (k *keyFlags) createOne(ctx context.Context, key string) (made, error) {
 		}
 		return made{store: s}, nil
 	}
+	if name := strings.TrimPrefix(key, agestore.Scheme); agestore.Named(name) {
+		s, err := agestore.New(name)
+		if err != nil {
+			return made{}, err
+		}
+		return made{store: s}, nil
+	}
 	if key != passphraseKey {
 		return made{}, badKey(key)
 	}
@@ -157,6 +180,9 @@ func stores(ms []made) []keystore.Store {
 // trusted opens the stores that --key names, and those that the trust record
 // vouches for, of what recipients there are.
 func (k *keyFlags) trusted(ctx context.Context, recipients []blockcrypt.Recipient, rec *volume.Record) ([]keystore.Store, error) {
+	if len(k.identityFiles) > 0 {
+		return k.byIdentity(recipients)
+	}
 	var out []keystore.Store
 	for _, key := range k.keys {
 		s, err := k.named(ctx, key, recipients)
@@ -182,6 +208,32 @@ func (k *keyFlags) trusted(ctx context.Context, recipients []blockcrypt.Recipien
 	}
 	if len(out) == 0 && len(errs) > 0 {
 		return nil, errs[0]
+	}
+	return out, nil
+}
+
+// byIdentity opens the age recipients by the identities that were named.
+func (k *keyFlags) byIdentity(recipients []blockcrypt.Recipient) (out []keystore.Store, err error) {
+	if k.identities == nil {
+		for _, path := range k.identityFiles {
+			ids, err := agestore.ReadIdentities(path, func() ([]byte, error) { return askPassphrase(k.passphraseFile, false) })
+			if err != nil {
+				return nil, err
+			}
+			k.identities = append(k.identities, ids...)
+		}
+	}
+	for _, r := range recipients {
+		if strings.HasPrefix(r.URI, agestore.Scheme) {
+			s, err := agestore.Open(r.URI, r.Branch, k.identities)
+			if err != nil {
+				return nil, err
+			}
+			out = append(out, s)
+		}
+	}
+	if len(out) == 0 {
+		return nil, coded{fmt.Errorf("no age identity opens this: it is under %s", uris(recipients)), exitKey}
 	}
 	return out, nil
 }
@@ -233,12 +285,13 @@ func uris(rs []blockcrypt.Recipient) string {
 func (k *keyFlags) open(ctx context.Context, r blockcrypt.Recipient, rec *volume.Record) (keystore.Store, error) {
 	switch {
 	case strings.HasPrefix(r.URI, local.Scheme):
-		if rec == nil || rec.Local == "" {
+		path := rec.LocalPath(r.URI)
+		if path == "" {
 			return nil, hint(fmt.Errorf("where the key file of %s lies is not known", r.URI), "name it with --key local:PATH")
 		}
-		s, err := local.OpenFile(rec.Local)
+		s, err := local.OpenFile(path)
 		if err == nil && s.URI() != r.URI {
-			return nil, coded{hint(fmt.Errorf("the key file %s is not the one that opens this", rec.Local), "restore %s from its backup, or name the place it moved to with --key local:PATH", r.URI), exitKey}
+			return nil, coded{hint(fmt.Errorf("the key file %s is not the one that opens this", path), "restore %s from its backup, or name the place it moved to with --key local:PATH", r.URI), exitKey}
 		}
 		return s, err
 	case strings.HasPrefix(r.URI, local.PassphraseScheme):
@@ -246,6 +299,8 @@ func (k *keyFlags) open(ctx context.Context, r blockcrypt.Recipient, rec *volume
 	case strings.HasPrefix(r.URI, awskms.Scheme):
 		k.usesKMS = true
 		return k.kms().OpenURI(ctx, r.URI)
+	case strings.HasPrefix(r.URI, agestore.Scheme):
+		return agestore.Open(r.URI, r.Branch, k.identities)
 	}
 	return nil, fmt.Errorf("this version of kmsfs does not know recipients like %s", r.URI)
 }

@@ -47,6 +47,8 @@ KEY names a key:
   passphrase                  asked for on the terminal, or --passphrase-file
   aws-kms:ALIAS|ID|ARN        a symmetric AWS KMS key; alias/… and arn:aws:kms:…
                               do without the aws-kms: before them
+  age1…, ssh-ed25519 …        an age recipient or an SSH key, for recovery: --identity
+                              opens what it was given
 
 Exit codes:
   0  done
@@ -67,7 +69,7 @@ Exit codes:
 		RunE:          func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error { return usageError{err, c.CommandPath()} })
-	root.AddCommand(initCommand(), mountCommand(), umountCommand(), infoCommand(), catCommand(), encryptCommand(), decryptCommand(), fsckCommand(), keyCommand(), versionCommand())
+	root.AddCommand(initCommand(), mountCommand(), umountCommand(), infoCommand(), catCommand(), encryptCommand(), decryptCommand(), fsckCommand(), keyCommand(), versionCommand(), recipientsCommand(), rewrapCommand(), inventoryCommand())
 	root.AddCommand(controlCommands()...)
 	usageOf(root)
 	return root

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -39,6 +40,8 @@ type mountFlags struct {
 	lease       string
 	audit       string
 
+	incomplete bool // keys of recipients need not be at hand
+
 	again bool     // remount
 	pass  []string // options for the kernel
 }
@@ -57,6 +60,7 @@ init writes one, and so does a mount with --key.`,
 		RunE: func(c *cobra.Command, args []string) error { return f.start(c.Context(), args[0], args[1]) },
 	}
 	f.add(c, "open the volume with this `KEY` (repeatable); also where a moved key file is")
+	f.addIdentities(c)
 	fl := c.Flags()
 	fl.BoolVar(&f.create, "create", false, "make the volume first if the directory is empty")
 	fl.BoolVar(&f.plainNames, "plain-names", false, "with --create: leave names as they are")
@@ -177,6 +181,8 @@ func (f *mountFlags) parseOptions() error {
 		}
 	}
 	switch {
+	case len(f.identityFiles) > 0 && !f.readOnly:
+		return usageError{errors.New("--identity is for recovery, so it goes with --read-only; kmsfs recipients add --identity gives the volume a key to write with"), "kmsfs mount"}
 	case f.lease != "key" && f.lease != "file":
 		return usageError{fmt.Errorf("--key-lease %s: key and file are there", f.lease), "kmsfs mount"}
 	case f.audit != "" && f.audit != "strict":
@@ -298,7 +304,7 @@ func (f *mountFlags) serve(ctx context.Context, cipherDir, mountPoint string) er
 	if err != nil {
 		return errors.Join(mountFailed(err), v.Close())
 	}
-	ctl := &control{v: v, meter: f.aws.Meter, reload: f.kms().Reload, log: logger}
+	ctl := &control{v: v, meter: f.aws.Meter, reload: f.kms().Reload, keys: &f.keyFlags, log: logger}
 	var mark *mountMark
 	mi, err := mountAt(mountPoint)
 	if err == nil {
@@ -376,17 +382,26 @@ func (f *mountFlags) unlock(ctx context.Context, cipherDir string) (*volume.Unlo
 	if len(trusted) == 0 {
 		return nil, untrusted(l.Config.List(), cipherDir, rec)
 	}
-	u, err := l.Unlock(ctx, trusted, volume.UnlockOptions{Record: rec, AcceptOlder: f.acceptOlder, ReadOnly: f.readOnly,
-		More: func(ctx context.Context, r blockcrypt.Recipient) (keystore.Store, error) { return f.open(ctx, r, rec) }})
+	o := volume.UnlockOptions{Record: rec, AcceptOlder: f.acceptOlder, ReadOnly: f.readOnly, Incomplete: f.incomplete,
+		More: func(ctx context.Context, r blockcrypt.Recipient) (keystore.Store, error) { return f.open(ctx, r, rec) }}
+	if len(f.identityFiles) > 0 && f.readOnly {
+		o.More = nil // nothing else is asked
+	}
+	u, err := l.Unlock(ctx, trusted, o)
 	if err != nil {
 		return nil, err
 	}
 	for _, key := range f.keys {
-		if path, ok := strings.CutPrefix(key, local.Scheme); ok {
-			if u.Record.Local, err = filepath.Abs(path); err != nil { // where it is now
+		if path, ok := strings.CutPrefix(key, local.Scheme); ok { // where it is now
+			s, err := local.OpenFile(path)
+			if err == nil {
+				path, err = filepath.Abs(path)
+			}
+			if err != nil {
 				u.Close()
 				return nil, err
 			}
+			u.Record.SetLocal(s.URI(), path)
 		}
 	}
 	return u, nil
@@ -401,7 +416,7 @@ func (f *mountFlags) remember(rec *volume.Record, cipherDir string) error {
 }
 
 func sameRecord(a, b *volume.Record) bool {
-	return a.Generation == b.Generation && a.Local == b.Local && slices.Equal(a.Recipients, b.Recipients)
+	return a.Generation == b.Generation && a.Local == b.Local && maps.Equal(a.Locals, b.Locals) && slices.Equal(a.Recipients, b.Recipients)
 }
 
 // untrusted refuses a volume whose keys nobody named, with the line that would

@@ -109,6 +109,12 @@ func hintOf(err error) string {
 		return "if a backup was restored on purpose, mount with --accept-older"
 	case errors.Is(err, volume.ErrOtherKey):
 		return "this is not the volume that was mounted here before, or kmsfs.json was exchanged; restore kmsfs.json from a backup"
+	case errors.As(err, new(*volume.OnlyRecipientError)):
+		return "give them another one first: kmsfs rewrap --missing"
+	case errors.Is(err, volume.ErrNoRoom):
+		return "remove a recipient first; a volume that init makes with more of them has larger headers"
+	case errors.Is(err, volume.ErrNotRecipient):
+		return "kmsfs recipients list names those that it has"
 	case errors.Is(err, volume.ErrNotEmpty):
 		return "name an empty directory, or a new one"
 	}

@@ -1,0 +1,150 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/spf13/cobra"
+
+	"kmsfs/fs/volume"
+)
+
+// rewrapFlags are those of kmsfs rewrap.
+type rewrapFlags struct {
+	keyFlags
+	from, to                string
+	missing, verify, asJSON bool
+}
+
+// rewrapAtOnce is how many files are changed at the same time: so many calls of 20 ms give 3,000 a
+// second, more than --kms-rps lets through.
+const rewrapAtOnce = 64
+
+func rewrapCommand() *cobra.Command {
+	var f rewrapFlags
+	c := &cobra.Command{
+		Use:   "rewrap [--from KEY --to KEY] [--missing] [--verify] CIPHERDIR",
+		Short: "Give the files of a volume its present recipients",
+		Long: `Give the files of a volume its present recipients: those that kmsfs recipients lists,
+and no others. Only the wrapped keys in the headers change, not the content. The command can be
+interrupted and called again. The volume may be mounted and in use.
+
+Between two KMS keys of one Region the keys of the files never leave KMS (ReEncrypt).`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(c *cobra.Command, args []string) error { return f.run(contextOf(c), args[0]) },
+	}
+	f.add(c, openVolumeUsage)
+	f.addIdentities(c)
+	fl := c.Flags()
+	fl.StringVar(&f.from, "from", "", "only replace this `KEY` in the files that have it, by the one of --to")
+	fl.StringVar(&f.to, "to", "", "the `KEY`, a recipient of the volume, that takes its place")
+	fl.BoolVar(&f.missing, "missing", false, "only add the recipients that files lack; take none out")
+	fl.BoolVar(&f.verify, "verify", false, "read all headers again afterwards, and fail if one is not as it should be")
+	fl.BoolVar(&f.asJSON, "json", false, "print the result as JSON")
+	fl.Float64Var(&f.aws.RPS, "kms-rps", 2000, "calls a second to KMS at most, if the volume is not mounted")
+	return c
+}
+
+// rewrapResult is the output of kmsfs rewrap.
+type rewrapResult struct {
+	volume.Rewrapped
+	Errors []failedFile `json:"errors"` // the first of them
+	Wrong  []string     `json:"wrong"`  // files that --verify has found, the first of them
+}
+
+const mostErrors = 100 // in a rewrapResult
+
+func (f *rewrapFlags) run(ctx context.Context, dir string) error {
+	if (f.from == "") != (f.to == "") || f.from != "" && f.missing {
+		return usageError{errors.New("--from and --to go together, and without --missing"), "kmsfs rewrap"}
+	}
+	return f.administer(ctx, dir, func(a administrator) error {
+		list, err := a.recipients(ctx)
+		if err != nil {
+			return err
+		}
+		q := rewrapRequest{Missing: f.missing, AtOnce: rewrapAtOnce}
+		if f.from != "" {
+			if q.From, err = f.uriOf(ctx, f.from, list); err == nil {
+				q.To, err = f.recipientNamed(ctx, a, f.to)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		out := rewrapResult{Errors: []failedFile{}, Wrong: []string{}}
+		var line progressLine
+		err = a.rewrap(ctx, q, func(n news) {
+			if n.Progress != nil {
+				out.Rewrapped = *n.Progress
+				line.show("%d files, %d changed", out.Files, out.Changed)
+			}
+			if n.Failed != nil && len(out.Errors) < mostErrors {
+				out.Errors = append(out.Errors, *n.Failed)
+			}
+		})
+		if err == nil && f.verify {
+			line.show("reading all headers again")
+			err = f.verifyAll(ctx, dir, q, list, &out)
+		}
+		line.clear()
+		return errors.Join(f.show(&out), f.verdict(ctx, err, &out, dir))
+	})
+}
+
+func (f *rewrapFlags) show(out *rewrapResult) error {
+	if f.asJSON {
+		return printJSON(out)
+	}
+	for _, x := range out.Errors {
+		say("%s: %s", x.Path, x.Error)
+	}
+	for _, path := range out.Wrong {
+		say("%s does not have the recipients that it should have", path)
+	}
+	fmt.Printf("%d files: %d changed, %d had them already, %d failed.\n", out.Files, out.Changed, out.Files-out.Changed-out.Failed, out.Failed)
+	return nil
+}
+
+func (f *rewrapFlags) verdict(ctx context.Context, err error, out *rewrapResult, dir string) error {
+	switch {
+	case ctx.Err() != nil || errors.Is(err, context.Canceled):
+		return hint(errors.New("interrupted; what was done stays"), "go on with the same command")
+	case err != nil:
+		return err
+	case out.Failed > 0:
+		return hint(fmt.Errorf("%d files could not be changed", out.Failed), "see kmsfs fsck %s, and call the command again", shellWord(dir))
+	case len(out.Wrong) > 0:
+		return hint(errors.New("not all files are as they should be"), "call the command again; files that were made meanwhile may be among them")
+	}
+	return nil
+}
+
+// verifyAll reads every header again: none names the key of --from, or one that is no recipient of
+// the volume, and none lacks one.
+func (f *rewrapFlags) verifyAll(ctx context.Context, dir string, q rewrapRequest, list []string, out *rewrapResult) error {
+	return volume.Inventory(ctx, dir, func(e volume.Inventoried) {
+		bad := e.Err != nil
+		if e.Header != nil {
+			var has []string
+			for _, r := range e.Header.Recipients {
+				has = append(has, r.URI)
+			}
+			lacks := func(uri string) bool { return !slices.Contains(has, uri) }
+			strange := func(uri string) bool { return !slices.Contains(list, uri) }
+			switch {
+			case q.From != "":
+				bad = slices.Contains(has, q.From)
+			case q.Missing:
+				bad = slices.ContainsFunc(list, lacks)
+			default:
+				bad = slices.ContainsFunc(list, lacks) || slices.ContainsFunc(has, strange)
+			}
+		}
+		if bad && len(out.Wrong) < mostErrors {
+			out.Wrong = append(out.Wrong, e.Path)
+		}
+	})
+}
