@@ -52,7 +52,7 @@ type crashChecker struct {
 	left          *int
 	total, second *atomic.Int64
 	run           *crashRun
-	busy          atomic.Bool // what is done is not recorded
+	busy          atomic.Bool // calls are not recorded
 }
 
 const statesPerCall = 4

@@ -17,8 +17,8 @@ import (
 )
 
 // file is the ciphertext file of a node while something of it is open, or has
-// still to settle: who uses it, its lock, its descriptors and its keys. What is written, and in
-// which order, is for [cfile.File].
+// still to settle: its users, its lock, its descriptors and its keys. [cfile.File] knows
+// the order of writes.
 type file struct {
 	n *Node
 	v *Volume
@@ -279,7 +279,7 @@ func (f *file) current() shown {
 }
 
 // unlock unlocks mu after it was held for writing. Requests for attributes do not wait for
-// mu: what the file has from here on is shown.
+// mu: the present size and time are shown from here on.
 func (f *file) unlock() {
 	f.shownMu.Lock()
 	f.shown = f.current()
@@ -350,7 +350,7 @@ func (c *content) newFile(fd int, rw bool, st *Attr) *file {
 }
 
 // Reread reports, once, whether the file was loaded after a sync that failed: then what the
-// kernel has in its cache may not be what the disk has.
+// kernel can have other bytes in its cache than the disk has.
 func (h *Handle) Reread() bool {
 	h.f.mu.Lock()
 	defer h.f.unlock()

@@ -23,7 +23,7 @@ type Node struct {
 	dev, ino uint64
 	typ      uint32 // S_IFMT bits
 
-	known // who knows it, and its names
+	known // its users, and its names
 	attributes
 	directory // only of a directory
 	content   // only of a file
@@ -44,7 +44,7 @@ type known struct {
 	pending bool       // a file that is still to be repaired: nobody may remember it
 }
 
-// directory is what is known of a directory.
+// directory is the part of a node that only a directory has.
 type directory struct {
 	v *Volume
 	n *Node
@@ -66,7 +66,7 @@ type directory struct {
 	idSynced bool     // the ID is durable
 }
 
-// content is what is known of a file's content.
+// content is the part of a node that only a file has.
 type content struct {
 	v *Volume
 	n *Node
@@ -78,7 +78,7 @@ type content struct {
 	// openMu is held while the file is loaded, repaired or let go. It guards the fields below.
 	openMu   sync.Mutex
 	half     *half      // a file whose key is still waited for
-	past     cfile.Past // what was known when it was closed last
+	past     cfile.Past // of when it was closed last
 	sound    bool       // no earlier session has left it to be repaired
 	believed int64      // the size that the file had when it broke, which the kernel goes on to believe in
 }

@@ -121,7 +121,7 @@ func (r *Recipients) Remove(ctx context.Context, uri string) (*Record, error) {
 	if only.Files > 0 {
 		return nil, only
 	}
-	// What was read need not be on the disk yet.
+	// The headers that were read need not be on the disk yet.
 	if err := r.v.syncAll(); err != nil {
 		return nil, err
 	}
@@ -175,7 +175,7 @@ func (r *Recipients) change(rs []blockcrypt.ConfigRecipient, stores []keystore.S
 	next := *r.cfg
 	next.Recipients = rs
 	next.Generation++
-	if n := blockcrypt.RecipientsFit(next.List()); n == 0 || n > next.Header {
+	if n := blockcrypt.RecipientsFit(inFiles(&next)); n == 0 || n > next.Header {
 		return nil, fmt.Errorf("%w: files of this volume have one of %d bytes", ErrNoRoom, next.Header)
 	}
 	b, err := next.Encode(v.vk)

@@ -37,7 +37,7 @@ type Rewrapped struct {
 const rewrapTries = 10
 
 // Rewrap gives files other recipients. It changes nothing but the recipients in their headers, and
-// can be interrupted at any time and called again: what was done is not done twice. When it returns
+// can be interrupted at any time and called again: nothing is done twice. When it returns
 // without an error, all is durable.
 func (r *Recipients) Rewrap(ctx context.Context, o RewrapOptions) (done Rewrapped, err error) {
 	v := r.v

@@ -22,7 +22,7 @@ func (d *durability) Changes() uint64 { return d.changes }
 // Synced reports whether a sync has covered all changes of the content.
 func (d *durability) Synced() bool { return d.synced == int64(d.changes) }
 
-// Past is what is remembered of a file that was closed, for when it is opened again.
+// Past is remembered of a file that was closed, for when it is opened again.
 type Past struct {
 	file blockcrypt.ID
 	born time.Time // zero: something may be confirmed

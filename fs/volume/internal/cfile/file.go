@@ -57,7 +57,7 @@ func New(d *disk.Disk, g blockcrypt.Geometry, fd int, mtime unix.Timespec, r Rul
 	return f
 }
 
-// BelieveEmpty takes a file of no bytes for what it is.
+// BelieveEmpty takes a file of no bytes for an empty one.
 func (p *pages) BelieveEmpty() { p.enter(Empty) }
 
 // BelievePartial shows the blocks that open of an unfinished file of this length, which is

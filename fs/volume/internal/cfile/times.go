@@ -6,7 +6,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Times is what is known of the file's modification time.
+// Times are those of modification: on the disk, and in the kernel.
 type Times struct {
 	Mtime   unix.Timespec // what the kernel believes
 	Touched bool          // the backing's is another by now
@@ -15,7 +15,7 @@ type Times struct {
 	wroteAt time.Time // of our last write, which gave the backing its time
 }
 
-// Times returns what is known of the modification time.
+// Times returns the times of modification.
 func (p *pages) Times() *Times { return &p.times }
 
 // Keep takes a time that the kernel believes; the backing gets it later.
