@@ -25,10 +25,21 @@ type Config struct {
 	Names       string                     `json:"names"`
 	Recipients  []ConfigRecipient          `json:"recipients"`
 	Directories map[string]json.RawMessage `json:"directories"` // keys of directories: none in this version
-	Branch      *json.RawMessage           `json:"branch"`      // the current branch: none in this version
+	Branch      *ConfigBranch              `json:"branch"`      // how new files are wrapped under branch keys; nil if they are not
 
 	line, mac []byte
 }
+
+// ConfigBranch says how long a branch key is used for new files.
+type ConfigBranch struct {
+	Seconds int64 `json:"seconds"`
+}
+
+// Bounds of ConfigBranch.Seconds.
+const (
+	MinBranch = 60
+	MaxBranch = 30 * 24 * 60 * 60
+)
 
 // ConfigRecipient is a [Recipient] of the volume key, in JSON.
 type ConfigRecipient struct {
@@ -78,8 +89,11 @@ func (c *Config) check() error {
 	if c.Names != NamesEncrypted && c.Names != NamesPlain {
 		return damaged(Unsupported, "names mode %q", c.Names)
 	}
-	if len(c.Directories) != 0 || c.Branch != nil {
-		return damaged(Unsupported, "keys of directories or branches")
+	if len(c.Directories) != 0 {
+		return damaged(Unsupported, "keys of directories")
+	}
+	if b := c.Branch; b != nil && (b.Seconds < MinBranch || b.Seconds > MaxBranch) {
+		return damaged(BadConfig, "branch keys of %d seconds", b.Seconds)
 	}
 	if _, err := encodeRecipients(c.List()); err != nil {
 		return damaged(BadConfig, "%v", err)

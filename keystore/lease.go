@@ -42,6 +42,8 @@ type standing struct {
 	samples []sample // what a probe unwraps, in turn
 	turn    int
 
+	branch branch // under which new keys are wrapped, if the ring does that
+
 	mayNot *Error        // why new keys are not wrapped by it
 	again  time.Duration // when that is tried again
 
@@ -344,6 +346,7 @@ func (r *Ring) wipe() {
 	r.pool.keys = nil
 	r.cache.wipe()
 	for _, s := range r.stores {
+		s.branch.wipe()
 		if f, ok := s.Store.(Forgetter); ok {
 			f.Forget()
 		}

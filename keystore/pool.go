@@ -335,7 +335,7 @@ func (m *maker) wrapForAll(ctx context.Context, b Binding) (k *DataKey, missing 
 			missing = append(missing, err)
 			continue
 		}
-		usable, which = append(usable, watched{m.r, s}), append(which, s)
+		usable, which = append(usable, m.r.wraps(s)), append(which, s)
 	}
 	if len(usable) == 0 {
 		if len(missing) == 0 {

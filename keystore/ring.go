@@ -39,15 +39,16 @@ type Ring struct {
 
 // RingOptions of [NewRing]; the zero value makes no keys ahead.
 type RingOptions struct {
-	Pool    int                         // data keys that are held ready in the long run, once a program has made a file; 0: none are made ahead
-	MaxAge  time.Duration               // how long a proof that a key may be used is good for; 5 min if zero
-	Grace   time.Duration               // how long cached keys are used while a service cannot be reached; 1 h if zero, not at all if negative
-	EachKey bool                        // a key is used for MaxAge only, whatever was proven of others
-	Sample  []Wrapped                   // of the volume key: what a probe unwraps before there are files
-	Report  func(error)                 // told of what failed in the background
-	Changed func(verdict error)         // told when no key can be used any more, and with nil when one can again
-	Reach   func(uri string, err error) // told when a store cannot be reached any more, and with nil when it can again
-	Now     func() time.Duration        // the clock, for tests; CLOCK_BOOTTIME if nil
+	Pool     int                         // data keys that are held ready in the long run, once a program has made a file; 0: none are made ahead
+	MaxAge   time.Duration               // how long a proof that a key may be used is good for; 5 min if zero
+	Grace    time.Duration               // how long cached keys are used while a service cannot be reached; 1 h if zero, not at all if negative
+	EachKey  bool                        // a key is used for MaxAge only, whatever was proven of others
+	Branches time.Duration               // how long a branch key is used for new files; 0: each file costs a call
+	Sample   []Wrapped                   // of the volume key: what a probe unwraps before there are files
+	Report   func(error)                 // told of what failed in the background
+	Changed  func(verdict error)         // told when no key can be used any more, and with nil when one can again
+	Reach    func(uri string, err error) // told when a store cannot be reached any more, and with nil when it can again
+	Now      func() time.Duration        // the clock, for tests; CLOCK_BOOTTIME if nil
 }
 
 const maxCached = 16384
@@ -128,7 +129,7 @@ func (r *Ring) SetStores(stores []Store) {
 // newStanding takes the store to have just proven that its key may be used. mu is held.
 func (r *Ring) newStanding(s Store) *standing {
 	_, immediate := s.(Immediate)
-	st := &standing{Store: s, immediate: immediate, health: health{proven: r.o.Now()}}
+	st := &standing{Store: s, immediate: immediate, health: health{proven: r.o.Now()}, branch: branch{busy: make(chan struct{}, 1)}}
 	for _, w := range r.o.Sample {
 		if Serves(s, w.URI) {
 			st.learn(Binding{Use: ForVolume, Volume: r.volume}, w)
@@ -331,7 +332,7 @@ func (r *Ring) Rewrap(ctx context.Context, file [16]byte, ws []Wrapped, to strin
 	if x := StoreFor(sealers, to); x != nil {
 		s = x
 	} else if x := StoreFor(stores, to); x != nil {
-		s = watched{r, x}
+		s = r.wraps(x)
 		if re, ok := x.Store.(Reencrypter); ok {
 			for _, c := range r.candidates(ws) {
 				w, ok, err := re.Reencrypt(ctx, Binding{ForFile, r.volume, file}, c.w, c.s.Store)

@@ -90,7 +90,7 @@ type administrator interface {
 	close() error
 }
 
-// administer calls f with what can change the volume in a directory.
+// administer calls f with an administrator of the volume in a directory.
 func (k *keyFlags) administer(ctx context.Context, dir string, f func(administrator) error) error {
 	dir, err := realDir(dir)
 	if err != nil {
@@ -118,7 +118,7 @@ type openVolume struct {
 }
 
 // openForChange opens a volume that is not mounted. Keys of recipients that are not at hand are no
-// obstacle: they may be what is to be replaced.
+// obstacle: they may be the ones to be replaced.
 func (k *keyFlags) openForChange(ctx context.Context, dir string) (administrator, error) {
 	m := mountFlags{keyFlags: *k, incomplete: true}
 	u, err := m.unlock(ctx, dir)

@@ -368,7 +368,7 @@ func (s *stats) print() {
 }
 
 // estimate says what a new volume under KMS keys will cost.
-func estimate(ms []made, trails uint) string {
+func estimate(ms []made, trails uint, branches time.Duration) string {
 	n := 0.0 // calls for each file
 	for _, m := range ms {
 		if strings.HasPrefix(m.store.URI(), "aws-kms:") {
@@ -382,6 +382,10 @@ func estimate(ms []made, trails uint) string {
 	where, further := "", fmt.Sprintf("; each CloudTrail trail but the first adds $%.2f and $%.2f", n*files*perEvent, n*idle*perEvent)
 	if trails > 0 {
 		where, further = fmt.Sprintf(" where CloudTrail trails record each call, %d beside the free one", trails), ""
+	}
+	if branches > 0 {
+		return fmt.Sprintf("Cost%s: one call for up to 65,536 new files in %v, and again when they are first read, and at most $%.2f a month for each mount. The keys themselves are $1 a month each.",
+			where, branches, n*idle*callPrice(trails))
 	}
 	return fmt.Sprintf("Cost%s: $%.2f for each 100,000 files made or first read, and at most $%.2f a month for each mount%s. The first new file of a mount makes up to %d keys ahead, a burst of new files up to %d. The keys themselves are $1 a month each.",
 		where, n*files*callPrice(trails), n*idle*callPrice(trails), further, keystore.FirstPool, keystore.MaxPool)

@@ -1,14 +1,18 @@
 package main
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
+	"kmsfs/keystore/awskms"
 )
 
 // inventoryFlags are those of kmsfs inventory.
@@ -44,6 +48,7 @@ CloudTrail is watched for DisabledException, before its deletion is scheduled.`,
 // inventory is the output of kmsfs inventory. Bytes are those of ciphertext.
 type inventory struct {
 	Trees      []string         `json:"trees"`
+	Volumes    []volumeOf       `json:"volumes"` // the trees that have a kmsfs.json
 	Files      int64            `json:"files"`
 	Bytes      int64            `json:"bytes"`
 	Empty      int64            `json:"empty"`      // have no key
@@ -51,6 +56,12 @@ type inventory struct {
 	Unreadable []string         `json:"unreadable"` // the first of them
 	Unread     int64            `json:"unreadable_files"`
 	Keys       []inventoriedKey `json:"keys"`
+}
+
+// volumeOf is a tree that is a volume, with the keys that its new files get.
+type volumeOf struct {
+	Tree       string   `json:"tree"`
+	Recipients []string `json:"recipients"`
 }
 
 type inventoriedKey struct {
@@ -61,10 +72,39 @@ type inventoriedKey struct {
 }
 
 func (f *inventoryFlags) run(ctx context.Context, dir string) error {
-	out := inventory{Trees: append([]string{dir}, f.also...), Unreadable: []string{}, Keys: []inventoriedKey{}}
+	out, err := takeInventory(ctx, append([]string{dir}, f.also...))
+	if err != nil {
+		return err
+	}
+	if err := f.show(out); err != nil {
+		return err
+	}
+	if f.needs == "" {
+		return nil
+	}
+	list := []string{}
+	for _, k := range out.Keys {
+		list = append(list, k.URI)
+	}
+	for _, v := range out.Volumes {
+		list = append(list, v.Recipients...)
+	}
+	uri, err := f.uriOf(ctx, f.needs, list)
+	if err != nil {
+		return err
+	}
+	return out.needs(uri)
+}
+
+// takeInventory counts the files of these trees.
+func takeInventory(ctx context.Context, trees []string) (*inventory, error) {
+	out := &inventory{Trees: trees, Volumes: []volumeOf{}, Unreadable: []string{}, Keys: []inventoriedKey{}}
 	byURI := map[string]*inventoriedKey{}
 	var line progressLine
 	for _, tree := range out.Trees {
+		if err := out.addVolume(tree); err != nil {
+			return nil, fmt.Errorf("%s: %w", tree, err)
+		}
 		err := volume.Inventory(ctx, tree, func(e volume.Inventoried) {
 			out.add(tree, e, byURI)
 			if out.Files%1000 == 0 {
@@ -72,18 +112,35 @@ func (f *inventoryFlags) run(ctx context.Context, dir string) error {
 			}
 		})
 		if err != nil {
-			return fmt.Errorf("%s: %w", tree, err)
+			return nil, fmt.Errorf("%s: %w", tree, err)
 		}
 	}
 	line.clear()
 	for _, k := range byURI {
 		out.Keys = append(out.Keys, *k)
 	}
-	slices.SortFunc(out.Keys, func(a, b inventoriedKey) int { return int(b.Files - a.Files) })
-	if err := f.show(&out); err != nil {
+	slices.SortFunc(out.Keys, func(a, b inventoriedKey) int {
+		return cmp.Or(cmp.Compare(b.Files, a.Files), strings.Compare(a.URI, b.URI))
+	})
+	return out, nil
+}
+
+// addVolume notes the recipients of a tree that is a volume, and not a part of one.
+func (i *inventory) addVolume(tree string) error {
+	l, err := volume.Find(tree)
+	if errors.Is(err, volume.ErrNotVolume) {
+		return nil
+	}
+	if err != nil {
 		return err
 	}
-	return f.verdict(ctx, &out)
+	defer l.Close()
+	v := volumeOf{Tree: tree}
+	for _, r := range l.Config.Recipients {
+		v.Recipients = append(v.Recipients, r.URI)
+	}
+	i.Volumes = append(i.Volumes, v)
+	return nil
 }
 
 func (i *inventory) add(tree string, e volume.Inventoried, byURI map[string]*inventoriedKey) {
@@ -130,29 +187,31 @@ func (f *inventoryFlags) show(out *inventory) error {
 	return nil
 }
 
-// verdict answers --needs.
-func (f *inventoryFlags) verdict(ctx context.Context, out *inventory) error {
-	if f.needs == "" {
-		return nil
+// needs returns why a key cannot be deleted, as far as these trees tell; nil if it can.
+func (i *inventory) needs(uri string) error {
+	var files, only int64
+	for _, k := range i.Keys {
+		if sameKey(k.URI, uri) {
+			files, only = files+k.Files, only+k.Only
+		}
 	}
-	var list []string
-	for _, k := range out.Keys {
-		list = append(list, k.URI)
+	for _, v := range i.Volumes {
+		if slices.ContainsFunc(v.Recipients, func(u string) bool { return sameKey(u, uri) }) {
+			return hint(fmt.Errorf("new files of the volume in %s get %s, and %d files have no other key", v.Tree, uri, only), "kmsfs recipients remove %s %s", shellWord(v.Tree), shellWord(uri))
+		}
 	}
-	uri, err := f.uriOf(ctx, f.needs, list)
-	if err != nil {
-		return err
-	}
-	i := slices.IndexFunc(out.Keys, func(k inventoriedKey) bool { return k.URI == uri })
 	switch {
-	case i >= 0 && out.Keys[i].Only > 0:
-		return hint(fmt.Errorf("%d files can be opened by no other key than %s", out.Keys[i].Only, uri), "kmsfs recipients add, and kmsfs rewrap --missing, give them another one")
-	case out.Unread > 0:
-		return coded{fmt.Errorf("%d files could not be read: they may need it", out.Unread), exitUnchecked}
-	case i >= 0:
-		say("%d files name %s; each has another key", out.Keys[i].Files, uri)
+	case only > 0:
+		return hint(fmt.Errorf("%d files can be opened by no other key than %s", only, uri), "kmsfs recipients add, and kmsfs rewrap --missing, give them another one")
+	case i.Unread > 0:
+		return coded{fmt.Errorf("%d files could not be read: they may need it", i.Unread), exitUnchecked}
+	case files > 0:
+		say("%d files name %s; each has another key", files, uri)
 	default:
 		say("no file names %s", uri)
 	}
 	return nil
 }
+
+// sameKey reports whether two URIs are of one key, or of replicas of it.
+func sameKey(a, b string) bool { return a == b || awskms.SameKey(a, b) }

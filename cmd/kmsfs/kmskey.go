@@ -174,14 +174,25 @@ func (f *keyFlags) changeCommand(use, short string, danger int, do func(*cobra.C
 
 func (f *keyFlags) deleteCommand() *cobra.Command {
 	var days int
+	var trees []string
 	c := f.changeCommand("schedule-deletion KEY --days N", "Delete a key in 7 to 30 days: data under this key alone is lost then", dangerous, func(c *cobra.Command, k *awskms.Admin, key string) (string, error) {
 		if days < 7 || days > 30 {
 			return "", usageError{errors.New("--days must be 7 to 30"), c.CommandPath()}
+		}
+		if len(trees) > 0 {
+			inv, err := takeInventory(contextOf(c), trees)
+			if err == nil {
+				err = inv.needs(awskms.Scheme + key)
+			}
+			if err != nil {
+				return "", err
+			}
 		}
 		when, err := k.ScheduleDeletion(c.Context(), key, days)
 		return "to be deleted at " + when + "; until then: kmsfs key cancel-deletion", err
 	})
 	c.Flags().IntVar(&days, "days", 30, "how many `DAYS` from now, 7 to 30")
+	c.Flags().StringArrayVar(&trees, "inventory", nil, "refuse if a file in this `DIR`, a volume or a backup, needs the key (repeatable)")
 	return c
 }
 

@@ -18,8 +18,8 @@ type rewrapFlags struct {
 	missing, verify, asJSON bool
 }
 
-// rewrapAtOnce is how many files are changed at the same time: so many calls of 20 ms give 3,000 a
-// second, more than --kms-rps lets through.
+// rewrapAtOnce is how many files are changed at the same time: with calls of 20 ms that gives 3,000
+// a second, more than --kms-rps lets through.
 const rewrapAtOnce = 64
 
 func rewrapCommand() *cobra.Command {
@@ -111,7 +111,7 @@ func (f *rewrapFlags) show(out *rewrapResult) error {
 func (f *rewrapFlags) verdict(ctx context.Context, err error, out *rewrapResult, dir string) error {
 	switch {
 	case ctx.Err() != nil || errors.Is(err, context.Canceled):
-		return hint(errors.New("interrupted; what was done stays"), "go on with the same command")
+		return hint(errors.New("interrupted; the files that were changed stay so"), "go on with the same command")
 	case err != nil:
 		return err
 	case out.Failed > 0:

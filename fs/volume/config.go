@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume/internal/disk"
@@ -65,6 +66,7 @@ func (r *Record) Trusts(uri string) bool {
 // InitOptions of [Init].
 type InitOptions struct {
 	PlainNames bool
+	Branches   time.Duration     // how long a branch key is used for new files; 0: none is
 	Done       func(Call, error) // for tests, as in [Options]
 }
 
@@ -93,10 +95,13 @@ func Init(ctx context.Context, dir string, stores []keystore.Store, id blockcryp
 	if o.PlainNames {
 		cfg.Names = blockcrypt.NamesPlain
 	}
+	if o.Branches > 0 {
+		cfg.Branch = &blockcrypt.ConfigBranch{Seconds: int64(o.Branches / time.Second)}
+	}
 	for _, w := range key.Wrapped {
 		cfg.Recipients = append(cfg.Recipients, blockcrypt.ConfigRecipient{URI: w.URI, Branch: w.Branch, Wrapped: w.Blob})
 	}
-	cfg.Header = max(blockcrypt.DefaultHeader, blockcrypt.RecipientsFit(cfg.List()))
+	cfg.Header = max(blockcrypt.DefaultHeader, blockcrypt.RecipientsFit(inFiles(cfg)))
 	b, err := cfg.Encode(vk)
 	if err != nil {
 		return nil, err
@@ -111,6 +116,18 @@ func Init(ctx context.Context, dir string, stores []keystore.Store, id blockcryp
 		return nil, fmt.Errorf("make the volume in %s: %w", dir, err)
 	}
 	return record(cfg, vk), nil
+}
+
+// inFiles returns recipients of the size that they have in the headers of files.
+func inFiles(cfg *blockcrypt.Config) []blockcrypt.Recipient {
+	rs := cfg.List()
+	for i := range rs {
+		if cfg.Branch != nil && len(rs[i].Branch) == 0 { // the wrapped branch key, and under it the file's
+			rs[i].Branch = make([]byte, 16+len(rs[i].Wrapped))
+			rs[i].Wrapped = make([]byte, keystore.LocalWrapSize)
+		}
+	}
+	return rs
 }
 
 func record(cfg *blockcrypt.Config, vk *blockcrypt.VolumeKeys) *Record {

@@ -164,13 +164,13 @@ func (k *fileCheck) checkRecipients() {
 	f.Grade, f.What = Note, FoundRecipient
 	for _, u := range want {
 		if !in(u, have) {
-			f.Detail, f.Advice = "the recipient "+u+" is missing: it could not be reached when the file was made", "write the file again, so that it is made for all"
+			f.Detail, f.Advice = "the recipient "+u+" is missing: it is newer than the file, or could not be reached when the file was made", "kmsfs rewrap --missing gives it to the file"
 			k.found(f)
 		}
 	}
 	for _, u := range have {
 		if !in(u, want) {
-			f.Detail, f.Advice = "it also names the recipient "+u+", which kmsfs.json does not", ""
+			f.Detail, f.Advice = "it also names the recipient "+u+", which kmsfs.json does not", "kmsfs rewrap takes it out"
 			k.found(f)
 		}
 	}

@@ -182,7 +182,7 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 		v.o.MaxAge = 5 * time.Minute
 	}
 	v.ring = keystore.NewRing(u.Config.Volume, u.stores, keystore.RingOptions{
-		Pool: pool, MaxAge: v.o.MaxAge, Grace: o.Grace, EachKey: o.FileLease, Sample: wrapped(u.Config.List()),
+		Pool: pool, MaxAge: v.o.MaxAge, Grace: o.Grace, EachKey: o.FileLease, Branches: branches(u.Config), Sample: wrapped(u.Config.List()),
 		Report: func(err error) {
 			v.report("pool", "a data key could not be made ahead, or not for all recipients", err)
 		},
@@ -210,6 +210,14 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 	}
 	opened = true
 	return v, nil
+}
+
+// branches returns how long a branch key is used for new files, 0 if none is.
+func branches(c *blockcrypt.Config) time.Duration {
+	if c.Branch == nil {
+		return 0
+	}
+	return time.Duration(c.Branch.Seconds) * time.Second
 }
 
 // unlockWriter gives the locks of lockWriter back.

@@ -122,6 +122,13 @@ type Store struct {
 
 	mu       sync.Mutex
 	branches map[string]branchKey // by branch field, bounded
+	asking   map[string]*asked    // branches that are asked for now
+}
+
+// asked is a call for a branch key that is under way.
+type asked struct {
+	done chan struct{} // closed at its end
+	err  error
 }
 
 // branchKey is an unwrapped branch key. It is good for a short time only: each
@@ -176,7 +183,7 @@ func (c *Clients) Open(ctx context.Context, name string) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{c: c, region: region, arn: name, branches: map[string]branchKey{}}
+	s := &Store{c: c, region: region, arn: name, branches: map[string]branchKey{}, asking: map[string]*asked{}}
 	if !isKey {
 		if s.arn, err = s.resolve(ctx, name, region); err != nil {
 			return s, err
@@ -391,19 +398,38 @@ func (s *Store) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapp
 // branchKey returns a copy of a branch's key.
 func (s *Store) branchKey(ctx context.Context, b keystore.Binding, branch []byte) ([]byte, error) {
 	id := string(b.Volume[:]) + string(branch)
-	s.mu.Lock()
-	k := s.branches[id]
-	if k.key != nil && time.Since(k.at) < branchAge {
-		defer s.mu.Unlock()
-		return bytes.Clone(k.key), nil
+	for {
+		s.mu.Lock()
+		k, c := s.branches[id], s.asking[id]
+		if k.key != nil && time.Since(k.at) < branchAge {
+			defer s.mu.Unlock()
+			return bytes.Clone(k.key), nil
+		}
+		if c == nil {
+			break // with mu
+		}
+		s.mu.Unlock()
+		select { // many files that are opened at the same time cost one call
+		case <-c.done:
+			if c.err != nil && keystore.KindOf(c.err) != keystore.Canceled {
+				return nil, c.err
+			}
+		case <-ctx.Done():
+			return nil, &keystore.Error{Kind: keystore.Canceled, URI: s.URI(), Op: "unwrap", Err: ctx.Err()}
+		}
 	}
+	c := &asked{done: make(chan struct{})}
+	s.asking[id] = c
 	s.mu.Unlock()
 	key, err := s.decrypt(ctx, b, branch[16:])
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.asking, id)
+	c.err = err
+	close(c.done)
 	if err != nil {
 		return nil, err
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	clear(s.branches[id].key)
 	if len(s.branches) >= maxBranches {
 		s.forget()

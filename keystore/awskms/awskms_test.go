@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -427,5 +428,33 @@ func TestBranch(t *testing.T) {
 	}
 	if n := srv.Calls("Decrypt"); n != 1 {
 		t.Errorf("%d calls", n)
+	}
+	// Many at the same time cost one, and share its failure.
+	blob, err := keystore.WrapLocal(kek, keystore.Binding{Use: keystore.ForFile}, branch, make([]byte, 32))
+	if err != nil {
+		t.Fatal(err)
+	}
+	x := keystore.Wrapped{URI: s.URI(), Branch: append(branch[:], w.Blob...), Blob: blob}
+	all := func() (failed int32) {
+		s.Forget()
+		var wg sync.WaitGroup
+		var n atomic.Int32
+		for range 50 {
+			wg.Go(func() {
+				if _, err := s.Unwrap(t.Context(), keystore.Binding{Use: keystore.ForFile}, x); err != nil {
+					n.Add(1)
+				}
+			})
+		}
+		wg.Wait()
+		return n.Load()
+	}
+	srv.SetLatency(20 * time.Millisecond)
+	if failed, n := all(), srv.Calls("Decrypt"); failed != 0 || n != 2 {
+		t.Errorf("%d of 50 failed, %d calls", failed, n-1)
+	}
+	srv.Deny("Decrypt")
+	if failed, n := all(), srv.Calls("Decrypt"); failed != 50 || n > 4 {
+		t.Errorf("%d of 50 failed, %d calls", failed, n-2)
 	}
 }
