@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
+	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
 	"kmsfs/keystore"
 	"kmsfs/keystore/agestore"
@@ -52,6 +53,7 @@ type failedFile struct {
 type news struct {
 	Recipients []string          `json:"recipients,omitempty"`
 	Record     *volume.Record    `json:"record,omitempty"`
+	URI        string            `json:"uri,omitempty"` // of the recipient that was changed
 	Progress   *volume.Rewrapped `json:"progress,omitempty"`
 	Failed     *failedFile       `json:"failed,omitempty"`
 	Fault      *fault            `json:"fault,omitempty"`
@@ -82,10 +84,16 @@ func (f *fault) err() error {
 	return err
 }
 
+// changed is what a change has made.
+type changed struct {
+	record *volume.Record // what the trust record should say
+	uri    string         // of the recipient
+}
+
 // administrator changes a volume.
 type administrator interface {
 	recipients(ctx context.Context) ([]string, error)
-	change(ctx context.Context, c recipientChange) (*volume.Record, error)
+	change(ctx context.Context, c recipientChange) (changed, error)
 	rewrap(ctx context.Context, q rewrapRequest, tell func(news)) error
 	close() error
 }
@@ -138,7 +146,7 @@ func (o *openVolume) recipients(context.Context) ([]string, error) {
 	return o.v.Recipients().List(), nil
 }
 
-func (o *openVolume) change(ctx context.Context, c recipientChange) (*volume.Record, error) {
+func (o *openVolume) change(ctx context.Context, c recipientChange) (changed, error) {
 	return o.k.changeRecipients(ctx, o.v, c)
 }
 
@@ -149,20 +157,41 @@ func (o *openVolume) rewrap(ctx context.Context, q rewrapRequest, tell func(news
 func (o *openVolume) close() error { return o.v.Close() }
 
 // changeRecipients makes a change, in the process that has the volume open.
-func (k *keyFlags) changeRecipients(ctx context.Context, v *volume.Volume, c recipientChange) (*volume.Record, error) {
-	switch c.Op {
+func (k *keyFlags) changeRecipients(ctx context.Context, v *volume.Volume, c recipientChange) (done changed, err error) {
+	rs := v.Recipients()
+	switch done.uri = c.Key; c.Op {
 	case "add":
-		s, err := k.newRecipient(ctx, c)
-		if err != nil {
-			return nil, err
+		// A passphrase that is there already goes on with a change that was interrupted.
+		if s := openedBy(rs.Entries(), c.Passphrase); s != nil {
+			done.uri = s.URI()
+			done.record, err = rs.Attach(s)
+			break
 		}
-		return v.Recipients().Add(ctx, s)
+		var s keystore.Store
+		if s, err = k.newRecipient(ctx, c); err == nil {
+			done.uri = s.URI()
+			done.record, err = rs.Add(ctx, s)
+		}
 	case "remove":
-		return v.Recipients().Remove(ctx, c.Key)
+		done.record, err = rs.Remove(ctx, c.Key)
 	case "first":
-		return v.Recipients().SetFirst(c.Key)
+		done.record, err = rs.SetFirst(c.Key)
+	default:
+		err = fmt.Errorf("the change %q is not known", c.Op)
 	}
-	return nil, fmt.Errorf("the change %q is not known", c.Op)
+	return done, err
+}
+
+// openedBy returns the store of the recipient that a passphrase opens, nil if there is none.
+func openedBy(rs []blockcrypt.Recipient, passphrase []byte) keystore.Store {
+	for _, r := range rs {
+		if len(passphrase) > 0 && strings.HasPrefix(r.URI, local.PassphraseScheme) {
+			if s, err := local.OpenPassphrase(r.URI, r.Branch, passphrase); err == nil {
+				return s
+			}
+		}
+	}
+	return nil
 }
 
 // newRecipient opens the key of a new recipient.
@@ -248,12 +277,12 @@ func (d *mountDaemon) recipients(ctx context.Context) (out []string, err error) 
 	return out, err
 }
 
-func (d *mountDaemon) change(ctx context.Context, c recipientChange) (rec *volume.Record, err error) {
-	err = d.ask(ctx, http.MethodPost, "recipients", c, func(n news) { rec = n.Record })
-	if err == nil && rec == nil {
+func (d *mountDaemon) change(ctx context.Context, c recipientChange) (done changed, err error) {
+	err = d.ask(ctx, http.MethodPost, "recipients", c, func(n news) { done = changed{n.Record, n.URI} })
+	if err == nil && done.record == nil {
 		err = errors.New("the daemon's answer lacks the trust record")
 	}
-	return rec, err
+	return done, err
 }
 
 func (d *mountDaemon) rewrap(ctx context.Context, q rewrapRequest, tell func(news)) error {
@@ -284,10 +313,10 @@ func (c *control) serveChanges(mux *http.ServeMux) {
 		if err := json.NewDecoder(r.Body).Decode(&q); err != nil {
 			return err
 		}
-		rec, err := c.keys.changeRecipients(r.Context(), c.v, q)
+		done, err := c.keys.changeRecipients(r.Context(), c.v, q)
 		if err == nil {
-			c.log.Info("the recipients of the volume were changed", "change", q.Op, "key", q.Key)
-			tell(news{Record: rec})
+			c.log.Info("the recipients of the volume were changed", "change", q.Op, "key", done.uri)
+			tell(news{Record: done.record, URI: done.uri})
 		}
 		return err
 	}))

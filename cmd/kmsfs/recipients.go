@@ -94,14 +94,14 @@ func (k *keyFlags) addRecipient(ctx context.Context, dir, key string) error {
 		if err != nil {
 			return err
 		}
-		rec, err := a.change(ctx, change)
+		done, err := a.change(ctx, change)
 		clear(change.Passphrase)
 		if err != nil {
 			unmake([]made{m})
 			return err
 		}
-		uri := rec.Recipients[len(rec.Recipients)-1]
-		if err := updateRecord(rec, dir, uri, m.path); err != nil {
+		uri := done.uri
+		if err := updateRecord(done.record, dir, uri, m.path); err != nil {
 			return err
 		}
 		fmt.Printf("%s is a recipient of new files. kmsfs rewrap --missing %s gives it the files that are there.\n", uri, shellWord(dir))
@@ -146,11 +146,7 @@ func recipientsChange(op, use, short, long, done string) *cobra.Command {
 				if err != nil {
 					return err
 				}
-				rec, err := a.change(ctx, recipientChange{Op: op, Key: uri})
-				if err != nil {
-					return err
-				}
-				if err := updateRecord(rec, args[0], "", ""); err != nil {
+				if err := changeAndRecord(ctx, a, args[0], recipientChange{Op: op, Key: uri}); err != nil {
 					return err
 				}
 				fmt.Printf(done, uri, shellWord(args[0]))
@@ -161,6 +157,15 @@ func recipientsChange(op, use, short, long, done string) *cobra.Command {
 	k.add(c, openVolumeUsage)
 	k.addIdentities(c)
 	return c
+}
+
+// changeAndRecord makes a change, and writes the trust record.
+func changeAndRecord(ctx context.Context, a administrator, dir string, c recipientChange) error {
+	done, err := a.change(ctx, c)
+	if err != nil {
+		return err
+	}
+	return updateRecord(done.record, dir, "", "")
 }
 
 // recipientNamed returns the URI of the recipient of a volume that KEY means: the URI itself, or what

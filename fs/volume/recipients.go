@@ -93,6 +93,27 @@ func (r *Recipients) Add(ctx context.Context, s keystore.Store) (*Record, error)
 	return r.change(rs, append(slices.Clone(r.stores), s))
 }
 
+// Entries returns the list as kmsfs.json has it.
+func (r *Recipients) Entries() []blockcrypt.Recipient {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.cfg.List()
+}
+
+// Attach gives the volume the store of a recipient that it has already, whose key was not at hand.
+func (r *Recipients) Attach(s keystore.Store) (*Record, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.at(s) < 0 {
+		return nil, fmt.Errorf("%s: %w", s.URI(), ErrNotRecipient)
+	}
+	if !slices.ContainsFunc(r.stores, func(x keystore.Store) bool { return x.URI() == s.URI() }) {
+		r.stores = append(slices.Clone(r.stores), s)
+		r.v.ring.SetStores(r.stores)
+	}
+	return record(r.cfg, r.v.vk), nil
+}
+
 // Remove takes a recipient out of the list: new files are not wrapped for it any more.
 // [Recipients.Rewrap] takes it out of the others. It refuses if a file has no other one.
 func (r *Recipients) Remove(ctx context.Context, uri string) (*Record, error) {
