@@ -41,7 +41,7 @@ type brancher struct {
 func (b brancher) URI() string { return b.s.URI() }
 
 func (b brancher) Unwrap(ctx context.Context, x Binding, w Wrapped) ([]byte, error) {
-	return watched{b.r, b.s}.Unwrap(ctx, x, w)
+	return watched(b).Unwrap(ctx, x, w)
 }
 
 // Wrap asks the service only if there is no branch key that may go on to be used.
@@ -74,7 +74,7 @@ func (b brancher) take(ctx context.Context) (kek []byte, id [16]byte, blob []byt
 		return kek, id, blob, nil
 	}
 	rand.Read(id[:])
-	kek, w, err := watched{r, b.s}.Generate(ctx, Binding{ForBranch, r.volume, id})
+	kek, w, err := watched(b).Generate(ctx, Binding{ForBranch, r.volume, id})
 	if err != nil {
 		return nil, id, nil, err
 	}

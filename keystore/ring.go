@@ -355,6 +355,20 @@ func (r *Ring) Rewrap(ctx context.Context, file [16]byte, ws []Wrapped, to strin
 	return s.Wrap(ctx, Binding{ForFile, r.volume, file}, key)
 }
 
+// Good reports whether the service of a recipient still takes a wrapped key, without the right to
+// see it: it wraps it once more for the same recipient.
+func (r *Ring) Good(ctx context.Context, file [16]byte, ws []Wrapped) bool {
+	ctx = WithPurpose(ctx, ForRewrap)
+	for _, c := range r.candidates(ws) {
+		if re, ok := c.s.Store.(Reencrypter); ok {
+			if _, ok, err := re.Reencrypt(ctx, Binding{ForFile, r.volume, file}, c.w, c.s.Store); ok && err == nil {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 // Forget wipes what is known of a file's key.
 func (r *Ring) Forget(file [16]byte, ws []Wrapped) {
 	r.mu.Lock()

@@ -152,3 +152,148 @@ func TestPagePolicy(t *testing.T) {
 		t.Errorf("a reader who mounts read-write asks for %d new keys", n-before)
 	}
 }
+
+// What kmsfs policy prints for a role is enough for it, each right of it is needed, and nothing else
+// is allowed by it: a rewrapper moves files to another key and cannot read one.
+func TestPolicyCommand(t *testing.T) {
+	srv := keystoretest.Start(t)
+	old, next := srv.AddKey("alias/files"), srv.AddKey("alias/next")
+	m := &mounted{t: t, base: t.TempDir(), faults: true}
+	m.cipher, m.dir = filepath.Join(m.base, "cipher"), filepath.Join(m.base, "mnt")
+	m.env = append(os.Environ(), "XDG_STATE_HOME="+filepath.Join(m.base, "state"), "XDG_CONFIG_HOME="+filepath.Join(m.base, "config"), "XDG_RUNTIME_DIR="+filepath.Join(m.base, "run"))
+	for k, v := range keystoretest.Env(srv.URL) {
+		m.env = append(m.env, k+"="+v)
+	}
+	needFUSE(t)
+	for _, d := range []string{m.cipher, m.dir} {
+		if err := os.Mkdir(d, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Cleanup(m.cleanup)
+	m.kmsfs("init", "--key", "alias/files", m.cipher)
+	m.mount()
+	write(t, m.path("old"), []byte("old"))
+	m.umount()
+	principal := func(role string) string { return "arn:aws:iam::111122223333:role/" + role }
+	roles := map[string]string{"AKREADER": principal("reader"), "AKWRITER": principal("writer"), "AKREWRAPPER": principal("rewrapper")}
+	type statement = map[string]any
+	policies := map[string][]statement{}
+	for _, role := range []string{"reader", "writer", "rewrapper"} {
+		var p struct{ Statement []statement }
+		if err := json.Unmarshal([]byte(m.kmsfs("policy", role, "--principal", principal(role), m.cipher)), &p); err != nil {
+			t.Fatal(err)
+		}
+		policies[role] = p.Statement
+	}
+	as := func(id string, args ...string) error {
+		env := m.env
+		defer func() { m.env = env }()
+		m.env = append(slices.Clone(env), "AWS_ACCESS_KEY_ID="+id)
+		out, err := m.try(args...)
+		if err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		return nil
+	}
+	mountAnd := func(id string, options []string, do func() error) error {
+		if err := as(id, append(append([]string{"mount", "--key", "alias/files"}, options...), m.cipher, m.dir)...); err != nil {
+			return err
+		}
+		defer m.umount()
+		return do()
+	}
+	read := func() error { _, err := os.ReadFile(m.path("old")); return err }
+	// A rewrapper goes to the other key and back again.
+	move := func() error {
+		for _, k := range [][2]string{{old, next}, {next, old}} {
+			if err := errors.Join(
+				as("AKREWRAPPER", "recipients", "add", "--key", k[0], m.cipher, "alias/"+map[string]string{old: "files", next: "next"}[k[1]]),
+				as("AKREWRAPPER", "rewrap", "--verify", "--from", k[0], "--to", k[1], m.cipher),
+				as("AKREWRAPPER", "recipients", "remove", m.cipher, k[0]),
+				as("AKREWRAPPER", "rewrap", "--verify", m.cipher)); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	tasks := map[string]map[string]func() error{
+		"reader": {"reads": func() error { return mountAnd("AKREADER", []string{"--read-only"}, read) }},
+		"writer": {
+			"reads": func() error { return mountAnd("AKWRITER", nil, read) },
+			"writes": func() error {
+				return mountAnd("AKWRITER", nil, func() error { return os.WriteFile(m.path("new"), []byte("new"), 0o644) })
+			},
+		},
+		"rewrapper": {"moves": move},
+	}
+	// set makes the policy one of all roles, with a right of one statement left out.
+	set := func(role string, at int, right string) {
+		t.Helper()
+		var all []statement
+		for r, statements := range policies {
+			for i, s := range statements {
+				if r == role && i == at && right != "" {
+					c := statement{}
+					for k, v := range s {
+						c[k] = v
+					}
+					c["Action"] = slices.DeleteFunc(slices.Clone(s["Action"].([]any)), func(a any) bool { return a == right })
+					s = c
+				}
+				all = append(all, s)
+			}
+		}
+		b, err := json.Marshal(map[string]any{"Version": "2012-10-17", "Statement": all})
+		if err == nil {
+			err = srv.SetPolicy(string(b), roles)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	set("", 0, "")
+	for role, ts := range tasks {
+		for name, task := range ts {
+			if err := task(); err != nil {
+				t.Errorf("the %s, who %s: %v", role, name, err)
+			}
+		}
+	}
+	for _, id := range []string{"AKREWRAPPER"} {
+		if err := mountAnd(id, []string{"--read-only"}, read); err == nil {
+			t.Errorf("%s reads a file", roles[id])
+		}
+	}
+	if err := mountAnd("AKREADER", nil, func() error { return os.WriteFile(m.path("more"), []byte("more"), 0o644) }); err == nil {
+		t.Error("the reader makes a file")
+	}
+	for role, statements := range policies {
+		for i, s := range statements {
+			for _, right := range s["Action"].([]any) {
+				set(role, i, right.(string))
+				failed := false
+				for _, task := range tasks[role] {
+					failed = task() != nil || failed
+				}
+				if err := srv.SetPolicy("", nil); err != nil {
+					t.Fatal(err)
+				}
+				if role == "rewrapper" { // it may have stopped half way
+					for _, k := range []string{"alias/files", "alias/next"} {
+						m.try("recipients", "add", m.cipher, k)
+					}
+					m.kmsfs("rewrap", m.cipher)
+					m.try("recipients", "remove", m.cipher, next)
+					m.kmsfs("rewrap", m.cipher)
+				}
+				if !failed {
+					t.Errorf("the %s does without %s", role, right)
+				}
+			}
+		}
+	}
+	if out := m.kmsfs("policy", "writer", "--terraform", "--principal", principal("writer"), m.cipher); !strings.Contains(out, `actions   = ["kms:Decrypt", "kms:GenerateDataKey"]`) || !strings.Contains(out, `variable = "kms:EncryptionContext:kmsfs:volume"`) {
+		t.Errorf("%s", out)
+	}
+}

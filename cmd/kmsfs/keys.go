@@ -26,8 +26,6 @@ type keyFlags struct {
 	identityFiles  []string // of age
 	aws            awskms.Options
 
-	newPassphraseFile string // of a recipient to be added
-
 	clients    *awskms.Clients
 	usesKMS    bool
 	identities agestore.Identities // of identityFiles, once they were read

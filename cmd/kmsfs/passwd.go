@@ -13,7 +13,7 @@ import (
 )
 
 func passwdCommand() *cobra.Command {
-	var k keyFlags
+	var k newRecipientFlags
 	c := &cobra.Command{
 		Use:   "passwd CIPHERDIR",
 		Short: "Change the passphrase of a volume",
@@ -29,7 +29,7 @@ passphrases. The volume may be mounted.`,
 	return c
 }
 
-func (k *keyFlags) changePassphrase(ctx context.Context, dir string) error {
+func (k *newRecipientFlags) changePassphrase(ctx context.Context, dir string) error {
 	return k.administer(ctx, dir, func(a administrator) error {
 		list, err := a.recipients(ctx)
 		if err != nil {

@@ -72,8 +72,14 @@ func recipientsList() *cobra.Command {
 	return c
 }
 
+// newRecipientFlags are those of commands that add a recipient.
+type newRecipientFlags struct {
+	keyFlags
+	newPassphraseFile string
+}
+
 func recipientsAdd() *cobra.Command {
-	var k keyFlags
+	var k newRecipientFlags
 	c := &cobra.Command{
 		Use:   "add CIPHERDIR KEY",
 		Short: "Add a key: of KMS, in any Region or account, a local one, a passphrase, or an age recipient",
@@ -88,7 +94,7 @@ func recipientsAdd() *cobra.Command {
 	return c
 }
 
-func (k *keyFlags) addRecipient(ctx context.Context, dir, key string) error {
+func (k *newRecipientFlags) addRecipient(ctx context.Context, dir, key string) error {
 	return k.administer(ctx, dir, func(a administrator) error {
 		change, m, err := k.prepare(ctx, key)
 		if err != nil {
@@ -114,7 +120,7 @@ func (k *keyFlags) addRecipient(ctx context.Context, dir, key string) error {
 
 // prepare does what a new recipient needs of this user's side: a key file that is missing is made, a
 // passphrase is asked for, an alias becomes the ARN that it means now.
-func (k *keyFlags) prepare(ctx context.Context, key string) (c recipientChange, m made, err error) {
+func (k *newRecipientFlags) prepare(ctx context.Context, key string) (c recipientChange, m made, err error) {
 	c = recipientChange{Op: "add", Key: key}
 	switch {
 	case strings.HasPrefix(key, local.Scheme):

@@ -60,6 +60,9 @@ type statement struct {
 	Resource  string
 }
 
+// AdminActions returns the actions of those who manage a key, and cannot use it.
+func AdminActions() []string { return slices.Clone(adminActions) }
+
 // Policy returns the key policy, as JSON, that lets admins manage a key and users
 // use it; without any, the account decides by its own policies.
 func (a *Admin) Policy(ctx context.Context, admins, users []string) (string, error) {

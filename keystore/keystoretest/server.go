@@ -469,12 +469,12 @@ func (s *Server) reencrypt(credential string, q *request) (any, error) {
 	if s.denied["ReEncrypt"] {
 		return nil, &kmsError{"AccessDeniedException", "User: arn:aws:iam::" + Account + ":user/test is not authorized to perform: kms:ReEncryptFrom"}
 	}
-	from, err := s.withKey("Decrypt", credential, &request{KeyId: q.SourceKeyId, CiphertextBlob: q.CiphertextBlob, EncryptionContext: q.SourceEncryptionContext})
+	from, err := s.withKey("ReEncryptFrom", credential, &request{KeyId: q.SourceKeyId, CiphertextBlob: q.CiphertextBlob, EncryptionContext: q.SourceEncryptionContext})
 	if err != nil {
 		return nil, err
 	}
 	in := from.(map[string]any)
-	to, err := s.withKey("Encrypt", credential, &request{KeyId: q.DestinationKeyId, Plaintext: in["Plaintext"].([]byte), EncryptionContext: q.DestinationEncryptionContext})
+	to, err := s.withKey("ReEncryptTo", credential, &request{KeyId: q.DestinationKeyId, Plaintext: in["Plaintext"].([]byte), EncryptionContext: q.DestinationEncryptionContext})
 	if err != nil {
 		return nil, err
 	}
@@ -538,9 +538,9 @@ func (s *Server) crypt(op string, k *key, q *request) (any, error) {
 			s.made = append(s.made, slices.Clone(plain))
 		}
 		return map[string]any{"KeyId": arn(k.id), "Plaintext": plain, "CiphertextBlob": k.wrap(plain, q.EncryptionContext)}, nil
-	case "Encrypt":
+	case "Encrypt", "ReEncryptTo":
 		return map[string]any{"KeyId": arn(k.id), "CiphertextBlob": k.wrap(q.Plaintext, q.EncryptionContext)}, nil
-	case "Decrypt":
+	case "Decrypt", "ReEncryptFrom":
 		if len(q.CiphertextBlob) < 36+12+16 {
 			return nil, &kmsError{"InvalidCiphertextException", ""}
 		}
