@@ -104,6 +104,7 @@ func (l *lease) note(s *standing, op string, probe bool, err error) {
 	case restored:
 		l.r.pool.failing = false
 	case failed:
+		s.branch.wipe()
 		l.giveUp(s, s.wrong()) // waiting callers need not wait for their own deadlines
 	}
 }

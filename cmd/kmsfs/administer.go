@@ -253,7 +253,7 @@ func (d *mountDaemon) ask(ctx context.Context, method, what string, body any, te
 		return err
 	}
 	defer clear(b) // it can have a passphrase
-	return converse(ctx, d.dev, method, what, bytes.NewReader(b), func(r io.Reader) error {
+	err = converse(ctx, d.dev, method, what, bytes.NewReader(b), func(r io.Reader) error {
 		for dec := json.NewDecoder(r); ; {
 			var n news
 			switch err := dec.Decode(&n); {
@@ -270,6 +270,10 @@ func (d *mountDaemon) ask(ctx context.Context, method, what string, body any, te
 			tell(n)
 		}
 	})
+	if errors.Is(err, errNoAnswer) && ctx.Err() == nil {
+		err = hint(errors.New("the volume is mounted, and the daemon of the mount does not answer here"), "ask as the user who mounted it, or unmount it first")
+	}
+	return err
 }
 
 func (d *mountDaemon) recipients(ctx context.Context) (out []string, err error) {

@@ -76,6 +76,14 @@ func recipientsList() *cobra.Command {
 type newRecipientFlags struct {
 	keyFlags
 	newPassphraseFile string
+	asJSON            bool
+}
+
+// recipientResult is the output of a change of the recipients.
+type recipientResult struct {
+	URI        string   `json:"uri"`
+	Recipients []string `json:"recipients"`         // that the volume has now
+	KeyFile    string   `json:"key_file,omitempty"` // that was made
 }
 
 func recipientsAdd() *cobra.Command {
@@ -91,6 +99,7 @@ func recipientsAdd() *cobra.Command {
 	k.add(c, openVolumeUsage)
 	k.addIdentities(c)
 	c.Flags().StringVar(&k.newPassphraseFile, "new-passphrase-file", "", "read the passphrase that is added from this `FILE`")
+	c.Flags().BoolVar(&k.asJSON, "json", false, "print JSON")
 	return c
 }
 
@@ -109,6 +118,13 @@ func (k *newRecipientFlags) addRecipient(ctx context.Context, dir, key string) e
 		uri := done.uri
 		if err := updateRecord(done.record, dir, uri, m.path); err != nil {
 			return err
+		}
+		if k.asJSON {
+			out := recipientResult{uri, done.record.Recipients, ""}
+			if m.created {
+				out.KeyFile = m.path
+			}
+			return printJSON(out)
 		}
 		fmt.Printf("%s is a recipient of new files. kmsfs rewrap --missing %s gives it the files that are there.\n", uri, shellWord(dir))
 		if m.created {
@@ -140,6 +156,7 @@ func (k *newRecipientFlags) prepare(ctx context.Context, key string) (c recipien
 
 func recipientsChange(op, use, short, long, done string) *cobra.Command {
 	var k keyFlags
+	var asJSON bool
 	c := &cobra.Command{
 		Use:   use,
 		Short: short,
@@ -155,6 +172,13 @@ func recipientsChange(op, use, short, long, done string) *cobra.Command {
 				if err := changeAndRecord(ctx, a, args[0], recipientChange{Op: op, Key: uri}); err != nil {
 					return err
 				}
+				if asJSON {
+					list, err := a.recipients(ctx)
+					if err != nil {
+						return err
+					}
+					return printJSON(recipientResult{uri, list, ""})
+				}
 				fmt.Printf(done, uri, shellWord(args[0]))
 				return nil
 			})
@@ -162,6 +186,7 @@ func recipientsChange(op, use, short, long, done string) *cobra.Command {
 	}
 	k.add(c, openVolumeUsage)
 	k.addIdentities(c)
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return c
 }
 

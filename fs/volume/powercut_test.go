@@ -179,10 +179,34 @@ func (p *powerTest) step(open map[string]*volume.Handle) bool {
 		delete(open, name)
 		x.did("close")
 		return h.Release() == nil
-	default:
+	case k < 99:
 		p.v.Settle()
+	default:
+		return p.rotate()
 	}
 	return true
+}
+
+// rotate goes from the present recipient to a new one; false after the cut.
+func (p *powerTest) rotate() bool {
+	rs := p.v.Recipients()
+	old := rs.List()
+	next := newStore(p.t)[0]
+	p.more = append(p.more, next)
+	if _, err := rs.Add(ctx, next); err != nil {
+		return false
+	}
+	for _, uri := range old {
+		done, err := rs.Rewrap(ctx, volume.RewrapOptions{AtOnce: 1 + p.r.IntN(4)})
+		if err != nil || done.Failed > 0 || p.disk.Dead() {
+			return false
+		}
+		if _, err := rs.Remove(ctx, uri); err != nil {
+			return false
+		}
+	}
+	_, err := rs.Rewrap(ctx, volume.RewrapOptions{})
+	return err == nil
 }
 
 // verify compares every file with all that it may be.

@@ -129,14 +129,18 @@ func (r *Recipients) Remove(ctx context.Context, uri string) (*Record, error) {
 	}
 	rs := slices.Delete(slices.Clone(r.cfg.Recipients), i, i+1)
 	only := &OnlyRecipientError{}
+	var unread error
 	err := headersBelow(ctx, &r.v.disk, r.v.rootD, func(e Inventoried) {
+		if e.Err != nil && blockcrypt.ClassOf(e.Err) == "" { // it may have no other
+			unread = fmt.Errorf("%s: %w", e.Path, e.Err)
+		}
 		if e.Header != nil && !slices.ContainsFunc(e.Header.Recipients, func(x blockcrypt.Recipient) bool { return among(rs, stores, x.URI) >= 0 }) {
 			if only.Files++; only.First == "" {
 				only.First = e.Path
 			}
 		}
 	})
-	if err != nil {
+	if err = errors.Join(err, unread); err != nil {
 		return nil, err
 	}
 	if only.Files > 0 {

@@ -306,6 +306,7 @@ func (c *content) setRecipients(was *blockcrypt.Header, rs []blockcrypt.Recipien
 	c.openMu.Lock()
 	defer c.openMu.Unlock()
 	defer c.n.change()
+	c.dropHalf() // calls that wait for its key read the header again
 	still := func(now *blockcrypt.Header) bool {
 		return now != nil && now.File == was.File && slices.EqualFunc(now.Recipients, was.Recipients, sameRecipient)
 	}

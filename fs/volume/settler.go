@@ -114,14 +114,14 @@ func (s *settler) settle(files []*file) {
 // as long for one as for many.
 const atOnce = 32
 
-// sideBySide calls do for each file, for several at the same time.
-func sideBySide(files []*file, do func(i int, f *file)) {
+// sideBySide calls do for each item, for several at the same time.
+func sideBySide[T any](items []T, do func(i int, x T)) {
 	var wg sync.WaitGroup
 	var next atomic.Int64
-	for range min(len(files), atOnce) {
+	for range min(len(items), atOnce) {
 		wg.Go(func() {
-			for i := next.Add(1) - 1; int(i) < len(files); i = next.Add(1) - 1 {
-				do(int(i), files[i])
+			for i := next.Add(1) - 1; int(i) < len(items); i = next.Add(1) - 1 {
+				do(int(i), items[i])
 			}
 		})
 	}

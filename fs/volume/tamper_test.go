@@ -34,6 +34,7 @@ var tampered = []struct {
 	{"A file cut, or made longer", "EIO at open", (*tamperer).lengths},
 	{"A file of another volume, or made by somebody with the right to wrap keys only (GenerateDataKey)", "EIO at open", (*tamperer).planted},
 	{"A file under a key that nobody named", "ENOKEY at open", (*tamperer).foreignKey},
+	{"A recipient planted in a file's header", "it is not used; `kmsfs fsck` lists it, `kmsfs rewrap` takes it out", (*tamperer).plantedRecipient},
 	{"A name altered, or a file moved to another directory", "it is not shown; the log says so", (*tamperer).names},
 	{"The name of a long entry altered or lost", "it is not listed; the log says so", (*tamperer).longNames},
 	{"A directory's ID altered in one place, or lost in both", "EIO for its entries", (*tamperer).dirIDs},
@@ -350,6 +351,31 @@ func (m *tamperer) foreignKey() {
 			copy(b, head)
 			return b
 		})
+	}
+}
+
+func (m *tamperer) plantedRecipient() {
+	v := m.victim()
+	path := v.path("d/f")
+	v.seal()
+	theirs := newStore(m.t)[0]
+	for what, at := range map[string]int{"before the others": 0, "behind the others": 1} {
+		replaceHeader(m.t, path, func(h *blockcrypt.Header) {
+			h.Recipients = slices.Insert(h.Recipients, at, blockcrypt.Recipient{URI: theirs.URI(), Wrapped: noise(60)})
+		})
+		got := v.outcome("d/f") // it is opened by the volume's own recipient
+		fs, _ := v.fsck()
+		v.open(volume.Options{})
+		_, err := v.v.Recipients().Rewrap(ctx, volume.RewrapOptions{})
+		v.do("rewrap", err)
+		v.close()
+		left := v.named()[theirs.URI()]
+		if got == "not noticed" && strings.Contains(summary(fs), "note/recipient") && left == 0 {
+			got = m.shows
+		} else {
+			got = fmt.Sprintf("%s, fsck %q, %d left", got, summary(fs), left)
+		}
+		m.one(what, got)
 	}
 }
 

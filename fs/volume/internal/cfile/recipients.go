@@ -78,7 +78,9 @@ func (p *pages) SetRecipients(rs []blockcrypt.Recipient) error {
 	raw, err := replaceRecipients(p.Disk, p.FD, p.head, p.Header, rs, p.rules.Calm)
 	if &raw[0] != &p.head[0] { // they were written
 		p.Ahead.Store(nil)
-		p.head, p.Header.Recipients = raw, slices.Clone(rs)
+		h := *p.Header // calls that wait for the key read the old one without the lock
+		h.Recipients = slices.Clone(rs)
+		p.head, p.Header = raw, &h
 		p.times.Moves++
 	}
 	return err
