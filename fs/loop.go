@@ -43,6 +43,7 @@ type loop struct {
 
 	paces    [opcodes]pace
 	misses   pace // of reads, from where the disk is asked
+	meter    meter
 	buffers  buffers
 	requests requests
 	queue    queue
@@ -431,6 +432,7 @@ func (l *loop) answer(r *request, in, out []byte) {
 	r.begun = time.Now()
 	n := l.handle(r, in, out)
 	took := time.Since(r.begun)
+	l.count(r.opcode, took, len(in), out[:n])
 	if r.opcode == opRead && !r.missed.IsZero() {
 		l.misses.note(time.Since(r.missed) > longAfter)
 	}
@@ -441,6 +443,23 @@ func (l *loop) answer(r *request, in, out []byte) {
 		l.paces[r.opcode%opcodes].note(took > longAfter && !r.yielded.Load())
 	}
 	l.reply(in, out[:n])
+}
+
+// count counts a request of inLen bytes and its answer.
+func (l *loop) count(opcode uint32, took time.Duration, inLen int, out []byte) {
+	const outHeader = int(unsafe.Sizeof(fuse.OutHeader{}))
+	status := int32(0)
+	if len(out) >= outHeader {
+		status = (*fuse.OutHeader)(unsafe.Pointer(&out[0])).Status
+	}
+	l.meter.note(opcode, took, status)
+	switch {
+	case status != 0:
+	case opcode == opRead:
+		l.meter.read.Add(uint64(len(out) - outHeader))
+	case opcode == opWrite:
+		l.meter.written.Add(uint64(max(0, inLen-int(unsafe.Sizeof(fuse.WriteIn{})))))
+	}
 }
 
 // stalled is called by the watchdog when no worker has read for a tick. Requests that are

@@ -14,6 +14,7 @@ type Meter struct {
 	mu      sync.Mutex
 	calls   map[Calls]uint64 // Count is 0 in the keys
 	buckets [64]uint64       // by duration: each is a quarter longer than the one before
+	took    time.Duration    // all together
 	since   time.Time
 }
 
@@ -48,6 +49,25 @@ func (m *Meter) Record(op string, p Purpose, verdict Kind, d time.Duration) {
 	}
 	m.calls[Calls{Op: op, Purpose: p.String(), Verdict: v}]++
 	m.buckets[b]++
+	m.took += d
+}
+
+// Durations returns how many attempts took so many seconds at most, how many there were, and how
+// long they took together.
+func (m *Meter) Durations() (within map[float64]uint64, count uint64, took time.Duration) {
+	within = map[float64]uint64{}
+	if m == nil {
+		return within, 0, 0
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for i, n := range m.buckets {
+		count += n
+		if i%4 == 0 && i < len(m.buckets)-1 { // each a 2.4th of the next
+			within[math.Pow(bucketGrowth, float64(i))/10/1000] = count
+		}
+	}
+	return within, count, m.took
 }
 
 // Calls returns the counts, in order.

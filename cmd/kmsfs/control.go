@@ -18,6 +18,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"kmsfs/fs"
 	"kmsfs/fs/volume"
 	"kmsfs/keystore"
 )
@@ -29,6 +30,7 @@ import (
 // control serves the socket of a mount.
 type control struct {
 	v      *volume.Volume
+	server *fs.Server
 	meter  *keystore.Meter
 	reload func(context.Context) error
 	keys   *keyFlags // by which the volume was mounted
@@ -116,6 +118,10 @@ func (c *control) start(dev string) (err error) {
 		}
 	})
 	c.serveChanges(mux)
+	watched := c.monitoring()
+	mux.Handle("GET /metrics", watched)
+	mux.Handle("GET /healthz", watched)
+	profiles(mux)
 	c.srv = &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, ErrorLog: slog.NewLogLogger(c.log.Handler(), slog.LevelWarn)}
 	go c.srv.Serve(l)
 	return nil
@@ -298,13 +304,16 @@ const (
 func callPrice(trails uint) float64 { return perCall + float64(trails)*perEvent }
 
 func statsCommand() *cobra.Command {
-	var asJSON bool
+	var asJSON, prom bool
 	var trails uint
 	c := &cobra.Command{
 		Use:   "stats MOUNTPOINT",
 		Short: "Tell what a mounted volume has asked key services, and what that costs",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
+			if prom {
+				return printMetrics(args[0])
+			}
 			var s stats
 			if err := ask(args[0], http.MethodGet, "stats", &s); err != nil {
 				return err
@@ -320,8 +329,21 @@ func statsCommand() *cobra.Command {
 		},
 	}
 	c.Flags().BoolVar(&asJSON, "json", false, "as JSON")
+	c.Flags().BoolVar(&prom, "prometheus", false, "all metrics, in the text format of Prometheus")
 	trailsFlag(c, &trails)
 	return c
+}
+
+// printMetrics prints what --metrics-addr serves.
+func printMetrics(dir string) error {
+	m, err := mountAt(dir)
+	if err != nil {
+		return err
+	}
+	return converse(context.Background(), m.dev, http.MethodGet, "metrics", nil, func(r io.Reader) error {
+		_, err := io.Copy(os.Stdout, r)
+		return err
+	})
 }
 
 func trailsFlag(c *cobra.Command, trails *uint) {

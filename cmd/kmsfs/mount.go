@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"maps"
+	"net"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -39,6 +40,7 @@ type mountFlags struct {
 	grace       time.Duration
 	lease       string
 	audit       string
+	metricsAddr string
 
 	incomplete bool // keys of recipients need not be at hand
 
@@ -72,6 +74,7 @@ init writes one, and so does a mount with --key.`,
 	fl.DurationVar(&f.grace, "key-grace", time.Hour, "while a key service cannot be reached, files whose keys are known can be read for so `LONG`")
 	fl.StringVar(&f.lease, "key-lease", "key", "what proves that a file may still be read: its KMS `key` (key), or its own data key (file), for policies on single files")
 	fl.StringVar(&f.audit, "audit", "", "strict: no key is unwrapped before its file is opened, so that CloudTrail shows just what was")
+	fl.StringVar(&f.metricsAddr, "metrics-addr", "", "serve /metrics and /healthz at this `HOST:PORT` of loopback")
 	fl.Float64Var(&f.aws.RPS, "kms-rps", 2000, "calls a second to KMS at most: the quota is shared with the account's other services")
 	// As mount(8) calls its helper.
 	for _, h := range []string{"n", "v", "s"} {
@@ -158,6 +161,8 @@ func (f *mountFlags) parseOptions() error {
 			f.lease = value
 		case name == "audit":
 			f.audit = value
+		case name == "metrics_addr":
+			f.metricsAddr = value
 		case name == "key_max_age", name == "key_grace":
 			d, err := time.ParseDuration(value)
 			if err != nil {
@@ -178,6 +183,11 @@ func (f *mountFlags) parseOptions() error {
 			f.pass = append(f.pass, o)
 		default:
 			return usageError{fmt.Errorf("the mount option %q is not known", o), "kmsfs mount"}
+		}
+	}
+	if f.metricsAddr != "" {
+		if err := checkMetricsAddr(f.metricsAddr); err != nil {
+			return err
 		}
 	}
 	switch {
@@ -291,6 +301,13 @@ func (f *mountFlags) serve(ctx context.Context, cipherDir, mountPoint string) er
 	if grace == 0 {
 		grace = -1 // none
 	}
+	var metrics net.Listener
+	if f.metricsAddr != "" {
+		if metrics, err = listenMetrics(f.metricsAddr); err != nil {
+			return err
+		}
+		defer metrics.Close()
+	}
 	v, err := openFree(u, cipherDir, volume.Options{ReadOnly: f.readOnly, KernelTimes: !f.readOnly, Logger: logger, Pool: 8,
 		MaxAge: f.maxAge, Grace: grace, FileLease: f.lease == "file", NoPrefetch: f.audit == "strict"})
 	if err != nil {
@@ -304,7 +321,10 @@ func (f *mountFlags) serve(ctx context.Context, cipherDir, mountPoint string) er
 	if err != nil {
 		return errors.Join(mountFailed(err), v.Close())
 	}
-	ctl := &control{v: v, meter: f.aws.Meter, reload: f.kms().Reload, keys: &f.keyFlags, log: logger}
+	ctl := &control{v: v, server: server, meter: f.aws.Meter, reload: f.kms().Reload, keys: &f.keyFlags, log: logger}
+	if metrics != nil {
+		defer ctl.serveMetrics(metrics)()
+	}
 	var mark *mountMark
 	mi, err := mountAt(mountPoint)
 	if err == nil {

@@ -3,9 +3,11 @@ package volume
 import (
 	"errors"
 	"log/slog"
+	"maps"
 	"sync"
 	"time"
 
+	"kmsfs/blockcrypt"
 	"kmsfs/keystore"
 )
 
@@ -13,8 +15,9 @@ import (
 type reports struct {
 	log *slog.Logger
 
-	mu   sync.Mutex
-	last map[string]time.Time // when each fault was logged
+	mu    sync.Mutex
+	last  map[string]time.Time // when each fault was logged
+	kinds map[string]uint64    // how many were logged, by the class of damage or the kind of a key service's failure
 }
 
 // reportAgain is when a key service's failure is told again: it may be another one.
@@ -40,6 +43,10 @@ func (r *reports) fault(what, msg string, err error) {
 		r.last = map[string]time.Time{}
 	}
 	r.last[key] = time.Now()
+	if r.kinds == nil {
+		r.kinds = map[string]uint64{}
+	}
+	r.kinds[kindOf(err)]++
 	attrs := []any{"at", what, "error", err}
 	if ok {
 		attrs = append(attrs, "kind", e.Kind.String())
@@ -48,4 +55,41 @@ func (r *reports) fault(what, msg string, err error) {
 		}
 	}
 	r.log.Error(msg, attrs...)
+}
+
+// kindOf sorts a fault: by the class of damage, by the kind of a key service's failure, or "other".
+func kindOf(err error) string {
+	if c := blockcrypt.ClassOf(err); c != "" {
+		return "damage-" + string(c)
+	}
+	if k := keystore.KindOf(err); k != 0 {
+		return "key-" + k.String()
+	}
+	return "other"
+}
+
+// Vitals are what monitoring asks of a volume.
+type Vitals struct {
+	// Err says why the volume is not well, nil if it is: its keys may not be used any more, or an error
+	// left a file that the next mount has to repair. A volume that is suspended is well.
+	Err error
+	// Faults are how many were logged, by their kind: "damage-" and the class, "key-" and the kind of
+	// a key service's failure, "other".
+	Faults      map[string]uint64
+	Descriptors int64 // of the ciphertext, that are open
+}
+
+// Vitals returns them.
+func (v *Volume) Vitals() Vitals {
+	out := Vitals{Descriptors: v.disk.Descriptors()}
+	if r := v.access.refusal.Load(); r != nil && v.Suspended() == nil {
+		out.Err = r.err
+	}
+	if v.sessions.stuck.Load() {
+		out.Err = errors.Join(out.Err, errStuck)
+	}
+	v.reports.mu.Lock()
+	defer v.reports.mu.Unlock()
+	out.Faults = maps.Clone(v.reports.kinds)
+	return out
 }

@@ -294,27 +294,19 @@ func (v *Volume) beginSession() error {
 // synced.
 func (v *Volume) nextSession() error {
 	return v.sessions.next(func() error {
-		if err := v.restamp(); err != nil {
-			return err
+		for _, f := range v.nodes.files() {
+			f.mu.Lock()
+			err := error(nil)
+			if f.rw && !f.closed {
+				err = f.Restamp()
+			}
+			f.unlock()
+			if err != nil {
+				return f.failed("beginning a session", err)
+			}
 		}
 		return v.syncAll()
 	})
-}
-
-// restamp rewrites the states of open files that another session wrote.
-func (v *Volume) restamp() error {
-	for _, f := range v.nodes.files() {
-		f.mu.Lock()
-		err := error(nil)
-		if f.rw && !f.closed {
-			err = f.Restamp()
-		}
-		f.unlock()
-		if err != nil {
-			return f.failed("beginning a session", err)
-		}
-	}
-	return nil
 }
 
 func (v *Volume) endSession() error {

@@ -1,0 +1,199 @@
+package tests
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+// get returns the status and the body of a page.
+func get(t *testing.T, url string) (int, string) {
+	t.Helper()
+	resp, err := http.Get(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp.StatusCode, string(b)
+}
+
+// The metrics count what programs do and what goes wrong, /healthz says whether the volume can be
+// used, and the alert rules and the dashboard ask for metrics that there are.
+func TestMetrics(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0") // a port that is free
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := l.Addr().String()
+	l.Close()
+	v := newKMSVolume(t, "--metrics-addr", addr, "--key-max-age", "1s")
+	v.faults = true
+	text := func() string {
+		t.Helper()
+		code, body := get(t, "http://"+addr+"/metrics")
+		if code != http.StatusOK {
+			t.Fatalf("%d: %s", code, body)
+		}
+		return body
+	}
+	value := func(body, metric string) float64 {
+		t.Helper()
+		m := regexp.MustCompile(`(?m)^` + regexp.QuoteMeta(metric) + ` ([0-9.e+-]+)$`).FindStringSubmatch(body)
+		if m == nil {
+			return 0
+		}
+		x, err := strconv.ParseFloat(m[1], 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return x
+	}
+	write(t, v.path("f"), noise(100_000))
+	write(t, v.path("g"), noise(50_000))
+	v.remount()
+	for range 2 {
+		if b, err := os.ReadFile(v.path("f")); err != nil || len(b) != 100_000 {
+			t.Fatal(len(b), err)
+		}
+	}
+	write(t, v.path("h"), noise(10_000))
+	v.run(`sync "$M/h"`)
+	if _, err := os.Stat(v.path("missing")); err == nil {
+		t.Fatal("a file that is not there")
+	}
+	body := text()
+	for metric, least := range map[string]float64{
+		`kmsfs_healthy`:                                       1,
+		`kmsfs_read_bytes_total`:                              100_000,
+		`kmsfs_written_bytes_total`:                           10_000,
+		`kmsfs_request_duration_seconds_count{op="read"}`:     1,
+		`kmsfs_request_duration_seconds_count{op="fsync"}`:    1,
+		`kmsfs_key_lookups_total{answer="asked"}`:             1,
+		`kmsfs_recipient_usable{uri="aws-kms:` + v.arn + `"}`: 1,
+		`kmsfs_key_call_duration_seconds_count`:               2,
+		`go_goroutines`:                                       1,
+		`process_resident_memory_bytes`:                       1,
+	} {
+		if got := value(body, metric); got < least {
+			t.Errorf("%s is %v, at least %v", metric, got, least)
+		}
+	}
+	for _, none := range []string{`kmsfs_locked`, `kmsfs_requests_in_flight`} {
+		if got := value(body, none); got != 0 {
+			t.Errorf("%s is %v", none, got)
+		}
+	}
+	if out := v.kmsfs("stats", "--prometheus", v.dir); value(out, "kmsfs_healthy") != 1 {
+		t.Errorf("by the command: %.300s", out)
+	}
+	if code, body := get(t, "http://"+addr+"/healthz"); code != http.StatusOK || body != "ok\n" {
+		t.Errorf("%d %q", code, body)
+	}
+	if code, _ := get(t, "http://"+addr+"/debug/pprof/"); code != http.StatusNotFound {
+		t.Errorf("profiles over TCP: %d", code)
+	}
+
+	// A damaged block is a fault, and EIO for the program.
+	v.umount()
+	damage(t, v.cipher, 50_000)
+	v.mount()
+	if _, err := os.ReadFile(v.path("g")); err == nil {
+		t.Error("a damaged file is read")
+	}
+	body = text()
+	if value(body, `kmsfs_request_errors_total{errno="EIO",op="read"}`) == 0 || value(body, `kmsfs_faults_total{kind="damage-block"}`) == 0 || value(body, "kmsfs_healthy") != 1 {
+		t.Errorf("a damaged block: %s", grep(body, "EIO|faults|healthy"))
+	}
+	known := regexp.MustCompile(`(?m)^([a-z_]+)[{ ]`)
+	names := map[string]bool{"up": true}
+	for _, m := range known.FindAllStringSubmatch(body, -1) {
+		names[m[1]] = true
+	}
+	for _, file := range []string{"alerts.yml", "dashboard.json"} {
+		b, err := os.ReadFile("../docs/monitoring/" + file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		asked := regexp.MustCompile(`\bkmsfs_[a-z_]+\b`).FindAllString(string(b), -1)
+		if len(asked) < 8 {
+			t.Errorf("%s asks for %d metrics", file, len(asked))
+		}
+		for _, name := range asked {
+			if !names[name] {
+				t.Errorf("%s asks for %s, which is not there", file, name)
+			}
+		}
+	}
+
+	// The key is switched off: the volume is not well until it is on again.
+	v.srv.SetState(v.arn, "Disabled")
+	eventually(t, "not well", func() error {
+		if code, body := get(t, "http://"+addr+"/healthz"); code != http.StatusServiceUnavailable || !strings.Contains(body, "disabled") {
+			return fmt.Errorf("%d %q", code, body)
+		}
+		return nil
+	})
+	body = text()
+	if value(body, "kmsfs_healthy") != 0 || value(body, `kmsfs_recipient_usable{uri="aws-kms:`+v.arn+`"}`) != 0 {
+		t.Errorf("%s", grep(body, "healthy|usable"))
+	}
+	v.srv.SetState(v.arn, "Enabled")
+	eventually(t, "well again", func() error {
+		if code, body := get(t, "http://"+addr+"/healthz"); code != http.StatusOK {
+			return fmt.Errorf("%d %q", code, body)
+		}
+		return nil
+	})
+	// Locked on purpose is no illness.
+	v.kmsfs("lock", v.dir)
+	body = text()
+	if value(body, "kmsfs_locked") != 1 || value(body, "kmsfs_healthy") != 1 {
+		t.Errorf("locked: %s", grep(body, "healthy|locked"))
+	}
+	v.kmsfs("unlock", v.dir)
+
+	v.umount()
+	if out, err := v.try("mount", "--metrics-addr", "0.0.0.0:9", v.cipher, v.dir); err == nil || !strings.Contains(out, "only an address of loopback") {
+		t.Errorf("for everybody: %v %s", err, out)
+	}
+}
+
+// damage changes a bit in the middle of the ciphertext file that holds so many bytes, nearly.
+func damage(t *testing.T, cipher string, size int64) {
+	t.Helper()
+	done := false
+	err := filepath.WalkDir(cipher, func(path string, d os.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		st, err := d.Info()
+		if err != nil || st.Size() < size || st.Size() > size+size/20+2000 {
+			return err
+		}
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		b[len(b)/2] ^= 1
+		done = true
+		return os.WriteFile(path, b, 0o600)
+	})
+	if err != nil || !done {
+		t.Fatal("no file was damaged:", err)
+	}
+}
+
+func grep(text, pattern string) string {
+	return strings.Join(regexp.MustCompile(`(?m)^.*(`+pattern+`).*$`).FindAllString(text, -1), "\n")
+}
