@@ -90,6 +90,9 @@ func Mount(v *volume.Volume, dir string, o MountOptions) (*Server, error) {
 // Wait returns when the volume was unmounted and every request answered.
 func (s *Server) Wait() { s.loop.wait() }
 
+// Asked returns how many requests there were so far.
+func (s *Server) Asked() uint64 { return s.loop.reads.Load() }
+
 // Unmount unmounts; EBUSY while something is open.
 func (s *Server) Unmount() error { return unmountDevice(s.dir) }
 

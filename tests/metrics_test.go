@@ -1,16 +1,22 @@
 package tests
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // get returns the status and the body of a page.
@@ -121,7 +127,7 @@ func TestMetrics(t *testing.T) {
 		names[m[1]] = true
 	}
 	for _, file := range []string{"alerts.yml", "dashboard.json"} {
-		b, err := os.ReadFile("../docs/monitoring/" + file)
+		b, err := os.ReadFile("../docs/deploy/" + file)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -196,4 +202,86 @@ func damage(t *testing.T, cipher string, size int64) {
 
 func grep(text, pattern string) string {
 	return strings.Join(regexp.MustCompile(`(?m)^.*(`+pattern+`).*$`).FindAllString(text, -1), "\n")
+}
+
+// A mount that nobody uses is unmounted; not while something of it is open, or asked for.
+func TestIdle(t *testing.T) {
+	v := newVolume(t, "--idle", "700ms")
+	mounted := func() bool {
+		b, err := os.ReadFile("/proc/self/mountinfo")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.Contains(string(b), " "+v.dir+" ")
+	}
+	f, err := os.Create(v.path("f"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(1500 * time.Millisecond)
+	if !mounted() {
+		t.Error("unmounted while a file is open")
+	}
+	if _, err := f.WriteString("content"); err != nil {
+		t.Error(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Error(err)
+	}
+	for n := range 30 { // each is asked of the daemon
+		if os.WriteFile(v.path(fmt.Sprint("g", n)), nil, 0o644) != nil || !mounted() {
+			t.Fatal("unmounted while it is used")
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	eventually(t, "unmounted", func() error {
+		if mounted() {
+			return errors.New("it is mounted")
+		}
+		return nil
+	})
+	v.mount()
+	if b, err := os.ReadFile(v.path("f")); err != nil || string(b) != "content" {
+		t.Errorf("%q, %v", b, err)
+	}
+}
+
+// systemd hears when the mount can be used, and when it ends.
+func TestNotify(t *testing.T) {
+	v := newVolume(t)
+	v.umount()
+	path := filepath.Join(v.base, "notify")
+	l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	hear := func() string {
+		t.Helper()
+		l.SetReadDeadline(time.Now().Add(20 * time.Second))
+		b := make([]byte, 100)
+		n, err := l.Read(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b[:n])
+	}
+	c := exec.Command(binary, "mount", "--foreground", v.cipher, v.dir)
+	c.Env = append(slices.Clone(v.env), "NOTIFY_SOCKET="+path)
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if got := hear(); got != "READY=1" {
+		t.Errorf("%q", got)
+	}
+	write(t, v.path("f"), []byte("it can be used"))
+	if err := c.Process.Signal(unix.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if got := hear(); got != "STOPPING=1" {
+		t.Errorf("%q", got)
+	}
+	if err := c.Wait(); err != nil {
+		t.Error(err)
+	}
 }

@@ -16,6 +16,7 @@ import (
 	"strings"
 	"time"
 
+	systemd "github.com/coreos/go-systemd/v22/daemon" // tells systemd when the mount can be used
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
@@ -41,6 +42,7 @@ type mountFlags struct {
 	lease       string
 	audit       string
 	metricsAddr string
+	idle        time.Duration
 
 	incomplete bool // keys of recipients need not be at hand
 
@@ -74,6 +76,7 @@ init writes one, and so does a mount with --key.`,
 	fl.DurationVar(&f.grace, "key-grace", time.Hour, "while a key service cannot be reached, files whose keys are known can be read for so `LONG`")
 	fl.StringVar(&f.lease, "key-lease", "key", "what proves that a file may still be read: its KMS `key` (key), or its own data key (file), for policies on single files")
 	fl.StringVar(&f.audit, "audit", "", "strict: no key is unwrapped before its file is opened, so that CloudTrail shows just what was")
+	fl.DurationVar(&f.idle, "idle", 0, "unmount when nothing was asked for so `LONG`, and nothing is open")
 	fl.StringVar(&f.metricsAddr, "metrics-addr", "", "serve /metrics and /healthz at this `HOST:PORT` of loopback")
 	fl.Float64Var(&f.aws.RPS, "kms-rps", 2000, "calls a second to KMS at most: the quota is shared with the account's other services")
 	// As mount(8) calls its helper.
@@ -163,16 +166,12 @@ func (f *mountFlags) parseOptions() error {
 			f.audit = value
 		case name == "metrics_addr":
 			f.metricsAddr = value
-		case name == "key_max_age", name == "key_grace":
+		case name == "key_max_age", name == "key_grace", name == "idle":
 			d, err := time.ParseDuration(value)
 			if err != nil {
 				return usageError{fmt.Errorf("%s=%s: a duration is like 5m or 1h30m", name, value), "kmsfs mount"}
 			}
-			if name == "key_grace" {
-				f.grace = d
-			} else {
-				f.maxAge = d
-			}
+			*map[string]*time.Duration{"key_max_age": &f.maxAge, "key_grace": &f.grace, "idle": &f.idle}[name] = d
 		case name == "kms_rps":
 			if _, err := fmt.Sscan(value, &f.aws.RPS); err != nil {
 				return usageError{fmt.Errorf("kms_rps=%s is no number", value), "kmsfs mount"}
@@ -197,8 +196,8 @@ func (f *mountFlags) parseOptions() error {
 		return usageError{fmt.Errorf("--key-lease %s: key and file are there", f.lease), "kmsfs mount"}
 	case f.audit != "" && f.audit != "strict":
 		return usageError{fmt.Errorf("--audit %s: only strict is there", f.audit), "kmsfs mount"}
-	case f.maxAge < minMaxAge || f.grace < 0 || f.aws.RPS < 1:
-		return usageError{fmt.Errorf("--key-max-age must be at least %v, --key-grace not negative, --kms-rps at least 1", minMaxAge), "kmsfs mount"}
+	case f.maxAge < minMaxAge || f.grace < 0 || f.idle < 0 || f.aws.RPS < 1:
+		return usageError{fmt.Errorf("--key-max-age must be at least %v, --key-grace and --idle not negative, --kms-rps at least 1", minMaxAge), "kmsfs mount"}
 	}
 	return nil
 }
@@ -347,7 +346,14 @@ func (f *mountFlags) serve(ctx context.Context, cipherDir, mountPoint string) er
 	if err := ready(log, logPath, mountPoint, stay); err != nil {
 		logger.Error("going to the background failed", "error", err)
 	}
+	ended := make(chan struct{})
+	if f.idle > 0 {
+		go unmountWhenIdle(server, f.idle, ended, logger)
+	}
+	notifySystemd(systemd.SdNotifyReady, logger)
 	server.Wait()
+	close(ended)
+	notifySystemd(systemd.SdNotifyStopping, logger)
 	ctl.stop()
 	err = v.Close()
 	if err != nil {
@@ -488,6 +494,51 @@ func (f *mountFlags) unmountOnSignal(server *fs.Server, mountPoint string, logge
 			logger.Warn("the mount is busy; it is unmounted when it is not", "mountpoint", mountPoint, "busy", (&mountInfo{dir: mountPoint}).users())
 		}
 		time.Sleep(200 * time.Millisecond)
+	}
+}
+
+// unmountWhenIdle unmounts when no request has come for so long, by a clock that goes on while the
+// machine sleeps. A mount that is busy then is asked again after the same time.
+func unmountWhenIdle(server *fs.Server, idle time.Duration, ended <-chan struct{}, logger *slog.Logger) {
+	t := time.NewTicker(min(max(idle/10, 10*time.Millisecond), time.Minute))
+	defer t.Stop()
+	last, since := server.Asked(), bootTime()
+	for {
+		select {
+		case <-ended:
+			return
+		case <-t.C:
+		}
+		now := bootTime()
+		if n := server.Asked(); n != last {
+			last, since = n, now
+		}
+		if now-since < idle {
+			continue
+		}
+		err := server.Unmount()
+		if err == nil {
+			logger.Info("unmounted, since nothing was asked for so long", "idle", idle)
+			return
+		}
+		if !errors.Is(err, unix.EBUSY) {
+			logger.Error("unmounting an idle mount failed", "error", err)
+		}
+		last, since = server.Asked(), now
+	}
+}
+
+// bootTime is CLOCK_BOOTTIME.
+func bootTime() time.Duration {
+	var t unix.Timespec
+	unix.ClockGettime(unix.CLOCK_BOOTTIME, &t)
+	return time.Duration(t.Nano())
+}
+
+// notifySystemd tells systemd how far a service of Type=notify is; nothing elsewhere.
+func notifySystemd(state string, logger *slog.Logger) {
+	if _, err := systemd.SdNotify(false, state); err != nil {
+		logger.Warn("systemd cannot be told", "error", err)
 	}
 }
 
