@@ -121,6 +121,29 @@ func (a *Admin) account(ctx context.Context) (string, error) {
 	return "arn:" + partition + ":iam::" + aws.ToString(out.Account) + ":root", nil
 }
 
+// Identity returns where the credentials came from, and whose they are.
+func (c *Clients) Identity(ctx context.Context) (source, arn string, err error) {
+	_, region, err := c.client(ctx, "")
+	if err != nil {
+		return "", "", err
+	}
+	c.mu.Lock()
+	cfg := c.configs[region]
+	c.mu.Unlock()
+	s := &Store{c: c, region: region}
+	ctx, cancel := context.WithTimeout(ctx, c.o.Total)
+	defer cancel()
+	creds, err := cfg.Credentials.Retrieve(ctx)
+	if err == nil {
+		var out *sts.GetCallerIdentityOutput
+		if out, err = sts.NewFromConfig(cfg).GetCallerIdentity(ctx, nil); err == nil {
+			return creds.Source, aws.ToString(out.Arn), nil
+		}
+	}
+	v, _ := s.verdict(ctx, "open", err)
+	return creds.Source, "", v
+}
+
 // Create makes a symmetric key with this policy and alias, and returns its ARN. It leaves no
 // key behind if the alias cannot be given to it.
 func (a *Admin) Create(ctx context.Context, alias, policy string) (string, error) {

@@ -330,6 +330,19 @@ func (s *Store) generate(ctx context.Context, b keystore.Binding) ([]byte, keyst
 	return out.Plaintext, keystore.Wrapped{URI: s.URI(), Blob: out.CiphertextBlob}, nil
 }
 
+// MayGenerate returns nil if these credentials may make data keys that are bound like this. It makes
+// none: KMS is asked with DryRun.
+func (s *Store) MayGenerate(ctx context.Context, b keystore.Binding) error {
+	_, err := call(ctx, s, "generate", "GenerateDataKey", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.GenerateDataKeyOutput, error) {
+		out, err := k.GenerateDataKey(ctx, &kms.GenerateDataKeyInput{KeyId: &s.arn, KeySpec: types.DataKeySpecAes256, EncryptionContext: Context(b), DryRun: aws.Bool(true)}, o)
+		if _, ok := errors.AsType[*types.DryRunOperationException](err); ok {
+			return out, nil // it would have been made
+		}
+		return out, err
+	})
+	return err
+}
+
 // Wrap implements [keystore.Store] by Encrypt.
 func (s *Store) Wrap(ctx context.Context, b keystore.Binding, key []byte) (keystore.Wrapped, error) {
 	return replicas(ctx, s, func(ctx context.Context, s *Store) (keystore.Wrapped, error) { return s.wrap(ctx, b, key) })

@@ -328,6 +328,7 @@ type request struct {
 	TargetKeyId         string
 	PendingWindowInDays int
 	Policy              string
+	DryRun              bool
 
 	SourceKeyId, DestinationKeyId                         string
 	SourceEncryptionContext, DestinationEncryptionContext map[string]string
@@ -525,6 +526,9 @@ func (s *Server) withKey(op, credential string, q *request) (any, error) {
 	}
 	if k.spec != "SYMMETRIC_DEFAULT" {
 		return nil, &kmsError{"InvalidKeyUsageException", "the key is of type " + k.spec}
+	}
+	if q.DryRun {
+		return nil, &kmsError{"DryRunOperationException", "The request would have succeeded, but the DryRun option is set."}
 	}
 	return s.crypt(op, k, q)
 }

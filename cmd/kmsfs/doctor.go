@@ -1,0 +1,282 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"kmsfs/fs/volume"
+	"kmsfs/keystore"
+	"kmsfs/keystore/awskms"
+)
+
+// doctor looks whether a machine, and a volume, are ready for a mount.
+type doctor struct {
+	keyFlags
+	asJSON bool
+	lines  []checkup
+}
+
+// checkup is one thing that was looked at.
+type checkup struct {
+	What   string `json:"what"`
+	State  string `json:"state"` // "ok", "note", or "fail"
+	Detail string `json:"detail"`
+	Advice string `json:"advice,omitempty"`
+}
+
+func doctorCommand() *cobra.Command {
+	var d doctor
+	c := &cobra.Command{
+		Use:   "doctor [CIPHERDIR]",
+		Short: "Look whether this machine, and a volume, are ready for a mount",
+		Long: `Look whether this machine, and a volume, are ready for a mount: FUSE, limits, directories,
+the ciphertext's filesystem and its speed, credentials and where they came from, and the rights
+at KMS. Each line says ok, or what to do. Nothing is changed, but for a directory that is made in
+CIPHERDIR for a moment.`,
+		Args: cobra.MaximumNArgs(1),
+		RunE: func(c *cobra.Command, args []string) error {
+			d.machine()
+			if len(args) > 0 {
+				d.volume(contextOf(c), args[0])
+			}
+			return d.show()
+		},
+	}
+	d.add(c, openVolumeUsage)
+	c.Flags().BoolVar(&d.asJSON, "json", false, "print JSON")
+	return c
+}
+
+func (d *doctor) line(state, what, advice, format string, args ...any) {
+	d.lines = append(d.lines, checkup{what, state, fmt.Sprintf(format, args...), advice})
+}
+
+func (d *doctor) ok(what, format string, args ...any) { d.line("ok", what, "", format, args...) }
+
+// failed notes an error, with the hint that it would have at a mount.
+func (d *doctor) failed(what string, err error) { d.line("fail", what, hintOf(err), "%v", err) }
+
+func (d *doctor) show() error {
+	fails := 0
+	for _, l := range d.lines {
+		if l.State == "fail" {
+			fails++
+		}
+	}
+	if d.asJSON {
+		if err := printJSON(d.lines); err != nil {
+			return err
+		}
+	} else {
+		for _, l := range d.lines {
+			fmt.Printf("%-4s  %-22s %s\n", l.State, l.What, l.Detail)
+			if l.Advice != "" {
+				fmt.Printf("      %-22s → %s\n", "", l.Advice)
+			}
+		}
+	}
+	if fails > 0 {
+		return quiet(exitFailed)
+	}
+	return nil
+}
+
+// machine looks at what every mount needs.
+func (d *doctor) machine() {
+	if fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0); err != nil {
+		d.line("fail", "FUSE", "modprobe fuse; in a container, pass the device: --device /dev/fuse --cap-add SYS_ADMIN", "/dev/fuse: %v", err)
+	} else {
+		unix.Close(fd)
+		d.ok("FUSE", "/dev/fuse can be opened")
+	}
+	if os.Geteuid() != 0 {
+		if path, err := exec.LookPath("fusermount3"); err != nil {
+			d.line("fail", "fusermount3", "install fuse3", "users other than root need it, and it was not found")
+		} else {
+			d.ok("fusermount3", "%s", path)
+		}
+		conf, _ := os.ReadFile("/etc/fuse.conf")
+		if !slices.Contains(strings.Fields(string(conf)), "user_allow_other") {
+			d.line("note", "--allow-other", "to let other users in, put user_allow_other into /etc/fuse.conf", "only root can use it here")
+		}
+	}
+	var u unix.Utsname
+	if unix.Uname(&u) == nil {
+		d.ok("kernel", "Linux %s", unix.ByteSliceToString(u.Release[:]))
+	}
+	d.limit("memory that is locked", unix.RLIMIT_MEMLOCK, 1<<20, "ulimit -l 1024, or LimitMEMLOCK=, or keys can be swapped out")
+	d.limit("open files", unix.RLIMIT_NOFILE, 4096, "ulimit -n 65536, or LimitNOFILE=, for programs with many files open")
+	if dir, err := stateDir(); err != nil {
+		d.failed("trust records", err)
+	} else {
+		d.ok("trust records", "%s", dir)
+	}
+	if path, err := socketPath("0:0"); err != nil {
+		d.failed("control sockets", err)
+	} else {
+		d.ok("control sockets", "%s", filepath.Dir(path))
+	}
+}
+
+// limit notes a resource limit that is lower than a mount wants.
+func (d *doctor) limit(what string, resource int, wanted uint64, advice string) {
+	var r unix.Rlimit
+	if err := unix.Getrlimit(resource, &r); err != nil {
+		d.failed(what, err)
+	} else if os.Geteuid() == 0 && resource == unix.RLIMIT_MEMLOCK {
+		d.ok(what, "root's is not limited")
+	} else if r.Cur < wanted {
+		d.line("note", what, advice, "limited to %d", r.Cur)
+	} else if r.Cur == unix.RLIM_INFINITY {
+		d.ok(what, "not limited")
+	} else {
+		d.ok(what, "limited to %d", r.Cur)
+	}
+}
+
+// volume looks at a ciphertext directory: its filesystem, its writer, its keys.
+func (d *doctor) volume(ctx context.Context, dir string) {
+	dir, err := realDir(dir)
+	if err != nil {
+		d.failed("volume", err)
+		return
+	}
+	l, err := volume.Find(dir)
+	if err != nil {
+		d.failed("volume", err)
+		d.backing(dir, false)
+		return
+	}
+	defer l.Close()
+	d.ok("volume", "%s, names %s, %d recipients", l.Config.Volume, l.Config.Names, len(l.Config.Recipients))
+	d.backing(dir, l.Config.Names == "plain")
+	switch err := l.Writer(); {
+	case errors.Is(err, volume.ErrLocked):
+		d.line("note", "writer", "kmsfs umount, if another mount is to write", "%v", err)
+	case err != nil:
+		d.failed("writer", err)
+	default:
+		d.ok("writer", "the volume is not mounted for writing")
+	}
+	rec, err := readRecord(l.Config.Volume)
+	switch {
+	case err != nil:
+		d.failed("trust record", err)
+	case rec == nil && len(d.keys) == 0:
+		d.line("note", "trust record", "mount once with --key; and give --key to this command to look at the key", "there is none for this volume: no key is trusted here")
+		return
+	case rec != nil:
+		d.ok("trust record", "names %d recipients, generation %d", len(rec.Recipients), rec.Generation)
+	}
+	d.keysOf(ctx, dir, l, rec)
+}
+
+// keysOf opens the volume as a mount does, and asks for the rights of a writer.
+func (d *doctor) keysOf(ctx context.Context, dir string, l *volume.Found, rec *volume.Record) {
+	trusted, err := d.trusted(ctx, l.Config.List(), rec)
+	if err == nil && len(trusted) == 0 {
+		err = untrusted(l.Config.List(), dir, rec)
+	}
+	if err != nil {
+		d.failed("keys", err)
+		return
+	}
+	if d.usesKMS {
+		if source, arn, err := d.kms().Identity(ctx); err != nil {
+			d.failed("AWS credentials", err)
+		} else {
+			d.ok("AWS credentials", "%s, from %s", arn, source)
+		}
+	}
+	opens := keystore.Binding{Use: keystore.ForVolume, Volume: l.Config.Volume}
+	for _, s := range trusted {
+		var ws []keystore.Wrapped
+		for _, r := range l.Config.List() {
+			if keystore.Serves(s, r.URI) {
+				ws = append(ws, keystore.Wrapped{URI: r.URI, Branch: r.Branch, Blob: r.Wrapped})
+			}
+		}
+		begun := time.Now()
+		key, err := keystore.UnwrapFirst(ctx, []keystore.Store{s}, opens, ws)
+		clear(key)
+		if err != nil {
+			d.failed("to read", err)
+		} else {
+			d.ok("to read", "%s opens the volume, in %v", s.URI(), time.Since(begun).Round(100*time.Microsecond))
+		}
+		if k, ok := s.(*awskms.Store); ok {
+			if err := k.MayGenerate(ctx, keystore.Binding{Use: keystore.ForFile, Volume: l.Config.Volume}); err != nil {
+				d.line("note", "to write", hintOf(err), "%v", err)
+			} else {
+				d.ok("to write", "%s may make data keys", s.URI())
+			}
+		}
+	}
+}
+
+// backing looks at the filesystem of the ciphertext, in a directory of its own.
+func (d *doctor) backing(dir string, plainNames bool) {
+	tmp, err := os.MkdirTemp(dir, "kmsfs.doctor-")
+	if err != nil {
+		d.line("note", "ciphertext directory", "mount with --read-only, or as a user who may write there", "%v", err)
+		return
+	}
+	defer os.RemoveAll(tmp)
+	notes, err := volume.CheckBacking(tmp, plainNames)
+	if err != nil {
+		d.failed("ciphertext directory", fmt.Errorf("its filesystem %w", err))
+	} else {
+		d.ok("ciphertext directory", "its filesystem has what a volume needs")
+	}
+	for _, n := range notes {
+		d.line("note", "ciphertext directory", "", "%s", n)
+	}
+	var st unix.Statfs_t
+	if unix.Statfs(dir, &st) == nil {
+		free := float64(st.Bavail) / float64(max(st.Blocks, 1))
+		state, advice := "ok", ""
+		if free < 0.05 {
+			state, advice = "note", "free some space"
+		}
+		d.line(state, "space", advice, "%.0f %% free", 100*free)
+	}
+	if took, err := syncTakes(tmp); err != nil {
+		d.failed("speed", err)
+	} else {
+		d.ok("speed", "a write with fsync takes %v, the median of %d", took.Round(10*time.Microsecond), syncProbes)
+	}
+}
+
+const syncProbes = 9
+
+// syncTakes returns how long a small write with fsync takes.
+func syncTakes(dir string) (time.Duration, error) {
+	f, err := os.Create(filepath.Join(dir, "speed"))
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	var took []time.Duration
+	for range syncProbes {
+		begun := time.Now()
+		if _, err := f.WriteAt(make([]byte, 4096), 0); err != nil {
+			return 0, err
+		}
+		if err := f.Sync(); err != nil {
+			return 0, err
+		}
+		took = append(took, time.Since(begun))
+	}
+	slices.Sort(took)
+	return took[len(took)/2], nil
+}
