@@ -79,6 +79,14 @@ func (s *standing) stale(now, maxAge time.Duration) bool {
 	return !s.immediate && s.health.stale(now, maxAge)
 }
 
+// forget wipes the keys that the store has by itself. mu is held.
+func (s *standing) forget() {
+	s.branch.wipe()
+	if f, ok := s.Store.(Forgetter); ok {
+		f.Forget()
+	}
+}
+
 // learn keeps a wrapped key for probes to unwrap: none under a branch key, which
 // the store may know. mu is held.
 func (s *standing) learn(b Binding, w Wrapped) {
@@ -347,10 +355,7 @@ func (r *Ring) wipe() {
 	r.pool.keys = nil
 	r.cache.wipe()
 	for _, s := range r.stores {
-		s.branch.wipe()
-		if f, ok := s.Store.(Forgetter); ok {
-			f.Forget()
-		}
+		s.forget()
 	}
 }
 

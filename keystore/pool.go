@@ -356,10 +356,22 @@ func (m *maker) wrapForAll(ctx context.Context, b Binding) (k *DataKey, missing 
 			m.forbid(which[i], e)
 		}
 	}
+	if err == nil && !opens(usable, k.Wrapped) {
+		// Only recipients that wrap got it: nobody here could open the file.
+		clear(k.Key)
+		k, err = nil, missing[0]
+	}
 	if err != nil && KindOf(err) != Canceled {
 		err = missing[0]
 	}
 	return k, missing, err
+}
+
+// opens reports whether one of these stores has wrapped the key.
+func opens(stores []Store, ws []Wrapped) bool {
+	return slices.ContainsFunc(ws, func(w Wrapped) bool {
+		return slices.ContainsFunc(stores, func(s Store) bool { return s.URI() == w.URI || Serves(s, w.URI) })
+	})
 }
 
 // forbidden returns why a store is known not to wrap new keys, nil if it may.
@@ -414,6 +426,9 @@ func newKey(ctx context.Context, stores []Store, b Binding) (k *DataKey, errs []
 		}
 		if KindOf(errs[i]) == Canceled {
 			return nil, nil, errs[i]
+		}
+		if i > 0 && KindOf(errs[i]) == Denied {
+			errs[i] = nil // a key that is not the first may have the right to wrap only
 		}
 	}
 	if made < 0 {

@@ -87,13 +87,14 @@ func NewRing(volume [16]byte, stores []Store, o RingOptions) *Ring {
 	}
 	r.slab = newSlab(maxCached + 2*MaxPool + poolCalls)
 	r.cache = newCache(r.slab, maxCached)
-	r.SetStores(stores)
+	r.SetStores(stores, o.Sample)
 	return r
 }
 
 // SetStores makes these the stores that are trusted, from now on. Those that were before keep what
-// is known of them. Keys that were made ahead, for other recipients, are wiped.
-func (r *Ring) SetStores(stores []Store) {
+// is known of them. Keys that were made ahead, for other recipients, are wiped. sample is the volume
+// key as the recipients have it: what a probe unwraps.
+func (r *Ring) SetStores(stores []Store, sample []Wrapped) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	before := r.stores
@@ -106,10 +107,15 @@ func (r *Ring) SetStores(stores []Store) {
 		}
 		i := slices.IndexFunc(before, func(x *standing) bool { return x.URI() == s.URI() })
 		if i < 0 {
-			before, i = append(before, r.newStanding(s)), len(before)
+			before, i = append(before, r.newStanding(s, sample)), len(before)
 		}
 		r.stores = append(r.stores, before[i])
 		waits = waits || !before[i].immediate
+	}
+	for _, s := range before {
+		if !slices.Contains(r.stores, s) {
+			s.forget()
+		}
 	}
 	r.epoch++
 	for _, k := range r.pool.keys {
@@ -127,10 +133,10 @@ func (r *Ring) SetStores(stores []Store) {
 }
 
 // newStanding takes the store to have just proven that its key may be used. mu is held.
-func (r *Ring) newStanding(s Store) *standing {
+func (r *Ring) newStanding(s Store, sample []Wrapped) *standing {
 	_, immediate := s.(Immediate)
 	st := &standing{Store: s, immediate: immediate, health: health{proven: r.o.Now()}, branch: branch{busy: make(chan struct{}, 1)}}
-	for _, w := range r.o.Sample {
+	for _, w := range sample {
 		if Serves(s, w.URI) {
 			st.learn(Binding{Use: ForVolume, Volume: r.volume}, w)
 		}
@@ -354,6 +360,9 @@ func (r *Ring) Rewrap(ctx context.Context, file [16]byte, ws []Wrapped, to strin
 	}
 	return s.Wrap(ctx, Binding{ForFile, r.volume, file}, key)
 }
+
+// Opens reports whether a recipient among these is trusted, and can unwrap.
+func (r *Ring) Opens(ws []Wrapped) bool { return len(r.candidates(ws)) > 0 }
 
 // Good reports whether the service of a recipient still takes a wrapped key, without the right to
 // see it: it wraps it once more for the same recipient.

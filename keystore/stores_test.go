@@ -111,6 +111,15 @@ func TestSealer(t *testing.T) {
 	if err != nil || len(k.Wrapped) != 2 || k.Wrapped[1].URI != x.uri {
 		t.Fatalf("%v, %v", k, err)
 	}
+	// A store that fails for the first time: the key must not go to the other one alone.
+	s.err.Store(&keystore.Error{Kind: keystore.Denied, URI: s.uri, Op: "wrap", Err: errors.New("denied")})
+	for range 3 {
+		if k, err := r.NewKey(t.Context()); err == nil {
+			t.Errorf("a key that nobody here can unwrap: %+v", k.Wrapped)
+		}
+	}
+	s.err.Store(nil)
+	r.Retry()
 	if _, err := r.Unwrap(t.Context(), k.ID, k.Wrapped[1:]); keystore.KindOf(err) != keystore.Untrusted || x.opens.Load() != 0 {
 		t.Errorf("%v, asked %d times", err, x.opens.Load())
 	}
@@ -147,7 +156,7 @@ func TestSetStores(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	r.SetStores([]keystore.Store{a, b})
+	r.SetStores([]keystore.Store{a, b}, nil)
 	r.PutBack(held)
 	for i := range 200 {
 		k, err := r.NewKey(t.Context())
@@ -160,7 +169,7 @@ func TestSetStores(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.SetStores([]keystore.Store{b})
+	r.SetStores([]keystore.Store{b}, nil)
 	if _, err := r.Unwrap(t.Context(), k.ID, k.Wrapped[:1]); keystore.KindOf(err) != keystore.Untrusted {
 		t.Errorf("by a store that is trusted no more: %v", err)
 	}
@@ -183,9 +192,21 @@ func TestSetStoresThatWait(t *testing.T) {
 	if r.Waits() {
 		t.Error("a local key is waited for")
 	}
-	r.SetStores([]keystore.Store{s})
+	b := keystore.Binding{Use: keystore.ForVolume, Volume: [16]byte{1}}
+	sample, err := s.Wrap(t.Context(), b, make([]byte, keystore.KeySize))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.SetStores([]keystore.Store{s}, []keystore.Wrapped{sample})
 	if !r.Waits() {
 		t.Error("a service is not waited for")
+	}
+	// Nothing is opened or made meanwhile: the proof is made by itself.
+	clock.Store(int64(90 * time.Second))
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if err := r.Prove(ctx); err != nil || s.opens.Load() == 0 {
+		t.Errorf("no proof of a key that was added: %v", err)
 	}
 	k, err := r.NewKey(t.Context())
 	if err != nil {
@@ -195,7 +216,7 @@ func TestSetStoresThatWait(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.err.Store(&keystore.Error{Kind: keystore.Revoked, URI: s.uri, Op: "unwrap", Err: errors.New("disabled")})
-	clock.Store(int64(2 * time.Minute))
+	clock.Store(int64(4 * time.Minute))
 	if err := r.Prove(t.Context()); keystore.KindOf(err) != keystore.Revoked {
 		t.Errorf("two minutes later: %v", err)
 	}

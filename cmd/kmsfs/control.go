@@ -37,6 +37,7 @@ type control struct {
 	log    *slog.Logger
 	since  time.Time
 
+	cancel context.CancelFunc // of requests that are being answered
 	path   string
 	socket unix.Stat_t
 	srv    *http.Server
@@ -122,7 +123,9 @@ func (c *control) start(dev string) (err error) {
 	mux.Handle("GET /metrics", watched)
 	mux.Handle("GET /healthz", watched)
 	profiles(mux)
-	c.srv = &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, ErrorLog: slog.NewLogLogger(c.log.Handler(), slog.LevelWarn)}
+	base, cancel := context.WithCancel(context.Background())
+	c.cancel = cancel
+	c.srv = &http.Server{BaseContext: func(net.Listener) context.Context { return base }, Handler: mux, ReadHeaderTimeout: 5 * time.Second, ErrorLog: slog.NewLogLogger(c.log.Handler(), slog.LevelWarn)}
 	go c.srv.Serve(l)
 	return nil
 }
@@ -142,9 +145,12 @@ func (c *control) stop() {
 	if c.srv == nil {
 		return
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	c.cancel() // a rewrap ends after the files that it is at
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	c.srv.Shutdown(ctx)
+	if err := c.srv.Shutdown(ctx); err != nil {
+		c.log.Error("a request to the daemon does not end", "error", err)
+	}
 	var now unix.Stat_t
 	if unix.Lstat(c.path, &now) == nil && now.Ino == c.socket.Ino && now.Dev == c.socket.Dev { // or it is the next mount's
 		os.Remove(c.path)

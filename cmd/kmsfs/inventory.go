@@ -89,6 +89,8 @@ func (f *inventoryFlags) run(ctx context.Context, dir string) error {
 	for _, v := range out.Volumes {
 		list = append(list, v.Recipients...)
 	}
+	slices.Sort(list)
+	list = slices.Compact(list)
 	uri, err := f.uriOf(ctx, f.needs, list)
 	if err != nil {
 		return err

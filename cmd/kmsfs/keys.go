@@ -26,9 +26,12 @@ type keyFlags struct {
 	identityFiles  []string // of age
 	aws            awskms.Options
 
+	acceptUnverified bool // with identityFiles: a volume that no trust record vouches for may be changed
+
 	clients    *awskms.Clients
 	usesKMS    bool
 	identities agestore.Identities // of identityFiles, once they were read
+	candidates [][]byte            // passphrases to try instead of asking for one
 }
 
 func (k *keyFlags) add(c *cobra.Command, usage string) {
@@ -40,7 +43,12 @@ func (k *keyFlags) add(c *cobra.Command, usage string) {
 
 // addIdentities adds the flag for opening by an age recipient.
 func (k *keyFlags) addIdentities(c *cobra.Command) {
-	c.Flags().StringArrayVar(&k.identityFiles, "identity", nil, "open with the age identity, or the SSH key, in this `FILE` (repeatable); nothing else is asked")
+	c.Flags().StringArrayVar(&k.identityFiles, "identity", nil, "open with the age identity, or the SSH key, in this `FILE` (repeatable)")
+}
+
+// addUnverified adds the flag for changing a volume that nothing but an identity vouches for.
+func (k *keyFlags) addUnverified(c *cobra.Command) {
+	c.Flags().BoolVar(&k.acceptUnverified, "accept-unverified", false, "with --identity: change a volume that no trust record on this machine vouches for")
 }
 
 // addAWS adds the flags by which KMS is reached.
@@ -202,7 +210,9 @@ func (k *keyFlags) trusted(ctx context.Context, recipients []blockcrypt.Recipien
 			errs = append(errs, err)
 			continue
 		}
-		out = append(out, s)
+		if !keystore.OnlySeals(s) {
+			out = append(out, s)
+		}
 	}
 	if len(out) == 0 && len(errs) > 0 {
 		return nil, errs[0]
@@ -306,20 +316,24 @@ func (k *keyFlags) open(ctx context.Context, r blockcrypt.Recipient, rec *volume
 // anyPassphrase asks for a passphrase and opens the first recipient that has it.
 func (k *keyFlags) anyPassphrase(rs []blockcrypt.Recipient) (keystore.Store, error) {
 	var err error = coded{errors.New("no passphrase opens this"), exitKey}
-	var p []byte
+	ps := k.candidates
 	for _, r := range rs {
 		if !strings.HasPrefix(r.URI, local.PassphraseScheme) {
 			continue
 		}
-		if p == nil {
-			if p, err = askPassphrase(k.passphraseFile, false); err != nil {
+		if ps == nil {
+			p, err := askPassphrase(k.passphraseFile, false)
+			if err != nil {
 				return nil, err
 			}
 			defer clear(p)
+			ps = [][]byte{p}
 		}
-		var s *local.Store
-		if s, err = local.OpenPassphrase(r.URI, r.Branch, p); err == nil {
-			return s, nil
+		for _, p := range ps {
+			var s *local.Store
+			if s, err = local.OpenPassphrase(r.URI, r.Branch, p); err == nil {
+				return s, nil
+			}
 		}
 	}
 	return nil, err

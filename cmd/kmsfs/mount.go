@@ -44,6 +44,7 @@ type mountFlags struct {
 	metricsAddr string
 	idle        time.Duration
 
+	unvouched  bool // only an age identity, and no trust record, says that the volume is the user's
 	incomplete bool // keys of recipients need not be at hand
 
 	again bool     // remount
@@ -313,7 +314,9 @@ func (f *mountFlags) serve(ctx context.Context, cipherDir, mountPoint string) er
 		return err
 	}
 	// Now that the volume is ours: a mount that is refused changes no trust.
-	if err := f.remember(u.Record, cipherDir); err != nil {
+	if f.unvouched {
+		logger.Warn("no trust record vouches for this volume, and none is written")
+	} else if err := f.remember(u.Record, cipherDir); err != nil {
 		return errors.Join(err, v.Close())
 	}
 	server, err := fs.Mount(v, mountPoint, fs.MountOptions{Source: cipherDir, AllowOther: f.allowOther, Options: f.pass, Logger: logger})
@@ -407,6 +410,14 @@ func (f *mountFlags) unlock(ctx context.Context, cipherDir string) (*volume.Unlo
 	}
 	if len(trusted) == 0 {
 		return nil, untrusted(l.Config.List(), cipherDir, rec)
+	}
+	if f.unvouched = len(f.identityFiles) > 0 && rec == nil; f.unvouched {
+		// Everybody who knows the public key can make a volume that the identity opens.
+		if !f.readOnly && !f.acceptUnverified {
+			return nil, coded{hint(fmt.Errorf("no trust record on this machine vouches for the volume %s, and whoever knows the age recipient can have made it", l.Config.Volume),
+				"if you are sure that it is yours: --accept-unverified"), exitKey}
+		}
+		say("warning: no trust record on this machine vouches for the volume %s: whoever knows the age recipient can have made it", l.Config.Volume)
 	}
 	o := volume.UnlockOptions{Record: rec, AcceptOlder: f.acceptOlder, ReadOnly: f.readOnly, Incomplete: f.incomplete,
 		More: func(ctx context.Context, r blockcrypt.Recipient) (keystore.Store, error) { return f.open(ctx, r, rec) }}

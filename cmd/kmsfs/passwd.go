@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -9,6 +10,8 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume"
 	"kmsfs/keystore/local"
 )
 
@@ -18,9 +21,9 @@ func passwdCommand() *cobra.Command {
 		Use:   "passwd CIPHERDIR",
 		Short: "Change the passphrase of a volume",
 		Long: `Change the passphrase of a volume: the new one is added, all files get it, and the old one
-goes. The key behind it is another one afterwards: the old passphrase opens copies that were
-made before, and nothing else. The command can be interrupted: call it again with the same two
-passphrases. The volume may be mounted.`,
+goes; other passphrases stay. The key behind it is another one: the old passphrase opens
+copies that were made before, and nothing else. The command can be interrupted: call it again
+with the same two passphrases. The volume may be mounted.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(c *cobra.Command, args []string) error { return k.changePassphrase(contextOf(c), args[0]) },
 	}
@@ -30,41 +33,43 @@ passphrases. The volume may be mounted.`,
 }
 
 func (k *newRecipientFlags) changePassphrase(ctx context.Context, dir string) error {
+	l, err := volume.Find(dir)
+	if err != nil {
+		return fmt.Errorf("%s: %w", dir, err)
+	}
+	entries := l.Config.List() // only to see which one a passphrase opens
+	l.Close()
+	if !slices.ContainsFunc(entries, func(r blockcrypt.Recipient) bool { return strings.HasPrefix(r.URI, local.PassphraseScheme) }) {
+		return hint(errors.New("the volume has no passphrase"), "kmsfs recipients add %s passphrase", shellWord(dir))
+	}
+	p, err := askPassphrase(k.passphraseFile, false)
+	if err != nil {
+		return err
+	}
+	defer clear(p)
+	next, err := askPassphrase(k.newPassphraseFile, true)
+	if err != nil {
+		return err
+	}
+	defer clear(next)
+	old, there := openedBy(entries, p), openedBy(entries, next)
+	switch {
+	case bytes.Equal(p, next):
+		return errors.New("the new passphrase is the old one")
+	case old == nil && there == nil:
+		return coded{errors.New("wrong passphrase"), exitKey}
+	}
+	k.candidates = [][]byte{p, next}
 	return k.administer(ctx, dir, func(a administrator) error {
-		list, err := a.recipients(ctx)
-		if err != nil {
-			return err
-		}
-		old := slices.DeleteFunc(slices.Clone(list), func(u string) bool { return !strings.HasPrefix(u, local.PassphraseScheme) })
-		if len(old) == 0 {
-			return hint(errors.New("the volume has no passphrase"), "kmsfs recipients add %s passphrase", shellWord(dir))
-		}
-		p, err := askPassphrase(k.newPassphraseFile, true)
-		if err != nil {
-			return err
-		}
-		done, err := a.change(ctx, recipientChange{Op: "add", Key: passphraseKey, Passphrase: p})
-		clear(p)
+		done, err := a.change(ctx, recipientChange{Op: "add", Key: passphraseKey, Passphrase: bytes.Clone(next)})
 		if err == nil {
 			err = updateRecord(done.record, dir, "", "")
 		}
 		if err != nil {
 			return err
 		}
-		old = slices.DeleteFunc(old, func(u string) bool { return u == done.uri })
-		if len(old) == 0 {
-			return errors.New("the new passphrase is the old one")
-		}
-		if list[0] == old[0] {
-			if err := changeAndRecord(ctx, a, dir, recipientChange{Op: "first", Key: done.uri}); err != nil {
-				return err
-			}
-		}
-		if err := rewrapShown(ctx, a, rewrapRequest{Missing: true, AtOnce: rewrapAtOnce}); err != nil {
-			return err
-		}
-		for _, u := range old {
-			if err := changeAndRecord(ctx, a, dir, recipientChange{Op: "remove", Key: u}); err != nil {
+		if old != nil { // else it went already, before the command was interrupted
+			if err := k.replace(ctx, a, dir, old.URI(), done.uri); err != nil {
 				return err
 			}
 		}
@@ -74,6 +79,23 @@ func (k *newRecipientFlags) changePassphrase(ctx context.Context, dir string) er
 		fmt.Println("The passphrase was changed. Copies that were made before still have the old one.")
 		return nil
 	})
+}
+
+// replace gives all files the new recipient, and takes the old one out of the list.
+func (k *newRecipientFlags) replace(ctx context.Context, a administrator, dir, old, next string) error {
+	list, err := a.recipients(ctx)
+	if err != nil {
+		return err
+	}
+	if list[0] == old {
+		if err := changeAndRecord(ctx, a, dir, recipientChange{Op: "first", Key: next}); err != nil {
+			return err
+		}
+	}
+	if err := rewrapShown(ctx, a, rewrapRequest{Missing: true, AtOnce: rewrapAtOnce}); err != nil {
+		return err
+	}
+	return changeAndRecord(ctx, a, dir, recipientChange{Op: "remove", Key: old})
 }
 
 // rewrapShown rewraps with its progress on the terminal; a file that fails is an error.

@@ -98,6 +98,7 @@ func recipientsAdd() *cobra.Command {
 	}
 	k.add(c, openVolumeUsage)
 	k.addIdentities(c)
+	k.addUnverified(c)
 	c.Flags().StringVar(&k.newPassphraseFile, "new-passphrase-file", "", "read the passphrase that is added from this `FILE`")
 	c.Flags().BoolVar(&k.asJSON, "json", false, "print JSON")
 	return c
@@ -112,7 +113,9 @@ func (k *newRecipientFlags) addRecipient(ctx context.Context, dir, key string) e
 		done, err := a.change(ctx, change)
 		clear(change.Passphrase)
 		if err != nil {
-			unmake([]made{m})
+			if m.created { // it cannot be known whether the volume has it by now
+				say("the key file %s was made, and stays: kmsfs recipients list tells whether the volume has it", m.path)
+			}
 			return err
 		}
 		uri := done.uri
@@ -186,6 +189,7 @@ func recipientsChange(op, use, short, long, done string) *cobra.Command {
 	}
 	k.add(c, openVolumeUsage)
 	k.addIdentities(c)
+	k.addUnverified(c)
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return c
 }

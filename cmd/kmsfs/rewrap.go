@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -37,6 +38,7 @@ Between two KMS keys of one Region the keys of the files never leave KMS (ReEncr
 	}
 	f.add(c, openVolumeUsage)
 	f.addIdentities(c)
+	f.addUnverified(c)
 	fl := c.Flags()
 	fl.StringVar(&f.from, "from", "", "only replace this `KEY` in the files that have it, by the one of --to")
 	fl.StringVar(&f.to, "to", "", "the `KEY`, a recipient of the volume, that takes its place")
@@ -116,6 +118,8 @@ func (f *rewrapFlags) verdict(ctx context.Context, err error, out *rewrapResult,
 		return err
 	case out.Failed > 0:
 		return hint(fmt.Errorf("%d files could not be changed", out.Failed), "see kmsfs fsck %s, and call the command again", shellWord(dir))
+	case len(out.Absent) > 0:
+		return hint(fmt.Errorf("some files lack %s, whose key is not at hand", strings.Join(out.Absent, ", ")), "name all keys with --key, or give --passphrase-file; of a mounted volume, those are taken with which it was mounted")
 	case len(out.Wrong) > 0:
 		return hint(errors.New("not all files are as they should be"), "call the command again; files that were made meanwhile may be among them")
 	}
@@ -132,11 +136,14 @@ func (f *rewrapFlags) verifyAll(ctx context.Context, dir string, q rewrapRequest
 			for _, r := range e.Header.Recipients {
 				has = append(has, r.URI)
 			}
-			lacks := func(uri string) bool { return !slices.Contains(has, uri) }
-			strange := func(uri string) bool { return !slices.Contains(list, uri) }
+			in := func(uri string, uris []string) bool {
+				return slices.ContainsFunc(uris, func(u string) bool { return sameKey(u, uri) })
+			}
+			lacks := func(uri string) bool { return !in(uri, has) }
+			strange := func(uri string) bool { return !in(uri, list) }
 			switch {
 			case q.From != "":
-				bad = slices.Contains(has, q.From)
+				bad = in(q.From, has)
 			case q.Missing:
 				bad = slices.ContainsFunc(list, lacks)
 			default:

@@ -40,6 +40,10 @@ func (r *Record) LocalPath(uri string) string {
 
 // SetLocal notes where the key file of a recipient lies.
 func (r *Record) SetLocal(uri, path string) {
+	if r.Locals[uri] != "" {
+		r.Locals[uri] = path
+		return
+	}
 	more := slices.ContainsFunc(r.Recipients, func(u string) bool { return u != uri && strings.HasPrefix(u, "local:") })
 	if r.Local == "" || !more {
 		r.Local = path
@@ -122,7 +126,9 @@ func Init(ctx context.Context, dir string, stores []keystore.Store, id blockcryp
 func inFiles(cfg *blockcrypt.Config) []blockcrypt.Recipient {
 	rs := cfg.List()
 	for i := range rs {
-		if cfg.Branch != nil && len(rs[i].Branch) == 0 { // the wrapped branch key, and under it the file's
+		if strings.HasPrefix(rs[i].URI, "age:") { // files do not have the public key
+			rs[i].Branch = nil
+		} else if cfg.Branch != nil && len(rs[i].Branch) == 0 { // the wrapped branch key, and under it the file's
 			rs[i].Branch = make([]byte, 16+len(rs[i].Wrapped))
 			rs[i].Wrapped = make([]byte, keystore.LocalWrapSize)
 		}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -22,6 +23,7 @@ type Caller struct {
 type namespace struct {
 	v        *Volume
 	crossing sync.Mutex
+	renames  atomic.Uint64 // and links: a walk may have missed what was moved
 }
 
 // Lookup finds an entry and counts a lookup of its node; see [Volume.Forget].
@@ -163,6 +165,7 @@ func (ns *namespace) Symlink(ctx context.Context, dir *Node, name, target string
 // Link makes a further name of a file. One that is still to settle settles
 // first.
 func (ns *namespace) Link(ctx context.Context, n, dir *Node, name string) (*Node, Attr, error) {
+	ns.renames.Add(1)
 	if f := n.file.Load(); f != nil {
 		if err := f.settleNow(); err != nil {
 			return nil, Attr{}, err
@@ -387,6 +390,7 @@ func (ns *namespace) Rename(from *Node, oldName string, to *Node, newName string
 		return unix.EROFS
 	}
 	unlock := ns.lockDirs(from, to)
+	ns.renames.Add(1)
 	gone, err := ns.renameLocked(from, oldName, to, newName, flags)
 	unlock()
 	gone.dropIfGone()

@@ -173,21 +173,27 @@ func (f *file) needWrite() error {
 	return nil
 }
 
-// takeKey takes a data key for new content, if none is taken yet.
-func (f *file) takeKey(ctx context.Context) error {
+// renewKey takes a data key in the place of one that was made for other recipients, or of none. If
+// none can be had, it returns the old one, provided that one of its recipients still is one of the volume:
+// accepted writes are not to be lost for that.
+func (f *file) renewKey(ctx context.Context, old *keystore.DataKey) (kept *keystore.DataKey, err error) {
 	k, err := f.v.ring.NewKey(ctx)
 	if err != nil {
+		if old != nil && f.v.ring.Opens(old.Wrapped) {
+			return old, nil
+		}
 		f.v.report(f.n.where(), "no data key for new content", err)
-		return err
+		return nil, err
 	}
 	f.mu.Lock()
 	defer f.unlock()
-	if f.next != nil {
-		f.v.ring.PutBack(k)
-		return nil
+	if f.next == old {
+		f.next, k = k, old
 	}
-	f.next = k
-	return nil
+	if k != nil {
+		f.v.ring.PutBack(k)
+	}
+	return nil, nil
 }
 
 // release takes a handle back.

@@ -197,6 +197,7 @@ func (h *Handle) zero(ctx context.Context, off, n int64) error {
 
 // lockForContent takes mu with a data key at hand, if the file is empty.
 func (f *file) lockForContent(ctx context.Context, delayedWrite bool) (unlock func(), err error) {
+	var kept *keystore.DataKey // goes on to be used, since no newer one can be had
 	for {
 		if err := f.ready(ctx, delayedWrite); err != nil {
 			return nil, err
@@ -220,15 +221,19 @@ func (f *file) lockForContent(ctx context.Context, delayedWrite bool) (unlock fu
 			}
 			continue
 		}
-		if f.next != nil && f.Size == 0 && !f.v.ring.Current(f.next) { // others are the recipients by now
-			f.v.ring.PutBack(f.next)
-			f.next = nil
-		}
-		if f.Size > 0 || f.next != nil {
+		stale := f.Size == 0 && f.next != nil && f.next != kept && !f.v.ring.Current(f.next)
+		if !stale && (f.Size > 0 || f.next != nil) {
 			return f.unlock, nil
 		}
+		old := f.next
 		f.unlock()
-		if err := f.takeKey(ctx); err != nil {
+		if stale { // others are the recipients by now
+			if kept, err = f.renewKey(ctx, old); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		if _, err := f.renewKey(ctx, nil); err != nil {
 			return nil, err
 		}
 	}

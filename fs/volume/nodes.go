@@ -48,6 +48,17 @@ func (t *nodeTable) all() []*Node {
 	return slices.Collect(maps.Values(t.byID))
 }
 
+// again counts a lookup of a node, if it is still known.
+func (t *nodeTable) again(n *Node) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.byID[n.id] != n {
+		return false
+	}
+	n.lookups++
+	return true
+}
+
 // forget takes back count lookups of a node.
 func (t *nodeTable) forget(id, count uint64) {
 	t.mu.Lock()

@@ -6,17 +6,21 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume/internal/cfile"
+	"kmsfs/fs/volume/internal/layout"
 	"kmsfs/keystore"
 )
 
 // Faults of a change of the recipients.
 var (
 	ErrNoRoom        = cfile.ErrNoRoom
+	ErrSameRecipient = errors.New("both are the same recipient")
+	ErrChanged       = errors.New("the recipients of the volume were changed meanwhile; call it again")
 	ErrRecipient     = errors.New("it is a recipient of the volume already")
 	ErrNotRecipient  = errors.New("it is no recipient of the volume")
 	ErrLastRecipient = errors.New("it is the last recipient that can open the volume from here")
@@ -39,7 +43,17 @@ type Recipients struct {
 
 	// mu is held across a change, with its syscalls and calls to key services. No request waits
 	// for it.
-	mu     sync.Mutex
+	mu  sync.Mutex
+	now atomic.Pointer[listed] // written under mu
+
+	// stable is held for reading while a file is given recipients of cfg, for writing while it is
+	// made sure that no file needs one that goes.
+	stable sync.RWMutex
+}
+
+// listed is a list of recipients, with a store for each whose key is at hand. It is replaced, and never
+// changed.
+type listed struct {
 	cfg    *blockcrypt.Config
 	stores []keystore.Store
 }
@@ -49,9 +63,7 @@ func (v *Volume) Recipients() *Recipients { return &v.recipients }
 
 // List returns the URIs, in the order in which new files have them: the first makes their keys.
 func (r *Recipients) List() (out []string) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for _, x := range r.cfg.Recipients {
+	for _, x := range r.now.Load().cfg.Recipients {
 		out = append(out, x.URI)
 	}
 	return out
@@ -60,7 +72,7 @@ func (r *Recipients) List() (out []string) {
 // at returns the place in the list of the recipient that a store serves, -1 if there is none. mu is
 // held.
 func (r *Recipients) at(s keystore.Store) int {
-	return slices.IndexFunc(r.cfg.Recipients, func(x blockcrypt.ConfigRecipient) bool { return keystore.Serves(s, x.URI) })
+	return slices.IndexFunc(r.now.Load().cfg.Recipients, func(x blockcrypt.ConfigRecipient) bool { return keystore.Serves(s, x.URI) })
 }
 
 // Add makes a store a recipient: new files are wrapped for it from then on, others by
@@ -68,12 +80,18 @@ func (r *Recipients) at(s keystore.Store) int {
 func (r *Recipients) Add(ctx context.Context, s keystore.Store) (*Record, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if err := ctx.Err(); err != nil { // the caller went away while it waited
+		return nil, err
+	}
 	if r.at(s) >= 0 {
 		return nil, fmt.Errorf("%s: %w", s.URI(), ErrRecipient)
 	}
 	v := r.v
 	b := keystore.Binding{Use: keystore.ForVolume, Volume: v.cfg.Volume}
-	key, err := keystore.UnwrapFirst(ctx, r.stores, b, wrapped(r.cfg.List()))
+	// First by keys that are at hand: of a recovery nobody else is asked.
+	ws := wrapped(r.now.Load().cfg.List())
+	slices.SortStableFunc(ws, func(x, y keystore.Wrapped) int { return r.rank(x) - r.rank(y) })
+	key, err := keystore.UnwrapFirst(ctx, slices.DeleteFunc(slices.Clone(r.now.Load().stores), keystore.OnlySeals), b, ws)
 	if err != nil {
 		return nil, err
 	}
@@ -89,15 +107,21 @@ func (r *Recipients) Add(ctx context.Context, s keystore.Store) (*Record, error)
 	if err != nil {
 		return nil, err
 	}
-	rs := append(slices.Clone(r.cfg.Recipients), blockcrypt.ConfigRecipient{URI: w.URI, Branch: w.Branch, Wrapped: w.Blob})
-	return r.change(rs, append(slices.Clone(r.stores), s))
+	rs := append(slices.Clone(r.now.Load().cfg.Recipients), blockcrypt.ConfigRecipient{URI: w.URI, Branch: w.Branch, Wrapped: w.Blob})
+	return r.change(rs, append(slices.Clone(r.now.Load().stores), s))
+}
+
+// rank is 0 for a recipient whose store waits for nobody. mu is held.
+func (r *Recipients) rank(w keystore.Wrapped) int {
+	if _, ok := keystore.StoreFor(r.now.Load().stores, w.URI).(keystore.Immediate); ok {
+		return 0
+	}
+	return 1
 }
 
 // Entries returns the list as kmsfs.json has it.
 func (r *Recipients) Entries() []blockcrypt.Recipient {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.cfg.List()
+	return r.now.Load().cfg.List()
 }
 
 // Attach gives the volume the store of a recipient that it has already, whose key was not at hand.
@@ -107,44 +131,42 @@ func (r *Recipients) Attach(s keystore.Store) (*Record, error) {
 	if r.at(s) < 0 {
 		return nil, fmt.Errorf("%s: %w", s.URI(), ErrNotRecipient)
 	}
-	if !slices.ContainsFunc(r.stores, func(x keystore.Store) bool { return x.URI() == s.URI() }) {
-		r.stores = append(slices.Clone(r.stores), s)
-		r.v.ring.SetStores(r.stores)
+	if !slices.ContainsFunc(r.now.Load().stores, func(x keystore.Store) bool { return x.URI() == s.URI() }) {
+		r.now.Store(&listed{r.now.Load().cfg, append(slices.Clone(r.now.Load().stores), s)})
+		r.v.ring.SetStores(r.now.Load().stores, r.samples())
 	}
-	return record(r.cfg, r.v.vk), nil
+	return record(r.now.Load().cfg, r.v.vk), nil
 }
 
 // Remove takes a recipient out of the list: new files are not wrapped for it any more.
-// [Recipients.Rewrap] takes it out of the others. It refuses if a file has no other one.
-func (r *Recipients) Remove(ctx context.Context, uri string) (*Record, error) {
+// [Recipients.Rewrap] takes it out of the others. It refuses if a file has no other one by which it
+// can be opened here.
+func (r *Recipients) Remove(ctx context.Context, uri string) (rec *Record, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	i := slices.IndexFunc(r.cfg.Recipients, func(x blockcrypt.ConfigRecipient) bool { return x.URI == uri })
+	if err := ctx.Err(); err != nil { // the caller went away while it waited
+		return nil, err
+	}
+	i := slices.IndexFunc(r.now.Load().cfg.Recipients, func(x blockcrypt.ConfigRecipient) bool { return x.URI == uri })
 	if i < 0 {
 		return nil, fmt.Errorf("%s: %w", uri, ErrNotRecipient)
 	}
-	stores := slices.DeleteFunc(slices.Clone(r.stores), func(s keystore.Store) bool { return keystore.Serves(s, uri) })
+	stores := slices.DeleteFunc(slices.Clone(r.now.Load().stores), func(s keystore.Store) bool { return keystore.Serves(s, uri) })
 	if !slices.ContainsFunc(stores, func(s keystore.Store) bool { return !keystore.OnlySeals(s) }) {
 		return nil, fmt.Errorf("%s: %w", uri, ErrLastRecipient)
 	}
-	rs := slices.Delete(slices.Clone(r.cfg.Recipients), i, i+1)
-	only := &OnlyRecipientError{}
-	var unread error
-	err := headersBelow(ctx, &r.v.disk, r.v.rootD, func(e Inventoried) {
-		if e.Err != nil && blockcrypt.ClassOf(e.Err) == "" { // it may have no other
-			unread = fmt.Errorf("%s: %w", e.Path, e.Err)
+	r.stable.Lock()
+	defer r.stable.Unlock()
+	// From here on no file is made that has only this one; those that are being made are waited for.
+	r.v.ring.SetStores(stores, r.samples())
+	defer func() {
+		if err != nil {
+			r.v.ring.SetStores(r.now.Load().stores, r.samples())
 		}
-		if e.Header != nil && !slices.ContainsFunc(e.Header.Recipients, func(x blockcrypt.Recipient) bool { return among(rs, stores, x.URI) >= 0 }) {
-			if only.Files++; only.First == "" {
-				only.First = e.Path
-			}
-		}
-	})
-	if err = errors.Join(err, unread); err != nil {
+	}()
+	rs := slices.Delete(slices.Clone(r.now.Load().cfg.Recipients), i, i+1)
+	if err := r.allOpen(ctx, rs, stores); err != nil {
 		return nil, err
-	}
-	if only.Files > 0 {
-		return nil, only
 	}
 	// The headers that were read need not be on the disk yet.
 	if err := r.v.syncAll(); err != nil {
@@ -153,17 +175,73 @@ func (r *Recipients) Remove(ctx context.Context, uri string) (*Record, error) {
 	return r.change(rs, stores)
 }
 
+// scanTries is how often all files are looked at again while names are moved.
+const scanTries = 10
+
+// allOpen returns an [OnlyRecipientError] if a file has no recipient of a list that one of these
+// stores opens. mu is held.
+func (r *Recipients) allOpen(ctx context.Context, rs []blockcrypt.ConfigRecipient, stores []keystore.Store) error {
+	opened := func(h *blockcrypt.Header) bool {
+		return slices.ContainsFunc(h.Recipients, func(x blockcrypt.Recipient) bool {
+			s := keystore.StoreFor(stores, x.URI)
+			return s != nil && !keystore.OnlySeals(s) && among(rs, stores, x.URI) >= 0
+		})
+	}
+	for range scanTries {
+		moves := r.v.renames.Load()
+		only := &OnlyRecipientError{}
+		count := func(at string, h *blockcrypt.Header) {
+			if h != nil && !opened(h) {
+				if only.Files++; only.First == "" {
+					only.First = at
+				}
+			}
+		}
+		// Open files too: one without a name is found in no directory. Whoever writes a first header
+		// now has the file's lock.
+		for _, f := range r.v.nodes.files() {
+			f.mu.Lock()
+			named := f.n.named()
+			h := f.Header
+			f.unlock()
+			if !named {
+				count(f.n.where(), h)
+			}
+		}
+		var unread error
+		err := headersBelow(ctx, &r.v.disk, r.v.rootD, func(e Inventoried) {
+			if e.Err != nil && blockcrypt.ClassOf(e.Err) == "" { // it may have no other
+				unread = fmt.Errorf("%s: %w", e.Path, e.Err)
+			}
+			count(e.Path, e.Header)
+		})
+		if err = errors.Join(err, unread); err != nil {
+			return err
+		}
+		if only.Files > 0 {
+			return only
+		}
+		if r.v.renames.Load() == moves {
+			return nil
+		}
+	}
+	return errors.New("names are moved all the time, so it cannot be told whether a file needs the recipient; try again later")
+}
+
+// samples are the volume key as the recipients have it. mu is held.
+func (r *Recipients) samples() []keystore.Wrapped { return wrapped(r.now.Load().cfg.List()) }
+
 // SetFirst makes a recipient the first: the one that makes new keys, if its service does that.
 func (r *Recipients) SetFirst(uri string) (*Record, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	i := slices.IndexFunc(r.cfg.Recipients, func(x blockcrypt.ConfigRecipient) bool { return x.URI == uri })
+	i := slices.IndexFunc(r.now.Load().cfg.Recipients, func(x blockcrypt.ConfigRecipient) bool { return x.URI == uri })
 	if i < 0 {
 		return nil, fmt.Errorf("%s: %w", uri, ErrNotRecipient)
 	}
-	first := r.cfg.Recipients[i]
-	rs := append([]blockcrypt.ConfigRecipient{first}, slices.Delete(slices.Clone(r.cfg.Recipients), i, i+1)...)
-	stores := slices.Clone(r.stores)
+	first := r.now.Load().cfg.Recipients[i]
+	rs := append([]blockcrypt.ConfigRecipient{first}, slices.Delete(slices.Clone(r.now.Load().cfg.Recipients), i, i+1)...)
+	stores := slices.Clone(r.now.Load().stores)
 	slices.SortStableFunc(stores, func(a, b keystore.Store) int { return place(rs, a) - place(rs, b) })
 	return r.change(rs, stores)
 }
@@ -197,7 +275,7 @@ func (r *Recipients) change(rs []blockcrypt.ConfigRecipient, stores []keystore.S
 	if v.o.ReadOnly {
 		return nil, unix.EROFS
 	}
-	next := *r.cfg
+	next := *r.now.Load().cfg
 	next.Recipients = rs
 	next.Generation++
 	if n := blockcrypt.RecipientsFit(inFiles(&next)); n == 0 || n > next.Header {
@@ -207,17 +285,21 @@ func (r *Recipients) change(rs []blockcrypt.ConfigRecipient, stores []keystore.S
 	if err != nil {
 		return nil, err
 	}
-	if err := v.disk.Replace(v.rootD, blockcrypt.ConfigName, b); err != nil {
-		return nil, err
+	err = v.disk.Replace(v.rootD, blockcrypt.ConfigName, b)
+	if err != nil {
+		// It may have been replaced all the same, and not be durable.
+		if now, rerr := layout.ReadConfig(&v.disk, v.rootD); rerr != nil || now.Generation != next.Generation {
+			return nil, err
+		}
 	}
-	r.cfg, r.stores = &next, stores
-	v.ring.SetStores(stores)
-	return record(&next, v.vk), nil
+	r.now.Store(&listed{&next, stores})
+	v.ring.SetStores(stores, r.samples())
+	v.access.renewKeys()
+	return record(&next, v.vk), err
 }
 
-// snapshot returns the recipients and their stores as they are now.
-func (r *Recipients) snapshot() ([]blockcrypt.ConfigRecipient, []keystore.Store) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.cfg.Recipients, r.stores
+// snapshot returns the recipients and their stores as they are now, and the generation of the list.
+func (r *Recipients) snapshot() ([]blockcrypt.ConfigRecipient, []keystore.Store, uint64) {
+	now := r.now.Load()
+	return now.cfg.Recipients, now.stores, now.cfg.Generation
 }

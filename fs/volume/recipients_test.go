@@ -433,9 +433,105 @@ func TestRewrapCalls(t *testing.T) {
 type counting struct {
 	keystore.Store
 	asked atomic.Int32
+	deny  atomic.Bool // new keys
+}
+
+func (s *counting) Wrap(ctx context.Context, b keystore.Binding, key []byte) (keystore.Wrapped, error) {
+	if s.deny.Load() {
+		return keystore.Wrapped{}, &keystore.Error{Kind: keystore.Denied, URI: s.URI(), Op: "wrap", Err: errors.New("denied")}
+	}
+	return s.Store.Wrap(ctx, b, key)
 }
 
 func (s *counting) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
 	s.asked.Add(1)
 	return s.Store.Unwrap(ctx, b, w)
+}
+
+// A file without a name gets the recipients too, and keeps one from being removed.
+func TestRecipientsOfUnnamed(t *testing.T) {
+	w := newWorld(t, volume.Options{})
+	a, b := w.store, newStore(t)[0]
+	n, _, h, err := w.v.Tmpfile(ctx, w.v.Root(), 0o644, volume.Caller{}, true)
+	w.do("tmpfile", err)
+	_, err = h.Write(ctx, []byte("without a name"), 0)
+	w.do("write", err)
+	rs := w.v.Recipients()
+	_, err = rs.Add(ctx, b)
+	w.do("add", err)
+	only := &volume.OnlyRecipientError{}
+	if _, err := rs.Remove(ctx, a.URI()); !errors.As(err, &only) || only.Files != 1 {
+		t.Errorf("%v", err)
+	}
+	if done := w.rewrap(volume.RewrapOptions{}); done.Changed != 1 {
+		t.Errorf("%+v", done)
+	}
+	_, err = rs.Remove(ctx, a.URI())
+	w.do("remove", err)
+	_, _, err = w.v.Link(ctx, n, w.v.Root(), "named")
+	w.do("link", err)
+	w.do("release", h.Release())
+	w.store = b
+	w.reopen(volume.Options{})
+	if got, err := w.read("named"); err != nil || string(got) != "without a name" {
+		t.Errorf("%q, %v", got, err)
+	}
+}
+
+// A recipient that only wraps here is not enough to let the other one go.
+func TestRemoveLeavesWhatOpens(t *testing.T) {
+	w := newWorld(t, volume.Options{})
+	id, err := age.GenerateX25519Identity()
+	w.do("generate", err)
+	s, err := agestore.New(id.Recipient().String())
+	w.do("recipient", err)
+	rs := w.v.Recipients()
+	_, err = rs.Add(ctx, s)
+	w.do("add", err)
+	w.write("f", []byte("for the first key and the safe"))
+	b := newStore(t)[0]
+	_, err = rs.Add(ctx, b)
+	w.do("add", err)
+	if _, err := rs.Remove(ctx, w.store.URI()); !errors.As(err, new(*volume.OnlyRecipientError)) {
+		t.Errorf("only the key in the safe would open f: %v", err)
+	}
+	w.write("g", []byte("made after that"))
+	if n := w.named(); n[w.store.URI()] != 2 {
+		t.Errorf("a refused removal has changed what new files get: %v", n)
+	}
+	for _, o := range []volume.RewrapOptions{{From: b.URI(), To: b.URI()}, {From: w.store.URI(), To: w.store.URI()}} {
+		if _, err := rs.Rewrap(ctx, o); !errors.Is(err, volume.ErrSameRecipient) {
+			t.Errorf("%+v: %v", o, err)
+		}
+	}
+}
+
+// An accepted write is not lost since the recipients were changed and no new key can be had: the old
+// one serves.
+func TestWriteWithOldKey(t *testing.T) {
+	w := newWorld(t, volume.Options{})
+	w.close()
+	s := &counting{Store: hidden{w.store}}
+	w.store = s
+	w.open(volume.Options{NoPrefetch: true})
+	h, err := w.create("f")
+	w.do("create", err)
+	id, err := age.GenerateX25519Identity()
+	w.do("generate", err)
+	r, err := agestore.New(id.Recipient().String())
+	w.do("recipient", err)
+	_, err = w.v.Recipients().Add(ctx, r)
+	w.do("add", err)
+	s.deny.Store(true)
+	w.quiet = true // the log has the denial
+	if err := h.WriteDelayed(ctx, []byte("accepted"), 0); err != nil {
+		t.Error(err)
+	}
+	w.do("fsync", h.Fsync())
+	w.do("release", h.Release())
+	s.deny.Store(false)
+	w.reopen(volume.Options{})
+	if got, err := w.read("f"); err != nil || string(got) != "accepted" {
+		t.Errorf("%q, %v", got, err)
+	}
 }

@@ -31,6 +31,10 @@ type Rewrapped struct {
 	Files   int64 `json:"files"`   // that were looked at
 	Changed int64 `json:"changed"` // that have other recipients now
 	Failed  int64 `json:"failed"`
+
+	// Absent are recipients of the volume that files lack, and that they were not given since the
+	// keys are not at hand.
+	Absent []string `json:"absent,omitempty"`
 }
 
 // rewrapTries is how often a file is tried again that others change meanwhile.
@@ -47,10 +51,16 @@ func (r *Recipients) Rewrap(ctx context.Context, o RewrapOptions) (done Rewrappe
 	if err := v.Wait(ctx); err != nil { // repairs may need a recipient that would go
 		return done, err
 	}
-	p := &rewrapping{v: v, o: o}
-	p.rs, p.stores = r.snapshot()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	p := &rewrapping{v: v, o: o, cancel: cancel}
+	p.r = r
+	p.rs, p.stores, p.generation = r.snapshot()
 	if o.To != "" && among(p.rs, p.stores, o.To) < 0 {
 		return done, ErrNotRecipient
+	}
+	if o.To != "" && (o.From == o.To || among(p.rs, p.stores, o.From) == among(p.rs, p.stores, o.To)) {
+		return done, ErrSameRecipient
 	}
 	jobs := make(chan *Node)
 	var wg sync.WaitGroup
@@ -63,10 +73,15 @@ func (r *Recipients) Rewrap(ctx context.Context, o RewrapOptions) (done Rewrappe
 		})
 	}
 	err = p.dir(ctx, v.root, jobs)
+	for _, f := range v.nodes.files() { // that are open and have no name
+		if n := f.n; err == nil && !n.named() && v.nodes.again(n) {
+			jobs <- n
+		}
+	}
 	close(jobs)
 	wg.Wait()
-	if err == nil {
-		err = ctx.Err()
+	if cause := context.Cause(ctx); cause != nil {
+		err = cause
 	}
 	if err == nil {
 		err = v.syncAll()
@@ -76,10 +91,16 @@ func (r *Recipients) Rewrap(ctx context.Context, o RewrapOptions) (done Rewrappe
 
 // rewrapping is a Rewrap under way.
 type rewrapping struct {
-	v      *Volume
-	o      RewrapOptions
-	rs     []blockcrypt.ConfigRecipient
-	stores []keystore.Store
+	v *Volume
+	r *Recipients
+	o RewrapOptions
+
+	cancel context.CancelCauseFunc
+
+	// What the volume had when it began.
+	rs         []blockcrypt.ConfigRecipient
+	stores     []keystore.Store
+	generation uint64
 
 	mu   sync.Mutex
 	done Rewrapped
@@ -167,6 +188,12 @@ func (p *rewrapping) try(ctx context.Context, n *Node) (changed, again bool, err
 	if err := p.opens(ctx, hdr, rs); err != nil {
 		return false, false, err
 	}
+	p.r.stable.RLock()
+	defer p.r.stable.RUnlock()
+	if _, _, now := p.r.snapshot(); now != p.generation {
+		p.cancel(ErrChanged)
+		return false, false, ErrChanged
+	}
 	written, err := n.setRecipients(hdr, rs)
 	return written, !written && err == nil, err
 }
@@ -222,11 +249,18 @@ func (p *rewrapping) recipients(ctx context.Context, hdr *blockcrypt.Header) ([]
 			out = append(out, hdr.Recipients[i])
 			continue
 		}
+		if keystore.StoreFor(p.stores, x.URI) == nil {
+			p.absent(x.URI)
+			continue
+		}
 		w, err := p.wrap(ctx, hdr, x.URI)
 		if err != nil {
 			return nil, err
 		}
 		out = append(out, w)
+	}
+	if len(out) == 0 { // none of them can be had
+		return hdr.Recipients, nil
 	}
 	if p.o.Missing {
 		for _, x := range hdr.Recipients {
@@ -239,6 +273,15 @@ func (p *rewrapping) recipients(ctx context.Context, hdr *blockcrypt.Header) ([]
 		}
 	}
 	return out, nil
+}
+
+// absent notes a recipient that a file lacks and cannot be given.
+func (p *rewrapping) absent(uri string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !slices.Contains(p.done.Absent, uri) {
+		p.done.Absent = append(slices.Clone(p.done.Absent), uri)
+	}
 }
 
 func (p *rewrapping) wrap(ctx context.Context, hdr *blockcrypt.Header, to string) (blockcrypt.Recipient, error) {
@@ -303,9 +346,17 @@ func (c *content) readOwn(fd int) (*blockcrypt.Header, []byte, error) {
 
 // setRecipients gives the file other recipients, if its header still is what it was.
 func (c *content) setRecipients(was *blockcrypt.Header, rs []blockcrypt.Recipient) (written bool, err error) {
+	if f := c.file.Load(); f != nil { // before openMu: it may have to settle others
+		if err := f.wake(); err != nil {
+			return false, err
+		}
+	}
 	c.openMu.Lock()
 	defer c.openMu.Unlock()
 	defer c.n.change()
+	if c.isPending() { // another node may have the file by now
+		return false, unix.ESTALE
+	}
 	c.dropHalf() // calls that wait for its key read the header again
 	still := func(now *blockcrypt.Header) bool {
 		return now != nil && now.File == was.File && slices.EqualFunc(now.Recipients, was.Recipients, sameRecipient)
@@ -314,11 +365,9 @@ func (c *content) setRecipients(was *blockcrypt.Header, rs []blockcrypt.Recipien
 		if err := f.needWrite(); err != nil {
 			return false, err
 		}
-		if err := f.lockAwake(); err != nil {
-			return false, err
-		}
+		f.mu.Lock()
 		defer f.unlock()
-		if !still(f.Header) {
+		if f.FD < 0 || !still(f.Header) {
 			return false, nil
 		}
 		return true, f.SetRecipients(rs)
@@ -332,5 +381,10 @@ func (c *content) setRecipients(was *blockcrypt.Header, rs []blockcrypt.Recipien
 	if err != nil || !still(hdr) {
 		return false, err
 	}
-	return true, cfile.ReplaceRecipients(&c.v.disk, fd, raw, hdr, rs, c.v.calm)
+	err = cfile.ReplaceRecipients(&c.v.disk, fd, raw, hdr, rs, c.v.calm)
+	if _, ok := errors.AsType[cfile.SyncError](err); ok {
+		c.v.doubts.begin(c.n)
+		c.v.sessions.stuck.Store(true)
+	}
+	return true, err
 }

@@ -35,8 +35,9 @@ type access struct {
 	kernel      atomic.Pointer[Kernel] // nil without a mount
 	suspended   atomic.Bool            // by Suspend
 	refusal     atomic.Pointer[refusal]
-	mu          sync.Mutex            // held by suspend and resume
-	writeWithin time.Duration         // see the constant
+	mu          sync.Mutex    // held by suspend and resume
+	writeWithin time.Duration // see the constant
+	renewing    sync.Once
 	unwritten   atomic.Pointer[error] // the error of writing or settling when keys were wiped last
 }
 
@@ -171,7 +172,8 @@ func (a *access) keysForWriters(atMost time.Duration) {
 		slots := make(chan struct{}, renewAtOnce)
 		for _, f := range a.v.nodes.files() {
 			f.mu.RLock()
-			needs, empty := f.writers > 0 && f.Keyless(), f.writers > 0 && f.Header == nil && f.next == nil
+			needs, empty := f.writers > 0 && f.Keyless(), f.writers > 0 && f.Header == nil && (f.next == nil || !a.v.ring.Current(f.next))
+			old := f.next
 			f.mu.RUnlock()
 			if !needs && !empty {
 				continue
@@ -180,7 +182,7 @@ func (a *access) keysForWriters(atMost time.Duration) {
 			wg.Go(func() {
 				defer func() { <-slots }()
 				if empty {
-					f.takeKey(ctx)
+					f.renewKey(ctx, old)
 				} else {
 					f.ready(ctx, false) // what fails is tried again when it is needed
 				}
@@ -342,6 +344,13 @@ func (f *file) ready(ctx context.Context, delayedWrite bool) error {
 		if err != nil {
 			return err
 		}
+	}
+}
+
+// renewKeys begins the lease of single files, if that is asked for and a service has to be asked.
+func (a *access) renewKeys() {
+	if a.v.o.FileLease && a.v.ring.Waits() {
+		a.renewing.Do(func() { a.v.bg.Go(a.renewer) })
 	}
 }
 

@@ -84,7 +84,7 @@ func (f *file) empty(ctx context.Context) error {
 			break
 		}
 		f.unlock()
-		if err := f.takeKey(ctx); err != nil {
+		if _, err := f.renewKey(ctx, nil); err != nil {
 			return err
 		}
 	}

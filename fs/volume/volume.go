@@ -189,7 +189,8 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 		Changed: v.access.changed,
 		Reach:   v.access.reached,
 	})
-	v.recipients.v, v.recipients.cfg, v.recipients.stores = v, u.Config, u.stores
+	v.recipients.v = v
+	v.recipients.now.Store(&listed{u.Config, u.stores})
 	u.root = -1
 	if !v.ring.MemoryLocked() {
 		v.log.Info("data keys can be swapped out: RLIMIT_MEMLOCK is too low to lock their memory, 1 MiB is enough")
@@ -198,9 +199,7 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 		if !o.NoPrefetch {
 			v.prefetch.start(v)
 		}
-		if o.FileLease {
-			v.bg.Go(v.access.renewer)
-		}
+		v.access.renewKeys()
 	}
 	if !o.ReadOnly {
 		v.settler.start(v)

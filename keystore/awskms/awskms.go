@@ -123,6 +123,7 @@ type Store struct {
 	mu       sync.Mutex
 	branches map[string]branchKey // by branch field, bounded
 	asking   map[string]*asked    // branches that are asked for now
+	forgot   uint64               // how often the branches were forgotten
 }
 
 // asked is a call for a branch key that is under way.
@@ -431,7 +432,7 @@ func (s *Store) branchKey(ctx context.Context, b keystore.Binding, branch []byte
 			return nil, &keystore.Error{Kind: keystore.Canceled, URI: s.URI(), Op: "unwrap", Err: ctx.Err()}
 		}
 	}
-	c := &asked{done: make(chan struct{})}
+	c, forgot := &asked{done: make(chan struct{})}, s.forgot
 	s.asking[id] = c
 	s.mu.Unlock()
 	key, err := s.decrypt(ctx, b, branch[16:])
@@ -442,6 +443,9 @@ func (s *Store) branchKey(ctx context.Context, b keystore.Binding, branch []byte
 	close(c.done)
 	if err != nil {
 		return nil, err
+	}
+	if s.forgot != forgot { // meanwhile: it is for this call alone
+		return key, nil
 	}
 	clear(s.branches[id].key)
 	if len(s.branches) >= maxBranches {
@@ -455,6 +459,7 @@ func (s *Store) branchKey(ctx context.Context, b keystore.Binding, branch []byte
 func (s *Store) Forget() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.forgot++
 	s.forget()
 }
 

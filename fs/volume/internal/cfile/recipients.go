@@ -18,6 +18,12 @@ var ErrNoRoom = errors.New("the header is too small for these recipients")
 // capabilityName is the attribute that the kernel removes when a file is written to.
 const capabilityName = "security.capability"
 
+// SyncError is the failure of a sync, which the kernel tells once.
+type SyncError struct{ error }
+
+// Unwrap returns the error itself.
+func (e SyncError) Unwrap() error { return e.error }
+
 // replaceRecipients writes other recipients into a header. raw are the header's bytes as they are on
 // the disk, and hdr is what they say; it returns what they are then. The bytes [192, H) of the first
 // page are written under the page rule by one pwrite: after a power cut the file has the old
@@ -46,11 +52,13 @@ func replaceRecipients(d *disk.Disk, fd int, raw []byte, hdr *blockcrypt.Header,
 	if errors.Is(err, unix.ENODATA) || errors.Is(err, unix.EOPNOTSUPP) {
 		capability, err = nil, nil
 	}
-	if err == nil && !calm {
-		err = d.SettlePages(fd, 0, blockcrypt.PageSize)
-	}
 	if err != nil {
 		return raw, err
+	}
+	if !calm {
+		if err := d.SettlePages(fd, 0, blockcrypt.PageSize); err != nil {
+			return raw, SyncError{err}
+		}
 	}
 	if err := d.Pwrite(fd, b[blockcrypt.RecipientsOffset:], blockcrypt.RecipientsOffset); err != nil {
 		return raw, err
@@ -76,6 +84,9 @@ func (p *pages) SetRecipients(rs []blockcrypt.Recipient) error {
 		return unix.EIO
 	}
 	raw, err := replaceRecipients(p.Disk, p.FD, p.head, p.Header, rs, p.rules.Calm)
+	if _, ok := errors.AsType[SyncError](err); ok {
+		p.SyncFailed(err)
+	}
 	if &raw[0] != &p.head[0] { // they were written
 		p.Ahead.Store(nil)
 		h := *p.Header // calls that wait for the key read the old one without the lock
