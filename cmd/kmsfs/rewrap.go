@@ -30,7 +30,8 @@ func rewrapCommand() *cobra.Command {
 		Short: "Give the files of a volume its present recipients",
 		Long: `Give the files of a volume its present recipients: those that kmsfs recipients lists,
 and no others. Only the wrapped keys in the headers change, not the content. The command can be
-interrupted and called again. The volume may be mounted and in use.
+interrupted and called again. The volume may be mounted and in use. Length and time of the
+files stay, so a backup tool must compare contents once to see the change (rsync --checksum).
 
 Between two KMS keys of one Region the keys of the files never leave KMS (ReEncrypt).`,
 		Args: cobra.ExactArgs(1),
