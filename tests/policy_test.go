@@ -11,6 +11,8 @@ import (
 	"testing"
 
 	"kmsfs/keystore/keystoretest"
+
+	"golang.org/x/sys/unix"
 )
 
 // pagePolicy returns the key policy that docs/keys.md shows, for the volume with this ID, with
@@ -176,10 +178,10 @@ func TestPolicyCommand(t *testing.T) {
 	write(t, m.path("old"), []byte("old"))
 	m.umount()
 	principal := func(role string) string { return "arn:aws:iam::111122223333:role/" + role }
-	roles := map[string]string{"AKREADER": principal("reader"), "AKWRITER": principal("writer"), "AKREWRAPPER": principal("rewrapper")}
+	roles := map[string]string{"AKREADER": principal("reader"), "AKWRITER": principal("writer"), "AKREWRAPPER": principal("rewrapper"), "AKINGESTER": principal("ingester")}
 	type statement = map[string]any
 	policies := map[string][]statement{}
-	for _, role := range []string{"reader", "writer", "rewrapper"} {
+	for _, role := range []string{"reader", "writer", "rewrapper", "ingester"} {
 		var p struct{ Statement []statement }
 		if err := json.Unmarshal([]byte(m.kmsfs("policy", role, "--principal", principal(role), m.cipher)), &p); err != nil {
 			t.Fatal(err)
@@ -226,6 +228,15 @@ func TestPolicyCommand(t *testing.T) {
 			},
 		},
 		"rewrapper": {"moves": move},
+		"ingester": {"adds": func() error {
+			return mountAnd("AKINGESTER", nil, func() error {
+				if err := os.WriteFile(m.path("added"), []byte("added"), 0o644); err != nil {
+					return err
+				}
+				_, err := os.ReadDir(m.dir) // names are seen
+				return err
+			})
+		}},
 	}
 	// set makes the policy one of all roles, with a right of one statement left out.
 	set := func(role string, at int, right string) {
@@ -260,10 +271,17 @@ func TestPolicyCommand(t *testing.T) {
 			}
 		}
 	}
-	for _, id := range []string{"AKREWRAPPER"} {
-		if err := mountAnd(id, []string{"--read-only"}, read); err == nil {
-			t.Errorf("%s reads a file", roles[id])
+	for _, id := range []string{"AKREWRAPPER", "AKINGESTER"} {
+		if err := mountAnd(id, []string{"--read-only"}, read); !errors.Is(err, unix.EKEYREJECTED) {
+			t.Errorf("%s reads a file: %v", roles[id], err)
 		}
+	}
+	// What an ingester made before, it cannot read either; a reader can.
+	if err := mountAnd("AKINGESTER", nil, func() error { _, err := os.ReadFile(m.path("added")); return err }); !errors.Is(err, unix.EKEYREJECTED) {
+		t.Errorf("an ingester reads a file of an earlier mount: %v", err)
+	}
+	if err := mountAnd("AKREADER", []string{"--read-only"}, func() error { _, err := os.ReadFile(m.path("added")); return err }); err != nil {
+		t.Errorf("a reader cannot read what an ingester has added: %v", err)
 	}
 	if err := mountAnd("AKREADER", nil, func() error { return os.WriteFile(m.path("more"), []byte("more"), 0o644) }); err == nil {
 		t.Error("the reader makes a file")

@@ -23,17 +23,18 @@ type policyFlags struct {
 }
 
 // policyRoles are what a principal can be to a volume.
-var policyRoles = []string{"reader", "writer", "administrator", "rewrapper"}
+var policyRoles = []string{"reader", "writer", "ingester", "administrator", "rewrapper"}
 
 func policyCommand() *cobra.Command {
 	var f policyFlags
 	c := &cobra.Command{
-		Use:   "policy reader|writer|administrator|rewrapper --principal ARN CIPHERDIR",
+		Use:   "policy reader|writer|ingester|administrator|rewrapper --principal ARN CIPHERDIR",
 		Short: "Print the statements of a KMS key policy that one role of a volume needs",
 		Long: `Print the statements of a KMS key policy that one role of a volume needs, and no more:
 
   reader         mount --read-only, cat, decrypt
   writer         mount
+  ingester       mount and add files, without the right to read those that are there
   administrator  switch the key, and not use it
   rewrapper      recipients and rewrap, without the right to read a file
 
@@ -125,15 +126,19 @@ func (f *policyFlags) statements(role string, c *blockcrypt.Config, first bool) 
 		out = append(out, s)
 	}
 	any := map[string]string{}
+	makes := "kms:GenerateDataKey"
+	if !first && c.Branch == nil {
+		makes = "kms:Encrypt" // the first key makes data keys, and this one wraps them
+	}
 	switch role {
 	case "reader":
 		allow("KmsfsReads", any, "kms:Decrypt")
 	case "writer":
-		makes := "kms:GenerateDataKey"
-		if !first && c.Branch == nil {
-			makes = "kms:Encrypt" // the first key makes data keys, and this one wraps them
-		}
 		allow("KmsfsReadsAndWrites", any, "kms:Decrypt", makes)
+	case "ingester":
+		// The volume key gives names, and no content.
+		allow("KmsfsOpensTheVolume", map[string]string{"kmsfs:use": "volume"}, "kms:Decrypt")
+		allow("KmsfsAddsFiles", any, makes)
 	case "rewrapper":
 		// The volume key gives names, and no content.
 		allow("KmsfsOpensTheVolume", map[string]string{"kmsfs:use": "volume"}, "kms:Decrypt", "kms:Encrypt")
