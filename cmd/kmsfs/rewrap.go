@@ -4,12 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
 
+	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
+	"kmsfs/keystore"
 )
 
 // rewrapFlags are those of kmsfs rewrap.
@@ -26,16 +29,27 @@ const rewrapAtOnce = 64
 func rewrapCommand() *cobra.Command {
 	var f rewrapFlags
 	c := &cobra.Command{
-		Use:   "rewrap [--from KEY --to KEY] [--missing] [--verify] CIPHERDIR",
+		Use:   "rewrap [--from KEY --to KEY] [--missing] [--verify] CIPHERDIR|FILE...",
 		Short: "Give the files of a volume its present recipients",
 		Long: `Give the files of a volume its present recipients: those that kmsfs recipients lists,
 and no others. Only the wrapped keys in the headers change, not the content. The command can be
 interrupted and called again. The volume may be mounted and in use. Length and time of the
 files stay, so a backup tool must compare contents once to see the change (rsync --checksum).
 
-Between two KMS keys of one Region the keys of the files never leave KMS (ReEncrypt).`,
-		Args: cobra.ExactArgs(1),
-		RunE: func(c *cobra.Command, args []string) error { return f.run(contextOf(c), args[0]) },
+Between two KMS keys of one Region the keys of the files never leave KMS (ReEncrypt).
+
+FILE is one that kmsfs encrypt made: it gets the key of --to in the place of --from, or of all that
+it has. Files of a volume get theirs with the volume.`,
+		Args: cobra.MinimumNArgs(1),
+		RunE: func(c *cobra.Command, args []string) error {
+			if st, err := os.Stat(args[0]); err == nil && st.Mode().IsRegular() {
+				return f.files(contextOf(c), args)
+			}
+			if len(args) > 1 {
+				return usageError{errors.New("one volume at a time, or several files"), "kmsfs rewrap"}
+			}
+			return f.run(contextOf(c), args[0])
+		},
 	}
 	f.add(c, openVolumeUsage)
 	f.addIdentities(c)
@@ -155,4 +169,89 @@ func (f *rewrapFlags) verifyAll(ctx context.Context, dir string, q rewrapRequest
 			out.Wrong = append(out.Wrong, e.Path)
 		}
 	})
+}
+
+// files rewraps single files.
+func (f *rewrapFlags) files(ctx context.Context, paths []string) error {
+	if f.to == "" || f.missing || f.verify {
+		return usageError{errors.New("files take --to, and may take --from"), "kmsfs rewrap"}
+	}
+	add := newRecipientFlags{keyFlags: f.keyFlags}
+	change, m, err := add.prepare(ctx, f.to)
+	if err != nil {
+		return err
+	}
+	defer clear(change.Passphrase)
+	to, err := add.newRecipient(ctx, change)
+	if err != nil {
+		unmake([]made{m})
+		return err
+	}
+	if keystore.OnlySeals(to) && f.from == "" {
+		return usageError{errors.New("an age recipient is for recovery: name with --from the key that it is to replace"), "kmsfs rewrap"}
+	}
+	out := rewrapResult{Errors: []failedFile{}, Wrong: []string{}}
+	for _, path := range paths {
+		out.Files++
+		changed, err := f.file(ctx, path, to)
+		if err != nil {
+			out.Failed++
+			out.Errors = append(out.Errors, failedFile{path, err.Error()})
+			if len(paths) == 1 {
+				return named(path, err)
+			}
+		} else if changed {
+			out.Changed++
+		}
+	}
+	if m.created {
+		say("the key file %s was made; back it up: without it the files cannot be opened", m.path)
+	}
+	return errors.Join(f.show(&out), f.verdict(ctx, nil, &out, ""))
+}
+
+// file gives one file the recipient to in the place of others.
+func (f *rewrapFlags) file(ctx context.Context, path string, to keystore.Store) (changed bool, err error) {
+	l, err := volume.OpenLone(path)
+	if err != nil {
+		return false, err
+	}
+	defer l.Close()
+	if l.Header == nil {
+		return false, nil // an empty file has no key
+	}
+	if l.Header.Volume != (blockcrypt.ID{}) {
+		return false, hint(errors.New("it is a file of a volume"), "rewrap the volume")
+	}
+	var old []string
+	for _, w := range l.Wrapped() {
+		old = append(old, w.URI)
+	}
+	goes := func(uri string) bool { return true }
+	if f.from != "" {
+		from, err := f.uriOf(ctx, f.from, old)
+		if err != nil {
+			return false, err
+		}
+		goes = func(uri string) bool { return sameKey(uri, from) }
+	}
+	stays := slices.DeleteFunc(l.Wrapped(), func(w keystore.Wrapped) bool { return goes(w.URI) })
+	if slices.ContainsFunc(l.Wrapped(), func(w keystore.Wrapped) bool { return keystore.Serves(to, w.URI) }) || len(stays) == len(old) {
+		return false, nil
+	}
+	key, err := f.dataKey(ctx, l)
+	if err != nil {
+		return false, err
+	}
+	defer clear(key)
+	if incomplete, err := l.Unlock(key); err != nil {
+		return false, err
+	} else if incomplete {
+		return false, coded{errors.New("it was being written when it was copied"), exitIncomplete}
+	}
+	w, err := to.Wrap(ctx, l.Binding(), key)
+	if err != nil {
+		return false, err
+	}
+	return true, l.SetRecipients(append([]keystore.Wrapped{w}, stays...))
 }

@@ -116,6 +116,25 @@ func (l *Lone) CopyTo(w io.Writer, skip func(n int64) error) error {
 	return nil
 }
 
+// SetRecipients gives the file other recipients. It must have been opened by a path that can be
+// written. Length, mode and time of modification stay; it is durable when it returns.
+func (l *Lone) SetRecipients(rs []keystore.Wrapped) error {
+	fd, err := l.disk.Reopen(l.fd, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC)
+	if err != nil {
+		return err
+	}
+	defer l.disk.Close(fd)
+	raw := make([]byte, l.Header.Geometry.Header())
+	if _, err := l.disk.Pread(fd, raw, 0); err != nil {
+		return err
+	}
+	if err := cfile.ReplaceRecipients(&l.disk, fd, raw, l.Header, recipients(rs), false); err != nil {
+		return err
+	}
+	l.Header.Recipients = recipients(rs)
+	return l.disk.Fsync(fd)
+}
+
 // Close closes the file.
 func (l *Lone) Close() { l.disk.Close(l.fd) }
 
