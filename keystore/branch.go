@@ -16,7 +16,7 @@ const branchFiles = 1 << 16
 
 // branch is the branch key of a store for new files. Its key is wiped when the ring's keys are.
 type branch struct {
-	busy chan struct{} // of one: whoever makes the next key has it
+	busy chan struct{} // of one: taken by the call that makes the next key
 
 	// Guarded by Ring.mu.
 	id    [16]byte

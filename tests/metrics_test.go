@@ -34,7 +34,7 @@ func get(t *testing.T, url string) (int, string) {
 	return resp.StatusCode, string(b)
 }
 
-// The metrics count what programs do and what goes wrong, /healthz says whether the volume can be
+// The metrics count requests and faults, /healthz says whether the volume can be
 // used, and the alert rules and the dashboard ask for metrics that there are.
 func TestMetrics(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0") // a port that is free
@@ -175,7 +175,7 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
-// damage changes a bit in the middle of the ciphertext file that holds so many bytes, nearly.
+// damage changes a bit in the middle of the ciphertext file that holds about this many bytes.
 func damage(t *testing.T, cipher string, size int64) {
 	t.Helper()
 	done := false

@@ -414,10 +414,10 @@ func (f *mountFlags) unlock(ctx context.Context, cipherDir string) (*volume.Unlo
 	if f.unvouched = len(f.identityFiles) > 0 && rec == nil; f.unvouched {
 		// Everybody who knows the public key can make a volume that the identity opens.
 		if !f.readOnly && !f.acceptUnverified {
-			return nil, coded{hint(fmt.Errorf("no trust record on this machine vouches for the volume %s, and whoever knows the age recipient can have made it", l.Config.Volume),
+			return nil, coded{hint(fmt.Errorf("no trust record on this machine vouches for the volume %s, and anybody who knows the age recipient can have made it", l.Config.Volume),
 				"if you are sure that it is yours: --accept-unverified"), exitKey}
 		}
-		say("warning: no trust record on this machine vouches for the volume %s: whoever knows the age recipient can have made it", l.Config.Volume)
+		say("warning: no trust record on this machine vouches for the volume %s: anybody who knows the age recipient can have made it", l.Config.Volume)
 	}
 	o := volume.UnlockOptions{Record: rec, AcceptOlder: f.acceptOlder, ReadOnly: f.readOnly, Incomplete: f.incomplete,
 		More: func(ctx context.Context, r blockcrypt.Recipient) (keystore.Store, error) { return f.open(ctx, r, rec) }}
@@ -508,7 +508,7 @@ func (f *mountFlags) unmountOnSignal(server *fs.Server, mountPoint string, logge
 	}
 }
 
-// unmountWhenIdle unmounts when no request has come for so long, by a clock that goes on while the
+// unmountWhenIdle unmounts when no request has come for this time, by a clock that goes on while the
 // machine sleeps. A mount that is busy then is asked again after the same time.
 func unmountWhenIdle(server *fs.Server, idle time.Duration, ended <-chan struct{}, logger *slog.Logger) {
 	t := time.NewTicker(min(max(idle/10, 10*time.Millisecond), time.Minute))
@@ -529,7 +529,7 @@ func unmountWhenIdle(server *fs.Server, idle time.Duration, ended <-chan struct{
 		}
 		err := server.Unmount()
 		if err == nil {
-			logger.Info("unmounted, since nothing was asked for so long", "idle", idle)
+			logger.Info("unmounted, since nothing was asked for", "idle", idle)
 			return
 		}
 		if !errors.Is(err, unix.EBUSY) {

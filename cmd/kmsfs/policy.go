@@ -43,7 +43,7 @@ They are bound to the volume by the encryption context. No key is needed, and AW
 		ValidArgs: policyRoles,
 		RunE:      func(_ *cobra.Command, args []string) error { return f.run(args[0], args[1]) },
 	}
-	c.Flags().StringArrayVar(&f.principals, "principal", nil, "`ARN` of who has the role (repeatable)")
+	c.Flags().StringArrayVar(&f.principals, "principal", nil, "`ARN` of a user or role of AWS that gets these rights (repeatable)")
 	c.Flags().StringVar(&f.key, "key", "", "`ARN` of the key, if the volume has several of KMS")
 	c.Flags().BoolVar(&f.terraform, "terraform", false, "print an aws_iam_policy_document instead of JSON")
 	return c

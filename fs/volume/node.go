@@ -50,7 +50,7 @@ type directory struct {
 	n *Node
 
 	// entries is held for reading while an entry is looked up or made, for writing while one is
-	// removed or renamed: it keeps the links of what is in the directory true. See
+	// removed or renamed: it keeps the links of the entries true. See
 	// [Volume.lockDirs].
 	entries sync.RWMutex
 

@@ -197,8 +197,8 @@ func (r *Recipients) allOpen(ctx context.Context, rs []blockcrypt.ConfigRecipien
 				}
 			}
 		}
-		// Open files too: one without a name is found in no directory. Whoever writes a first header
-		// now has the file's lock.
+		// Open files too: one without a name is found in no directory. A call that
+		// writes a first header now has the file's lock.
 		for _, f := range r.v.nodes.files() {
 			f.mu.Lock()
 			named := f.n.named()

@@ -5,7 +5,7 @@
 // It changes nothing; fsck and the commands for single files have no more. [File] is a Content
 // that can be written as FORMAT.md, section 4, demands. Its [Phase] says how far the file on the
 // disk is from the form in which it rests; the table in phase.go has all ways from one phase to
-// another. What it needs of the volume around it, it asks of its [Host].
+// another. It asks its [Host] for the few things of the volume that it needs.
 package cfile
 
 import (

@@ -13,7 +13,7 @@ import (
 	"kmsfs/fs/volume/internal/disk"
 )
 
-// bench is one ciphertext file, and the host of whoever opens it.
+// bench is one ciphertext file, and the host of those that open it.
 type bench struct {
 	t       *testing.T
 	d       disk.Disk

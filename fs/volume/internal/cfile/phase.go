@@ -37,7 +37,7 @@ var transitions = []struct {
 	{Unread, Broken, "a sync that failed is not made good by a later one"},
 
 	{Empty, Fresh, "header and block 0 go together"},
-	{Empty, Broken, "what was written of a first run cannot be cut off again"},
+	{Empty, Broken, "the part of a first run that was written cannot be cut off again"},
 	{Fresh, Empty, "truncation to nothing, or the first run could not be written"},
 	{Fresh, Settled, "close, and the first fsync, write a clean state with floor 0; confirmed by fsync, or older than 30 s"},
 	{Fresh, Dirty, "older than 30 s: it is fresh no longer"},
