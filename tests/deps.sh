@@ -22,6 +22,10 @@ if [ "${1:-}" = test ]; then
 	want libcap2-bin setcap
 	want e2fsprogs mkfs.ext4
 	want btrfs-progs mkfs.btrfs
+	want restic restic
+	want borgbackup borg
+	want rclone rclone
+	want rdiff-backup rdiff-backup
 	want python3 python3
 	export PATH="$PWD/.venv/bin:$PATH"
 	command -v aws >/dev/null 2>&1 || need="$need awscli"
