@@ -18,6 +18,7 @@ import (
 
 	systemd "github.com/coreos/go-systemd/v22/daemon" // tells systemd when the mount can be used
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
@@ -62,7 +63,12 @@ the background until kmsfs umount.
 A key is used only if --key names it, or if the trust record of the volume does:
 init writes one, and so does a mount with --key.`,
 		Args: cobra.ExactArgs(2),
-		RunE: func(c *cobra.Command, args []string) error { return f.start(c.Context(), args[0], args[1]) },
+		RunE: func(c *cobra.Command, args []string) error {
+			if err := f.parseOptions(c.Flags()); err != nil {
+				return err
+			}
+			return f.start(contextOf(c), args[0], args[1])
+		},
 	}
 	f.add(c, "open the volume with this `KEY` (repeatable); also where a moved key file is")
 	f.addIdentities(c)
@@ -98,12 +104,6 @@ const minMaxAge = time.Second
 const readyEnv = "KMSFS_READY_FD"
 
 func (f *mountFlags) start(ctx context.Context, cipherDir, mountPoint string) error {
-	if ctx == nil {
-		ctx = context.Background()
-	}
-	if err := f.parseOptions(); err != nil {
-		return err
-	}
 	if f.again {
 		return f.remount(mountPoint)
 	}
@@ -138,48 +138,42 @@ var ignoredOptions = []string{"defaults", "auto", "noauto", "user", "users", "no
 // What mount(8) finds in /proc/mounts and gives back with remount.
 var kernelOptions = []string{"user_id", "group_id", "max_read", "blksize", "rootmode", "subtype", "fsname"}
 
-func (f *mountFlags) parseOptions() error {
+// Options of fstab that are flags of the command: "key_max_age=1m" is --key-max-age 1m.
+var flagOptions = []string{"ro", "allow_other", "key", "passphrase_file", "identity", "aws_profile", "aws_region", "aws_endpoint", "aws_role_arn",
+	"key_max_age", "key_grace", "key_lease", "audit", "kms_rps", "metrics_addr", "idle"}
+
+// Options that go to the kernel as they are.
+var passedOptions = []string{"rw", "exec", "noexec", "suid", "nosuid", "dev", "nodev", "atime", "noatime", "strictatime", "lazytime", "sync", "dirsync"}
+
+// setFlag sets the flag that an option of fstab stands for.
+func setFlag(fl *pflag.FlagSet, option, value string) error {
+	name := strings.ReplaceAll(option, "_", "-")
+	if option == "ro" {
+		name = "read-only"
+	}
+	if value == "" {
+		value = fl.Lookup(name).NoOptDefVal // of a flag without a value
+	}
+	if err := fl.Set(name, value); err != nil {
+		return usageError{fmt.Errorf("the mount option %s: %w", option, err), "kmsfs mount"}
+	}
+	return nil
+}
+
+func (f *mountFlags) parseOptions(fl *pflag.FlagSet) error {
 	for _, o := range strings.Split(strings.Join(f.options, ","), ",") {
 		name, value, _ := strings.Cut(o, "=")
 		switch {
 		case o == "" || slices.Contains(ignoredOptions, o) || slices.Contains(kernelOptions, name) || strings.HasPrefix(o, "x-"):
-		case o == "ro":
-			f.readOnly = true
 		case o == "remount":
 			f.again = true
-		case o == "allow_other":
-			f.allowOther = true
-		case name == "key":
-			f.keys = append(f.keys, value)
-		case name == "passphrase_file":
-			f.passphraseFile = value
-		case name == "aws_profile":
-			f.aws.Profile = value
-		case name == "aws_region":
-			f.aws.Region = value
-		case name == "aws_endpoint":
-			f.aws.Endpoint = value
-		case name == "aws_role_arn":
-			f.aws.RoleARN = value
-		case name == "key_lease":
-			f.lease = value
-		case name == "audit":
-			f.audit = value
-		case name == "metrics_addr":
-			f.metricsAddr = value
-		case name == "key_max_age", name == "key_grace", name == "idle":
-			d, err := time.ParseDuration(value)
-			if err != nil {
-				return usageError{fmt.Errorf("%s=%s: a duration is like 5m or 1h30m", name, value), "kmsfs mount"}
-			}
-			*map[string]*time.Duration{"key_max_age": &f.maxAge, "key_grace": &f.grace, "idle": &f.idle}[name] = d
-		case name == "kms_rps":
-			if _, err := fmt.Sscan(value, &f.aws.RPS); err != nil {
-				return usageError{fmt.Errorf("kms_rps=%s is no number", value), "kmsfs mount"}
+		case slices.Contains(flagOptions, name):
+			if err := setFlag(fl, name, value); err != nil {
+				return err
 			}
 		case o == "allow_suid", o == "allow_dev": // mount(8) drops suid and dev: they are its defaults
 			f.pass = append(f.pass, strings.TrimPrefix(o, "allow_"))
-		case slices.Contains([]string{"rw", "exec", "noexec", "suid", "nosuid", "dev", "nodev", "atime", "noatime", "strictatime", "lazytime", "sync", "dirsync"}, o):
+		case slices.Contains(passedOptions, o):
 			f.pass = append(f.pass, o)
 		default:
 			return usageError{fmt.Errorf("the mount option %q is not known", o), "kmsfs mount"}
