@@ -244,16 +244,21 @@ of credentials by AWS does the same by itself, once.`, "reload", "%s has loaded 
 
 // stats is the answer of kmsfs stats. Its JSON is for programs: a field's name stays.
 type stats struct {
-	Hours      float64     `json:"hours"` // since the volume was mounted
-	Locked     bool        `json:"locked"`
-	Calls      []callCount `json:"calls"`
-	P50        float64     `json:"p50_ms"` // of the calls' durations
-	P90        float64     `json:"p90_ms"`
-	P99        float64     `json:"p99_ms"`
-	Keys       keyCounts   `json:"keys"`
-	Recipients []recipient `json:"recipients"`
-	Cost       float64     `json:"cost_dollars"`
-	Monthly    float64     `json:"cost_dollars_a_month"`
+	Hours      float64        `json:"hours"` // since the volume was mounted
+	Locked     bool           `json:"locked"`
+	Calls      []callCount    `json:"calls"`
+	P50        float64        `json:"p50_ms"` // of the calls' durations
+	P90        float64        `json:"p90_ms"`
+	P99        float64        `json:"p99_ms"`
+	Keys       keyCounts      `json:"keys"`
+	Recipients []recipient    `json:"recipients"`
+	Requests   []requestCount `json:"requests"`
+	InFlight   int            `json:"requests_in_flight"`
+	Read       uint64         `json:"read_bytes"` // of files, by the kernel
+	Written    uint64         `json:"written_bytes"`
+	Unwell     string         `json:"unwell,omitempty"` // why the volume is not well
+	Cost       float64        `json:"cost_dollars"`
+	Monthly    float64        `json:"cost_dollars_a_month"`
 }
 
 // callCount is how often one kind of call to a key service was made.
@@ -262,6 +267,14 @@ type callCount struct {
 	Purpose string `json:"purpose"`
 	Verdict string `json:"verdict"` // "ok", or the kind of failure
 	Count   uint64 `json:"count"`
+}
+
+// requestCount is how often one kind of request was made.
+type requestCount struct {
+	Op      string  `json:"op"`
+	Count   uint64  `json:"count"`
+	Seconds float64 `json:"seconds"` // that all took together
+	Errors  uint64  `json:"errors"`
 }
 
 // keyCounts are the data keys of a mount.
@@ -285,7 +298,19 @@ type recipient struct {
 
 func (c *control) stats() stats {
 	ms := func(q float64) float64 { return float64(c.meter.Quantile(q)) / float64(time.Millisecond) }
-	s := stats{Hours: time.Since(c.since).Hours(), Locked: c.v.Suspended() != nil, P50: ms(0.5), P90: ms(0.9), P99: ms(0.99), Keys: keyCounts(c.v.KeyCounts()), Calls: []callCount{}, Recipients: []recipient{}}
+	s := stats{Hours: time.Since(c.since).Hours(), Locked: c.v.Suspended() != nil, P50: ms(0.5), P90: ms(0.9), P99: ms(0.99), Keys: keyCounts(c.v.KeyCounts()), Calls: []callCount{}, Recipients: []recipient{}, Requests: []requestCount{}}
+	m := c.server.Metrics()
+	s.InFlight, s.Read, s.Written = m.InFlight, m.Read, m.Written
+	for _, r := range m.Requests {
+		x := requestCount{Op: r.Op, Count: r.Count, Seconds: r.Took.Seconds()}
+		for _, n := range r.Errnos {
+			x.Errors += n
+		}
+		s.Requests = append(s.Requests, x)
+	}
+	if err := c.v.Vitals().Err; err != nil {
+		s.Unwell = err.Error()
+	}
 	for _, x := range c.meter.Calls() {
 		s.Calls = append(s.Calls, callCount(x))
 	}

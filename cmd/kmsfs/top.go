@@ -1,0 +1,140 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"os/signal"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+	"golang.org/x/term"
+)
+
+func topCommand() *cobra.Command {
+	var every time.Duration
+	var times int
+	c := &cobra.Command{
+		Use:   "top MOUNTPOINT",
+		Short: "Show what a mounted volume does, again and again",
+		Long: `Show what a mounted volume does, again and again: bytes and requests a second, how long
+requests took, calls to key services and what they cost. Ctrl-C ends it.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(c *cobra.Command, args []string) error {
+			if every < 100*time.Millisecond || times < 0 {
+				return usageError{errors.New("--every must be at least 100ms, --times not negative"), "kmsfs top"}
+			}
+			return top(contextOf(c), args[0], every, times)
+		},
+	}
+	c.Flags().DurationVar(&every, "every", time.Second, "how `LONG` to wait between two looks")
+	c.Flags().IntVar(&times, "times", 0, "end after this `NUMBER` of looks; 0: go on")
+	return c
+}
+
+// top shows the difference of two looks at a mount.
+func top(ctx context.Context, dir string, every time.Duration, times int) error {
+	ctx, stop := signal.NotifyContext(ctx, unix.SIGINT, unix.SIGTERM)
+	defer stop()
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	var last stats
+	if err := ask(dir, http.MethodGet, "stats", &last); err != nil {
+		return err
+	}
+	at := time.Now()
+	for n := 0; times == 0 || n < times; n++ {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		var now stats
+		if err := ask(dir, http.MethodGet, "stats", &now); err != nil {
+			return err
+		}
+		took := time.Since(at)
+		at = time.Now()
+		if term.IsTerminal(int(os.Stdout.Fd())) {
+			fmt.Print("\x1b[H\x1b[2J")
+		}
+		fmt.Print(topText(dir, &last, &now, took))
+		last = now
+	}
+	return nil
+}
+
+// topText is one look: what happened in the time between two.
+func topText(dir string, last, now *stats, took time.Duration) string {
+	var b strings.Builder
+	a := took.Seconds()
+	rate := func(now, before uint64) float64 { return float64(now-min(now, before)) / a }
+	state := ""
+	if now.Locked {
+		state = "  locked"
+	}
+	if now.Unwell != "" {
+		state += "  NOT WELL: " + now.Unwell
+	}
+	fmt.Fprintf(&b, "%s%s\n", dir, state)
+	fmt.Fprintf(&b, "read %s/s  written %s/s  %d requests in flight\n\n", bytesText(rate(now.Read, last.Read)), bytesText(rate(now.Written, last.Written)), now.InFlight)
+	before := map[string]requestCount{}
+	for _, r := range last.Requests {
+		before[r.Op] = r
+	}
+	var busy []requestCount // a second
+	for _, r := range now.Requests {
+		if n := r.Count - before[r.Op].Count; n > 0 {
+			busy = append(busy, requestCount{r.Op, n, r.Seconds - before[r.Op].Seconds, r.Errors - before[r.Op].Errors})
+		}
+	}
+	slices.SortFunc(busy, func(x, y requestCount) int { return cmp.Or(cmp.Compare(y.Seconds, x.Seconds), cmp.Compare(x.Op, y.Op)) })
+	fmt.Fprintf(&b, "%-16s %12s %12s %12s\n", "requests", "a second", "took", "errors/s")
+	for _, r := range busy {
+		mean := time.Duration(r.Seconds / float64(r.Count) * float64(time.Second))
+		fmt.Fprintf(&b, "%-16s %12.1f %12v %12.1f\n", r.Op, float64(r.Count)/a, mean.Round(time.Microsecond), float64(r.Errors)/a)
+	}
+	calls := map[string]uint64{}
+	for _, c := range last.Calls {
+		calls[c.Op+c.Purpose+c.Verdict] = c.Count
+	}
+	var shown int
+	total := uint64(0)
+	for _, c := range now.Calls {
+		n := c.Count - calls[c.Op+c.Purpose+c.Verdict]
+		total += n
+		if n > 0 {
+			if shown++; shown == 1 {
+				fmt.Fprintf(&b, "\n%-16s %12s  %-12s %s\n", "key services", "a second", "purpose", "verdict")
+			}
+			fmt.Fprintf(&b, "%-16s %12.1f  %-12s %s\n", c.Op, float64(n)/a, c.Purpose, c.Verdict)
+		}
+	}
+	fmt.Fprintf(&b, "\nkeys: %d in memory, %d of %d made ahead; cost now $%.4f an hour, so far $%.4f\n", now.Keys.Cached, now.Keys.Pool, now.Keys.PoolTarget, float64(total)/a*3600*callPrice(0), costOf(now))
+	return b.String()
+}
+
+// costOf is the price of all calls so far, without further trails.
+func costOf(s *stats) (dollars float64) {
+	for _, c := range s.Calls {
+		dollars += float64(c.Count) * callPrice(0)
+	}
+	return dollars
+}
+
+// bytesText is a number of bytes with its unit.
+func bytesText(n float64) string {
+	for _, u := range []string{"B", "KiB", "MiB"} {
+		if n < 1024 {
+			return fmt.Sprintf("%.1f %s", n, u)
+		}
+		n /= 1024
+	}
+	return fmt.Sprintf("%.1f GiB", n)
+}
