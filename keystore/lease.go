@@ -42,7 +42,8 @@ type standing struct {
 	samples []sample // what a probe unwraps, in turn
 	turn    int
 
-	branch branch // under which new keys are wrapped, if the ring does that
+	retiring bool   // no new key is wrapped for it
+	branch   branch // under which new keys are wrapped, if the ring does that
 
 	mayNot *Error        // why new keys are not wrapped by it
 	again  time.Duration // when that is tried again

@@ -325,7 +325,10 @@ func (m *maker) free(k *DataKey) {
 func (m *maker) wrapForAll(ctx context.Context, b Binding) (k *DataKey, missing []error, err error) {
 	var usable []Store
 	var which []*standing
-	stores, sealers, epoch := m.r.trusted()
+	m.r.mu.Lock()
+	stores := slices.DeleteFunc(slices.Clone(m.r.stores), func(s *standing) bool { return s.retiring })
+	sealers, epoch := m.r.sealers, m.epoch
+	m.r.mu.Unlock()
 	for _, s := range stores {
 		err := m.r.refuses(s)
 		if err == nil && len(stores) > 1 {

@@ -109,6 +109,7 @@ func (r *Ring) SetStores(stores []Store, sample []Wrapped) {
 		if i < 0 {
 			before, i = append(before, r.newStanding(s, sample)), len(before)
 		}
+		before[i].retiring = false
 		r.stores = append(r.stores, before[i])
 		waits = waits || !before[i].immediate
 	}
@@ -117,11 +118,8 @@ func (r *Ring) SetStores(stores []Store, sample []Wrapped) {
 			s.forget()
 		}
 	}
-	r.epoch++
-	for _, k := range r.pool.keys {
-		r.waste(k)
-	}
-	r.pool.keys, r.pool.base = nil, 0
+	r.drain()
+	r.pool.base = 0
 	if waits {
 		r.pool.base = min(r.o.Pool, MaxPool)
 	}
@@ -130,6 +128,30 @@ func (r *Ring) SetStores(stores []Store, sample []Wrapped) {
 		r.watching.Do(func() { r.wg.Go(r.watch) })
 	}
 	r.waits.Store(waits)
+}
+
+// Retire wraps no new key for a store any more, which still unwraps. [Ring.SetStores] ends that.
+func (r *Ring) Retire(s Store) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, x := range r.stores {
+		if x.URI() == s.URI() {
+			x.retiring = true
+		}
+	}
+	r.sealers = slices.DeleteFunc(slices.Clone(r.sealers), func(x Store) bool { return x.URI() == s.URI() })
+	r.drain()
+	r.refill()
+}
+
+// drain wipes the keys that were made ahead; those that are on their way are wiped when they come.
+// mu is held.
+func (r *Ring) drain() {
+	r.epoch++
+	for _, k := range r.pool.keys {
+		r.waste(k)
+	}
+	r.pool.keys = nil
 }
 
 // newStanding takes the store to have just proven that its key may be used. mu is held.
@@ -147,10 +169,10 @@ func (r *Ring) newStanding(s Store, sample []Wrapped) *standing {
 
 // trusted returns the stores that can unwrap, and those that only wrap. The lists are replaced, and
 // never changed.
-func (r *Ring) trusted() (stores []*standing, sealers []Store, epoch uint64) {
+func (r *Ring) trusted() (stores []*standing, sealers []Store) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.stores, r.sealers, r.epoch
+	return r.stores, r.sealers
 }
 
 // Close ends what runs in the background and wipes the pool and the cache.
@@ -174,7 +196,7 @@ func (r *Ring) Close() {
 
 // Same reports whether two recipients are one: replicas of one key are.
 func (r *Ring) Same(a, b string) bool {
-	stores, _, _ := r.trusted()
+	stores, _ := r.trusted()
 	s := StoreFor(stores, a)
 	return a == b || s != nil && s == StoreFor(stores, b)
 }
@@ -189,7 +211,7 @@ type candidate struct {
 // are asked: first those that answer at once, then those without a known fault.
 func (r *Ring) candidates(ws []Wrapped) []candidate {
 	var out []candidate
-	stores, _, _ := r.trusted()
+	stores, _ := r.trusted()
 	for _, w := range ws {
 		if s := StoreFor(stores, w.URI); s != nil {
 			out = append(out, candidate{s, w})
@@ -333,7 +355,7 @@ func (r *Ring) Renew(ctx context.Context, file [16]byte, ws []Wrapped) error {
 // says whether it is the file's.
 func (r *Ring) Rewrap(ctx context.Context, file [16]byte, ws []Wrapped, to string, check func(key []byte) error) (Wrapped, error) {
 	ctx = WithPurpose(ctx, ForRewrap)
-	stores, sealers, _ := r.trusted()
+	stores, sealers := r.trusted()
 	var s Store
 	if x := StoreFor(sealers, to); x != nil {
 		s = x
@@ -361,8 +383,13 @@ func (r *Ring) Rewrap(ctx context.Context, file [16]byte, ws []Wrapped, to strin
 	return s.Wrap(ctx, Binding{ForFile, r.volume, file}, key)
 }
 
-// Opens reports whether a recipient among these is trusted, and can unwrap.
-func (r *Ring) Opens(ws []Wrapped) bool { return len(r.candidates(ws)) > 0 }
+// Opens reports whether a recipient among these is trusted, can unwrap, and is not about to go.
+func (r *Ring) Opens(ws []Wrapped) bool {
+	cs := r.candidates(ws)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.ContainsFunc(cs, func(c candidate) bool { return !c.s.retiring })
+}
 
 // Good reports whether the service of a recipient still takes a wrapped key, without the right to
 // see it: it wraps it once more for the same recipient.

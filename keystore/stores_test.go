@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"slices"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -175,6 +176,40 @@ func TestSetStores(t *testing.T) {
 	}
 	if _, err := r.Unwrap(t.Context(), k.ID, k.Wrapped); err != nil {
 		t.Error(err)
+	}
+}
+
+// A store that retires opens what it has wrapped, and gets no new key until the stores are set again.
+func TestRetire(t *testing.T) {
+	a, b, x := &slow{uri: "slow:a"}, &slow{uri: "slow:b"}, &sealer{slow{uri: "sealer:1"}}
+	all := []keystore.Store{a, b, x}
+	r := keystore.NewRing([16]byte{1}, all, keystore.RingOptions{Pool: 8})
+	defer r.Close()
+	old, err := r.NewKey(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range []keystore.Store{a, x} {
+		r.Retire(s)
+		for range 20 {
+			k, err := r.NewKey(t.Context())
+			if err != nil || slices.ContainsFunc(k.Wrapped, func(w keystore.Wrapped) bool { return w.URI == s.URI() }) {
+				t.Fatalf("%+v, %v", k, err)
+			}
+		}
+		if r.Current(old) {
+			t.Error("a key from before is current")
+		}
+		if r.Opens(old.Wrapped[:1]) || !r.Opens(old.Wrapped) {
+			t.Error("a key for the one that retires alone is good for a new file")
+		}
+	}
+	if _, err := r.Unwrap(t.Context(), old.ID, old.Wrapped[:1]); err != nil {
+		t.Errorf("by the store that retires: %v", err)
+	}
+	r.SetStores(all, nil)
+	if k, err := r.NewKey(t.Context()); err != nil || len(k.Wrapped) != 3 {
+		t.Errorf("afterwards: %+v, %v", k, err)
 	}
 }
 

@@ -157,8 +157,10 @@ func (r *Recipients) Remove(ctx context.Context, uri string) (rec *Record, err e
 	}
 	r.stable.Lock()
 	defer r.stable.Unlock()
-	// From here on no file is made that has only this one; those that are being made are waited for.
-	r.v.ring.SetStores(stores, r.samples())
+	// From here on no file is made for this one; those that are being made are waited for.
+	if s := keystore.StoreFor(r.now.Load().stores, uri); s != nil {
+		r.v.ring.Retire(s)
+	}
 	defer func() {
 		if err != nil {
 			r.v.ring.SetStores(r.now.Load().stores, r.samples())
