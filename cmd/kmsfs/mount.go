@@ -360,6 +360,9 @@ func (f *mountFlags) serve(ctx context.Context, cipherDir, mountPoint string) er
 	return err
 }
 
+// servesOn is after how long a daemon that still answers serves a mount that is not seen here.
+const servesOn = time.Second
+
 // endsWithin is how long a mount waits for the daemon of one that was just unmounted.
 const endsWithin = 30 * time.Second
 
@@ -367,10 +370,14 @@ const endsWithin = 30 * time.Second
 // still writing what it must (umount(8) does not always wait for it), that is
 // waited for.
 func openFree(u *volume.Unlocked, cipherDir string, o volume.Options) (*volume.Volume, error) {
-	for until := time.Now().Add(endsWithin); ; time.Sleep(20 * time.Millisecond) {
+	begun := time.Now()
+	for ; ; time.Sleep(20 * time.Millisecond) {
 		v, err := u.Open(o)
 		locked, ok := errors.AsType[*volume.LockedError](err)
-		if !ok || locked.Elsewhere() || isMounted(cipherDir) || servedBy(locked.PID) || time.Now().After(until) {
+		// A daemon whose mount is in no namespace of ours may serve another one; or it has unmounted by
+		// itself, as an idle one does, and ends at any moment.
+		elsewhere := time.Since(begun) > servesOn && ok && servedBy(locked.PID)
+		if !ok || locked.Elsewhere() || isMounted(cipherDir) || elsewhere || time.Since(begun) > endsWithin {
 			return v, err
 		}
 	}
