@@ -56,7 +56,7 @@ func powerCuts(t *testing.T, kind string, rounds int) {
 	p.verify()
 	p.close()
 	d.Umount()
-	t.Logf("%d cuts, %d files looked up after them, %d never confirmed that are gone", rounds, p.looked, p.missing)
+	t.Logf("%d cuts, %d files looked up after them, %d never confirmed that are gone, %d changes of the recipient", rounds, p.looked, p.missing, len(p.more))
 }
 
 // truth is all that a file may be after a cut: its versions since the last
