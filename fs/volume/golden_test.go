@@ -16,11 +16,13 @@ import (
 	"strings"
 	"testing"
 
+	"filippo.io/age"
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
 	"kmsfs/keystore"
+	"kmsfs/keystore/agestore"
 	"kmsfs/keystore/local"
 )
 
@@ -35,6 +37,7 @@ var goldenMake = flag.String("golden-make", "", "make this golden volume")
 const (
 	goldenDir        = "../../tests/testdata/golden"
 	goldenPassphrase = "a passphrase of the tests"
+	goldenIdentity   = "AGE-SECRET-KEY-1QER8NHM645DLUZ0V4HJT0U9XYPZJ4M0SZ2QDW60JAE92MSY2DQ5SERP0GQ"
 )
 
 // golden is the manifest beside a volume: its contents.
@@ -53,8 +56,9 @@ type goldenFile struct {
 
 // goldenKinds are the volumes, and the contents of each.
 var goldenKinds = map[string]struct {
-	plain, key, passphrase bool
-	fill                   func(w *world)
+	plain, key, passphrase, age bool
+
+	fill func(w *world)
 }{
 	"encrypted-local": {key: true, fill: func(w *world) { fillGolden(w); w.close() }},
 	"plain-passphrase": {plain: true, passphrase: true, fill: func(w *world) {
@@ -62,6 +66,7 @@ var goldenKinds = map[string]struct {
 		w.close()
 	}},
 	"two-recipients": {key: true, passphrase: true, fill: func(w *world) { fillGolden(w); w.close() }},
+	"age-recipient":  {key: true, age: true, fill: func(w *world) { fillGolden(w); w.close() }},
 	"crashed": {key: true, fill: func(w *world) {
 		fillGolden(w)
 		// Dirty: a growth that was fsynced, and nothing after it.
@@ -148,8 +153,32 @@ func goldenStores(t *testing.T, g golden, dir string) (out []keystore.Store) {
 			}
 			out = append(out, s)
 		}
+		if strings.HasPrefix(r.URI, agestore.Scheme) {
+			out = append(out, goldenAge(t, r.URI, r.Branch))
+		}
 	}
 	return out
+}
+
+// goldenAge opens the age recipient of golden volumes, with its identity.
+func goldenAge(t *testing.T, uri string, branch []byte) keystore.Store {
+	t.Helper()
+	id, err := age.ParseX25519Identity(goldenIdentity)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if uri == "" {
+		s, err := agestore.New(id.Recipient().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		uri, branch = s.URI(), s.Branch()
+	}
+	s, err := agestore.Open(uri, branch, agestore.Identities{id})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
 }
 
 func TestGolden(t *testing.T) {
@@ -295,6 +324,9 @@ func makeGolden(t *testing.T, name string) {
 			t.Fatal(err)
 		}
 		stores = append(stores, s)
+	}
+	if kind.age {
+		stores = append(stores, goldenAge(t, "", nil))
 	}
 	if _, err := volume.Init(ctx, dir, stores, blockcrypt.NewID(), volume.InitOptions{PlainNames: kind.plain}); err != nil {
 		t.Fatal(err)
