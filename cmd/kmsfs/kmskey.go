@@ -21,7 +21,7 @@ func keyCommand() *cobra.Command {
 	var f keyFlags
 	c := &cobra.Command{
 		Use:   "key",
-		Short: "Make and manage AWS KMS keys",
+		Short: "Make and manage AWS KMS keys; write a local key down, and read it back",
 		Args:  cobra.NoArgs,
 		RunE:  func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
@@ -30,7 +30,7 @@ func keyCommand() *cobra.Command {
 	p.StringVar(&f.aws.Profile, "aws-profile", "", "`PROFILE` of the AWS configuration")
 	p.StringVar(&f.aws.Region, "aws-region", "", "`REGION` of the keys")
 	p.StringVar(&f.aws.RoleARN, "aws-role-arn", "", "assume the role `ARN`")
-	c.AddCommand(f.createCommand(), f.listCommand(), f.showCommand(),
+	c.AddCommand(exportCommand(), importCommand(), f.createCommand(), f.listCommand(), f.showCommand(),
 		f.changeCommand("enable KEY", "Let a disabled key be used again", 0, func(c *cobra.Command, k *awskms.Admin, key string) (string, error) {
 			return "enabled", k.Enable(c.Context(), key)
 		}),

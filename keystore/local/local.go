@@ -131,6 +131,19 @@ func CreateFile(path string) (s *Store, made bool, err error) {
 	return s, true, err
 }
 
+// ImportFile makes a key file of a key that was kept elsewhere, durable when it returns. It is
+// never written over another file.
+func ImportFile(path string, key []byte) (*Store, error) {
+	s, err := New(key)
+	if err != nil {
+		return nil, err
+	}
+	if err := writeNew(path, key); err != nil {
+		return nil, invalid(Scheme, err)
+	}
+	return s, nil
+}
+
 // writeNew makes a file of mode 0600 that is there whole, durably, or not at all.
 func writeNew(path string, b []byte) error {
 	dir := filepath.Dir(path)
