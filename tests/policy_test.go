@@ -51,11 +51,11 @@ func pagePolicy(t *testing.T, volume string, statement int, right string) string
 	return string(out)
 }
 
-// The key policy of docs/keys.md allows what it says that it allows, and each right in it is
-// needed.
-func TestPagePolicy(t *testing.T) {
-	srv := keystoretest.Start(t)
-	srv.AddKey("alias/files")
+// policyVolume is a volume under alias/files, used with the rights of several principals.
+type policyVolume struct{ *mounted }
+
+func newPolicyVolume(t *testing.T, srv *keystoretest.Server) policyVolume {
+	t.Helper()
 	m := &mounted{t: t, base: t.TempDir(), faults: true}
 	m.cipher, m.dir = filepath.Join(m.base, "cipher"), filepath.Join(m.base, "mnt")
 	m.env = append(os.Environ(), "XDG_STATE_HOME="+filepath.Join(m.base, "state"), "XDG_CONFIG_HOME="+filepath.Join(m.base, "config"), "XDG_RUNTIME_DIR="+filepath.Join(m.base, "run"))
@@ -70,6 +70,37 @@ func TestPagePolicy(t *testing.T) {
 	}
 	t.Cleanup(m.cleanup)
 	m.kmsfs("init", "--key", "alias/files", m.cipher)
+	return policyVolume{m}
+}
+
+// as runs the program with the credentials of an access key ID.
+func (p policyVolume) as(id string, args ...string) error {
+	env := p.env
+	defer func() { p.env = env }()
+	p.env = append(slices.Clone(env), "AWS_ACCESS_KEY_ID="+id)
+	out, err := p.try(args...)
+	if err != nil {
+		return fmt.Errorf("%w: %s", err, out)
+	}
+	return nil
+}
+
+// mountAnd calls do while the volume is mounted with such credentials.
+func (p policyVolume) mountAnd(id string, options []string, do func() error) error {
+	if err := p.as(id, append(append([]string{"mount", "--key", "alias/files"}, options...), p.cipher, p.dir)...); err != nil {
+		return err
+	}
+	defer p.umount()
+	return do()
+}
+
+// The key policy of docs/keys.md allows what it says that it allows, and each right in it is
+// needed.
+func TestPagePolicy(t *testing.T) {
+	srv := keystoretest.Start(t)
+	srv.AddKey("alias/files")
+	p := newPolicyVolume(t, srv)
+	m, as, mountAnd := p.mounted, p.as, p.mountAnd
 	var info struct{ Volume string }
 	if err := json.Unmarshal([]byte(m.kmsfs("info", "--json", m.cipher)), &info); err != nil {
 		t.Fatal(err)
@@ -81,23 +112,6 @@ func TestPagePolicy(t *testing.T) {
 	write(t, m.path("old"), []byte("old"))
 	m.umount()
 	roles := map[string]string{"AKWRITER": "arn:aws:iam::111122223333:role/files-writer", "AKREADER": "arn:aws:iam::111122223333:role/files-reader", "AKADMIN": "arn:aws:iam::111122223333:role/key-admin"}
-	as := func(id string, args ...string) error {
-		env := m.env
-		defer func() { m.env = env }()
-		m.env = append(slices.Clone(env), "AWS_ACCESS_KEY_ID="+id)
-		out, err := m.try(args...)
-		if err != nil {
-			return fmt.Errorf("%w: %s", err, out)
-		}
-		return nil
-	}
-	mountAnd := func(id string, options []string, do func() error) error {
-		if err := as(id, append(append([]string{"mount", "--key", "alias/files"}, options...), m.cipher, m.dir)...); err != nil {
-			return err
-		}
-		defer m.umount()
-		return do()
-	}
 	read := func() error { _, err := os.ReadFile(m.path("old")); return err }
 	tasks := map[string]func() error{
 		"the writer mounts and reads": func() error { return mountAnd("AKWRITER", nil, read) },
@@ -160,20 +174,8 @@ func TestPagePolicy(t *testing.T) {
 func TestPolicyCommand(t *testing.T) {
 	srv := keystoretest.Start(t)
 	old, next := srv.AddKey("alias/files"), srv.AddKey("alias/next")
-	m := &mounted{t: t, base: t.TempDir(), faults: true}
-	m.cipher, m.dir = filepath.Join(m.base, "cipher"), filepath.Join(m.base, "mnt")
-	m.env = append(os.Environ(), "XDG_STATE_HOME="+filepath.Join(m.base, "state"), "XDG_CONFIG_HOME="+filepath.Join(m.base, "config"), "XDG_RUNTIME_DIR="+filepath.Join(m.base, "run"))
-	for k, v := range keystoretest.Env(srv.URL) {
-		m.env = append(m.env, k+"="+v)
-	}
-	needFUSE(t)
-	for _, d := range []string{m.cipher, m.dir} {
-		if err := os.Mkdir(d, 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-	t.Cleanup(m.cleanup)
-	m.kmsfs("init", "--key", "alias/files", m.cipher)
+	p := newPolicyVolume(t, srv)
+	m, as, mountAnd := p.mounted, p.as, p.mountAnd
 	m.mount()
 	write(t, m.path("old"), []byte("old"))
 	m.umount()
@@ -187,23 +189,6 @@ func TestPolicyCommand(t *testing.T) {
 			t.Fatal(err)
 		}
 		policies[role] = p.Statement
-	}
-	as := func(id string, args ...string) error {
-		env := m.env
-		defer func() { m.env = env }()
-		m.env = append(slices.Clone(env), "AWS_ACCESS_KEY_ID="+id)
-		out, err := m.try(args...)
-		if err != nil {
-			return fmt.Errorf("%w: %s", err, out)
-		}
-		return nil
-	}
-	mountAnd := func(id string, options []string, do func() error) error {
-		if err := as(id, append(append([]string{"mount", "--key", "alias/files"}, options...), m.cipher, m.dir)...); err != nil {
-			return err
-		}
-		defer m.umount()
-		return do()
 	}
 	read := func() error { _, err := os.ReadFile(m.path("old")); return err }
 	// A rewrapper goes to the other key and back again.

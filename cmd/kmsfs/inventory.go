@@ -199,7 +199,11 @@ func (i *inventory) needs(uri string) error {
 	}
 	for _, v := range i.Volumes {
 		if slices.ContainsFunc(v.Recipients, func(u string) bool { return sameKey(u, uri) }) {
-			return hint(fmt.Errorf("new files of the volume in %s get %s, and %d files have no other key", v.Tree, uri, only), "kmsfs recipients remove %s %s", shellWord(v.Tree), shellWord(uri))
+			others := ""
+			if only > 0 {
+				others = fmt.Sprintf(", and %d files have no other key", only)
+			}
+			return hint(fmt.Errorf("new files of the volume in %s get %s%s", v.Tree, uri, others), "kmsfs recipients remove %s %s", shellWord(v.Tree), shellWord(uri))
 		}
 	}
 	switch {

@@ -59,7 +59,7 @@ func readPaperKey(r io.Reader) ([]byte, error) {
 			continue
 		}
 		text = strings.TrimPrefix(text, fmt.Sprintf("%d ", n+1))
-		text = strings.NewReplacer(" ", "", "-", "", "0", "O", "1", "I", "8", "B").Replace(text) // what is easily taken for another
+		text = strings.NewReplacer(" ", "", "-", "", "0", "O", "1", "I", "8", "B").Replace(text) // characters that are easily taken for others
 		b, err := paperCode.DecodeString(text)
 		if err != nil || len(b) != paperBytes+paperSum || string(b[paperBytes:]) != string(paperCheck(n, b[:paperBytes])) {
 			return nil, fmt.Errorf("line %d of the key has a mistake", n+1)

@@ -211,6 +211,9 @@ func (k *keyFlags) recipientNamed(ctx context.Context, a administrator, key stri
 		return "", err
 	}
 	uri, err := k.uriOf(ctx, key, list)
+	if err != nil && strings.HasPrefix(key, local.Scheme) {
+		err = hint(err, "name a recipient whose key file is lost by its URI: kmsfs recipients list")
+	}
 	if err != nil {
 		return "", err
 	}

@@ -95,7 +95,7 @@ func (l *dirFDs) closeIdle() bool {
 }
 
 // takeDownTo takes the descriptors of the least recently used directories away, to be
-// closed, until only n have one without being in use. fdMu is held.
+// closed, until only n have one without being in use. mu is held.
 func (l *dirFDs) takeDownTo(n int) (fds []int) {
 	for e := l.list.Back(); e != nil && l.list.Len() > n; {
 		prev := e.Prev()

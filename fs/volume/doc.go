@@ -33,9 +33,15 @@
 //	internal/layout               names, directory IDs, marker, headers
 //	internal/disk                 every syscall on the tree
 //
-// Locks, from the first to be taken to the last. No call to a key service is made under any.
+// Locks, from the first to be taken to the last. No call to a key service is made under any but
+// Recipients.mu.
 //
 //	lock                held across syscalls?   who waits
+//	Recipients.mu       yes, and across calls   the next change of the recipients; no request
+//	                    to key services
+//	Recipients.stable   shared while a header   files that are rewrapped, while a recipient is
+//	                    is rewritten, alone     removed; no request
+//	                    while one is removed
 //	sessions.markerMu   while the marker is     the next change of the marker; no request
 //	                    replaced, or a session
 //	                    begins
@@ -45,7 +51,8 @@
 //	                    is looked up or made,   all others, and all others wait for it
 //	                    else alone
 //	Node.openMu         while the file is       the same for this file
-//	                    opened, repaired, closed
+//	                    opened, repaired,
+//	                    rewrapped, closed
 //	file.mu             shared by reads; alone  requests for this file's content; not those for its
 //	                    for writes, truncation, attributes. A program's fsync does not hold it, but a
 //	                    settling                sync that a write must wait for does (FORMAT.md, 4)

@@ -219,7 +219,7 @@ func branches(c *blockcrypt.Config) time.Duration {
 	return time.Duration(c.Branch.Seconds) * time.Second
 }
 
-// unlockWriter gives the locks of lockWriter back.
+// unlockWriter gives the locks of [layout.LockWriter] back.
 func (v *Volume) unlockWriter() {
 	if v.lockFD >= 0 {
 		v.disk.Close(v.lockFD)
