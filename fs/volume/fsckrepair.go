@@ -98,7 +98,10 @@ func (r *repairer) mendDirID(cpath string) (string, error) {
 	encoded := "" // a name that the right one decodes
 	for _, e := range entries {
 		if _, ok := layout.EntryOf(e.Name); ok && encoded == "" {
-			encoded, _ = r.v.disk.Readlink(fd, e.Name)
+			encoded, err = r.v.disk.Readlink(fd, e.Name)
+			if err != nil && err != unix.EINVAL { // EINVAL: no symlink, so it tells nothing
+				return "", err
+			}
 		}
 		if layout.IsOwn(e.Name) {
 			continue
