@@ -23,7 +23,7 @@ type Config struct {
 	Generation  uint64                     `json:"generation"`
 	Header      int                        `json:"header"`
 	Names       string                     `json:"names"`
-	Recipients  []ConfigRecipient          `json:"recipients"`
+	Recipients  []Recipient                `json:"recipients"`
 	Directories map[string]json.RawMessage `json:"directories"` // keys of directories: none in this version
 	Branch      *ConfigBranch              `json:"branch"`      // how new files are wrapped under branch keys; nil if they are not
 
@@ -40,13 +40,6 @@ const (
 	MinBranch = 60
 	MaxBranch = 30 * 24 * 60 * 60
 )
-
-// ConfigRecipient is a [Recipient] of the volume key, in JSON.
-type ConfigRecipient struct {
-	URI     string `json:"uri"`
-	Branch  []byte `json:"branch"`
-	Wrapped []byte `json:"wrapped"`
-}
 
 const maxConfig = 4 << 20
 
@@ -95,7 +88,7 @@ func (c *Config) check() error {
 	if b := c.Branch; b != nil && (b.Seconds < MinBranch || b.Seconds > MaxBranch) {
 		return damaged(BadConfig, "branch keys of %d seconds", b.Seconds)
 	}
-	if _, err := encodeRecipients(c.List()); err != nil {
+	if _, err := encodeRecipients(c.Recipients); err != nil {
 		return damaged(BadConfig, "%v", err)
 	}
 	return nil
@@ -128,13 +121,4 @@ func (c *Config) Encode(vk *VolumeKeys) ([]byte, error) {
 	}
 	c.line, c.mac = line, vk.mac(vk.json, line)
 	return append(append(bytes.Clone(line), '\n'), hex.EncodeToString(c.mac)+"\n"...), nil
-}
-
-// List returns the recipients of the volume key.
-func (c *Config) List() []Recipient {
-	var out []Recipient
-	for _, r := range c.Recipients {
-		out = append(out, Recipient(r))
-	}
-	return out
 }

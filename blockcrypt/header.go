@@ -48,11 +48,11 @@ type State struct {
 	Flags      uint32
 }
 
-// A Recipient is somebody who can unwrap the data key.
+// A Recipient is a key service's key, or another key, with a data key that it can unwrap.
 type Recipient struct {
-	URI     string // printable ASCII, at most 255 bytes
-	Branch  []byte // what the scheme needs besides, may be empty
-	Wrapped []byte
+	URI     string `json:"uri"`    // scheme:rest, printable ASCII, at most 255 bytes
+	Branch  []byte `json:"branch"` // what the scheme needs besides, see FORMAT.md; may be empty
+	Wrapped []byte `json:"wrapped"`
 }
 
 // Header is the parsed header of one file.

@@ -267,7 +267,7 @@ func (v *vectors) badFiles(t *testing.T, vk *blockcrypt.VolumeKeys, key []byte) 
 
 func (v *vectors) configs(t *testing.T, vk *blockcrypt.VolumeKeys) {
 	c := &blockcrypt.Config{Format: 1, Volume: v.VolumeID, Generation: 3, Header: 1024, Names: blockcrypt.NamesEncrypted,
-		Recipients: []blockcrypt.ConfigRecipient{{URI: "local:00112233445566778899aabbccddeeff", Wrapped: bytes.Repeat([]byte{7}, 60)}}}
+		Recipients: []blockcrypt.Recipient{{URI: "local:00112233445566778899aabbccddeeff", Wrapped: bytes.Repeat([]byte{7}, 60)}}}
 	b, err := c.Encode(vk)
 	if err != nil {
 		t.Fatal(err)

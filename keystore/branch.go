@@ -5,6 +5,8 @@ import (
 	"context"
 	"crypto/rand"
 	"time"
+
+	"kmsfs/blockcrypt"
 )
 
 // Branch keys. A service is asked for a key once in a while, and the data keys of many files are
@@ -40,22 +42,22 @@ type brancher struct {
 
 func (b brancher) URI() string { return b.s.URI() }
 
-func (b brancher) Unwrap(ctx context.Context, x Binding, w Wrapped) ([]byte, error) {
+func (b brancher) Unwrap(ctx context.Context, x Binding, w blockcrypt.Recipient) ([]byte, error) {
 	return watched(b).Unwrap(ctx, x, w)
 }
 
 // Wrap asks the service only if there is no branch key that may go on to be used.
-func (b brancher) Wrap(ctx context.Context, x Binding, key []byte) (Wrapped, error) {
+func (b brancher) Wrap(ctx context.Context, x Binding, key []byte) (blockcrypt.Recipient, error) {
 	kek, id, blob, err := b.take(ctx)
 	if err != nil {
-		return Wrapped{}, err
+		return blockcrypt.Recipient{}, err
 	}
 	defer clear(kek)
 	wrapped, err := WrapLocal(kek, x, id, key)
 	if err != nil {
-		return Wrapped{}, &Error{Kind: Invalid, URI: b.URI(), Op: "wrap", Err: err}
+		return blockcrypt.Recipient{}, &Error{Kind: Invalid, URI: b.URI(), Op: "wrap", Err: err}
 	}
-	return Wrapped{URI: b.URI(), Branch: append(id[:], blob...), Blob: wrapped}, nil
+	return blockcrypt.Recipient{URI: b.URI(), Branch: append(id[:], blob...), Wrapped: wrapped}, nil
 }
 
 // take returns a copy of the branch key for one more file, a new one if need be.
@@ -82,9 +84,9 @@ func (b brancher) take(ctx context.Context) (kek []byte, id [16]byte, blob []byt
 	defer r.mu.Unlock()
 	x.wipe()
 	if r.verdict() == nil && r.ctx.Err() == nil { // else it is for this file alone
-		x.id, x.key, x.blob, x.made, x.files = id, bytes.Clone(kek), w.Blob, r.o.Now(), 1
+		x.id, x.key, x.blob, x.made, x.files = id, bytes.Clone(kek), w.Wrapped, r.o.Now(), 1
 	}
-	return kek, id, w.Blob, nil
+	return kek, id, w.Wrapped, nil
 }
 
 // current returns a copy of the key that is used now, nil if there is none or it has had its time.

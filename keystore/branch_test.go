@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"kmsfs/blockcrypt"
 	"kmsfs/keystore"
 )
 
@@ -18,10 +19,10 @@ type maker struct {
 	generated atomic.Int32
 }
 
-func (s *maker) Generate(ctx context.Context, b keystore.Binding) ([]byte, keystore.Wrapped, error) {
+func (s *maker) Generate(ctx context.Context, b keystore.Binding) ([]byte, blockcrypt.Recipient, error) {
 	s.generated.Add(1)
 	if b.Use != keystore.ForBranch {
-		return nil, keystore.Wrapped{}, errors.New("not for a branch")
+		return nil, blockcrypt.Recipient{}, errors.New("not for a branch")
 	}
 	key := make([]byte, keystore.KeySize)
 	rand.Read(key)
@@ -29,16 +30,16 @@ func (s *maker) Generate(ctx context.Context, b keystore.Binding) ([]byte, keyst
 	return key, w, err
 }
 
-func (s *maker) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
+func (s *maker) Unwrap(ctx context.Context, b keystore.Binding, w blockcrypt.Recipient) ([]byte, error) {
 	if len(w.Branch) == 0 {
 		return s.slow.Unwrap(ctx, b, w)
 	}
 	id := [16]byte(w.Branch)
-	kek, err := s.slow.Unwrap(ctx, keystore.Binding{Use: keystore.ForBranch, Volume: b.Volume, ID: id}, keystore.Wrapped{Blob: w.Branch[16:]})
+	kek, err := s.slow.Unwrap(ctx, keystore.Binding{Use: keystore.ForBranch, Volume: b.Volume, ID: id}, blockcrypt.Recipient{Wrapped: w.Branch[16:]})
 	if err != nil {
 		return nil, err
 	}
-	return keystore.UnwrapLocal(kek, b, id, w.Blob)
+	return keystore.UnwrapLocal(kek, b, id, w.Wrapped)
 }
 
 // One call makes the keys of many files, until its time or its files are over. Each file opens by
@@ -125,7 +126,7 @@ func TestBranchKeyRevoked(t *testing.T) {
 		t.Errorf("the same branch key as before: %v", err)
 	}
 	s.err.Store(&keystore.Error{Kind: keystore.Revoked, URI: s.uri, Op: "unwrap", Err: errors.New("disabled")})
-	r.Unwrap(t.Context(), [16]byte{9}, []keystore.Wrapped{{URI: s.uri, Blob: []byte("x")}})
+	r.Unwrap(t.Context(), [16]byte{9}, []blockcrypt.Recipient{{URI: s.uri, Wrapped: []byte("x")}})
 	if _, err := r.NewKey(t.Context()); keystore.KindOf(err) != keystore.Revoked {
 		t.Errorf("a new file under a revoked key: %v", err)
 	}

@@ -15,6 +15,8 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+
+	"kmsfs/blockcrypt"
 )
 
 // KeySize is the size of a data key in bytes.
@@ -50,29 +52,20 @@ type Binding struct {
 	ID     [16]byte
 }
 
-// Wrapped is a data key as one recipient can unwrap it. Branch is further data that some schemes
-// need: the parameters of a passphrase, or a wrapped key (of a branch) under which the blob is
-// wrapped, so that one call to a service opens many files.
-type Wrapped struct {
-	URI    string
-	Branch []byte
-	Blob   []byte
-}
-
 // A Store wraps and unwraps for one recipient. Its methods may be called by
 // several goroutines and end when ctx does; their errors are of type [*Error].
 type Store interface {
 	// URI names the recipient: scheme:rest, see FORMAT.md.
 	URI() string
 	// Wrap wraps a key of KeySize bytes.
-	Wrap(ctx context.Context, b Binding, key []byte) (Wrapped, error)
+	Wrap(ctx context.Context, b Binding, key []byte) (blockcrypt.Recipient, error)
 	// Unwrap returns the KeySize bytes that were wrapped under b.
-	Unwrap(ctx context.Context, b Binding, w Wrapped) ([]byte, error)
+	Unwrap(ctx context.Context, b Binding, w blockcrypt.Recipient) ([]byte, error)
 }
 
 // A Generator is a Store whose service makes data keys itself.
 type Generator interface {
-	Generate(ctx context.Context, b Binding) (key []byte, w Wrapped, err error)
+	Generate(ctx context.Context, b Binding) (key []byte, w blockcrypt.Recipient, err error)
 }
 
 // A Matcher is a Store that also answers for other URIs: a multi-Region key.
@@ -99,7 +92,7 @@ func OnlySeals(s Store) bool {
 // A Reencrypter is a Store whose service wraps a key for it that another of the service's keys has
 // wrapped, and gives it to nobody meanwhile. ok is false if it does not do that for this other one.
 type Reencrypter interface {
-	Reencrypt(ctx context.Context, b Binding, w Wrapped, from Store) (out Wrapped, ok bool, err error)
+	Reencrypt(ctx context.Context, b Binding, w blockcrypt.Recipient, from Store) (out blockcrypt.Recipient, ok bool, err error)
 }
 
 // A Forgetter is a Store that keeps keys of its own, and can wipe them.

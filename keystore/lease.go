@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
 )
 
 // lease says whether keys may be used: as long as a service has proven so not too long ago, or is
@@ -57,7 +59,7 @@ func (s *standing) Matches(uri string) bool { return Serves(s.Store, uri) }
 
 type sample struct {
 	b Binding
-	w Wrapped
+	w blockcrypt.Recipient
 }
 
 const (
@@ -90,7 +92,7 @@ func (s *standing) forget() {
 
 // learn keeps a wrapped key for probes to unwrap: none under a branch key, which
 // the store may know. mu is held.
-func (s *standing) learn(b Binding, w Wrapped) {
+func (s *standing) learn(b Binding, w blockcrypt.Recipient) {
 	if s.immediate || len(w.Branch) > 0 {
 		return
 	}
@@ -402,7 +404,7 @@ func (w watched) URI() string { return w.s.URI() }
 // answer is what a call has returned; asked says that the service was.
 type answer struct {
 	key   []byte
-	w     Wrapped
+	w     blockcrypt.Recipient
 	asked bool
 	err   error
 }
@@ -470,7 +472,7 @@ func (w watched) call(ctx context.Context, op string, f func(context.Context) an
 	return answer{err: &Error{Kind: Canceled, URI: w.URI(), Op: op, Err: calls.Err()}}
 }
 
-func (w watched) Wrap(ctx context.Context, b Binding, key []byte) (Wrapped, error) {
+func (w watched) Wrap(ctx context.Context, b Binding, key []byte) (blockcrypt.Recipient, error) {
 	key = bytes.Clone(key) // a caller that gives up wipes its own copy
 	a := w.call(ctx, "wrap", func(ctx context.Context) answer {
 		defer clear(key)
@@ -480,7 +482,7 @@ func (w watched) Wrap(ctx context.Context, b Binding, key []byte) (Wrapped, erro
 	return a.w, a.err
 }
 
-func (w watched) Unwrap(ctx context.Context, b Binding, x Wrapped) ([]byte, error) {
+func (w watched) Unwrap(ctx context.Context, b Binding, x blockcrypt.Recipient) ([]byte, error) {
 	a := w.call(ctx, "unwrap", func(ctx context.Context) answer {
 		call, asked := ctx, len(x.Branch) == 0
 		if !asked { // a store can know the branch's key, which proves nothing
@@ -492,7 +494,7 @@ func (w watched) Unwrap(ctx context.Context, b Binding, x Wrapped) ([]byte, erro
 	return a.key, a.err
 }
 
-func (w watched) Generate(ctx context.Context, b Binding) ([]byte, Wrapped, error) {
+func (w watched) Generate(ctx context.Context, b Binding) ([]byte, blockcrypt.Recipient, error) {
 	a := w.call(ctx, "generate", func(ctx context.Context) answer {
 		key, out, err := w.s.Store.(Generator).Generate(ctx, b)
 		return answer{key: key, w: out, asked: true, err: err}

@@ -13,6 +13,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"kmsfs/blockcrypt"
 	"kmsfs/keystore"
 )
 
@@ -103,7 +104,7 @@ type branchy struct {
 	down atomic.Bool // its service; keys in memory are known
 }
 
-func (s *branchy) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
+func (s *branchy) Unwrap(ctx context.Context, b keystore.Binding, w blockcrypt.Recipient) ([]byte, error) {
 	if s.asks {
 		keystore.Waits(ctx)
 	}
@@ -207,7 +208,7 @@ type picky struct {
 	denied [16]byte
 }
 
-func (p *picky) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
+func (p *picky) Unwrap(ctx context.Context, b keystore.Binding, w blockcrypt.Recipient) ([]byte, error) {
 	if b.ID == p.denied {
 		return nil, &keystore.Error{Kind: keystore.Denied, URI: p.uri, Op: "unwrap", Err: errors.New("not this one")}
 	}
@@ -225,19 +226,19 @@ func TestOutageAndGrace(t *testing.T) {
 		}
 	}}, func(r *keystore.Ring) {
 		ks := fill(t, r, 3)
-		cold := keystore.Wrapped{URI: s.uri, Blob: []byte("unknown")}
+		cold := blockcrypt.Recipient{URI: s.uri, Wrapped: []byte("unknown")}
 		time.Sleep(time.Minute)
 		pool := r.Counts().Pool
 		if pool == 0 {
 			t.Fatal("nothing is made ahead")
 		}
 		refuse(s, keystore.Outage)
-		if _, err := r.Unwrap(bg, [16]byte{9}, []keystore.Wrapped{cold}); keystore.KindOf(err) != keystore.Outage {
+		if _, err := r.Unwrap(bg, [16]byte{9}, []blockcrypt.Recipient{cold}); keystore.KindOf(err) != keystore.Outage {
 			t.Errorf("%v", err)
 		}
 		calls := s.opens.Load()
 		for range 100 {
-			if _, err := r.Unwrap(bg, [16]byte{9}, []keystore.Wrapped{cold}); keystore.KindOf(err) != keystore.Outage {
+			if _, err := r.Unwrap(bg, [16]byte{9}, []blockcrypt.Recipient{cold}); keystore.KindOf(err) != keystore.Outage {
 				t.Errorf("%v", err)
 			}
 		}
@@ -430,7 +431,7 @@ func TestOneOfTwoRevoked(t *testing.T) {
 		other := keystore.NewRing([16]byte{1}, []keystore.Store{a, b}, keystore.RingOptions{Now: bubbleClock()}) // knows no keys
 		defer other.Close()
 		refuse(b, keystore.Revoked)
-		if _, err := other.Unwrap(bg, [16]byte{7}, []keystore.Wrapped{{URI: "slow:b", Blob: []byte("x")}}); keystore.KindOf(err) != keystore.Revoked {
+		if _, err := other.Unwrap(bg, [16]byte{7}, []blockcrypt.Recipient{{URI: "slow:b", Wrapped: []byte("x")}}); keystore.KindOf(err) != keystore.Revoked {
 			t.Fatal(err)
 		}
 		if _, ok, err := other.UnwrapNow(k.ID, k.Wrapped); ok || err != nil {
@@ -484,10 +485,10 @@ type lateDenial struct {
 	calls atomic.Int32
 }
 
-func (s *lateDenial) Wrap(ctx context.Context, b keystore.Binding, key []byte) (keystore.Wrapped, error) {
+func (s *lateDenial) Wrap(ctx context.Context, b keystore.Binding, key []byte) (blockcrypt.Recipient, error) {
 	if s.calls.Add(1) == 1 {
 		time.Sleep(time.Second)
-		return keystore.Wrapped{}, &keystore.Error{Kind: keystore.Denied, URI: s.uri, Op: "wrap", Err: errors.New("as the test asked")}
+		return blockcrypt.Recipient{}, &keystore.Error{Kind: keystore.Denied, URI: s.uri, Op: "wrap", Err: errors.New("as the test asked")}
 	}
 	return s.slow.Wrap(ctx, b, key)
 }
@@ -498,13 +499,13 @@ type keeper struct {
 	given [][]byte
 }
 
-func (s *keeper) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
+func (s *keeper) Unwrap(ctx context.Context, b keystore.Binding, w blockcrypt.Recipient) ([]byte, error) {
 	key, err := s.slow.Unwrap(ctx, b, w)
 	s.given = append(s.given, key)
 	return key, err
 }
 
-func (s *keeper) Generate(ctx context.Context, b keystore.Binding) ([]byte, keystore.Wrapped, error) {
+func (s *keeper) Generate(ctx context.Context, b keystore.Binding) ([]byte, blockcrypt.Recipient, error) {
 	key := bytes.Repeat([]byte{7}, keystore.KeySize)
 	w, err := s.Wrap(ctx, b, key)
 	return key, w, err
@@ -575,7 +576,7 @@ func TestCacheMemory(t *testing.T) {
 	defer r.Close()
 	ks := make([]*keystore.DataKey, 16384)
 	for i := range ks {
-		ks[i] = &keystore.DataKey{Key: make([]byte, 32), Wrapped: []keystore.Wrapped{{URI: s.uri, Blob: []byte{1, 2, 3}}}}
+		ks[i] = &keystore.DataKey{Key: make([]byte, 32), Wrapped: []blockcrypt.Recipient{{URI: s.uri, Wrapped: []byte{1, 2, 3}}}}
 		for j := range ks[i].ID {
 			ks[i].ID[j] = byte(rand.Uint32())
 		}

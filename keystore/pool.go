@@ -6,6 +6,8 @@ import (
 	"errors"
 	"slices"
 	"time"
+
+	"kmsfs/blockcrypt"
 )
 
 // A DataKey is a new data key with the ID that it is bound to, wrapped for
@@ -13,7 +15,7 @@ import (
 type DataKey struct {
 	ID      [16]byte
 	Key     []byte // KeySize bytes, until Wipe
-	Wrapped []Wrapped
+	Wrapped []blockcrypt.Recipient
 
 	ring  *Ring // whose slab has the key, nil if none
 	slot  int32
@@ -371,8 +373,8 @@ func (m *maker) wrapForAll(ctx context.Context, b Binding) (k *DataKey, missing 
 }
 
 // opens reports whether one of these stores has wrapped the key.
-func opens(stores []Store, ws []Wrapped) bool {
-	return slices.ContainsFunc(ws, func(w Wrapped) bool {
+func opens(stores []Store, ws []blockcrypt.Recipient) bool {
+	return slices.ContainsFunc(ws, func(w blockcrypt.Recipient) bool {
 		return slices.ContainsFunc(stores, func(s Store) bool { return s.URI() == w.URI || Serves(s, w.URI) })
 	})
 }
@@ -416,7 +418,7 @@ func newKey(ctx context.Context, stores []Store, b Binding) (k *DataKey, errs []
 		return nil, nil, &Error{Kind: Invalid, Op: "generate", Err: errors.New("a data key has no recipient to be wrapped for")}
 	}
 	k = &DataKey{ID: b.ID}
-	wrapped, errs := make([]Wrapped, len(stores)), make([]error, len(stores))
+	wrapped, errs := make([]blockcrypt.Recipient, len(stores)), make([]error, len(stores))
 	made := -1
 	for i, s := range stores {
 		g, ok := s.(Generator)

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"kmsfs/blockcrypt"
 	"kmsfs/keystore"
 )
 
@@ -86,7 +87,7 @@ func TestThrottlingIsNoOutage(t *testing.T) {
 		k := fill(t, r, 1)[0]
 		time.Sleep(time.Minute)
 		begun := time.Now()
-		if _, err := r.Unwrap(bg, [16]byte{9}, []keystore.Wrapped{{URI: s.uri, Blob: []byte("unlucky")}}); keystore.KindOf(err) != keystore.Outage || time.Since(begun) < 15*time.Second {
+		if _, err := r.Unwrap(bg, [16]byte{9}, []blockcrypt.Recipient{{URI: s.uri, Wrapped: []byte("unlucky")}}); keystore.KindOf(err) != keystore.Outage || time.Since(begun) < 15*time.Second {
 			t.Errorf("the unlucky one, after %v: %v", time.Since(begun), err)
 		}
 		if st := r.States()[0]; st.Error != nil {
@@ -97,7 +98,7 @@ func TestThrottlingIsNoOutage(t *testing.T) {
 			t.Errorf("another: %v", err)
 		}
 		// One that joins a call shortly before its end has a call of its own.
-		w := []keystore.Wrapped{{URI: s.uri, Blob: []byte("once")}}
+		w := []blockcrypt.Recipient{{URI: s.uri, Wrapped: []byte("once")}}
 		if !r.Prefetch([16]byte{8}, w) {
 			t.Fatal("nothing is prefetched")
 		}
@@ -114,12 +115,12 @@ type throttling struct {
 	once bool
 }
 
-func (s *throttling) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
+func (s *throttling) Unwrap(ctx context.Context, b keystore.Binding, w blockcrypt.Recipient) ([]byte, error) {
 	switch {
-	case string(w.Blob) == "once" && s.once:
+	case string(w.Wrapped) == "once" && s.once:
 		return make([]byte, keystore.KeySize), nil
-	case string(w.Blob) == "once", string(w.Blob) == "unlucky":
-		s.once = string(w.Blob) == "once"
+	case string(w.Wrapped) == "once", string(w.Wrapped) == "unlucky":
+		s.once = string(w.Wrapped) == "once"
 		time.Sleep(15 * time.Second)
 		return nil, &keystore.Error{Kind: keystore.Outage, URI: s.uri, Op: "unwrap", Answered: true, Err: errors.New("throttled")}
 	}

@@ -10,6 +10,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"kmsfs/blockcrypt"
 )
 
 // Ring is the set of stores that a volume trusts: it makes data keys for all of
@@ -44,7 +46,7 @@ type RingOptions struct {
 	Grace    time.Duration               // how long cached keys are used while a service cannot be reached; 1 h if zero, not at all if negative
 	EachKey  bool                        // a key is used for MaxAge only, whatever was proven of others
 	Branches time.Duration               // how long a branch key is used for new files; 0: each file costs a call
-	Sample   []Wrapped                   // of the volume key: what a probe unwraps before there are files
+	Sample   []blockcrypt.Recipient      // of the volume key: what a probe unwraps before there are files
 	Report   func(error)                 // told of what failed in the background
 	Changed  func(verdict error)         // told when no key can be used any more, and with nil when one can again
 	Reach    func(uri string, err error) // told when a store cannot be reached any more, and with nil when it can again
@@ -94,7 +96,7 @@ func NewRing(volume [16]byte, stores []Store, o RingOptions) *Ring {
 // SetStores makes these the stores that are trusted, from now on. Those that were before keep what
 // is known of them. Keys that were made ahead, for other recipients, are wiped. sample is the volume
 // key as the recipients have it: what a probe unwraps.
-func (r *Ring) SetStores(stores []Store, sample []Wrapped) {
+func (r *Ring) SetStores(stores []Store, sample []blockcrypt.Recipient) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	before := r.stores
@@ -155,7 +157,7 @@ func (r *Ring) drain() {
 }
 
 // newStanding takes the store to have just proven that its key may be used. mu is held.
-func (r *Ring) newStanding(s Store, sample []Wrapped) *standing {
+func (r *Ring) newStanding(s Store, sample []blockcrypt.Recipient) *standing {
 	_, immediate := s.(Immediate)
 	st := &standing{Store: s, immediate: immediate, health: health{proven: r.o.Now()}, branch: branch{busy: make(chan struct{}, 1)}}
 	for _, w := range sample {
@@ -204,12 +206,12 @@ func (r *Ring) Same(a, b string) bool {
 // candidate is a recipient of a file with its trusted store.
 type candidate struct {
 	s *standing
-	w Wrapped
+	w blockcrypt.Recipient
 }
 
 // candidates returns the recipients that are trusted, in the order in which they
 // are asked: first those that answer at once, then those without a known fault.
-func (r *Ring) candidates(ws []Wrapped) []candidate {
+func (r *Ring) candidates(ws []blockcrypt.Recipient) []candidate {
 	var out []candidate
 	stores, _ := r.trusted()
 	for _, w := range ws {
@@ -237,7 +239,7 @@ func (r *Ring) candidates(ws []Wrapped) []candidate {
 	return out
 }
 
-func untrusted(ws []Wrapped) error {
+func untrusted(ws []blockcrypt.Recipient) error {
 	uri := ""
 	if len(ws) > 0 {
 		uri = ws[0].URI
@@ -248,7 +250,7 @@ func untrusted(ws []Wrapped) error {
 // Unwrap returns the data key of a file through the first of its recipients
 // that is trusted and can. Many wanting the same key cause one call. The caller
 // owns the result and wipes it.
-func (r *Ring) Unwrap(ctx context.Context, file [16]byte, ws []Wrapped) ([]byte, error) {
+func (r *Ring) Unwrap(ctx context.Context, file [16]byte, ws []blockcrypt.Recipient) ([]byte, error) {
 	cs := r.candidates(ws)
 	if len(cs) == 0 {
 		return nil, untrusted(ws)
@@ -276,7 +278,7 @@ func (r *Ring) Unwrap(ctx context.Context, file [16]byte, ws []Wrapped) ([]byte,
 
 // UnwrapNow is Unwrap where no service has to be waited for; ok is false where
 // one has to be.
-func (r *Ring) UnwrapNow(file [16]byte, ws []Wrapped) (key []byte, ok bool, err error) {
+func (r *Ring) UnwrapNow(file [16]byte, ws []blockcrypt.Recipient) (key []byte, ok bool, err error) {
 	cs := r.candidates(ws)
 	refused := 0
 	var first error
@@ -308,7 +310,7 @@ func (r *Ring) UnwrapNow(file [16]byte, ws []Wrapped) (key []byte, ok bool, err 
 
 // Prefetch begins to unwrap a file's key, so that Unwrap finds it. It does
 // nothing, and returns false, if the key is there or coming, or cannot be had.
-func (r *Ring) Prefetch(file [16]byte, ws []Wrapped) (began bool) {
+func (r *Ring) Prefetch(file [16]byte, ws []blockcrypt.Recipient) (began bool) {
 	cs := r.candidates(ws)
 	if len(cs) == 0 || cs[0].s.immediate {
 		return false
@@ -335,7 +337,7 @@ func (r *Ring) Prefetch(file [16]byte, ws []Wrapped) (began bool) {
 
 // Renew unwraps a file's key again, though it is known, to see whether that is
 // still allowed.
-func (r *Ring) Renew(ctx context.Context, file [16]byte, ws []Wrapped) error {
+func (r *Ring) Renew(ctx context.Context, file [16]byte, ws []blockcrypt.Recipient) error {
 	err := untrusted(ws)
 	for _, c := range r.candidates(ws) {
 		if err = r.refuses(c.s); err == nil {
@@ -353,7 +355,7 @@ func (r *Ring) Renew(ctx context.Context, file [16]byte, ws []Wrapped) error {
 // Rewrap wraps the data key of a file, as its recipients ws have it, for another recipient that is
 // trusted. Where the service of both can do it the key stays there. Else it comes here, and check
 // says whether it is the file's.
-func (r *Ring) Rewrap(ctx context.Context, file [16]byte, ws []Wrapped, to string, check func(key []byte) error) (Wrapped, error) {
+func (r *Ring) Rewrap(ctx context.Context, file [16]byte, ws []blockcrypt.Recipient, to string, check func(key []byte) error) (blockcrypt.Recipient, error) {
 	ctx = WithPurpose(ctx, ForRewrap)
 	stores, sealers := r.trusted()
 	var s Store
@@ -370,21 +372,21 @@ func (r *Ring) Rewrap(ctx context.Context, file [16]byte, ws []Wrapped, to strin
 			}
 		}
 	} else {
-		return Wrapped{}, &Error{Kind: Untrusted, URI: to, Op: "wrap", Err: errors.New("the volume does not name this recipient")}
+		return blockcrypt.Recipient{}, &Error{Kind: Untrusted, URI: to, Op: "wrap", Err: errors.New("the volume does not name this recipient")}
 	}
 	key, err := r.Unwrap(ctx, file, ws)
 	if err != nil {
-		return Wrapped{}, err
+		return blockcrypt.Recipient{}, err
 	}
 	defer clear(key)
 	if err := check(key); err != nil {
-		return Wrapped{}, err
+		return blockcrypt.Recipient{}, err
 	}
 	return s.Wrap(ctx, Binding{ForFile, r.volume, file}, key)
 }
 
 // Opens reports whether a recipient among these is trusted, can unwrap, and is not about to go.
-func (r *Ring) Opens(ws []Wrapped) bool {
+func (r *Ring) Opens(ws []blockcrypt.Recipient) bool {
 	cs := r.candidates(ws)
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -393,7 +395,7 @@ func (r *Ring) Opens(ws []Wrapped) bool {
 
 // Good reports whether the service of a recipient still takes a wrapped key, without the right to
 // see it: it wraps it once more for the same recipient.
-func (r *Ring) Good(ctx context.Context, file [16]byte, ws []Wrapped) bool {
+func (r *Ring) Good(ctx context.Context, file [16]byte, ws []blockcrypt.Recipient) bool {
 	ctx = WithPurpose(ctx, ForRewrap)
 	for _, c := range r.candidates(ws) {
 		if re, ok := c.s.Store.(Reencrypter); ok {
@@ -406,7 +408,7 @@ func (r *Ring) Good(ctx context.Context, file [16]byte, ws []Wrapped) bool {
 }
 
 // Forget wipes what is known of a file's key.
-func (r *Ring) Forget(file [16]byte, ws []Wrapped) {
+func (r *Ring) Forget(file [16]byte, ws []blockcrypt.Recipient) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, w := range ws {
@@ -471,7 +473,7 @@ func (r *Ring) insert(id [32]byte, key []byte, ahead bool) {
 	}
 }
 
-func (r *Ring) unwrap(ctx context.Context, s *standing, b Binding, w Wrapped) ([]byte, error) {
+func (r *Ring) unwrap(ctx context.Context, s *standing, b Binding, w blockcrypt.Recipient) ([]byte, error) {
 	id := cacheID(b, w)
 	joined := false
 	for {
@@ -529,7 +531,7 @@ func (r *Ring) unwrap(ctx context.Context, s *standing, b Binding, w Wrapped) ([
 	}
 }
 
-func (r *Ring) finish(s *standing, id [32]byte, b Binding, w Wrapped, c *call, key []byte, err error, ahead bool) {
+func (r *Ring) finish(s *standing, id [32]byte, b Binding, w blockcrypt.Recipient, c *call, key []byte, err error, ahead bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	delete(r.calls, id)
@@ -591,9 +593,9 @@ func (r *Ring) States() []StoreState {
 }
 
 // cacheID covers everything that the answer depends on.
-func cacheID(b Binding, w Wrapped) [32]byte {
+func cacheID(b Binding, w blockcrypt.Recipient) [32]byte {
 	var m []byte
-	for _, p := range [][]byte{[]byte(b.Use), b.Volume[:], b.ID[:], []byte(w.URI), w.Branch, w.Blob} {
+	for _, p := range [][]byte{[]byte(b.Use), b.Volume[:], b.ID[:], []byte(w.URI), w.Branch, w.Wrapped} {
 		m = append(binary.BigEndian.AppendUint32(m, uint32(len(p))), p...)
 	}
 	return sha256.Sum256(m)

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"kmsfs/blockcrypt"
 	"kmsfs/keystore"
 )
 
@@ -40,21 +41,21 @@ func (s *slow) wait(ctx context.Context) error {
 	}
 }
 
-func (s *slow) Wrap(ctx context.Context, b keystore.Binding, key []byte) (keystore.Wrapped, error) {
+func (s *slow) Wrap(ctx context.Context, b keystore.Binding, key []byte) (blockcrypt.Recipient, error) {
 	s.wraps.Add(1)
 	if err := s.wait(ctx); err != nil {
-		return keystore.Wrapped{}, err
+		return blockcrypt.Recipient{}, err
 	}
 	blob, err := keystore.WrapLocal(s.kek[:], b, [16]byte{}, key)
-	return keystore.Wrapped{URI: s.uri, Blob: blob}, err
+	return blockcrypt.Recipient{URI: s.uri, Wrapped: blob}, err
 }
 
-func (s *slow) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
+func (s *slow) Unwrap(ctx context.Context, b keystore.Binding, w blockcrypt.Recipient) ([]byte, error) {
 	s.opens.Add(1)
 	if err := s.wait(ctx); err != nil {
 		return nil, err
 	}
-	return keystore.UnwrapLocal(s.kek[:], b, [16]byte{}, w.Blob)
+	return keystore.UnwrapLocal(s.kek[:], b, [16]byte{}, w.Wrapped)
 }
 
 // A key that is taken and given back costs no call.
@@ -118,7 +119,7 @@ func TestOpenRaisesPrefetch(t *testing.T) {
 // patient is a store that answers a prefetch when it has become urgent.
 type patient struct{ slow }
 
-func (s *patient) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
+func (s *patient) Unwrap(ctx context.Context, b keystore.Binding, w blockcrypt.Recipient) ([]byte, error) {
 	select {
 	case <-keystore.Raised(ctx):
 	case <-time.After(10 * time.Second):
@@ -252,7 +253,7 @@ func TestCacheIsBound(t *testing.T) {
 	w := k.Wrapped[0]
 	w.Branch = []byte{1}
 	n := s.opens.Load()
-	r.Unwrap(t.Context(), k.ID, []keystore.Wrapped{w})
+	r.Unwrap(t.Context(), k.ID, []blockcrypt.Recipient{w})
 	if s.opens.Load() == n {
 		t.Error("another branch is the same to the cache")
 	}

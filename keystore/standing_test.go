@@ -8,6 +8,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"kmsfs/blockcrypt"
 	"kmsfs/keystore"
 )
 
@@ -17,7 +18,7 @@ func TestWaitingEnds(t *testing.T) {
 	for _, how := range []keystore.Kind{keystore.Credentials, keystore.Outage} {
 		s := &slow{uri: "slow:1", delay: 15 * time.Second}
 		bubble(t, []keystore.Store{s}, keystore.RingOptions{}, func(r *keystore.Ring) {
-			w := []keystore.Wrapped{{URI: s.uri, Blob: []byte("x")}}
+			w := []blockcrypt.Recipient{{URI: s.uri, Wrapped: []byte("x")}}
 			got := make(chan error, 4)
 			for range 2 {
 				go func() { _, err := r.Unwrap(bg, [16]byte{1}, w); got <- err }()
@@ -57,7 +58,7 @@ func TestUnluckyCall(t *testing.T) {
 		k := fill(t, r, 1)[0]
 		bad, good := make(chan error), make(chan error, 4)
 		go func() {
-			_, err := r.Unwrap(bg, [16]byte{9}, []keystore.Wrapped{{URI: s.uri, Blob: []byte("unlucky")}})
+			_, err := r.Unwrap(bg, [16]byte{9}, []blockcrypt.Recipient{{URI: s.uri, Wrapped: []byte("unlucky")}})
 			bad <- err
 		}()
 		for range 4 {
@@ -88,7 +89,7 @@ func TestOutageAfterAnswer(t *testing.T) {
 	s := &unlucky{slow: slow{uri: "slow:1", delay: 100 * time.Millisecond}}
 	bubble(t, []keystore.Store{s}, keystore.RingOptions{}, func(r *keystore.Ring) {
 		time.AfterFunc(time.Second, func() { r.NewKey(bg) })
-		_, err := r.Unwrap(bg, [16]byte{9}, []keystore.Wrapped{{URI: s.uri, Blob: []byte("unlucky")}})
+		_, err := r.Unwrap(bg, [16]byte{9}, []blockcrypt.Recipient{{URI: s.uri, Wrapped: []byte("unlucky")}})
 		if keystore.KindOf(err) != keystore.Outage || r.States()[0].Error == nil {
 			t.Errorf("%v, and the store is %v", err, r.States()[0].Error)
 		}
@@ -97,8 +98,8 @@ func TestOutageAfterAnswer(t *testing.T) {
 
 type unlucky struct{ slow }
 
-func (s *unlucky) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
-	if string(w.Blob) == "unlucky" {
+func (s *unlucky) Unwrap(ctx context.Context, b keystore.Binding, w blockcrypt.Recipient) ([]byte, error) {
+	if string(w.Wrapped) == "unlucky" {
 		time.Sleep(15*time.Second + time.Millisecond)
 		return nil, &keystore.Error{Kind: keystore.Outage, URI: s.uri, Op: "unwrap", Err: errors.New("throttled")}
 	}
@@ -339,7 +340,7 @@ func TestUnwrapNowAsksNobody(t *testing.T) {
 	if _, ok, err := r.UnwrapNow(k.ID, k.Wrapped); !ok || err != nil {
 		t.Errorf("whole: %v, %v", ok, err)
 	}
-	k.Wrapped[0].Blob[3] ^= 1
+	k.Wrapped[0].Wrapped[3] ^= 1
 	if _, ok, err := r.UnwrapNow(k.ID, k.Wrapped); ok || err != nil || b.opens.Load() != 0 {
 		t.Errorf("damaged: %v, %v, %d calls", ok, err, b.opens.Load())
 	}

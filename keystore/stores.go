@@ -3,6 +3,8 @@ package keystore
 import (
 	"context"
 	"errors"
+
+	"kmsfs/blockcrypt"
 )
 
 // Serves reports whether a store unwraps what was wrapped for a recipient: its own URI, or that
@@ -30,7 +32,7 @@ func StoreFor[S Store](stores []S, uri string) (none S) {
 
 // UnwrapFirst unwraps a key through the first recipient whose store is among these and can. The
 // error is that of the first one that failed, or [Untrusted] if no store serves any of them.
-func UnwrapFirst(ctx context.Context, stores []Store, b Binding, ws []Wrapped) ([]byte, error) {
+func UnwrapFirst(ctx context.Context, stores []Store, b Binding, ws []blockcrypt.Recipient) ([]byte, error) {
 	var first error
 	for _, w := range ws {
 		s := StoreFor(stores, w.URI)

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"kmsfs/blockcrypt"
 	"kmsfs/keystore"
 	"kmsfs/keystore/local"
 )
@@ -28,11 +29,11 @@ func (s labeled) key() []byte             { return bytes.Repeat([]byte{s.uri[0]}
 func (s labeled) fault(op string) error {
 	return &keystore.Error{Kind: cmp.Or(s.kind, keystore.Denied), URI: s.uri, Op: op, Err: s.err}
 }
-func (s labeled) Wrap(context.Context, keystore.Binding, []byte) (keystore.Wrapped, error) {
-	return keystore.Wrapped{}, s.fault("wrap")
+func (s labeled) Wrap(context.Context, keystore.Binding, []byte) (blockcrypt.Recipient, error) {
+	return blockcrypt.Recipient{}, s.fault("wrap")
 }
 
-func (s labeled) Unwrap(context.Context, keystore.Binding, keystore.Wrapped) ([]byte, error) {
+func (s labeled) Unwrap(context.Context, keystore.Binding, blockcrypt.Recipient) ([]byte, error) {
 	if s.err != nil {
 		return nil, s.fault("unwrap")
 	}
@@ -52,15 +53,15 @@ func TestStoreFor(t *testing.T) {
 func TestUnwrapFirst(t *testing.T) {
 	denied := errors.New("denied")
 	good, bad, worse := labeled{uri: "g:"}, labeled{uri: "b:", err: denied}, labeled{uri: "w:", err: errors.New("worse")}
-	ws := func(uris ...string) (out []keystore.Wrapped) {
+	ws := func(uris ...string) (out []blockcrypt.Recipient) {
 		for _, u := range uris {
-			out = append(out, keystore.Wrapped{URI: u})
+			out = append(out, blockcrypt.Recipient{URI: u})
 		}
 		return out
 	}
 	for name, c := range map[string]struct {
 		stores []keystore.Store
-		ws     []keystore.Wrapped
+		ws     []blockcrypt.Recipient
 		key    []byte
 		kind   keystore.Kind
 		err    error
@@ -89,7 +90,7 @@ func TestDamagedBesideOutage(t *testing.T) {
 		{keystore.Denied, keystore.Outage, keystore.Denied},
 	} {
 		r := keystore.NewRing([16]byte{1}, []keystore.Store{verdict("a:", c.first), verdict("b:", c.second)}, keystore.RingOptions{})
-		_, err := r.Unwrap(t.Context(), [16]byte{2}, []keystore.Wrapped{{URI: "a:"}, {URI: "b:"}})
+		_, err := r.Unwrap(t.Context(), [16]byte{2}, []blockcrypt.Recipient{{URI: "a:"}, {URI: "b:"}})
 		if keystore.KindOf(err) != c.want {
 			t.Errorf("%v and %v: %v", c.first, c.second, err)
 		}
@@ -193,7 +194,7 @@ func TestRetire(t *testing.T) {
 		r.Retire(s)
 		for range 20 {
 			k, err := r.NewKey(t.Context())
-			if err != nil || slices.ContainsFunc(k.Wrapped, func(w keystore.Wrapped) bool { return w.URI == s.URI() }) {
+			if err != nil || slices.ContainsFunc(k.Wrapped, func(w blockcrypt.Recipient) bool { return w.URI == s.URI() }) {
 				t.Fatalf("%+v, %v", k, err)
 			}
 		}
@@ -232,7 +233,7 @@ func TestSetStoresThatWait(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.SetStores([]keystore.Store{s}, []keystore.Wrapped{sample})
+	r.SetStores([]keystore.Store{s}, []blockcrypt.Recipient{sample})
 	if !r.Waits() {
 		t.Error("a service is not waited for")
 	}

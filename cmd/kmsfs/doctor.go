@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
 	"kmsfs/keystore"
 	"kmsfs/keystore/awskms"
@@ -183,9 +184,9 @@ func (d *doctor) volume(ctx context.Context, dir string) {
 
 // keysOf opens the volume as a mount does, and asks for the rights of a writer.
 func (d *doctor) keysOf(ctx context.Context, dir string, l *volume.Found, rec *volume.Record) {
-	trusted, err := d.trusted(ctx, l.Config.List(), rec)
+	trusted, err := d.trusted(ctx, l.Config.Recipients, rec)
 	if err == nil && len(trusted) == 0 {
-		err = untrusted(l.Config.List(), dir, rec)
+		err = untrusted(l.Config.Recipients, dir, rec)
 	}
 	if err != nil {
 		d.failed("keys", err)
@@ -200,10 +201,10 @@ func (d *doctor) keysOf(ctx context.Context, dir string, l *volume.Found, rec *v
 	}
 	opens := keystore.Binding{Use: keystore.ForVolume, Volume: l.Config.Volume}
 	for _, s := range trusted {
-		var ws []keystore.Wrapped
-		for _, r := range l.Config.List() {
+		var ws []blockcrypt.Recipient
+		for _, r := range l.Config.Recipients {
 			if keystore.Serves(s, r.URI) {
-				ws = append(ws, keystore.Wrapped{URI: r.URI, Branch: r.Branch, Blob: r.Wrapped})
+				ws = append(ws, r)
 			}
 		}
 		begun := time.Now()

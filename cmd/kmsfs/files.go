@@ -288,7 +288,7 @@ func (k *keyFlags) dataKey(ctx context.Context, l *volume.Lone) ([]byte, error) 
 	if err != nil {
 		return nil, err
 	}
-	return keystore.UnwrapFirst(ctx, trusted, l.Binding(), l.Wrapped())
+	return keystore.UnwrapFirst(ctx, trusted, l.Binding(), l.Header.Recipients)
 }
 
 // loneStores opens the stores of dataKey.

@@ -103,7 +103,7 @@ func infoVolume(dir string, asJSON bool) error {
 	}
 	defer l.Close()
 	c := l.Config
-	v := volumeInfo{"volume", c.Format, c.Volume, c.Generation, c.Header, c.Names, awskms.Context(keystore.Binding{Use: keystore.ForVolume, Volume: c.Volume}), recipientsInfo(c.List())}
+	v := volumeInfo{"volume", c.Format, c.Volume, c.Generation, c.Header, c.Names, awskms.Context(keystore.Binding{Use: keystore.ForVolume, Volume: c.Volume}), recipientsInfo(c.Recipients)}
 	if asJSON {
 		return printJSON(v)
 	}

@@ -405,12 +405,12 @@ func (f *mountFlags) unlock(ctx context.Context, cipherDir string) (*volume.Unlo
 	if err != nil {
 		return nil, err
 	}
-	trusted, err := f.trusted(ctx, l.Config.List(), rec)
+	trusted, err := f.trusted(ctx, l.Config.Recipients, rec)
 	if err != nil {
 		return nil, err
 	}
 	if len(trusted) == 0 {
-		return nil, untrusted(l.Config.List(), cipherDir, rec)
+		return nil, untrusted(l.Config.Recipients, cipherDir, rec)
 	}
 	if f.unvouched = len(f.identityFiles) > 0 && rec == nil; f.unvouched {
 		// Everybody who knows the public key can make a volume that the identity opens.

@@ -37,7 +37,7 @@ func (k *newRecipientFlags) changePassphrase(ctx context.Context, dir string) er
 	if err != nil {
 		return fmt.Errorf("%s: %w", dir, err)
 	}
-	entries := l.Config.List() // only to see which one a passphrase opens
+	entries := l.Config.Recipients // only to see which one a passphrase opens
 	l.Close()
 	if !slices.ContainsFunc(entries, func(r blockcrypt.Recipient) bool { return strings.HasPrefix(r.URI, local.PassphraseScheme) }) {
 		return hint(errors.New("the volume has no passphrase"), "kmsfs recipients add %s passphrase", shellWord(dir))

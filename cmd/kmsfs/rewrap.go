@@ -224,7 +224,7 @@ func (f *rewrapFlags) file(ctx context.Context, path string, to keystore.Store) 
 		return false, hint(errors.New("it is a file of a volume"), "rewrap the volume")
 	}
 	var old []string
-	for _, w := range l.Wrapped() {
+	for _, w := range l.Header.Recipients {
 		old = append(old, w.URI)
 	}
 	goes := func(uri string) bool { return true }
@@ -235,8 +235,8 @@ func (f *rewrapFlags) file(ctx context.Context, path string, to keystore.Store) 
 		}
 		goes = func(uri string) bool { return sameKey(uri, from) }
 	}
-	stays := slices.DeleteFunc(l.Wrapped(), func(w keystore.Wrapped) bool { return goes(w.URI) })
-	if slices.ContainsFunc(l.Wrapped(), func(w keystore.Wrapped) bool { return keystore.Serves(to, w.URI) }) || len(stays) == len(old) {
+	stays := slices.DeleteFunc(slices.Clone(l.Header.Recipients), func(w blockcrypt.Recipient) bool { return goes(w.URI) })
+	if slices.ContainsFunc(l.Header.Recipients, func(w blockcrypt.Recipient) bool { return keystore.Serves(to, w.URI) }) || len(stays) == len(old) {
 		return false, nil
 	}
 	key, err := f.dataKey(ctx, l)
@@ -253,5 +253,5 @@ func (f *rewrapFlags) file(ctx context.Context, path string, to keystore.Store) 
 	if err != nil {
 		return false, err
 	}
-	return true, l.SetRecipients(append([]keystore.Wrapped{w}, stays...))
+	return true, l.SetRecipients(append([]blockcrypt.Recipient{w}, stays...))
 }

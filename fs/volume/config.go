@@ -102,9 +102,7 @@ func Init(ctx context.Context, dir string, stores []keystore.Store, id blockcryp
 	if o.Branches > 0 {
 		cfg.Branch = &blockcrypt.ConfigBranch{Seconds: int64(o.Branches / time.Second)}
 	}
-	for _, w := range key.Wrapped {
-		cfg.Recipients = append(cfg.Recipients, blockcrypt.ConfigRecipient{URI: w.URI, Branch: w.Branch, Wrapped: w.Blob})
-	}
+	cfg.Recipients = key.Wrapped
 	cfg.Header = max(blockcrypt.DefaultHeader, blockcrypt.RecipientsFit(inFiles(cfg)))
 	b, err := cfg.Encode(vk)
 	if err != nil {
@@ -124,7 +122,7 @@ func Init(ctx context.Context, dir string, stores []keystore.Store, id blockcryp
 
 // inFiles returns recipients of the size that they have in the headers of files.
 func inFiles(cfg *blockcrypt.Config) []blockcrypt.Recipient {
-	rs := cfg.List()
+	rs := slices.Clone(cfg.Recipients)
 	for i := range rs {
 		if strings.HasPrefix(rs[i].URI, "age:") { // files do not have the public key
 			rs[i].Branch = nil
@@ -243,7 +241,7 @@ func (l *Found) Unlock(ctx context.Context, trusted []keystore.Store, o UnlockOp
 
 func (l *Found) volumeKeys(ctx context.Context, trusted []keystore.Store) (*blockcrypt.VolumeKeys, error) {
 	b := keystore.Binding{Use: keystore.ForVolume, Volume: l.Config.Volume}
-	key, err := keystore.UnwrapFirst(ctx, trusted, b, wrapped(l.Config.List()))
+	key, err := keystore.UnwrapFirst(ctx, trusted, b, l.Config.Recipients)
 	if keystore.KindOf(err) == keystore.Untrusted {
 		return nil, &keystore.Error{Kind: keystore.Untrusted, URI: l.Config.Recipients[0].URI, Op: "unwrap", Err: errors.New("the volume is under a key that nobody named")}
 	}
@@ -257,7 +255,7 @@ func (l *Found) volumeKeys(ctx context.Context, trusted []keystore.Store) (*bloc
 // allStores returns a store for every recipient: a new file is wrapped for all.
 func (l *Found) allStores(ctx context.Context, trusted []keystore.Store, o UnlockOptions) ([]keystore.Store, error) {
 	var out []keystore.Store
-	for _, r := range l.Config.List() {
+	for _, r := range l.Config.Recipients {
 		s := keystore.StoreFor(trusted, r.URI)
 		var err error
 		if s == nil && o.More != nil {

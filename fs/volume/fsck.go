@@ -112,7 +112,7 @@ func (l *Found) Check(ctx context.Context, o CheckOptions) (Checked, error) {
 // Check checks a volume: names, wrapped keys and every block.
 func (u *Unlocked) Check(ctx context.Context, o CheckOptions) (Checked, error) {
 	c := &checker{o: o, root: u.root, cfg: u.Config, vk: u.keys}
-	c.ring = keystore.NewRing(u.Config.Volume, u.stores, keystore.RingOptions{Sample: wrapped(u.Config.List())})
+	c.ring = keystore.NewRing(u.Config.Volume, u.stores, keystore.RingOptions{Sample: u.Config.Recipients})
 	defer c.ring.Close()
 	return c.run(ctx)
 }

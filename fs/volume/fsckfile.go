@@ -97,7 +97,7 @@ func (k *fileCheck) check(ctx context.Context) error {
 	if !k.lone {
 		k.checkRecipients()
 	}
-	key, err := k.ring.Unwrap(ctx, hdr.File, wrapped(hdr.Recipients))
+	key, err := k.ring.Unwrap(ctx, hdr.File, hdr.Recipients)
 	if err != nil {
 		return err
 	}

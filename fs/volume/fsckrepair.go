@@ -196,7 +196,7 @@ func (r *repairer) keepRest(ctx context.Context, cpath string) (done string, err
 	if err != nil {
 		return "", err
 	}
-	key, err := r.v.ring.Unwrap(ctx, hdr.File, wrapped(hdr.Recipients))
+	key, err := r.v.ring.Unwrap(ctx, hdr.File, hdr.Recipients)
 	if err != nil {
 		return "", err
 	}

@@ -145,7 +145,7 @@ func goldenStores(t *testing.T, g golden, dir string) (out []keystore.Store) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	for _, r := range l.Config.List() {
+	for _, r := range l.Config.Recipients {
 		if strings.HasPrefix(r.URI, local.PassphraseScheme) {
 			s, err := local.OpenPassphrase(r.URI, r.Branch, []byte(goldenPassphrase))
 			if err != nil {

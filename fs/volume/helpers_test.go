@@ -305,7 +305,3 @@ func wantErr(t testing.TB, what string, err error, want error) {
 func size(n int64) volume.SetAttr { return volume.SetAttr{Size: &n} }
 
 func exists(path string) bool { _, err := os.Lstat(path); return err == nil }
-
-func wrapped(r blockcrypt.Recipient) keystore.Wrapped {
-	return keystore.Wrapped{URI: r.URI, Branch: r.Branch, Blob: r.Wrapped}
-}

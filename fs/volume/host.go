@@ -7,7 +7,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
-	"kmsfs/keystore"
 )
 
 // host is what the ciphertext file of f needs of the volume.
@@ -18,7 +17,7 @@ func (h host) Session() uint64 { return h.f.v.sessions.now.Load() }
 // NewFile uses up the data key that the file has taken.
 func (h host) NewFile() (*blockcrypt.Header, *blockcrypt.FileKeys, error) {
 	f, k := h.f, h.f.next
-	hdr, keys, err := blockcrypt.NewFile(f.v.geo, f.v.vk, k.ID, f.n.parentID(), k.Key, recipients(k.Wrapped))
+	hdr, keys, err := blockcrypt.NewFile(f.v.geo, f.v.vk, k.ID, f.n.parentID(), k.Key, k.Wrapped)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -78,21 +77,4 @@ func (f *file) failed(op string, err error) error {
 		f.v.report(f.n.where(), op+" failed", err)
 	}
 	return err
-}
-
-// recipients are wrapped keys as a header has them; wrapped is its inverse.
-func recipients(ws []keystore.Wrapped) []blockcrypt.Recipient {
-	out := make([]blockcrypt.Recipient, len(ws))
-	for i, w := range ws {
-		out[i] = blockcrypt.Recipient{URI: w.URI, Branch: w.Branch, Wrapped: w.Blob}
-	}
-	return out
-}
-
-func wrapped(rs []blockcrypt.Recipient) []keystore.Wrapped {
-	out := make([]keystore.Wrapped, len(rs))
-	for i, r := range rs {
-		out[i] = keystore.Wrapped{URI: r.URI, Branch: r.Branch, Blob: r.Wrapped}
-	}
-	return out
 }

@@ -106,7 +106,7 @@ func (h *half) keysNow() (keys *blockcrypt.FileKeys, known bool, err error) {
 	if hdr == nil {
 		return nil, true, nil
 	}
-	key, known, err := h.f.v.ring.UnwrapNow(hdr.File, wrapped(hdr.Recipients))
+	key, known, err := h.f.v.ring.UnwrapNow(hdr.File, hdr.Recipients)
 	if err != nil || !known {
 		return nil, known, err
 	}
@@ -124,7 +124,7 @@ func (c *content) await(ctx context.Context, h *half) (*blockcrypt.FileKeys, err
 		c.openMu.Lock()
 		h.waiting--
 	}()
-	key, err := c.v.ring.Unwrap(ctx, hdr.File, wrapped(hdr.Recipients))
+	key, err := c.v.ring.Unwrap(ctx, hdr.File, hdr.Recipients)
 	if err != nil {
 		return nil, err
 	}

@@ -63,9 +63,6 @@ func (l *Lone) Binding() keystore.Binding {
 	return keystore.Binding{Use: keystore.ForFile, Volume: l.Header.Volume, ID: l.Header.File}
 }
 
-// Wrapped returns the data key as each recipient can unwrap it.
-func (l *Lone) Wrapped() []keystore.Wrapped { return wrapped(l.Header.Recipients) }
-
 // Unlock checks the data key and the state. Incomplete is true where the file
 // was being written when it was copied: the blocks that open can be read.
 func (l *Lone) Unlock(dataKey []byte) (incomplete bool, err error) {
@@ -118,7 +115,7 @@ func (l *Lone) CopyTo(w io.Writer, skip func(n int64) error) error {
 
 // SetRecipients gives the file other recipients. It must have been opened by a path that can be
 // written. Length, mode and time of modification stay; it is durable when it returns.
-func (l *Lone) SetRecipients(rs []keystore.Wrapped) error {
+func (l *Lone) SetRecipients(rs []blockcrypt.Recipient) error {
 	fd, err := l.disk.Reopen(l.fd, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC)
 	if err != nil {
 		return err
@@ -128,10 +125,10 @@ func (l *Lone) SetRecipients(rs []keystore.Wrapped) error {
 	if _, err := l.disk.Pread(fd, raw, 0); err != nil {
 		return err
 	}
-	if err := cfile.ReplaceRecipients(&l.disk, fd, raw, l.Header, recipients(rs), false); err != nil {
+	if err := cfile.ReplaceRecipients(&l.disk, fd, raw, l.Header, rs, false); err != nil {
 		return err
 	}
-	l.Header.Recipients = recipients(rs)
+	l.Header.Recipients = rs
 	return l.disk.Fsync(fd)
 }
 
@@ -147,7 +144,7 @@ func Encrypt(ctx context.Context, w *os.File, r io.Reader, stores []keystore.Sto
 		return err
 	}
 	defer key.Wipe()
-	rs := recipients(key.Wrapped)
+	rs := key.Wrapped
 	h := max(blockcrypt.DefaultHeader, blockcrypt.RecipientsFit(rs))
 	g, err := blockcrypt.NewGeometry(h)
 	if err != nil {

@@ -294,7 +294,7 @@ func TestLoneBlockZeroIsNoHole(t *testing.T) {
 	l, err := volume.OpenLone(path)
 	w.do("open", err)
 	defer l.Close()
-	key, err := w.store.Unwrap(ctx, l.Binding(), wrapped(l.Header.Recipients[0]))
+	key, err := w.store.Unwrap(ctx, l.Binding(), l.Header.Recipients[0])
 	w.do("unwrap", err)
 	_, err = l.Unlock(key)
 	w.do("unlock", err)

@@ -402,5 +402,5 @@ func (p *prefetcher) fetch(at location) {
 	if err != nil || layout.CheckHeader(hdr, v.geo, v.cfg.Volume, v.vk) != nil {
 		return
 	}
-	v.ring.Prefetch(hdr.File, wrapped(hdr.Recipients))
+	v.ring.Prefetch(hdr.File, hdr.Recipients)
 }

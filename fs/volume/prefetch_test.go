@@ -9,6 +9,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
 	"kmsfs/keystore"
 )
@@ -21,7 +22,7 @@ type distant struct {
 
 const farAway = 20 * time.Millisecond
 
-func (s distant) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
+func (s distant) Unwrap(ctx context.Context, b keystore.Binding, w blockcrypt.Recipient) ([]byte, error) {
 	s.calls.Add(1)
 	time.Sleep(farAway)
 	return s.Store.Unwrap(ctx, b, w)

@@ -72,7 +72,7 @@ func (r *Recipients) List() (out []string) {
 // at returns the place in the list of the recipient that a store serves, -1 if there is none. mu is
 // held.
 func (r *Recipients) at(s keystore.Store) int {
-	return slices.IndexFunc(r.now.Load().cfg.Recipients, func(x blockcrypt.ConfigRecipient) bool { return keystore.Serves(s, x.URI) })
+	return slices.IndexFunc(r.now.Load().cfg.Recipients, func(x blockcrypt.Recipient) bool { return keystore.Serves(s, x.URI) })
 }
 
 // Add makes a store a recipient: new files are wrapped for it from then on, others by
@@ -89,8 +89,8 @@ func (r *Recipients) Add(ctx context.Context, s keystore.Store) (*Record, error)
 	v := r.v
 	b := keystore.Binding{Use: keystore.ForVolume, Volume: v.cfg.Volume}
 	// First by keys that are at hand: of a recovery nobody else is asked.
-	ws := wrapped(r.now.Load().cfg.List())
-	slices.SortStableFunc(ws, func(x, y keystore.Wrapped) int { return r.rank(x) - r.rank(y) })
+	ws := slices.Clone(r.now.Load().cfg.Recipients)
+	slices.SortStableFunc(ws, func(x, y blockcrypt.Recipient) int { return r.rank(x) - r.rank(y) })
 	key, err := keystore.UnwrapFirst(ctx, slices.DeleteFunc(slices.Clone(r.now.Load().stores), keystore.OnlySeals), b, ws)
 	if err != nil {
 		return nil, err
@@ -107,12 +107,12 @@ func (r *Recipients) Add(ctx context.Context, s keystore.Store) (*Record, error)
 	if err != nil {
 		return nil, err
 	}
-	rs := append(slices.Clone(r.now.Load().cfg.Recipients), blockcrypt.ConfigRecipient{URI: w.URI, Branch: w.Branch, Wrapped: w.Blob})
+	rs := append(slices.Clone(r.now.Load().cfg.Recipients), w)
 	return r.change(rs, append(slices.Clone(r.now.Load().stores), s))
 }
 
 // rank is 0 for a recipient whose store waits for nobody. mu is held.
-func (r *Recipients) rank(w keystore.Wrapped) int {
+func (r *Recipients) rank(w blockcrypt.Recipient) int {
 	if _, ok := keystore.StoreFor(r.now.Load().stores, w.URI).(keystore.Immediate); ok {
 		return 0
 	}
@@ -121,7 +121,7 @@ func (r *Recipients) rank(w keystore.Wrapped) int {
 
 // Entries returns the list as kmsfs.json has it.
 func (r *Recipients) Entries() []blockcrypt.Recipient {
-	return r.now.Load().cfg.List()
+	return r.now.Load().cfg.Recipients
 }
 
 // Attach gives the volume the store of a recipient that it has already, whose key was not at hand.
@@ -147,7 +147,7 @@ func (r *Recipients) Remove(ctx context.Context, uri string) (rec *Record, err e
 	if err := ctx.Err(); err != nil { // the caller went away while it waited
 		return nil, err
 	}
-	i := slices.IndexFunc(r.now.Load().cfg.Recipients, func(x blockcrypt.ConfigRecipient) bool { return x.URI == uri })
+	i := slices.IndexFunc(r.now.Load().cfg.Recipients, func(x blockcrypt.Recipient) bool { return x.URI == uri })
 	if i < 0 {
 		return nil, fmt.Errorf("%s: %w", uri, ErrNotRecipient)
 	}
@@ -182,7 +182,7 @@ const scanTries = 10
 
 // allOpen returns an [OnlyRecipientError] if a file has no recipient of a list that one of these
 // stores opens. mu is held.
-func (r *Recipients) allOpen(ctx context.Context, rs []blockcrypt.ConfigRecipient, stores []keystore.Store) error {
+func (r *Recipients) allOpen(ctx context.Context, rs []blockcrypt.Recipient, stores []keystore.Store) error {
 	opened := func(h *blockcrypt.Header) bool {
 		return slices.ContainsFunc(h.Recipients, func(x blockcrypt.Recipient) bool {
 			s := keystore.StoreFor(stores, x.URI)
@@ -231,25 +231,25 @@ func (r *Recipients) allOpen(ctx context.Context, rs []blockcrypt.ConfigRecipien
 }
 
 // samples are the volume key as the recipients have it. mu is held.
-func (r *Recipients) samples() []keystore.Wrapped { return wrapped(r.now.Load().cfg.List()) }
+func (r *Recipients) samples() []blockcrypt.Recipient { return r.now.Load().cfg.Recipients }
 
 // SetFirst makes a recipient the first: the one that makes new keys, if its service does that.
 func (r *Recipients) SetFirst(uri string) (*Record, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	i := slices.IndexFunc(r.now.Load().cfg.Recipients, func(x blockcrypt.ConfigRecipient) bool { return x.URI == uri })
+	i := slices.IndexFunc(r.now.Load().cfg.Recipients, func(x blockcrypt.Recipient) bool { return x.URI == uri })
 	if i < 0 {
 		return nil, fmt.Errorf("%s: %w", uri, ErrNotRecipient)
 	}
 	first := r.now.Load().cfg.Recipients[i]
-	rs := append([]blockcrypt.ConfigRecipient{first}, slices.Delete(slices.Clone(r.now.Load().cfg.Recipients), i, i+1)...)
+	rs := append([]blockcrypt.Recipient{first}, slices.Delete(slices.Clone(r.now.Load().cfg.Recipients), i, i+1)...)
 	stores := slices.Clone(r.now.Load().stores)
 	slices.SortStableFunc(stores, func(a, b keystore.Store) int { return place(rs, a) - place(rs, b) })
 	return r.change(rs, stores)
 }
 
 // place returns the place in the list of the recipient that a store serves; the last if none.
-func place(rs []blockcrypt.ConfigRecipient, s keystore.Store) int {
+func place(rs []blockcrypt.Recipient, s keystore.Store) int {
 	for i, x := range rs {
 		if keystore.Serves(s, x.URI) {
 			return i
@@ -260,19 +260,19 @@ func place(rs []blockcrypt.ConfigRecipient, s keystore.Store) int {
 
 // among returns which of the recipients of a volume a URI is, -1 if it is none: the same one, or a
 // replica of it.
-func among(rs []blockcrypt.ConfigRecipient, stores []keystore.Store, uri string) int {
-	if i := slices.IndexFunc(rs, func(x blockcrypt.ConfigRecipient) bool { return x.URI == uri }); i >= 0 {
+func among(rs []blockcrypt.Recipient, stores []keystore.Store, uri string) int {
+	if i := slices.IndexFunc(rs, func(x blockcrypt.Recipient) bool { return x.URI == uri }); i >= 0 {
 		return i
 	}
 	s := keystore.StoreFor(stores, uri)
 	if s == nil {
 		return -1
 	}
-	return slices.IndexFunc(rs, func(x blockcrypt.ConfigRecipient) bool { return keystore.Serves(s, x.URI) })
+	return slices.IndexFunc(rs, func(x blockcrypt.Recipient) bool { return keystore.Serves(s, x.URI) })
 }
 
 // change replaces kmsfs.json, durably, and then uses what it says. mu is held.
-func (r *Recipients) change(rs []blockcrypt.ConfigRecipient, stores []keystore.Store) (*Record, error) {
+func (r *Recipients) change(rs []blockcrypt.Recipient, stores []keystore.Store) (*Record, error) {
 	v := r.v
 	if v.o.ReadOnly {
 		return nil, unix.EROFS
@@ -301,7 +301,7 @@ func (r *Recipients) change(rs []blockcrypt.ConfigRecipient, stores []keystore.S
 }
 
 // snapshot returns the recipients and their stores as they are now, and the generation of the list.
-func (r *Recipients) snapshot() ([]blockcrypt.ConfigRecipient, []keystore.Store, uint64) {
+func (r *Recipients) snapshot() ([]blockcrypt.Recipient, []keystore.Store, uint64) {
 	now := r.now.Load()
 	return now.cfg.Recipients, now.stores, now.cfg.Generation
 }

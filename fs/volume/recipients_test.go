@@ -238,10 +238,10 @@ func TestPlantedRecipient(t *testing.T) {
 	planted, err := evil.Wrap(ctx, keystore.Binding{Use: keystore.ForFile}, key)
 	w.do("wrap", err)
 	replaceHeader(t, f, func(h *blockcrypt.Header) {
-		h.Recipients = append(h.Recipients, blockcrypt.Recipient{URI: evil.URI(), Wrapped: planted.Blob})
+		h.Recipients = append(h.Recipients, blockcrypt.Recipient{URI: evil.URI(), Wrapped: planted.Wrapped})
 	})
 	replaceHeader(t, g, func(h *blockcrypt.Header) {
-		h.Recipients = append(h.Recipients, blockcrypt.Recipient{URI: b.URI(), Wrapped: planted.Blob})
+		h.Recipients = append(h.Recipients, blockcrypt.Recipient{URI: b.URI(), Wrapped: planted.Wrapped})
 	})
 	w.open(volume.Options{})
 	_, err = w.v.Recipients().Add(ctx, b)
@@ -436,14 +436,14 @@ type counting struct {
 	deny  atomic.Bool // new keys
 }
 
-func (s *counting) Wrap(ctx context.Context, b keystore.Binding, key []byte) (keystore.Wrapped, error) {
+func (s *counting) Wrap(ctx context.Context, b keystore.Binding, key []byte) (blockcrypt.Recipient, error) {
 	if s.deny.Load() {
-		return keystore.Wrapped{}, &keystore.Error{Kind: keystore.Denied, URI: s.URI(), Op: "wrap", Err: errors.New("denied")}
+		return blockcrypt.Recipient{}, &keystore.Error{Kind: keystore.Denied, URI: s.URI(), Op: "wrap", Err: errors.New("denied")}
 	}
 	return s.Store.Wrap(ctx, b, key)
 }
 
-func (s *counting) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
+func (s *counting) Unwrap(ctx context.Context, b keystore.Binding, w blockcrypt.Recipient) ([]byte, error) {
 	s.asked.Add(1)
 	return s.Store.Unwrap(ctx, b, w)
 }

@@ -98,7 +98,7 @@ type rewrapping struct {
 	cancel context.CancelCauseFunc
 
 	// What the volume had when it began.
-	rs         []blockcrypt.ConfigRecipient
+	rs         []blockcrypt.Recipient
 	stores     []keystore.Store
 	generation uint64
 
@@ -207,8 +207,8 @@ func (p *rewrapping) opens(ctx context.Context, hdr *blockcrypt.Header, rs []blo
 	if slices.ContainsFunc(rs, isNew) {
 		return nil
 	}
-	key, err := p.v.ring.Unwrap(keystore.WithPurpose(ctx, keystore.ForRewrap), hdr.File, wrapped(rs))
-	if keystore.KindOf(err) == keystore.Denied && p.v.ring.Good(ctx, hdr.File, wrapped(rs)) {
+	key, err := p.v.ring.Unwrap(keystore.WithPurpose(ctx, keystore.ForRewrap), hdr.File, rs)
+	if keystore.KindOf(err) == keystore.Denied && p.v.ring.Good(ctx, hdr.File, rs) {
 		return nil // by somebody who may rewrap, and not read
 	}
 	if err != nil {
@@ -285,14 +285,14 @@ func (p *rewrapping) absent(uri string) {
 }
 
 func (p *rewrapping) wrap(ctx context.Context, hdr *blockcrypt.Header, to string) (blockcrypt.Recipient, error) {
-	w, err := p.v.ring.Rewrap(ctx, hdr.File, wrapped(hdr.Recipients), to, func(key []byte) error {
+	w, err := p.v.ring.Rewrap(ctx, hdr.File, hdr.Recipients, to, func(key []byte) error {
 		_, err := hdr.Unlock(key)
 		return err
 	})
 	if err != nil {
 		return blockcrypt.Recipient{}, err
 	}
-	return recipients([]keystore.Wrapped{w})[0], nil
+	return w, nil
 }
 
 // header reads the header of the node's file, and checks that it is of this volume; nil if the file

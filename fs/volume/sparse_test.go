@@ -202,7 +202,7 @@ func TestLoneSparse(t *testing.T) {
 			t.Fatal(err)
 		}
 		rc := l.Header.Recipients[0]
-		key, err := stores[0].Unwrap(context.Background(), l.Binding(), wrapped(rc))
+		key, err := stores[0].Unwrap(context.Background(), l.Binding(), rc)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -277,7 +277,7 @@ func TestLoneSparseToPipe(t *testing.T) {
 	if l.Header.State.Flags&blockcrypt.Sparse == 0 {
 		t.Error("it has no hole")
 	}
-	key, err := stores[0].Unwrap(ctx, l.Binding(), wrapped(l.Header.Recipients[0]))
+	key, err := stores[0].Unwrap(ctx, l.Binding(), l.Header.Recipients[0])
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -289,7 +289,7 @@ func (a *access) syncWithin(d time.Duration) error {
 func (a *access) dropKey(f *file, hdr *blockcrypt.Header, verdict error) error {
 	f.refusal.Store(&refusal{err: verdict}) // or it would change meanwhile
 	err := a.letGo(f.n.id)
-	a.v.ring.Forget(hdr.File, wrapped(hdr.Recipients))
+	a.v.ring.Forget(hdr.File, hdr.Recipients)
 	f.refusal.Store(&refusal{verdict, true})
 	err = errors.Join(err, a.dropKeys([]*file{f}), a.letGo(f.n.id)) // somebody may have read it meanwhile
 	f.refusal.Store(nil)                                            // from here on its key is asked for
@@ -326,7 +326,7 @@ func (f *file) ready(ctx context.Context, delayedWrite bool) error {
 		if hdr == nil || has {
 			return nil
 		}
-		key, err := f.v.ring.Unwrap(ctx, hdr.File, wrapped(hdr.Recipients))
+		key, err := f.v.ring.Unwrap(ctx, hdr.File, hdr.Recipients)
 		if err != nil {
 			return f.failed("opening it again", err)
 		}
@@ -395,7 +395,7 @@ func (a *access) renew(ctx context.Context, f *file) {
 	if hdr == nil || !has {
 		return
 	}
-	err := a.v.ring.Renew(ctx, hdr.File, wrapped(hdr.Recipients))
+	err := a.v.ring.Renew(ctx, hdr.File, hdr.Recipients)
 	if k := keystore.KindOf(err); k == keystore.Revoked || k == keystore.Denied || k == keystore.Damaged {
 		f.failed("renewing its key", err)
 		f.failed("settling it before its key was wiped", a.dropKey(f, hdr, err))

@@ -27,7 +27,7 @@ type service struct {
 	waiting        atomic.Int32
 }
 
-func (s *service) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
+func (s *service) Unwrap(ctx context.Context, b keystore.Binding, w blockcrypt.Recipient) ([]byte, error) {
 	if c := s.wait.Load(); c != nil {
 		s.waiting.Add(1)
 		select {

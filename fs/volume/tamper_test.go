@@ -301,7 +301,7 @@ func (m *tamperer) planted() {
 			id := blockcrypt.NewID()
 			dk, err := keystore.New(ctx, []keystore.Store{v.store}, keystore.Binding{Use: keystore.ForFile, Volume: old.Volume, ID: id})
 			v.do("generate", err)
-			rs := []blockcrypt.Recipient{{URI: dk.Wrapped[0].URI, Branch: dk.Wrapped[0].Branch, Wrapped: dk.Wrapped[0].Blob}}
+			rs := []blockcrypt.Recipient{{URI: dk.Wrapped[0].URI, Branch: dk.Wrapped[0].Branch, Wrapped: dk.Wrapped[0].Wrapped}}
 			return forge(v.t, old, id, dk.Key, rs, origin != "zero")
 		})
 	}
@@ -341,8 +341,8 @@ func (m *tamperer) foreignKey() {
 		m.on(v, path, fmt.Sprint("with the volume's key ", both), func(b []byte) []byte {
 			old, err := blockcrypt.ParseHeader(b)
 			v.do("parse", err)
-			w := keystore.Wrapped{URI: foreign.URI(), Blob: noise(60)}
-			old.Recipients = []blockcrypt.Recipient{{URI: w.URI, Wrapped: w.Blob}}
+			w := blockcrypt.Recipient{URI: foreign.URI(), Wrapped: noise(60)}
+			old.Recipients = []blockcrypt.Recipient{{URI: w.URI, Wrapped: w.Wrapped}}
 			if both {
 				old.Recipients = append(old.Recipients, blockcrypt.Recipient{URI: "aws-kms:arn:aws:kms:eu-central-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab", Wrapped: noise(100)})
 			}

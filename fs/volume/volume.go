@@ -182,7 +182,7 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 		v.o.MaxAge = 5 * time.Minute
 	}
 	v.ring = keystore.NewRing(u.Config.Volume, u.stores, keystore.RingOptions{
-		Pool: pool, MaxAge: v.o.MaxAge, Grace: o.Grace, EachKey: o.FileLease, Branches: branches(u.Config), Sample: wrapped(u.Config.List()),
+		Pool: pool, MaxAge: v.o.MaxAge, Grace: o.Grace, EachKey: o.FileLease, Branches: branches(u.Config), Sample: u.Config.Recipients,
 		Report: func(err error) {
 			v.report("pool", "a data key could not be made ahead, or not for all recipients", err)
 		},

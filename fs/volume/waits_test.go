@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
 	"kmsfs/keystore"
 )
@@ -253,7 +254,7 @@ type refusing struct {
 	kind keystore.Kind
 }
 
-func (s refusing) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
+func (s refusing) Unwrap(ctx context.Context, b keystore.Binding, w blockcrypt.Recipient) ([]byte, error) {
 	if b.Use == keystore.ForFile {
 		return nil, &keystore.Error{Kind: s.kind, Op: "unwrap", Err: errors.New("refused")}
 	}
@@ -409,7 +410,7 @@ type late struct {
 	come chan struct{}
 }
 
-func (s late) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
+func (s late) Unwrap(ctx context.Context, b keystore.Binding, w blockcrypt.Recipient) ([]byte, error) {
 	if b.Use == keystore.ForFile {
 		<-s.come
 	}

@@ -19,6 +19,7 @@ import (
 	"filippo.io/age/armor"
 	"golang.org/x/crypto/ssh"
 
+	"kmsfs/blockcrypt"
 	"kmsfs/keystore"
 )
 
@@ -116,9 +117,9 @@ func bound(b keystore.Binding, key []byte) []byte {
 
 // Wrap implements [keystore.Store]. The blob is a file of age. With the volume key comes the public
 // key, for those who open the volume later and make files.
-func (s *Store) Wrap(_ context.Context, b keystore.Binding, key []byte) (keystore.Wrapped, error) {
+func (s *Store) Wrap(_ context.Context, b keystore.Binding, key []byte) (blockcrypt.Recipient, error) {
 	if s.recipient == nil {
-		return keystore.Wrapped{}, &keystore.Error{Kind: keystore.Invalid, URI: s.uri, Op: "wrap", Err: errors.New("its public key is not known")}
+		return blockcrypt.Recipient{}, &keystore.Error{Kind: keystore.Invalid, URI: s.uri, Op: "wrap", Err: errors.New("its public key is not known")}
 	}
 	var out bytes.Buffer
 	w, err := age.Encrypt(&out, s.recipient)
@@ -130,9 +131,9 @@ func (s *Store) Wrap(_ context.Context, b keystore.Binding, key []byte) (keystor
 		}
 	}
 	if err != nil {
-		return keystore.Wrapped{}, &keystore.Error{Kind: keystore.Invalid, URI: s.uri, Op: "wrap", Err: err}
+		return blockcrypt.Recipient{}, &keystore.Error{Kind: keystore.Invalid, URI: s.uri, Op: "wrap", Err: err}
 	}
-	wrapped := keystore.Wrapped{URI: s.uri, Blob: out.Bytes()}
+	wrapped := blockcrypt.Recipient{URI: s.uri, Wrapped: out.Bytes()}
 	if b.Use == keystore.ForVolume {
 		wrapped.Branch = s.Branch()
 	}
@@ -140,14 +141,14 @@ func (s *Store) Wrap(_ context.Context, b keystore.Binding, key []byte) (keystor
 }
 
 // Unwrap implements [keystore.Store].
-func (s *Store) Unwrap(_ context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
+func (s *Store) Unwrap(_ context.Context, b keystore.Binding, w blockcrypt.Recipient) ([]byte, error) {
 	fail := func(kind keystore.Kind, err error, hint string) ([]byte, error) {
 		return nil, &keystore.Error{Kind: kind, URI: s.uri, Op: "unwrap", Err: err, Hint: hint}
 	}
 	if s.OnlySeals() {
 		return fail(keystore.Untrusted, errors.New("its identity is not at hand"), "name it with --identity FILE")
 	}
-	r, err := age.Decrypt(bytes.NewReader(w.Blob), s.ids...)
+	r, err := age.Decrypt(bytes.NewReader(w.Wrapped), s.ids...)
 	if _, ok := errors.AsType[*age.NoIdentityMatchError](err); ok {
 		return fail(keystore.Denied, errors.New("no identity that was given is this recipient's"), "")
 	}

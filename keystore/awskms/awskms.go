@@ -22,6 +22,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/kms"
 	"github.com/aws/aws-sdk-go-v2/service/kms/types"
 
+	"kmsfs/blockcrypt"
 	"kmsfs/keystore"
 )
 
@@ -309,15 +310,15 @@ func Context(b keystore.Binding) map[string]string {
 }
 
 // Generate implements [keystore.Generator] by GenerateDataKey.
-func (s *Store) Generate(ctx context.Context, b keystore.Binding) (key []byte, w keystore.Wrapped, err error) {
-	w, err = replicas(ctx, s, func(ctx context.Context, s *Store) (w keystore.Wrapped, err error) {
+func (s *Store) Generate(ctx context.Context, b keystore.Binding) (key []byte, w blockcrypt.Recipient, err error) {
+	w, err = replicas(ctx, s, func(ctx context.Context, s *Store) (w blockcrypt.Recipient, err error) {
 		key, w, err = s.generate(ctx, b)
 		return w, err
 	})
 	return key, w, err
 }
 
-func (s *Store) generate(ctx context.Context, b keystore.Binding) ([]byte, keystore.Wrapped, error) {
+func (s *Store) generate(ctx context.Context, b keystore.Binding) ([]byte, blockcrypt.Recipient, error) {
 	out, err := call(ctx, s, "generate", "GenerateDataKey", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.GenerateDataKeyOutput, error) {
 		out, err := k.GenerateDataKey(ctx, &kms.GenerateDataKeyInput{KeyId: &s.arn, KeySpec: types.DataKeySpecAes256, EncryptionContext: Context(b)}, o)
 		if err == nil {
@@ -326,9 +327,9 @@ func (s *Store) generate(ctx context.Context, b keystore.Binding) ([]byte, keyst
 		return out, err
 	})
 	if err != nil {
-		return nil, keystore.Wrapped{}, err
+		return nil, blockcrypt.Recipient{}, err
 	}
-	return out.Plaintext, keystore.Wrapped{URI: s.URI(), Blob: out.CiphertextBlob}, nil
+	return out.Plaintext, blockcrypt.Recipient{URI: s.URI(), Wrapped: out.CiphertextBlob}, nil
 }
 
 // MayGenerate returns nil if these credentials may make data keys that are bound like this. It makes
@@ -345,11 +346,11 @@ func (s *Store) MayGenerate(ctx context.Context, b keystore.Binding) error {
 }
 
 // Wrap implements [keystore.Store] by Encrypt.
-func (s *Store) Wrap(ctx context.Context, b keystore.Binding, key []byte) (keystore.Wrapped, error) {
-	return replicas(ctx, s, func(ctx context.Context, s *Store) (keystore.Wrapped, error) { return s.wrap(ctx, b, key) })
+func (s *Store) Wrap(ctx context.Context, b keystore.Binding, key []byte) (blockcrypt.Recipient, error) {
+	return replicas(ctx, s, func(ctx context.Context, s *Store) (blockcrypt.Recipient, error) { return s.wrap(ctx, b, key) })
 }
 
-func (s *Store) wrap(ctx context.Context, b keystore.Binding, key []byte) (keystore.Wrapped, error) {
+func (s *Store) wrap(ctx context.Context, b keystore.Binding, key []byte) (blockcrypt.Recipient, error) {
 	out, err := call(ctx, s, "wrap", "Encrypt", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.EncryptOutput, error) {
 		out, err := k.Encrypt(ctx, &kms.EncryptInput{KeyId: &s.arn, Plaintext: key, EncryptionContext: Context(b)}, o)
 		if err == nil {
@@ -358,20 +359,20 @@ func (s *Store) wrap(ctx context.Context, b keystore.Binding, key []byte) (keyst
 		return out, err
 	})
 	if err != nil {
-		return keystore.Wrapped{}, err
+		return blockcrypt.Recipient{}, err
 	}
-	return keystore.Wrapped{URI: s.URI(), Blob: out.CiphertextBlob}, nil
+	return blockcrypt.Recipient{URI: s.URI(), Wrapped: out.CiphertextBlob}, nil
 }
 
 // Reencrypt implements [keystore.Reencrypter] by ReEncrypt, for two keys of one Region. The
 // encryption context stays.
-func (s *Store) Reencrypt(ctx context.Context, b keystore.Binding, w keystore.Wrapped, from keystore.Store) (out keystore.Wrapped, ok bool, err error) {
+func (s *Store) Reencrypt(ctx context.Context, b keystore.Binding, w blockcrypt.Recipient, from keystore.Store) (out blockcrypt.Recipient, ok bool, err error) {
 	f, ok := from.(*Store)
-	if !ok || f.region != s.region || f.c != s.c || len(w.Branch) > 0 || len(w.Blob) == 0 || len(w.Blob) > maxBlob {
+	if !ok || f.region != s.region || f.c != s.c || len(w.Branch) > 0 || len(w.Wrapped) == 0 || len(w.Wrapped) > maxBlob {
 		return out, false, nil
 	}
 	moved, err := call(ctx, s, "wrap", "ReEncrypt", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.ReEncryptOutput, error) {
-		in := &kms.ReEncryptInput{CiphertextBlob: w.Blob, SourceKeyId: &f.arn, DestinationKeyId: &s.arn, SourceEncryptionContext: Context(b), DestinationEncryptionContext: Context(b)}
+		in := &kms.ReEncryptInput{CiphertextBlob: w.Wrapped, SourceKeyId: &f.arn, DestinationKeyId: &s.arn, SourceEncryptionContext: Context(b), DestinationEncryptionContext: Context(b)}
 		out, err := k.ReEncrypt(ctx, in, o)
 		if err == nil {
 			err = errors.Join(f.checkAnswer("wrap", out.SourceKeyId, true), s.checkAnswer("wrap", out.KeyId, len(out.CiphertextBlob) > 0))
@@ -381,7 +382,7 @@ func (s *Store) Reencrypt(ctx context.Context, b keystore.Binding, w keystore.Wr
 	if err != nil {
 		return out, true, err
 	}
-	return keystore.Wrapped{URI: s.URI(), Blob: moved.CiphertextBlob}, true, nil
+	return blockcrypt.Recipient{URI: s.URI(), Wrapped: moved.CiphertextBlob}, true, nil
 }
 
 // maxBlob is how long a wrapped key may be, in bytes: the bound of the API.
@@ -389,9 +390,9 @@ const maxBlob = 6144
 
 // Unwrap implements [keystore.Store] by Decrypt; a key under a branch costs a
 // call for the branch only.
-func (s *Store) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
+func (s *Store) Unwrap(ctx context.Context, b keystore.Binding, w blockcrypt.Recipient) ([]byte, error) {
 	if len(w.Branch) == 0 {
-		return s.decrypt(ctx, b, w.Blob)
+		return s.decrypt(ctx, b, w.Wrapped)
 	}
 	if len(w.Branch) <= 16 {
 		return nil, &keystore.Error{Kind: keystore.Damaged, URI: s.URI(), Op: "unwrap", Err: errors.New("the branch is cut short")}
@@ -402,7 +403,7 @@ func (s *Store) Unwrap(ctx context.Context, b keystore.Binding, w keystore.Wrapp
 		return nil, err
 	}
 	defer clear(kek)
-	key, err := keystore.UnwrapLocal(kek, b, id, w.Blob)
+	key, err := keystore.UnwrapLocal(kek, b, id, w.Wrapped)
 	if err != nil {
 		return nil, &keystore.Error{Kind: keystore.Damaged, URI: s.URI(), Op: "unwrap", Err: err}
 	}

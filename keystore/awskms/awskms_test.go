@@ -14,6 +14,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/config"
 	"github.com/aws/aws-sdk-go-v2/service/kms"
 
+	"kmsfs/blockcrypt"
 	"kmsfs/keystore"
 	"kmsfs/keystore/awskms"
 	"kmsfs/keystore/keystoretest"
@@ -386,7 +387,7 @@ func TestForgetBranches(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	x := keystore.Wrapped{URI: s.URI(), Branch: append(branch[:], w.Blob...), Blob: blob}
+	x := blockcrypt.Recipient{URI: s.URI(), Branch: append(branch[:], w.Wrapped...), Wrapped: blob}
 	var wg sync.WaitGroup
 	for range 4 {
 		wg.Go(func() {
@@ -417,7 +418,7 @@ func TestBranch(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		x := keystore.Wrapped{URI: s.URI(), Branch: append(branch[:], w.Blob...), Blob: blob}
+		x := blockcrypt.Recipient{URI: s.URI(), Branch: append(branch[:], w.Wrapped...), Wrapped: blob}
 		if _, err := s.Unwrap(t.Context(), b, x); err != nil {
 			t.Fatal(err)
 		}
@@ -434,7 +435,7 @@ func TestBranch(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	x := keystore.Wrapped{URI: s.URI(), Branch: append(branch[:], w.Blob...), Blob: blob}
+	x := blockcrypt.Recipient{URI: s.URI(), Branch: append(branch[:], w.Wrapped...), Wrapped: blob}
 	all := func() (failed int32) {
 		s.Forget()
 		var wg sync.WaitGroup

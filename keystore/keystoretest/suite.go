@@ -8,6 +8,7 @@ import (
 	"sync"
 	"testing"
 
+	"kmsfs/blockcrypt"
 	"kmsfs/keystore"
 )
 
@@ -15,7 +16,7 @@ import (
 // with another key. A wrapped key that is not right is [keystore.Damaged]; also
 // names other kinds that this backend may give.
 func Suite(t *testing.T, s, other keystore.Store, also ...keystore.Kind) {
-	refused := func(t *testing.T, s keystore.Store, b keystore.Binding, w keystore.Wrapped, what string, i int) {
+	refused := func(t *testing.T, s keystore.Store, b keystore.Binding, w blockcrypt.Recipient, what string, i int) {
 		t.Helper()
 		key, err := s.Unwrap(context.Background(), b, w)
 		if k := keystore.KindOf(err); key != nil || k != keystore.Damaged && !slices.Contains(also, k) {
@@ -37,8 +38,8 @@ func Suite(t *testing.T, s, other keystore.Store, also ...keystore.Kind) {
 				b.ID = [16]byte{}
 			}
 			w := wrap(t, s, b, key)
-			if w.URI != s.URI() || bytes.Contains(w.Blob, key) {
-				t.Fatalf("wrapped for %q as %x", w.URI, w.Blob)
+			if w.URI != s.URI() || bytes.Contains(w.Wrapped, key) {
+				t.Fatalf("wrapped for %q as %x", w.URI, w.Wrapped)
 			}
 			got, err := s.Unwrap(ctx, b, w)
 			if err != nil || !bytes.Equal(got, key) {
@@ -47,7 +48,7 @@ func Suite(t *testing.T, s, other keystore.Store, also ...keystore.Kind) {
 		}
 	})
 	t.Run("WrappingsDiffer", func(t *testing.T) {
-		if bytes.Equal(w.Blob, wrap(t, s, b, key).Blob) {
+		if bytes.Equal(w.Wrapped, wrap(t, s, b, key).Wrapped) {
 			t.Fatal("the same key wraps to the same bytes twice")
 		}
 	})
@@ -62,15 +63,15 @@ func Suite(t *testing.T, s, other keystore.Store, also ...keystore.Kind) {
 		}
 	})
 	t.Run("Damage", func(t *testing.T) {
-		for i := range w.Blob {
+		for i := range w.Wrapped {
 			x := w
-			x.Blob = bytes.Clone(w.Blob)
-			x.Blob[i] ^= 0x10
+			x.Wrapped = bytes.Clone(w.Wrapped)
+			x.Wrapped[i] ^= 0x10
 			refused(t, s, b, x, "byte", i)
 		}
-		for _, n := range []int{0, 1, 12, len(w.Blob) - 1} {
+		for _, n := range []int{0, 1, 12, len(w.Wrapped) - 1} {
 			x := w
-			x.Blob = w.Blob[:n]
+			x.Wrapped = w.Wrapped[:n]
 			refused(t, s, b, x, "length", n)
 		}
 	})
@@ -123,12 +124,12 @@ func suiteRing(t *testing.T, s, other keystore.Store) {
 	only := keystore.NewRing(volume, []keystore.Store{other}, keystore.RingOptions{})
 	defer only.Close()
 	b := keystore.Binding{Use: keystore.ForFile, Volume: volume}
-	if _, err := only.Unwrap(t.Context(), b.ID, []keystore.Wrapped{wrap(t, s, b, make([]byte, 32))}); keystore.KindOf(err) != keystore.Untrusted {
+	if _, err := only.Unwrap(t.Context(), b.ID, []blockcrypt.Recipient{wrap(t, s, b, make([]byte, 32))}); keystore.KindOf(err) != keystore.Untrusted {
 		t.Errorf("a recipient that nobody named: %v", err)
 	}
 }
 
-func wrap(t *testing.T, s keystore.Store, b keystore.Binding, key []byte) keystore.Wrapped {
+func wrap(t *testing.T, s keystore.Store, b keystore.Binding, key []byte) blockcrypt.Recipient {
 	t.Helper()
 	w, err := s.Wrap(context.Background(), b, key)
 	if err != nil {

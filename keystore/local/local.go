@@ -23,6 +23,7 @@ import (
 	"golang.org/x/crypto/argon2" // Argon2id (RFC 9106), which the standard library lacks
 	"golang.org/x/sys/unix"
 
+	"kmsfs/blockcrypt"
 	"kmsfs/keystore"
 )
 
@@ -63,17 +64,17 @@ func (s *Store) Immediate() {}
 func (s *Store) URI() string { return s.uri }
 
 // Wrap implements [keystore.Store]; see [keystore.WrapLocal].
-func (s *Store) Wrap(_ context.Context, b keystore.Binding, key []byte) (keystore.Wrapped, error) {
+func (s *Store) Wrap(_ context.Context, b keystore.Binding, key []byte) (blockcrypt.Recipient, error) {
 	blob, err := keystore.WrapLocal(s.key[:], b, [16]byte{}, key)
 	if err != nil {
-		return keystore.Wrapped{}, &keystore.Error{Kind: keystore.Invalid, URI: s.uri, Op: "wrap", Err: err}
+		return blockcrypt.Recipient{}, &keystore.Error{Kind: keystore.Invalid, URI: s.uri, Op: "wrap", Err: err}
 	}
-	return keystore.Wrapped{URI: s.uri, Branch: s.branch, Blob: blob}, nil
+	return blockcrypt.Recipient{URI: s.uri, Branch: s.branch, Wrapped: blob}, nil
 }
 
 // Unwrap implements [keystore.Store].
-func (s *Store) Unwrap(_ context.Context, b keystore.Binding, w keystore.Wrapped) ([]byte, error) {
-	key, err := keystore.UnwrapLocal(s.key[:], b, [16]byte{}, w.Blob)
+func (s *Store) Unwrap(_ context.Context, b keystore.Binding, w blockcrypt.Recipient) ([]byte, error) {
+	key, err := keystore.UnwrapLocal(s.key[:], b, [16]byte{}, w.Wrapped)
 	if err != nil {
 		return nil, &keystore.Error{Kind: keystore.Damaged, URI: s.uri, Op: "unwrap", Err: err}
 	}
