@@ -11,7 +11,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/fs/volume"
-	"kmsfs/keystore"
 )
 
 // fileSystem answers the kernel's requests.
@@ -76,16 +75,16 @@ func (r *asked) Err() error {
 }
 
 func (r *asked) Value(key any) any {
-	switch key.(type) {
-	case keystore.WaitsKey:
-		return func() { r.f.waits.yield(r.unique) }
-	case volume.DiskKey:
-		return func() { r.f.waits.yieldForDisk(r.unique) }
-	case volume.BehindKey:
-		return func() { r.f.waits.behind(r.unique) }
+	if key == (volume.WaitsKey{}) {
+		return r
 	}
 	return nil
 }
+
+// ForKey implements [volume.Waits], as do ForDisk and Behind.
+func (r *asked) ForKey()  { r.f.waits.yield(r.unique) }
+func (r *asked) ForDisk() { r.f.waits.yieldForDisk(r.unique) }
+func (r *asked) Behind()  { r.f.waits.behind(r.unique) }
 
 // Attributes and entries.
 

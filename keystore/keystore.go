@@ -22,18 +22,6 @@ import (
 // KeySize is the size of a data key in bytes.
 const KeySize = 32
 
-// WaitsKey is the key of a context value of type func(): it is called when a
-// call is about to wait for a service, so that who handles requests can let
-// somebody else go on with the next one.
-type WaitsKey struct{}
-
-// Waits says that what runs under ctx is about to wait.
-func Waits(ctx context.Context) {
-	if f, ok := ctx.Value(WaitsKey{}).(func()); ok {
-		f()
-	}
-}
-
 // Use says what a data key is for. It is part of what a wrapping is bound to.
 type Use string
 
@@ -95,8 +83,12 @@ type Reencrypter interface {
 	Reencrypt(ctx context.Context, b Binding, w blockcrypt.Recipient, from Store) (out blockcrypt.Recipient, ok bool, err error)
 }
 
-// A Forgetter is a Store that keeps keys of its own, and can wipe them.
-type Forgetter interface {
+// A Keeper is a Store that keeps branch keys in memory for a short time.
+type Keeper interface {
+	// Known unwraps a key that is under a branch key in memory, and asks no service. ok is false
+	// if there is none; then Unwrap asks the service.
+	Known(b Binding, w blockcrypt.Recipient) (key []byte, ok bool, err error)
+	// Forget wipes the branch keys.
 	Forget()
 }
 

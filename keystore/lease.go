@@ -85,8 +85,8 @@ func (s *standing) stale(now, maxAge time.Duration) bool {
 // forget wipes the keys that the store has by itself. mu is held.
 func (s *standing) forget() {
 	s.branch.wipe()
-	if f, ok := s.Store.(Forgetter); ok {
-		f.Forget()
+	if k, ok := s.Store.(Keeper); ok {
+		k.Forget()
 	}
 }
 
@@ -134,25 +134,31 @@ func (l *lease) noted() {
 	l.proof = make(chan struct{})
 }
 
-// Prove returns nil if keys may be used: the last proof is not too old, or the service is away and
-// the grace has not ended. Else it returns why they may not. After a long sleep it waits for a
-// proof.
-func (l *lease) Prove(ctx context.Context) error {
+// ProveNow returns nil if keys may be used: the last proof is not too old, or the service is away
+// and the grace has not ended. Else it returns why they may not. known is false if only a new proof
+// can tell.
+func (l *lease) ProveNow() (known bool, err error) {
 	if !l.r.waits.Load() {
-		return nil
+		return true, nil
 	}
+	l.r.mu.Lock()
+	defer l.r.mu.Unlock()
+	if e := l.verdict(); e != nil {
+		return true, e
+	}
+	return !l.stale(), nil
+}
+
+// Prove is ProveNow that waits for a new proof where that is needed: after a long sleep.
+func (l *lease) Prove(ctx context.Context) error {
 	for {
 		l.r.mu.Lock()
-		e, stale, c := l.verdict(), l.stale(), l.proof
+		c := l.proof
 		l.r.mu.Unlock()
-		switch {
-		case e != nil:
-			return e
-		case !stale:
-			return nil
+		if known, err := l.ProveNow(); known {
+			return err
 		}
 		l.kick()
-		Waits(ctx)
 		select {
 		case <-c:
 		case <-l.r.ctx.Done():
@@ -401,12 +407,11 @@ type watched struct {
 
 func (w watched) URI() string { return w.s.URI() }
 
-// answer is what a call has returned; asked says that the service was.
+// answer is what a call to a service has returned.
 type answer struct {
-	key   []byte
-	w     blockcrypt.Recipient
-	asked bool
-	err   error
+	key []byte
+	w   blockcrypt.Recipient
+	err error
 }
 
 // call makes a call. A call whose answer cannot be used any more is left to end by itself, until
@@ -439,11 +444,9 @@ func (w watched) call(ctx context.Context, op string, f func(context.Context) an
 		defer cancel()
 		defer context.AfterFunc(r.ctx, cancel)()
 		a := f(ctx)
-		if a.asked || a.err != nil {
-			r.mu.Lock()
-			r.note(w.s, op, false, a.err)
-			r.mu.Unlock()
-		}
+		r.mu.Lock()
+		r.note(w.s, op, false, a.err)
+		r.mu.Unlock()
 		if a.err != nil {
 			r.kick()
 		}
@@ -477,27 +480,36 @@ func (w watched) Wrap(ctx context.Context, b Binding, key []byte) (blockcrypt.Re
 	a := w.call(ctx, "wrap", func(ctx context.Context) answer {
 		defer clear(key)
 		out, err := w.s.Wrap(ctx, b, key)
-		return answer{w: out, asked: true, err: err}
+		return answer{w: out, err: err}
 	})
 	return a.w, a.err
 }
 
 func (w watched) Unwrap(ctx context.Context, b Binding, x blockcrypt.Recipient) ([]byte, error) {
+	if key, known, err := w.known(b, x); known {
+		return key, err
+	}
 	a := w.call(ctx, "unwrap", func(ctx context.Context) answer {
-		call, asked := ctx, len(x.Branch) == 0
-		if !asked { // a store can know the branch's key, which proves nothing
-			call = context.WithValue(ctx, WaitsKey{}, func() { asked = true; Waits(ctx) })
-		}
-		key, err := w.s.Unwrap(call, b, x)
-		return answer{key: key, asked: asked, err: err}
+		key, err := w.s.Unwrap(ctx, b, x)
+		return answer{key: key, err: err}
 	})
 	return a.key, a.err
+}
+
+// known unwraps a key under a branch key that the store has in memory, unless the store is not to
+// be asked. That is no proof that the branch key may still be used.
+func (w watched) known(b Binding, x blockcrypt.Recipient) (key []byte, known bool, err error) {
+	k, ok := w.s.Store.(Keeper)
+	if !ok || len(x.Branch) == 0 || w.r.refuses(w.s) != nil || w.r.ctx.Err() != nil {
+		return nil, false, nil
+	}
+	return k.Known(b, x)
 }
 
 func (w watched) Generate(ctx context.Context, b Binding) ([]byte, blockcrypt.Recipient, error) {
 	a := w.call(ctx, "generate", func(ctx context.Context) answer {
 		key, out, err := w.s.Store.(Generator).Generate(ctx, b)
-		return answer{key: key, w: out, asked: true, err: err}
+		return answer{key: key, w: out, err: err}
 	})
 	return a.key, a.w, a.err
 }

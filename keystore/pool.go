@@ -131,33 +131,43 @@ func (p *pool) wants(now time.Duration) bool {
 	return p.filling
 }
 
-// NewKey returns a data key for a new file: from the pool, or as soon as one is
-// made.
-func (m *maker) NewKey(ctx context.Context) (*DataKey, error) {
+// NewKeyNow returns a data key for a new file where no service has to be waited for; ok is false
+// where one has to be.
+func (m *maker) NewKeyNow() (k *DataKey, ok bool, err error) {
 	m.r.mu.Lock()
 	p := &m.pool
 	if e := m.r.verdict(); e != nil {
 		m.r.mu.Unlock()
-		return nil, e
+		return nil, true, e
 	}
 	if !m.r.waits.Load() { // a key costs less than handing one over
 		m.r.mu.Unlock()
-		k, err := m.make(ctx)
-		if err == nil {
+		if k, err = m.make(m.r.ctx); err == nil {
 			m.r.mu.Lock()
 			m.r.counts.Made++
 			m.r.mu.Unlock()
 		}
+		return k, true, err
+	}
+	defer m.r.mu.Unlock()
+	n := len(p.keys)
+	if n == 0 || m.r.stale() {
+		return nil, false, nil
+	}
+	p.taken(m.r.o.Now())
+	k, p.keys = p.keys[n-1], p.keys[:n-1]
+	m.refill()
+	return k, true, nil
+}
+
+// NewKey returns a data key for a new file: from the pool, or as soon as one is
+// made.
+func (m *maker) NewKey(ctx context.Context) (*DataKey, error) {
+	if k, ok, err := m.NewKeyNow(); ok {
 		return k, err
 	}
-	if n := len(p.keys); n > 0 && !m.r.stale() {
-		p.taken(m.r.o.Now())
-		k := p.keys[n-1]
-		p.keys = p.keys[:n-1]
-		m.refill()
-		m.r.mu.Unlock()
-		return k, nil
-	}
+	m.r.mu.Lock()
+	p := &m.pool
 	if err := m.r.creates(); err != nil {
 		m.r.mu.Unlock()
 		return nil, err
@@ -167,7 +177,6 @@ func (m *maker) NewKey(ctx context.Context) (*DataKey, error) {
 	p.waiting = append(p.waiting, waiter{c, m.r.o.Now()})
 	m.refill()
 	m.r.mu.Unlock()
-	Waits(ctx)
 	select {
 	case got := <-c:
 		return got.key, got.err

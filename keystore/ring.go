@@ -299,13 +299,35 @@ func (r *Ring) UnwrapNow(file [16]byte, ws []blockcrypt.Recipient) (key []byte, 
 	err = untrusted(ws)
 	for _, c := range cs {
 		if !c.s.immediate {
-			return nil, false, nil
+			return r.underBranch(c, Binding{ForFile, r.volume, file})
 		}
 		if key, err = r.unwrap(context.Background(), c.s, Binding{ForFile, r.volume, file}, c.w); err == nil {
 			return key, true, nil
 		}
 	}
 	return nil, true, err
+}
+
+// underBranch unwraps a key under a branch key that the store has in memory.
+func (r *Ring) underBranch(c candidate, b Binding) (key []byte, ok bool, err error) {
+	r.mu.Lock()
+	stale := c.s.stale(r.o.Now(), r.o.MaxAge)
+	r.mu.Unlock()
+	if stale {
+		return nil, false, nil
+	}
+	if key, ok, err = (watched{r, c.s}).known(b, c.w); !ok || err != nil {
+		return nil, false, nil // Unwrap says what is wrong
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.unusable(c.s) != nil { // it is suspended by now
+		clear(key)
+		return nil, false, nil
+	}
+	r.insert(cacheID(b, c.w), key, false)
+	r.counts.Hits++
+	return key, true, nil
 }
 
 // Prefetch begins to unwrap a file's key, so that Unwrap finds it. It does
@@ -494,8 +516,8 @@ func (r *Ring) unwrap(ctx context.Context, s *standing, b Binding, w blockcrypt.
 		}
 		stale := s.stale(r.o.Now(), r.o.MaxAge)
 		r.mu.Unlock()
-		if f, ok := s.Store.(Forgetter); ok && mine && stale {
-			f.Forget() // a branch key from before a long sleep is no proof
+		if k, ok := s.Store.(Keeper); ok && mine && stale {
+			k.Forget() // a branch key from before a long sleep is no proof
 		}
 		if mine {
 			key, err := watched{r, s}.Unwrap(ctx, b, w)
@@ -512,7 +534,6 @@ func (r *Ring) unwrap(ctx context.Context, s *standing, b Binding, w blockcrypt.
 		if c.raise != nil {
 			c.raise()
 		}
-		Waits(ctx)
 		select {
 		case <-c.done:
 			if c.err != nil && KindOf(c.err) != Canceled && (joined || KindOf(c.err) != Outage) {

@@ -20,7 +20,7 @@ func (ns *namespace) Create(ctx context.Context, dir *Node, name string, mode ui
 		return nil, Attr{}, nil, err
 	}
 	// Before the file is there: a refusal leaves nothing behind.
-	key, err := ns.v.ring.NewKey(ctx)
+	key, err := ns.v.newKey(ctx)
 	if err != nil {
 		ns.v.report("new file", "no data key", err)
 		return nil, Attr{}, nil, err
@@ -34,7 +34,7 @@ func (ns *namespace) Create(ctx context.Context, dir *Node, name string, mode ui
 		}
 		// Somebody had made it, and it went before it was opened.
 		if key == nil {
-			if key, err = ns.v.ring.NewKey(ctx); err != nil {
+			if key, err = ns.v.newKey(ctx); err != nil {
 				return nil, Attr{}, nil, err
 			}
 		}
@@ -91,7 +91,7 @@ func (ns *namespace) Tmpfile(ctx context.Context, dir *Node, mode uint32, c Call
 	if err := ns.v.descriptors.roomForFile(); err != nil {
 		return nil, Attr{}, nil, err
 	}
-	key, err := ns.v.ring.NewKey(ctx)
+	key, err := ns.v.newKey(ctx)
 	if err != nil {
 		ns.v.report("new file", "no data key", err)
 		return nil, Attr{}, nil, err

@@ -87,7 +87,7 @@ func (c *content) acquire(ctx context.Context, write bool) (*file, error) {
 			return nil, err
 		}
 		if f == nil {
-			if key, err = c.v.ring.NewKey(ctx); err != nil {
+			if key, err = c.v.newKey(ctx); err != nil {
 				c.v.report(c.n.where(), "no data key for new content", err)
 				return nil, err
 			}
@@ -177,7 +177,7 @@ func (f *file) needWrite() error {
 // none can be had, it returns the old one, provided that one of its recipients still is one of the volume:
 // accepted writes are not to be lost for that.
 func (f *file) renewKey(ctx context.Context, old *keystore.DataKey) (kept *keystore.DataKey, err error) {
-	k, err := f.v.ring.NewKey(ctx)
+	k, err := f.v.newKey(ctx)
 	if err != nil {
 		if old != nil && f.v.ring.Opens(old.Wrapped) {
 			return old, nil

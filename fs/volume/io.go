@@ -9,25 +9,35 @@ import (
 	"kmsfs/keystore"
 )
 
-// DiskKey is the key of a context value of type func(): a read calls it when it is about to
-// wait for the disk, so that who handles requests can let somebody else go on with the next
-// one.
-type DiskKey struct{}
-
-// BehindKey is the key of a context value of type func(): a call calls it when it waits for
-// another one of the same file. How long it then takes says nothing about the disk.
-type BehindKey struct{}
-
-func behind(ctx context.Context) {
-	if told, _ := ctx.Value(BehindKey{}).(func()); told != nil {
-		told()
-	}
+// Waits is told when a call is about to wait, so that who handles requests can let somebody else
+// go on with the next one.
+type Waits interface {
+	ForKey()  // for a key service
+	ForDisk() // perhaps for the disk: a read of data that is not in the page cache
+	Behind()  // for another call of the same file: how long it takes says nothing about the disk
 }
+
+// WaitsKey is the key of a context value of type [Waits].
+type WaitsKey struct{}
+
+// waitsOf returns the Waits of a context, which may have none.
+func waitsOf(ctx context.Context) Waits {
+	if w, ok := ctx.Value(WaitsKey{}).(Waits); ok {
+		return w
+	}
+	return nobody{}
+}
+
+type nobody struct{}
+
+func (nobody) ForKey()  {}
+func (nobody) ForDisk() {}
+func (nobody) Behind()  {}
 
 // rlock takes mu for reading, and tells if it waits for another call.
 func (f *file) rlock(ctx context.Context) {
 	if !f.mu.TryRLock() {
-		behind(ctx)
+		waitsOf(ctx).Behind()
 		f.mu.RLock()
 	}
 }
@@ -49,10 +59,13 @@ func (h *Handle) Read(ctx context.Context, b []byte, off int64) (int, error) {
 	var n int
 	var err error
 	if f.n.lost.in(off, off+int64(len(b))) {
-		keystore.Waits(ctx)
+		waitsOf(ctx).ForKey()
 		n, err = f.readAround(b, off)
 	} else {
-		waits, _ := ctx.Value(DiskKey{}).(func())
+		var waits func()
+		if w, ok := ctx.Value(WaitsKey{}).(Waits); ok {
+			waits = w.ForDisk
+		}
 		n, err = f.Read(waits, b, off)
 	}
 	return n, f.failed("read", err)
@@ -203,7 +216,7 @@ func (f *file) lockForContent(ctx context.Context, delayedWrite bool) (unlock fu
 			return nil, err
 		}
 		if !f.mu.TryLock() {
-			behind(ctx)
+			waitsOf(ctx).Behind()
 			f.mu.Lock()
 		}
 		if f.Broken() {

@@ -55,6 +55,7 @@ func (c *content) withFile(ctx context.Context, waits func(), use func(*file) er
 		keys, known, err := h.keysNow()
 		if err == nil && !known {
 			waits()
+			waitsOf(ctx).ForKey()
 			resumed = true
 			keys, err = c.await(ctx, h)
 		}
@@ -124,12 +125,7 @@ func (c *content) await(ctx context.Context, h *half) (*blockcrypt.FileKeys, err
 		c.openMu.Lock()
 		h.waiting--
 	}()
-	key, err := c.v.ring.Unwrap(ctx, hdr.File, hdr.Recipients)
-	if err != nil {
-		return nil, err
-	}
-	defer clear(key) // before it waits for openMu
-	return hdr.Unlock(key)
+	return c.v.unlock(ctx, hdr)
 }
 
 // finish makes the node's open file of one whose keys are known. openMu is held.

@@ -316,7 +316,12 @@ func (f *file) ready(ctx context.Context, delayedWrite bool) error {
 			return err
 		}
 		if !delayedWrite {
-			if err := f.v.ring.Prove(ctx); err != nil {
+			known, err := f.v.ring.ProveNow()
+			if !known {
+				waitsOf(ctx).ForKey()
+				err = f.v.ring.Prove(ctx)
+			}
+			if err != nil {
 				return err
 			}
 		}
@@ -326,12 +331,8 @@ func (f *file) ready(ctx context.Context, delayedWrite bool) error {
 		if hdr == nil || has {
 			return nil
 		}
-		key, err := f.v.ring.Unwrap(ctx, hdr.File, hdr.Recipients)
-		if err != nil {
-			return f.failed("opening it again", err)
-		}
-		keys, err := hdr.Unlock(key)
-		clear(key)
+		waitsOf(ctx).ForKey()
+		keys, err := f.v.unlock(ctx, hdr)
 		if err != nil {
 			return f.failed("opening it again", err)
 		}

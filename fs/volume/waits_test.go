@@ -272,7 +272,7 @@ func TestToldBehind(t *testing.T) {
 		"write": func(ctx context.Context) error { _, err := h.Write(ctx, []byte("x"), 0); return err },
 	} {
 		told := make(chan struct{}, 10)
-		asked := context.WithValue(ctx, volume.BehindKey{}, func() { told <- struct{}{} })
+		asked := context.WithValue(ctx, volume.WaitsKey{}, toldBehind(told))
 		w.do(what, do(asked))
 		if len(told) > 0 {
 			t.Errorf("a %s alone is behind another", what)
@@ -500,3 +500,10 @@ func TestSettlesSideBySide(t *testing.T) {
 		w.want(fmt.Sprint("f", i), append(slices.Clone(text), "more"...))
 	}
 }
+
+// toldBehind is told of waits for another call of the same file.
+type toldBehind chan struct{}
+
+func (toldBehind) ForKey()   {}
+func (toldBehind) ForDisk()  {}
+func (t toldBehind) Behind() { t <- struct{}{} }

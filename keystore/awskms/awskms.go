@@ -149,7 +149,7 @@ var (
 	_ keystore.Store       = (*Store)(nil)
 	_ keystore.Generator   = (*Store)(nil)
 	_ keystore.Matcher     = (*Store)(nil)
-	_ keystore.Forgetter   = (*Store)(nil)
+	_ keystore.Keeper      = (*Store)(nil)
 	_ keystore.Reencrypter = (*Store)(nil)
 )
 
@@ -397,29 +397,55 @@ func (s *Store) Unwrap(ctx context.Context, b keystore.Binding, w blockcrypt.Rec
 	if len(w.Branch) <= 16 {
 		return nil, &keystore.Error{Kind: keystore.Damaged, URI: s.URI(), Op: "unwrap", Err: errors.New("the branch is cut short")}
 	}
-	id := [16]byte(w.Branch)
-	kek, err := s.branchKey(ctx, keystore.Binding{Use: keystore.ForBranch, Volume: b.Volume, ID: id}, w.Branch)
+	kek, err := s.branchKey(ctx, b.Volume, w.Branch)
 	if err != nil {
 		return nil, err
 	}
+	return s.under(kek, b, w)
+}
+
+// Known implements [keystore.Keeper].
+func (s *Store) Known(b keystore.Binding, w blockcrypt.Recipient) (key []byte, ok bool, err error) {
+	s.mu.Lock()
+	kek := s.kept(branchID(b.Volume, w.Branch))
+	s.mu.Unlock()
+	if kek == nil {
+		return nil, false, nil
+	}
+	key, err = s.under(kek, b, w)
+	return key, true, err
+}
+
+// under unwraps a key that is wrapped under a branch key, which it wipes.
+func (s *Store) under(kek []byte, b keystore.Binding, w blockcrypt.Recipient) ([]byte, error) {
 	defer clear(kek)
-	key, err := keystore.UnwrapLocal(kek, b, id, w.Wrapped)
+	key, err := keystore.UnwrapLocal(kek, b, [16]byte(w.Branch), w.Wrapped)
 	if err != nil {
 		return nil, &keystore.Error{Kind: keystore.Damaged, URI: s.URI(), Op: "unwrap", Err: err}
 	}
 	return key, nil
 }
 
-// branchKey returns a copy of a branch's key.
-func (s *Store) branchKey(ctx context.Context, b keystore.Binding, branch []byte) ([]byte, error) {
-	id := string(b.Volume[:]) + string(branch)
+func branchID(volume [16]byte, branch []byte) string { return string(volume[:]) + string(branch) }
+
+// kept returns a copy of a branch's key, nil if it is not in memory. mu is held.
+func (s *Store) kept(id string) []byte {
+	if k := s.branches[id]; k.key != nil && time.Since(k.at) < branchAge {
+		return bytes.Clone(k.key)
+	}
+	return nil
+}
+
+// branchKey returns a copy of a branch's key: that in memory, or it asks for it.
+func (s *Store) branchKey(ctx context.Context, volume [16]byte, branch []byte) ([]byte, error) {
+	id := branchID(volume, branch)
 	for {
 		s.mu.Lock()
-		k, c := s.branches[id], s.asking[id]
-		if k.key != nil && time.Since(k.at) < branchAge {
-			defer s.mu.Unlock()
-			return bytes.Clone(k.key), nil
+		if k := s.kept(id); k != nil {
+			s.mu.Unlock()
+			return k, nil
 		}
+		c := s.asking[id]
 		if c == nil {
 			break // with mu
 		}
@@ -436,6 +462,7 @@ func (s *Store) branchKey(ctx context.Context, b keystore.Binding, branch []byte
 	c, forgot := &asked{done: make(chan struct{})}, s.forgot
 	s.asking[id] = c
 	s.mu.Unlock()
+	b := keystore.Binding{Use: keystore.ForBranch, Volume: volume, ID: [16]byte(branch)}
 	key, err := s.decrypt(ctx, b, branch[16:])
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -456,7 +483,7 @@ func (s *Store) branchKey(ctx context.Context, b keystore.Binding, branch []byte
 	return key, nil
 }
 
-// Forget implements [keystore.Forgetter].
+// Forget implements [keystore.Keeper].
 func (s *Store) Forget() {
 	s.mu.Lock()
 	defer s.mu.Unlock()

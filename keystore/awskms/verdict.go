@@ -39,7 +39,6 @@ const (
 // pauses, which grow unless only some calls are throttled, until Options.Total is over. Each
 // attempt ends after Options.Attempt. The error is a verdict.
 func call[T any](ctx context.Context, s *Store, op, name string, f func(context.Context, *kms.Client, func(*kms.Options)) (T, error)) (T, error) {
-	keystore.Waits(ctx)
 	var out T
 	if err := s.c.awaitCredentials(ctx, s.region); err != nil {
 		v, _ := s.verdict(ctx, op, err)
