@@ -357,13 +357,13 @@ func (l *lease) Retry() {
 }
 
 // wipe wipes pool and cache. mu is held.
-func (r *Ring) wipe() {
-	for _, k := range r.pool.keys {
-		r.waste(k)
+func (l *lease) wipe() {
+	for _, k := range l.r.pool.keys {
+		l.r.waste(k)
 	}
-	r.pool.keys = nil
-	r.cache.wipe()
-	for _, s := range r.stores {
+	l.r.pool.keys = nil
+	l.r.cache.wipe()
+	for _, s := range l.stores {
 		s.forget()
 	}
 }

@@ -276,6 +276,27 @@ func (r *Ring) Unwrap(ctx context.Context, file [16]byte, ws []blockcrypt.Recipi
 	return nil, cmp.Or(damaged, untrusted(ws))
 }
 
+// Unlock unwraps the data key of a file and gives its content keys; see [Ring.Unwrap].
+func (r *Ring) Unlock(ctx context.Context, h *blockcrypt.Header) (*blockcrypt.FileKeys, error) {
+	key, err := r.Unwrap(ctx, h.File, h.Recipients)
+	if err != nil {
+		return nil, err
+	}
+	defer clear(key)
+	return h.Unlock(key)
+}
+
+// UnlockNow is Unlock where no service has to be waited for; ok is false where one has to be.
+func (r *Ring) UnlockNow(h *blockcrypt.Header) (keys *blockcrypt.FileKeys, ok bool, err error) {
+	key, ok, err := r.UnwrapNow(h.File, h.Recipients)
+	if err != nil || !ok {
+		return nil, ok, err
+	}
+	defer clear(key)
+	keys, err = h.Unlock(key)
+	return keys, true, err
+}
+
 // UnwrapNow is Unwrap where no service has to be waited for; ok is false where
 // one has to be.
 func (r *Ring) UnwrapNow(file [16]byte, ws []blockcrypt.Recipient) (key []byte, ok bool, err error) {

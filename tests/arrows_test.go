@@ -16,11 +16,11 @@ import (
 // the backends.
 var arrows = map[string]string{
 	"kmsfs/blockcrypt":            "",
-	"kmsfs/keystore":              "",
-	"kmsfs/keystore/local":        "kmsfs/keystore",
-	"kmsfs/keystore/agestore":     "kmsfs/keystore",
-	"kmsfs/keystore/awskms":       "kmsfs/keystore",
-	"kmsfs/keystore/keystoretest": "kmsfs/keystore",
+	"kmsfs/keystore":              "kmsfs/blockcrypt",
+	"kmsfs/keystore/local":        "kmsfs/blockcrypt kmsfs/keystore",
+	"kmsfs/keystore/agestore":     "kmsfs/blockcrypt kmsfs/keystore",
+	"kmsfs/keystore/awskms":       "kmsfs/blockcrypt kmsfs/keystore",
+	"kmsfs/keystore/keystoretest": "kmsfs/blockcrypt kmsfs/keystore",
 
 	"kmsfs/fs/volume/internal/disk":   "",
 	"kmsfs/fs/volume/internal/layout": "kmsfs/blockcrypt kmsfs/fs/volume/internal/disk",
@@ -28,8 +28,9 @@ var arrows = map[string]string{
 	"kmsfs/fs/volume/internal/cfile":  "kmsfs/blockcrypt kmsfs/fs/volume/internal/disk kmsfs/fs/volume/internal/ranges",
 
 	"kmsfs/fs/volume":         "kmsfs/blockcrypt kmsfs/fs/volume/internal/cfile kmsfs/fs/volume/internal/disk kmsfs/fs/volume/internal/layout kmsfs/fs/volume/internal/ranges kmsfs/keystore",
+	"kmsfs/fs/volume/check":   "kmsfs/blockcrypt kmsfs/fs/volume kmsfs/fs/volume/internal/cfile kmsfs/fs/volume/internal/disk kmsfs/fs/volume/internal/layout kmsfs/keystore",
 	"kmsfs/fs":                "kmsfs/fs/volume kmsfs/keystore",
-	"kmsfs/cmd/kmsfs":         "kmsfs/blockcrypt kmsfs/fs kmsfs/fs/volume kmsfs/keystore kmsfs/keystore/agestore kmsfs/keystore/awskms kmsfs/keystore/local",
+	"kmsfs/cmd/kmsfs":         "kmsfs/blockcrypt kmsfs/fs kmsfs/fs/volume kmsfs/fs/volume/check kmsfs/keystore kmsfs/keystore/agestore kmsfs/keystore/awskms kmsfs/keystore/local",
 	"kmsfs/tests":             "",
 	"kmsfs/tests/cutdisk":     "",
 	"kmsfs/tests/independent": "",

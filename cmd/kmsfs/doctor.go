@@ -161,7 +161,7 @@ func (d *doctor) volume(ctx context.Context, dir string) {
 	defer l.Close()
 	d.ok("volume", "%s, names %s, %d recipients", l.Config.Volume, l.Config.Names, len(l.Config.Recipients))
 	d.backing(dir, l.Config.Names == "plain")
-	switch err := l.Writer(); {
+	switch err := l.Tree().Writer(); {
 	case errors.Is(err, volume.ErrLocked):
 		d.line("note", "writer", "kmsfs umount, if another mount is to write", "%v", err)
 	case err != nil:

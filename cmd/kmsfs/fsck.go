@@ -17,6 +17,7 @@ import (
 	"golang.org/x/term"
 
 	"kmsfs/fs/volume"
+	"kmsfs/fs/volume/check"
 	"kmsfs/keystore"
 )
 
@@ -24,9 +25,9 @@ type fsckFlags struct {
 	keyFlags
 	repair, noKeys, asJSON, yes bool
 
-	findings []volume.Finding
-	repaired []volume.Repaired
-	total    volume.Checked
+	findings []check.Finding
+	repaired []check.Repaired
+	total    check.Counts
 	mended   bool // a check before the repair had findings
 	shown    time.Time
 }
@@ -88,11 +89,11 @@ func (f *fsckFlags) run(ctx context.Context, args []string) error {
 }
 
 // options are those of a check.
-func (f *fsckFlags) options() volume.CheckOptions {
-	return volume.CheckOptions{Found: f.found, Progress: f.progress}
+func (f *fsckFlags) options() check.Options {
+	return check.Options{Found: f.found, Progress: f.progress}
 }
 
-func (f *fsckFlags) found(x volume.Finding) {
+func (f *fsckFlags) found(x check.Finding) {
 	f.findings = append(f.findings, x)
 	if !f.asJSON {
 		f.clearLine()
@@ -101,7 +102,7 @@ func (f *fsckFlags) found(x volume.Finding) {
 }
 
 // count adds up what was checked.
-func (f *fsckFlags) count(d volume.Checked) {
+func (f *fsckFlags) count(d check.Counts) {
 	t := &f.total
 	t.Dirs, t.Files, t.Blocks, t.Bytes = t.Dirs+d.Dirs, t.Files+d.Files, t.Blocks+d.Blocks, t.Bytes+d.Bytes
 }
@@ -121,7 +122,7 @@ func (f *fsckFlags) file(ctx context.Context, path string) error {
 			return named(path, err)
 		}
 	}
-	d, err := l.Check(ctx, path, stores, f.options())
+	d, err := check.File(ctx, l, path, stores, f.options())
 	f.count(d)
 	return err
 }
@@ -132,7 +133,7 @@ func (f *fsckFlags) volume(ctx context.Context, dir string) error {
 		return fmt.Errorf("%s: %w", dir, err)
 	}
 	defer l.Close()
-	if err := l.Writer(); err != nil {
+	if err := l.Tree().Writer(); err != nil {
 		if !errors.Is(err, volume.ErrLocked) {
 			return fmt.Errorf("%s: %w", dir, err)
 		}
@@ -142,7 +143,7 @@ func (f *fsckFlags) volume(ctx context.Context, dir string) error {
 		say("%s is mounted for writing: files that are being written now may be reported", dir)
 	}
 	if f.noKeys {
-		d, err := l.Check(ctx, f.options())
+		d, err := check.Structure(ctx, l, f.options())
 		f.count(d)
 		return err
 	}
@@ -172,7 +173,7 @@ func (f *fsckFlags) check(ctx context.Context, dir string) error {
 		return err
 	}
 	defer u.Close()
-	d, err := u.Check(ctx, f.options())
+	d, err := check.Volume(ctx, u, f.options())
 	f.count(d)
 	return err
 }
@@ -193,7 +194,7 @@ func (f *fsckFlags) mend(ctx context.Context, dir string) error {
 	}
 	err = v.Wait(ctx)
 	if err == nil {
-		for _, r := range v.Repair(ctx, f.findings, f.ask) {
+		for _, r := range check.Repair(ctx, v, f.findings, f.ask) {
 			f.repaired = append(f.repaired, r)
 			switch {
 			case f.asJSON:
@@ -208,7 +209,7 @@ func (f *fsckFlags) mend(ctx context.Context, dir string) error {
 }
 
 // ask asks about one damaged file.
-func (f *fsckFlags) ask(x volume.Finding) bool {
+func (f *fsckFlags) ask(x check.Finding) bool {
 	if f.yes {
 		return true
 	}
@@ -222,19 +223,19 @@ func (f *fsckFlags) ask(x volume.Finding) bool {
 	return strings.TrimSpace(answer) == "yes"
 }
 
-func place(x volume.Finding) string {
+func place(x check.Finding) string {
 	if x.Name == "" {
 		return x.Path
 	}
 	return fmt.Sprintf("%s (%s)", x.Path, strconv.Quote(x.Name))
 }
 
-func printFinding(x volume.Finding) {
+func printFinding(x check.Finding) {
 	s := fmt.Sprintf("%-12s  %s: %s", x.Grade, place(x), x.Detail)
 	if x.To > x.From {
 		s += fmt.Sprintf("; bytes %d to %d are lost", x.From, x.To)
 	}
-	if x.Grade == volume.Damaged && x.Floor {
+	if x.Grade == check.Damaged && x.Floor {
 		s += ", which were confirmed"
 	}
 	fmt.Println(s)
@@ -244,7 +245,7 @@ func printFinding(x volume.Finding) {
 }
 
 // progress shows on a terminal how far the check is.
-func (f *fsckFlags) progress(d *volume.Checked) {
+func (f *fsckFlags) progress(d *check.Counts) {
 	if f.asJSON || time.Since(f.shown) < 100*time.Millisecond || !term.IsTerminal(int(os.Stderr.Fd())) {
 		return
 	}
@@ -267,7 +268,7 @@ func (f *fsckFlags) clearLine() {
 
 // report says what was found in all, and picks the exit code.
 func (f *fsckFlags) report() error {
-	var n [volume.Damaged + 1]int
+	var n [check.Damaged + 1]int
 	for _, x := range f.findings {
 		n[x.Grade]++
 	}
@@ -280,8 +281,8 @@ func (f *fsckFlags) report() error {
 			}
 			fixed = append(fixed, x)
 		}
-		findings := append([]volume.Finding{}, f.findings...)
-		slices.SortStableFunc(findings, func(a, b volume.Finding) int { return strings.Compare(a.Path, b.Path) })
+		findings := append([]check.Finding{}, f.findings...)
+		slices.SortStableFunc(findings, func(a, b check.Finding) int { return strings.Compare(a.Path, b.Path) })
 		if err := printJSON(map[string]any{"findings": findings, "repairs": fixed, "directories": f.total.Dirs, "files": f.total.Files, "blocks": f.total.Blocks, "bytes": f.total.Bytes}); err != nil {
 			return err
 		}
@@ -290,15 +291,15 @@ func (f *fsckFlags) report() error {
 		if len(f.findings) == 0 {
 			fmt.Println("nothing is wrong")
 		} else {
-			fmt.Printf("%d damaged, %d unchecked, %d never confirmed, %d to be mended, %d notes\n", n[volume.Damaged], n[volume.Unchecked], n[volume.Unconfirmed], n[volume.Mendable], n[volume.Note])
+			fmt.Printf("%d damaged, %d unchecked, %d never confirmed, %d to be mended, %d notes\n", n[check.Damaged], n[check.Unchecked], n[check.Unconfirmed], n[check.Mendable], n[check.Note])
 		}
 	}
 	switch {
-	case n[volume.Damaged] > 0:
+	case n[check.Damaged] > 0:
 		return quiet(exitDamaged)
-	case n[volume.Unchecked] > 0:
+	case n[check.Unchecked] > 0:
 		return quiet(exitUnchecked)
-	case n[volume.Unconfirmed]+n[volume.Mendable] > 0:
+	case n[check.Unconfirmed]+n[check.Mendable] > 0:
 		return quiet(exitIncomplete)
 	case f.mended:
 		return quiet(exitRepaired)

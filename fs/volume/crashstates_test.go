@@ -17,6 +17,7 @@ import (
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
+	"kmsfs/fs/volume/check"
 )
 
 // crashStates is how many states are built and opened in all.
@@ -129,7 +130,7 @@ func (k *crashChecker) state(c choice) {
 	}
 	fs, _ := w.fsck()
 	for _, f := range fs {
-		if f.Grade > volume.Unconfirmed {
+		if f.Grade > check.Unconfirmed {
 			fail("fsck: %+v", f)
 			return
 		}

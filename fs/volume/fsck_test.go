@@ -10,51 +10,8 @@ import (
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
+	"kmsfs/fs/volume/check"
 )
-
-// fsck checks the closed volume and returns what it finds.
-func (w *world) fsck() (fs []volume.Finding, d volume.Checked) {
-	w.t.Helper()
-	u, err := w.unlock()
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	defer u.Close()
-	d, err = u.Check(ctx, volume.CheckOptions{Found: func(f volume.Finding) { fs = append(fs, f) }})
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	return fs, d
-}
-
-// fsckNoKeys checks the structure alone.
-func (w *world) fsckNoKeys() (fs []volume.Finding) {
-	w.t.Helper()
-	l, err := volume.Find(w.dir)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	defer l.Close()
-	if _, err := l.Check(ctx, volume.CheckOptions{Found: func(f volume.Finding) { fs = append(fs, f) }}); err != nil {
-		w.t.Fatal(err)
-	}
-	return fs
-}
-
-func summary(fs []volume.Finding) string {
-	var s []string
-	for _, f := range fs {
-		s = append(s, fmt.Sprintf("%s/%s", f.Grade, f.What))
-	}
-	return strings.Join(s, " ")
-}
-
-func worst(fs []volume.Finding) (g volume.Grade) {
-	for _, f := range fs {
-		g = max(g, f.Grade)
-	}
-	return g
-}
 
 // A volume with everything in it, closed well: nothing is wrong, with keys or
 // without, in both names modes.
@@ -102,8 +59,8 @@ func TestFsckAfterCrash(t *testing.T) {
 		w.do("write", err)
 	}
 	w.crash()
-	for _, fs := range [][]volume.Finding{first(w.fsck()), w.fsckNoKeys()} {
-		if g := worst(fs); g != volume.Unconfirmed {
+	for _, fs := range [][]check.Finding{first(w.fsck()), w.fsckNoKeys()} {
+		if g := worst(fs); g != check.Unconfirmed {
 			t.Errorf("%v", fs)
 		}
 	}
@@ -115,8 +72,6 @@ func TestFsckAfterCrash(t *testing.T) {
 	}
 }
 
-func first(fs []volume.Finding, _ volume.Checked) []volume.Finding { return fs }
-
 // Damage: its range, and the readable part that can be kept beside it.
 func TestFsckDamage(t *testing.T) {
 	w := newWorld(t, volume.Options{})
@@ -127,22 +82,22 @@ func TestFsckDamage(t *testing.T) {
 	path := w.cipherFile()
 	whole, err := os.ReadFile(path)
 	w.do("read", err)
-	damage := func(f func(b []byte) []byte) []volume.Finding {
+	damage := func(f func(b []byte) []byte) []check.Finding {
 		t.Helper()
 		w.do("write", os.WriteFile(path, f(bytes.Clone(whole)), 0o644))
 		fs, _ := w.fsck()
 		return fs
 	}
 	fs := damage(func(b []byte) []byte { b[4096*5+100] ^= 1; b[4096*6+100] ^= 1; b[4096*9+7] ^= 1; return b })
-	if len(fs) != 2 || fs[0].Grade != volume.Damaged || fs[0].Name != "f" || !fs[0].Floor || fs[0].What != string(blockcrypt.BadBlock) ||
+	if len(fs) != 2 || fs[0].Grade != check.Damaged || fs[0].Name != "f" || !fs[0].Floor || fs[0].What != string(blockcrypt.BadBlock) ||
 		fs[0].From != 5*4064-1024 || fs[0].To != 7*4064-1024 || fs[1].From != 9*4064-1024 || fs[1].To != 10*4064-1024 {
 		t.Fatalf("%+v", fs)
 	}
-	repair := func(fs []volume.Finding, yes bool) []volume.Repaired {
+	repair := func(fs []check.Finding, yes bool) []check.Repaired {
 		t.Helper()
 		w.open(volume.Options{})
 		defer w.close()
-		return w.v.Repair(ctx, fs, func(volume.Finding) bool { return yes })
+		return check.Repair(ctx, w.v, fs, func(check.Finding) bool { return yes })
 	}
 	if rs := repair(fs, false); len(rs) != 0 {
 		t.Errorf("repaired without a yes: %+v", rs)
@@ -154,8 +109,8 @@ func TestFsckDamage(t *testing.T) {
 	clear(rest[fs[0].From:fs[0].To])
 	clear(rest[fs[1].From:fs[1].To])
 	w.open(volume.Options{})
-	w.want("f"+volume.RestSuffix, rest)
-	w.do("unlink", w.v.Unlink(w.v.Root(), "f"+volume.RestSuffix))
+	w.want("f"+check.RestSuffix, rest)
+	w.do("unlink", w.v.Unlink(w.v.Root(), "f"+check.RestSuffix))
 	w.close()
 	if now, _ := os.ReadFile(path); len(now) != len(whole) {
 		t.Error("the damaged file itself was changed")
@@ -168,8 +123,8 @@ func TestFsckDamage(t *testing.T) {
 		}
 		repair(fs, true)
 		w.open(volume.Options{})
-		w.want("f"+volume.RestSuffix, content[:7*4064-1024])
-		w.do("unlink", w.v.Unlink(w.v.Root(), "f"+volume.RestSuffix))
+		w.want("f"+check.RestSuffix, content[:7*4064-1024])
+		w.do("unlink", w.v.Unlink(w.v.Root(), "f"+check.RestSuffix))
 		w.close()
 	}
 	// Without keys a page that cannot be a block shows, a flipped bit does not.
@@ -212,13 +167,13 @@ func TestFsckDirID(t *testing.T) {
 		fs, _ := w.fsck()
 		found := false
 		for _, x := range fs {
-			found = found || x.What == volume.FoundDirID
+			found = found || x.What == check.FoundDirID
 		}
 		if !found {
 			t.Errorf("%s: %v", what, fs)
 		}
 		w.open(volume.Options{})
-		for _, r := range w.v.Repair(ctx, fs, func(volume.Finding) bool { return false }) {
+		for _, r := range check.Repair(ctx, w.v, fs, func(check.Finding) bool { return false }) {
 			if r.Err != nil {
 				t.Errorf("%s: %v", what, r.Err)
 			}
@@ -230,6 +185,31 @@ func TestFsckDirID(t *testing.T) {
 		if now, _ := os.Readlink(dirs[0]); now != id || !exists(file) {
 			t.Errorf("%s: the ID is %s now", what, now)
 		}
+	}
+}
+
+// Below a directory whose name does not decode no plaintext path is told: the rest of it would look
+// like a path from the root.
+func TestFsckBelowUnknownName(t *testing.T) {
+	w := newWorld(t, volume.Options{})
+	w.quiet = true
+	w.mkdir("dir")
+	w.write("dir/file", bytes.Repeat([]byte("content"), 2000))
+	cname := w.v.CipherName(w.v.Root(), "dir")
+	w.close()
+	altered := "A" + cname[1:]
+	if altered == cname {
+		altered = "B" + cname[1:]
+	}
+	w.do("rename", os.Rename(filepath.Join(w.dir, cname), filepath.Join(w.dir, altered)))
+	file := w.cipherFile()
+	b, err := os.ReadFile(file)
+	w.do("read", err)
+	b[5000] ^= 1
+	w.do("write", os.WriteFile(file, b, 0o600))
+	fs, _ := w.fsck()
+	if len(fs) != 2 || fs[0].What != string(blockcrypt.BadName) || fs[1].What != string(blockcrypt.BadBlock) || fs[1].Name != "" {
+		t.Errorf("%+v", fs)
 	}
 }
 
@@ -259,7 +239,7 @@ func TestFsckLeftovers(t *testing.T) {
 		t.Errorf("%v, want %v: %+v", got, want, fs)
 	}
 	w.open(volume.Options{})
-	w.v.Repair(ctx, fs, func(volume.Finding) bool { return false })
+	check.Repair(ctx, w.v, fs, func(check.Finding) bool { return false })
 	w.close()
 	w.do("remove", os.Remove(filepath.Join(w.dir, "foreign.txt")))
 	if fs, _ := w.fsck(); summary(fs) != "note/foreign" {
@@ -288,15 +268,15 @@ func TestFsckCopiedWhileWritten(t *testing.T) {
 	w.close()
 	w.do("write", os.WriteFile(path, copied, 0o644))
 	fs, _ := w.fsck()
-	if len(fs) != 1 || fs[0].What != volume.FoundCopied || fs[0].Grade != volume.Unconfirmed {
+	if len(fs) != 1 || fs[0].What != check.FoundCopied || fs[0].Grade != check.Unconfirmed {
 		t.Fatalf("%+v", fs)
 	}
 	w.open(volume.Options{})
-	rs := w.v.Repair(ctx, fs, func(volume.Finding) bool { return true })
+	rs := check.Repair(ctx, w.v, fs, func(check.Finding) bool { return true })
 	if len(rs) != 1 || rs[0].Err != nil {
 		t.Fatalf("%+v", rs)
 	}
-	w.want("f"+volume.RestSuffix, append(content, content[:20000]...))
+	w.want("f"+check.RestSuffix, append(content, content[:20000]...))
 }
 
 // A disk that cannot read.
@@ -308,7 +288,7 @@ func TestFsckWithoutRights(t *testing.T) {
 	w.write("f", []byte("x"))
 	w.close()
 	w.do("chmod", os.Chmod(w.cipherFile(), 0))
-	if fs, _ := w.fsck(); len(fs) != 1 || fs[0].Grade != volume.Unchecked {
+	if fs, _ := w.fsck(); len(fs) != 1 || fs[0].Grade != check.Unchecked {
 		t.Errorf("%+v", fs)
 	}
 }

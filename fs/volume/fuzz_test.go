@@ -11,6 +11,7 @@ import (
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
+	"kmsfs/fs/volume/check"
 	"kmsfs/keystore"
 	"kmsfs/keystore/local"
 )
@@ -68,7 +69,7 @@ func FuzzFile(f *testing.F) {
 		defer w.v.Forget(n.ID(), 1)
 		if l, err := volume.OpenLone(filepath.Join(dir, "fuzzed")); err == nil {
 			if l.Header != nil {
-				l.Check(ctx, "fuzzed", []keystore.Store{store}, volume.CheckOptions{Found: func(volume.Finding) {}})
+				check.File(ctx, l, "fuzzed", []keystore.Store{store}, check.Options{Found: func(check.Finding) {}})
 				l.PlainSize()
 			}
 			l.Close()

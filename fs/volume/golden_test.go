@@ -21,6 +21,7 @@ import (
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
+	"kmsfs/fs/volume/check"
 	"kmsfs/keystore"
 	"kmsfs/keystore/agestore"
 	"kmsfs/keystore/local"
@@ -213,7 +214,7 @@ func readGolden(t *testing.T, path string) {
 	for i, s := range stores {
 		w := &world{t: t, dir: dir, store: s, log: &logBuffer{}, quiet: true}
 		fs, d := w.fsckWith(stores)
-		if worst(fs) > volume.Unconfirmed || d.Files < 10 || !strings.HasSuffix(path, "crashed") && len(fs) > 0 {
+		if worst(fs) > check.Unconfirmed || d.Files < 10 || !strings.HasSuffix(path, "crashed") && len(fs) > 0 {
 			t.Errorf("fsck: %+v, %+v", d, fs)
 		}
 		w.openWith(stores[i:i+1], volume.Options{ReadOnly: true})
@@ -244,14 +245,14 @@ func (w *world) openWith(stores []keystore.Store, o volume.Options) {
 	w.do("open", err)
 }
 
-func (w *world) fsckWith(stores []keystore.Store) (fs []volume.Finding, d volume.Checked) {
+func (w *world) fsckWith(stores []keystore.Store) (fs []check.Finding, d check.Counts) {
 	w.t.Helper()
 	l, err := volume.Find(w.dir)
 	w.do("find", err)
 	u, err := l.Unlock(ctx, stores, volume.UnlockOptions{ReadOnly: true})
 	w.do("unlock", err)
 	defer u.Close()
-	d, err = u.Check(ctx, volume.CheckOptions{Found: func(f volume.Finding) { fs = append(fs, f) }})
+	d, err = check.Volume(ctx, u, check.Options{Found: func(f check.Finding) { fs = append(fs, f) }})
 	w.do("fsck", err)
 	return fs, d
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"log/slog"
@@ -16,6 +17,7 @@ import (
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
+	"kmsfs/fs/volume/check"
 	"kmsfs/keystore"
 	"kmsfs/keystore/agestore"
 	"kmsfs/keystore/local"
@@ -305,3 +307,80 @@ func wantErr(t testing.TB, what string, err error, want error) {
 func size(n int64) volume.SetAttr { return volume.SetAttr{Size: &n} }
 
 func exists(path string) bool { _, err := os.Lstat(path); return err == nil }
+
+// fsck checks the closed volume and returns what it finds.
+func (w *world) fsck() (fs []check.Finding, d check.Counts) {
+	w.t.Helper()
+	u, err := w.unlock()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	defer u.Close()
+	d, err = check.Volume(ctx, u, check.Options{Found: func(f check.Finding) { fs = append(fs, f) }})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return fs, d
+}
+
+// fsckNoKeys checks the structure alone.
+func (w *world) fsckNoKeys() (fs []check.Finding) {
+	w.t.Helper()
+	l, err := volume.Find(w.dir)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	defer l.Close()
+	if _, err := check.Structure(ctx, l, check.Options{Found: func(f check.Finding) { fs = append(fs, f) }}); err != nil {
+		w.t.Fatal(err)
+	}
+	return fs
+}
+
+func summary(fs []check.Finding) string {
+	var s []string
+	for _, f := range fs {
+		s = append(s, fmt.Sprintf("%s/%s", f.Grade, f.What))
+	}
+	return strings.Join(s, " ")
+}
+
+func worst(fs []check.Finding) (g check.Grade) {
+	for _, f := range fs {
+		g = max(g, f.Grade)
+	}
+	return g
+}
+
+func first(fs []check.Finding, _ check.Counts) []check.Finding { return fs }
+
+func (w *world) opened(path string) *volume.Handle {
+	w.t.Helper()
+	h, err := w.must(path).Open(ctx, true)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return h
+}
+
+func (w *world) do(what string, err error) {
+	w.t.Helper()
+	if err != nil {
+		w.t.Fatalf("%s: %v", what, err)
+	}
+}
+
+func (w *world) killed() {
+	w.t.Helper()
+	w.quiet = true
+	w.crash()
+	w.open(volume.Options{})
+}
+
+// reopenWell mounts once more, and ends well.
+func (w *world) reopenWell() {
+	w.t.Helper()
+	w.open(volume.Options{})
+	w.do("wait", w.v.Wait(ctx))
+	w.close()
+}

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/fs/volume"
+	"kmsfs/fs/volume/check"
 )
 
 // otherHost holds the lock that a mount on another host holds: on kmsfs.lock alone, since
@@ -126,7 +127,7 @@ func TestLockFileIsAFile(t *testing.T) {
 			t.Errorf("%s: %v", what, err)
 		}
 		u.Close()
-		if fs, _ := w.fsck(); len(fs) != 1 || fs[0].Grade != volume.Damaged {
+		if fs, _ := w.fsck(); len(fs) != 1 || fs[0].Grade != check.Damaged {
 			t.Errorf("%s: fsck finds %v", what, fs)
 		}
 	}
@@ -184,11 +185,11 @@ func TestCopyWithoutLinks(t *testing.T) {
 	if exists(links) || !strings.Contains(w.log.String(), "without symlinks") {
 		t.Errorf("a copy without symlinks is not told from others:\n%s", w.log)
 	}
-	if fs, _ := w.fsck(); len(fs) != 1 || fs[0].Grade != volume.Damaged || fs[0].What != volume.FoundLinks {
+	if fs, _ := w.fsck(); len(fs) != 1 || fs[0].Grade != check.Damaged || fs[0].What != check.FoundLinks {
 		t.Errorf("fsck finds %v", fs)
 	}
 	w.open(volume.Options{})
-	for _, r := range w.v.Repair(ctx, []volume.Finding{{What: volume.FoundLinks}}, nil) {
+	for _, r := range check.Repair(ctx, w.v, []check.Finding{{What: check.FoundLinks}}, nil) {
 		w.do("repair", r.Err)
 	}
 	w.close()

@@ -107,13 +107,7 @@ func (h *half) keysNow() (keys *blockcrypt.FileKeys, known bool, err error) {
 	if hdr == nil {
 		return nil, true, nil
 	}
-	key, known, err := h.f.v.ring.UnwrapNow(hdr.File, hdr.Recipients)
-	if err != nil || !known {
-		return nil, known, err
-	}
-	defer clear(key)
-	keys, err = hdr.Unlock(key)
-	return keys, true, err
+	return h.f.v.ring.UnlockNow(hdr)
 }
 
 // await unwraps the data key of a file by a key service. openMu is held, but not meanwhile.
@@ -125,7 +119,7 @@ func (c *content) await(ctx context.Context, h *half) (*blockcrypt.FileKeys, err
 		c.openMu.Lock()
 		h.waiting--
 	}()
-	return c.v.unlock(ctx, hdr)
+	return c.v.ring.Unlock(ctx, hdr)
 }
 
 // finish makes the node's open file of one whose keys are known. openMu is held.

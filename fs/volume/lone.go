@@ -132,6 +132,9 @@ func (l *Lone) SetRecipients(rs []blockcrypt.Recipient) error {
 	return l.disk.Fsync(fd)
 }
 
+// Ciphertext gives the descriptor of the file, for package check below.
+func (l *Lone) Ciphertext() (d *disk.Disk, fd int) { return &l.disk, l.fd }
+
 // Close closes the file.
 func (l *Lone) Close() { l.disk.Close(l.fd) }
 

@@ -15,6 +15,7 @@ import (
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
+	"kmsfs/fs/volume/check"
 	"kmsfs/keystore"
 	"kmsfs/keystore/agestore"
 
@@ -368,7 +369,7 @@ func TestRewrapInterrupted(t *testing.T) {
 		}
 	}
 	fs, _ := w.fsck()
-	if worst(fs) > volume.Note {
+	if worst(fs) > check.Note {
 		t.Errorf("%+v", fs)
 	}
 }

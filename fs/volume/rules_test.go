@@ -16,29 +16,6 @@ import (
 // Each of these is a way in which bytes were lost, or zeros would have been
 // believed, before its rule was there.
 
-func (w *world) opened(path string) *volume.Handle {
-	w.t.Helper()
-	h, err := w.must(path).Open(ctx, true)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	return h
-}
-
-func (w *world) do(what string, err error) {
-	w.t.Helper()
-	if err != nil {
-		w.t.Fatalf("%s: %v", what, err)
-	}
-}
-
-func (w *world) killed() {
-	w.t.Helper()
-	w.quiet = true
-	w.crash()
-	w.open(volume.Options{})
-}
-
 // WRITEs that arrive out of order leave no file sparse: a page of zeros would
 // read as zeros in it, with no error.
 func TestOutOfOrderIsNotSparse(t *testing.T) {

@@ -15,6 +15,7 @@ import (
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
+	"kmsfs/fs/volume/check"
 )
 
 const huge = 1 << 40
@@ -90,7 +91,7 @@ func TestSparseCosts(t *testing.T) {
 	w.do("write", err)
 	w.quiet = true
 	w.crash()
-	if fs, _ := w.fsck(); worst(fs) > volume.Unconfirmed {
+	if fs, _ := w.fsck(); worst(fs) > check.Unconfirmed {
 		t.Errorf("fsck before the repair: %v", fs)
 	}
 	w.open(volume.Options{Hook: func(c volume.Call) error {
@@ -229,7 +230,7 @@ func TestLoneSparse(t *testing.T) {
 			}
 		}
 		found := 0
-		if _, err := l.Check(ctx, "sealed", stores, volume.CheckOptions{Found: func(f volume.Finding) { found++; t.Log(f) }}); err != nil || found > 0 {
+		if _, err := check.File(ctx, l, "sealed", stores, check.Options{Found: func(f check.Finding) { found++; t.Log(f) }}); err != nil || found > 0 {
 			t.Errorf("fsck finds %d: %v", found, err)
 		}
 		l.Close()

@@ -332,7 +332,7 @@ func (f *file) ready(ctx context.Context, delayedWrite bool) error {
 			return nil
 		}
 		waitsOf(ctx).ForKey()
-		keys, err := f.v.unlock(ctx, hdr)
+		keys, err := f.v.ring.Unlock(ctx, hdr)
 		if err != nil {
 			return f.failed("opening it again", err)
 		}

@@ -17,6 +17,7 @@ import (
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
+	"kmsfs/fs/volume/check"
 	"kmsfs/keystore"
 )
 
@@ -391,7 +392,7 @@ func TestWalkThatCannot(t *testing.T) {
 	short, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	w.do("wait", w.v.Wait(short))
-	for _, r := range w.v.Repair(ctx, fs, func(volume.Finding) bool { return false }) {
+	for _, r := range check.Repair(ctx, w.v, fs, func(check.Finding) bool { return false }) {
 		w.do("repair "+r.Path, r.Err)
 	}
 	w.close()
@@ -399,12 +400,4 @@ func TestWalkThatCannot(t *testing.T) {
 	if fs, _ := w.fsck(); len(fs) != 0 {
 		t.Errorf("afterwards: %+v", fs)
 	}
-}
-
-// reopenWell mounts once more, and ends well.
-func (w *world) reopenWell() {
-	w.t.Helper()
-	w.open(volume.Options{})
-	w.do("wait", w.v.Wait(ctx))
-	w.close()
 }

@@ -244,26 +244,6 @@ func (v *Volume) Forget(id, count uint64) { v.nodes.forget(id, count) }
 // report logs a fault, see [reports.fault].
 func (v *Volume) report(what, msg string, err error) { v.reports.fault(what, msg, err) }
 
-// newKey returns a data key for a new file, and tells if it waits for a key service.
-func (v *Volume) newKey(ctx context.Context) (*keystore.DataKey, error) {
-	key, ok, err := v.ring.NewKeyNow()
-	if !ok {
-		waitsOf(ctx).ForKey()
-		key, err = v.ring.NewKey(ctx)
-	}
-	return key, err
-}
-
-// unlock unwraps the data key of a file, which may wait for a key service.
-func (v *Volume) unlock(ctx context.Context, hdr *blockcrypt.Header) (*blockcrypt.FileKeys, error) {
-	key, err := v.ring.Unwrap(ctx, hdr.File, hdr.Recipients)
-	if err != nil {
-		return nil, err
-	}
-	defer clear(key)
-	return hdr.Unlock(key)
-}
-
 // Root returns the root's node, whose number is 1.
 func (v *Volume) Root() *Node { return v.root }
 

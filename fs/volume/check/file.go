@@ -1,4 +1,4 @@
-package volume
+package check
 
 import (
 	"context"
@@ -28,7 +28,7 @@ func (c *checker) checkFile(ctx context.Context, j checkJob) {
 		c.found(f)
 		return
 	}
-	defer c.disk.Close(fd)
+	defer c.Disk.Close(fd)
 	k := &fileCheck{checker: c, fd: fd, f: f}
 	if err := k.check(ctx); err != nil {
 		k.fail(err)
@@ -69,14 +69,14 @@ func (k *fileCheck) fail(err error) {
 
 func (k *fileCheck) check(ctx context.Context) error {
 	var st unix.Stat_t
-	if err := k.disk.Fstat(k.fd, &st); err != nil {
+	if err := k.Disk.Fstat(k.fd, &st); err != nil {
 		return err
 	}
 	k.stored = st.Blocks * 512
 	if k.length = st.Size; k.length == 0 {
 		return nil
 	}
-	hdr, _, err := layout.ReadHeader(&k.disk, k.fd, k.geo.Header())
+	hdr, _, err := layout.ReadHeader(k.Disk, k.fd, k.geo.Header())
 	if errors.Is(err, layout.ErrUnwritten) && len(k.bad) > 0 {
 		k.unconfirmed(FoundSession, "it was never written before the power failed", "the next mount makes it empty")
 		return nil
@@ -85,24 +85,19 @@ func (k *fileCheck) check(ctx context.Context) error {
 		return err
 	}
 	k.hdr = hdr
-	if err := layout.CheckHeader(hdr, k.geo, k.cfg.Volume, k.vk); err != nil {
+	if err := layout.CheckHeader(hdr, k.geo, k.Config.Volume, k.Keys); err != nil {
 		return err
 	}
 	if err := k.checkLength(); err != nil || k.isEmpty() {
 		return err
 	}
-	if k.ring == nil {
+	if k.Ring == nil {
 		return k.checkPages(nil)
 	}
 	if !k.lone {
 		k.checkRecipients()
 	}
-	key, err := k.ring.Unwrap(ctx, hdr.File, hdr.Recipients)
-	if err != nil {
-		return err
-	}
-	keys, err := hdr.Unlock(key)
-	clear(key)
+	keys, err := k.Ring.Unlock(ctx, hdr)
 	if err != nil {
 		return err
 	}
@@ -151,13 +146,13 @@ func (k *fileCheck) wholeBlocks() int64 {
 // checkRecipients compares the file's recipients with the volume's.
 func (k *fileCheck) checkRecipients() {
 	in := func(uri string, list []string) bool {
-		return slices.ContainsFunc(list, func(u string) bool { return u == uri || k.ring != nil && k.ring.Same(u, uri) })
+		return slices.ContainsFunc(list, func(u string) bool { return u == uri || k.Ring != nil && k.Ring.Same(u, uri) })
 	}
 	var have, want []string
 	for _, r := range k.hdr.Recipients {
 		have = append(have, r.URI)
 	}
-	for _, r := range k.cfg.Recipients {
+	for _, r := range k.Config.Recipients {
 		want = append(want, r.URI)
 	}
 	f := k.f
@@ -186,7 +181,7 @@ func (k *fileCheck) unconfirmed(what, detail, advice string) {
 // told without.
 func (k *fileCheck) checkPages(keys *blockcrypt.FileKeys) error {
 	s := k.hdr.State
-	f := &cfile.Content{Disk: &k.disk, Geo: k.geo, FD: k.fd, Header: k.hdr, Keys: keys, Size: s.Size}
+	f := &cfile.Content{Disk: k.Disk, Geo: k.geo, FD: k.fd, Header: k.hdr, Keys: keys, Size: s.Size}
 	if k.dirty() || k.bad[s.Session] && s.Floor < s.Size {
 		return k.checkWritten(f)
 	}
@@ -238,7 +233,7 @@ func (k *fileCheck) eachBlock(f *cfile.Content, good func(b int64, page []byte, 
 			}
 			n = min(n, blocks)
 		}
-		m, err := k.disk.Pread(k.fd, (*buf)[:n*blockcrypt.PageSize], k.geo.PageOff(first))
+		m, err := k.Disk.Pread(k.fd, (*buf)[:n*blockcrypt.PageSize], k.geo.PageOff(first))
 		if err != nil {
 			return err
 		}

@@ -1,4 +1,6 @@
-package volume
+// Package check looks for damage in a tree of ciphertext, and mends what has one right answer. It
+// changes nothing unless it is told to: see [Repair].
+package check
 
 import (
 	"context"
@@ -15,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume"
 	"kmsfs/fs/volume/internal/disk"
 	"kmsfs/fs/volume/internal/layout"
 	"kmsfs/keystore"
@@ -66,75 +69,68 @@ const (
 	FoundLinks     = "no-symlinks"
 )
 
-// Checked counts what a check has looked at.
-type Checked struct {
+// Counts counts what a check has looked at.
+type Counts struct {
 	Dirs, Files, Blocks, Bytes int64
 	Found                      [Damaged + 1]int64 // by grade
 	All                        bool               // the tree was walked to its end: Expected is final
 	Expected                   int64              // bytes of ciphertext
 }
 
-// CheckOptions of a check.
-type CheckOptions struct {
-	Found    func(Finding)       // told of each finding, one at a time
-	Progress func(done *Checked) // called now and then, by one goroutine at a time; it may be nil
+// Options of a check.
+type Options struct {
+	Found    func(Finding)      // told of each finding, one at a time
+	Progress func(done *Counts) // called now and then, by one goroutine at a time; it may be nil
 }
 
 // checker checks a tree of ciphertext: its structure, and with keys each name,
 // wrapped key and block. It changes nothing.
 type checker struct {
-	disk disk.Disk
-	o    CheckOptions
-	root int
-	cfg  *blockcrypt.Config
+	volume.Tree
+	o    Options
 	geo  blockcrypt.Geometry
-	vk   *blockcrypt.VolumeKeys // nil: no keys
-	ring *keystore.Ring         // nil: no keys
-	lone bool                   // a file without its volume
-	bad  map[uint64]bool        // sessions that the marker names
+	lone bool            // a file without its volume
+	bad  map[uint64]bool // sessions that the marker names
 
 	jobs chan checkJob
 
 	mu   sync.Mutex
-	done Checked
+	done Counts
 
 	dirs, files, blocks, bytes, expected atomic.Int64
 }
 
 type checkJob struct{ cpath, ppath string }
 
-// Check checks the structure of a volume, which needs no key.
-func (l *Found) Check(ctx context.Context, o CheckOptions) (Checked, error) {
-	c := &checker{o: o, root: l.root, cfg: l.Config}
+// Structure checks the structure of a volume, which needs no key.
+func Structure(ctx context.Context, l *volume.Found, o Options) (Counts, error) {
+	c := &checker{Tree: l.Tree(), o: o}
 	return c.run(ctx)
 }
 
-// Check checks a volume: names, wrapped keys and every block.
-func (u *Unlocked) Check(ctx context.Context, o CheckOptions) (Checked, error) {
-	c := &checker{o: o, root: u.root, cfg: u.Config, vk: u.keys}
-	c.ring = keystore.NewRing(u.Config.Volume, u.stores, keystore.RingOptions{Sample: u.Config.Recipients})
-	defer c.ring.Close()
+// Volume checks a volume: names, wrapped keys and every block.
+func Volume(ctx context.Context, u *volume.Unlocked, o Options) (Counts, error) {
+	c := &checker{Tree: u.Tree(), o: o}
+	c.Ring = keystore.NewRing(u.Config.Volume, c.Stores, keystore.RingOptions{Sample: u.Config.Recipients})
+	defer c.Ring.Close()
 	return c.run(ctx)
 }
-
-// Writer is the function [Writer] of this volume.
-func (l *Found) Writer() error { return layout.WriterOf(&l.disk, l.root) }
 
 // hasWriter reports whether a mount is writing to the volume now.
 func (c *checker) hasWriter() bool {
-	return errors.Is(layout.WriterOf(&c.disk, c.root), layout.ErrLocked)
+	return errors.Is(c.Writer(), volume.ErrLocked)
 }
 
-func (c *checker) run(ctx context.Context) (Checked, error) {
+func (c *checker) run(ctx context.Context) (Counts, error) {
 	var err error
-	if c.geo, err = blockcrypt.NewGeometry(c.cfg.Header); err != nil {
-		return Checked{}, err
+	if c.geo, err = blockcrypt.NewGeometry(c.Config.Header); err != nil {
+		return Counts{}, err
 	}
 	if err := c.readMarker(); err != nil {
-		return Checked{}, err
+		return Counts{}, err
 	}
 	workers := runtime.GOMAXPROCS(0)
-	if c.ring != nil && c.ring.Waits() {
+	if c.Ring != nil && c.Ring.Waits() {
 		workers = 64
 	}
 	c.jobs = make(chan checkJob, 4*workers)
@@ -149,16 +145,16 @@ func (c *checker) run(ctx context.Context) (Checked, error) {
 		})
 	}
 	var st unix.Stat_t
-	if err := c.disk.Stat(c.root, layout.LockName, &st); err == nil && (st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink > 1) {
+	if err := c.Disk.Stat(c.Root, layout.LockName, &st); err == nil && (st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink > 1) {
 		c.found(Finding{Path: layout.LockName, Grade: Damaged, What: FoundForeign, Detail: "it is not a regular file with one name, so the volume cannot be mounted for writing",
 			Advice: "if the volume is mounted nowhere, remove it: the next mount makes it again"})
 	}
-	if layout.LacksLinks(&c.disk, c.root) {
+	if layout.LacksLinks(c.Disk, c.Root) {
 		c.found(Finding{Path: layout.LinksName, Grade: Damaged, What: FoundLinks,
 			Detail: "this copy was made without symlinks: the symlinks of the volume and its names of more than 160 bytes are missing",
 			Advice: "copy the directory again with its symlinks (rsync -a, tar; rclone needs --links); fsck --repair accepts the copy as it is"})
 	}
-	id := c.cfg.Volume
+	id := c.Config.Volume
 	c.walk(ctx, "", "", &id)
 	c.mu.Lock()
 	c.done.All = true
@@ -169,7 +165,7 @@ func (c *checker) run(ctx context.Context) (Checked, error) {
 	return c.snapshot(), ctx.Err()
 }
 
-func (c *checker) snapshot() Checked {
+func (c *checker) snapshot() Counts {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	d := c.done
@@ -197,7 +193,7 @@ func (c *checker) found(f Finding) {
 // readMarker learns which sessions did not end well.
 func (c *checker) readMarker() error {
 	c.bad = map[uint64]bool{}
-	sessions, err := layout.ReadMarker(&c.disk, c.root, c.vk)
+	sessions, err := layout.ReadMarker(c.Disk, c.Root, c.Keys)
 	if err != nil && blockcrypt.ClassOf(err) == "" {
 		return err
 	}
@@ -215,7 +211,7 @@ func (c *checker) readMarker() error {
 }
 
 func (c *checker) open(cpath string, flags int) (int, error) {
-	return c.disk.OpenBelow(c.root, cpath, flags)
+	return c.Disk.OpenBelow(c.Root, cpath, flags)
 }
 
 // walk checks a directory and all below it. id is nil where its ID must be read.
@@ -231,10 +227,10 @@ func (c *checker) walk(ctx context.Context, cpath, ppath string, id *blockcrypt.
 		return
 	}
 	var entries []disk.Dirent
-	if err := c.disk.Scan(fd, func(e disk.Dirent) error { entries = append(entries, e); return nil }); err != nil {
+	if err := c.Disk.Scan(fd, func(e disk.Dirent) error { entries = append(entries, e); return nil }); err != nil {
 		c.found(Finding{Path: cpath, Name: ppath, Grade: Unchecked, What: FoundIO, Detail: err.Error()})
 	}
-	plain := c.cfg.Names == blockcrypt.NamesPlain
+	plain := c.Config.Names == blockcrypt.NamesPlain
 	if id == nil && !plain {
 		id = c.dirID(fd, cpath, ppath, entries)
 	}
@@ -255,7 +251,7 @@ func (c *checker) walk(ctx context.Context, cpath, ppath string, id *blockcrypt.
 			subdirs = append(subdirs, j)
 		case unix.S_IFREG:
 			var st unix.Stat_t
-			if c.disk.Stat(fd, e.Name, &st) == nil {
+			if c.Disk.Stat(fd, e.Name, &st) == nil {
 				c.expected.Add(min(st.Size, st.Blocks*512))
 			}
 			c.jobs <- j
@@ -263,7 +259,7 @@ func (c *checker) walk(ctx context.Context, cpath, ppath string, id *blockcrypt.
 			c.checkTarget(fd, e, j)
 		}
 	}
-	c.disk.Close(fd)
+	c.Disk.Close(fd)
 	for _, j := range subdirs {
 		c.walk(ctx, j.cpath, j.ppath, nil)
 	}
@@ -274,7 +270,7 @@ func (c *checker) typeOf(fd int, e disk.Dirent) uint32 {
 		return e.Type
 	}
 	var st unix.Stat_t
-	if c.disk.Stat(fd, e.Name, &st) != nil {
+	if c.Disk.Stat(fd, e.Name, &st) != nil {
 		return 0
 	}
 	return st.Mode & unix.S_IFMT
@@ -282,7 +278,7 @@ func (c *checker) typeOf(fd int, e disk.Dirent) uint32 {
 
 // dirID returns a directory's ID, nil if there is none to trust.
 func (c *checker) dirID(fd int, cpath, ppath string, entries []disk.Dirent) *blockcrypt.ID {
-	x := layout.DirIDOf(&c.disk, fd, entries)
+	x := layout.DirIDOf(c.Disk, fd, entries)
 	id, ok, lost, err := x.Resolve()
 	f := Finding{Path: cpath, Name: ppath, What: FoundDirID}
 	switch {
@@ -306,17 +302,17 @@ func (c *checker) dirID(fd int, cpath, ppath string, entries []disk.Dirent) *blo
 // entryName returns the plaintext path of an entry; show is false for entries that are
 // kmsfs' own, which is checked here.
 func (c *checker) entryName(fd int, cpath, ppath string, id *blockcrypt.ID, e disk.Dirent, all map[string]bool) (name string, show bool) {
-	plain := c.cfg.Names == blockcrypt.NamesPlain
+	plain := c.Config.Names == blockcrypt.NamesPlain
 	f := Finding{Path: path.Join(cpath, e.Name)}
 	encoded := e.Name
 	entry, isName := layout.EntryOf(e.Name)
 	switch {
 	case plain && (cpath != "" || !layout.IsOwn(e.Name)):
-		return path.Join(ppath, e.Name), true
+		return under(cpath, ppath, e.Name), true
 	case !layout.IsOwn(e.Name):
 	case strings.HasPrefix(e.Name, blockcrypt.LongPrefix) && !plain:
 		var err error
-		if encoded, err = layout.EncodedName(&c.disk, fd, e.Name); err != nil {
+		if encoded, err = layout.EncodedName(c.Disk, fd, e.Name); err != nil {
 			f.Grade, f.What, f.Advice = Damaged, string(blockcrypt.BadName), "its content can be read: kmsfs cat"
 			if f.Detail = layout.ErrNameAltered.Error(); errors.Is(err, layout.ErrNameLost) {
 				f.Detail = layout.ErrNameLost.Error()
@@ -342,30 +338,39 @@ func (c *checker) entryName(fd int, cpath, ppath string, id *blockcrypt.ID, e di
 		c.found(f)
 		return "", false
 	}
-	if c.vk == nil || id == nil {
+	if c.Keys == nil || id == nil {
 		if raw, err := base64.RawURLEncoding.DecodeString(encoded); err != nil || len(raw) < 32 || len(raw)%16 != 0 {
 			f.Grade, f.What, f.Detail, f.Advice = Damaged, string(blockcrypt.BadName), "no encoded name looks like this", "a mount does not show it"
 			c.found(f)
 		}
 		return "", true
 	}
-	p, err := c.vk.DecodeName(*id, encoded)
+	p, err := c.Keys.DecodeName(*id, encoded)
 	if err != nil {
 		f.Grade, f.What, f.Detail, f.Advice = Damaged, string(blockcrypt.BadName), "the name does not decode: it was altered, or moved here from another directory", "a mount does not show it; its content can be read: kmsfs cat"
 		c.found(f)
 		return "", true
 	}
-	return path.Join(ppath, p), true
+	return under(cpath, ppath, p), true
+}
+
+// under returns the plaintext path of an entry of a directory, "" where the directory's is not
+// known.
+func under(cpath, ppath, name string) string {
+	if cpath != "" && ppath == "" {
+		return ""
+	}
+	return path.Join(ppath, name)
 }
 
 // checkTarget opens a symlink's target.
 func (c *checker) checkTarget(fd int, e disk.Dirent, j checkJob) {
-	if c.vk == nil {
+	if c.Keys == nil {
 		return
 	}
-	t, err := c.disk.Readlink(fd, e.Name)
+	t, err := c.Disk.Readlink(fd, e.Name)
 	if err == nil {
-		_, err = c.vk.OpenTarget(t)
+		_, err = c.Keys.OpenTarget(t)
 	}
 	if err != nil {
 		c.found(Finding{Path: j.cpath, Name: j.ppath, Grade: Damaged, What: string(blockcrypt.BadValue), Detail: "the symlink's target cannot be read", Advice: "make it again, or restore it from a backup"})
@@ -374,15 +379,15 @@ func (c *checker) checkTarget(fd int, e disk.Dirent, j checkJob) {
 
 // checkAttrs opens the extended attributes that are encrypted.
 func (c *checker) checkAttrs(fd int, e disk.Dirent, j checkJob) {
-	if c.vk == nil {
+	if c.Keys == nil {
 		return
 	}
-	p, err := c.disk.Open(fd, e.Name, unix.O_PATH, 0)
+	p, err := c.Disk.Open(fd, e.Name, unix.O_PATH, 0)
 	if err != nil {
 		return // checkFile says so
 	}
-	defer c.disk.Close(p)
-	raw, err := c.disk.Listxattr(p)
+	defer c.Disk.Close(p)
+	raw, err := c.Disk.Listxattr(p)
 	if err != nil || len(raw) == 0 || e.Type == unix.S_IFLNK {
 		return
 	}
@@ -391,15 +396,15 @@ func (c *checker) checkAttrs(fd int, e disk.Dirent, j checkJob) {
 			continue
 		}
 		f := Finding{Path: j.cpath, Name: j.ppath, Grade: Damaged, What: string(blockcrypt.BadValue), Advice: "set the attribute again, or remove it with setfattr"}
-		attr, err := c.vk.DecodeAttr(name)
+		attr, err := c.Keys.DecodeAttr(name)
 		if err != nil {
 			f.Detail = "the name of an extended attribute does not decode"
 			c.found(f)
 			continue
 		}
-		v, err := c.disk.Getxattr(p, name)
+		v, err := c.Disk.Getxattr(p, name)
 		if err == nil {
-			_, err = c.vk.OpenValue(attr, v)
+			_, err = c.Keys.OpenValue(attr, v)
 		}
 		if err != nil {
 			f.Detail = "the value of an extended attribute does not open"
@@ -408,16 +413,19 @@ func (c *checker) checkAttrs(fd int, e disk.Dirent, j checkJob) {
 	}
 }
 
-// Check checks one ciphertext file by itself, wherever it lies; stores may be
-// none, then only its structure is. Its origin needs its volume.
-func (l *Lone) Check(ctx context.Context, name string, stores []keystore.Store, o CheckOptions) (Checked, error) {
-	c := &checker{o: o, geo: l.Header.Geometry, cfg: &blockcrypt.Config{Volume: l.Header.Volume, Header: l.Header.Geometry.Header()}, lone: true, bad: map[uint64]bool{}}
+// File checks one ciphertext file by itself, wherever it lies; stores may be none, then only its
+// structure is. Its origin needs its volume.
+func File(ctx context.Context, l *volume.Lone, name string, stores []keystore.Store, o Options) (Counts, error) {
+	c := &checker{o: o, geo: l.Header.Geometry, lone: true, bad: map[uint64]bool{}}
+	var fd int
+	c.Disk, fd = l.Ciphertext()
+	c.Config = &blockcrypt.Config{Volume: l.Header.Volume, Header: l.Header.Geometry.Header()}
 	if len(stores) > 0 {
-		c.ring = keystore.NewRing(l.Header.Volume, stores, keystore.RingOptions{})
-		defer c.ring.Close()
+		c.Ring = keystore.NewRing(l.Header.Volume, stores, keystore.RingOptions{})
+		defer c.Ring.Close()
 	}
 	c.files.Add(1)
-	k := &fileCheck{checker: c, fd: l.fd, f: Finding{Path: name}}
+	k := &fileCheck{checker: c, fd: fd, f: Finding{Path: name}}
 	if err := k.check(ctx); err != nil {
 		k.fail(err)
 	}

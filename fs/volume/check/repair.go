@@ -1,4 +1,4 @@
-package volume
+package check
 
 import (
 	"context"
@@ -6,11 +6,11 @@ import (
 	"fmt"
 	"path"
 	"slices"
-	"strings"
 
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume"
 	"kmsfs/fs/volume/internal/cfile"
 	"kmsfs/fs/volume/internal/disk"
 	"kmsfs/fs/volume/internal/layout"
@@ -27,9 +27,9 @@ type Repaired struct {
 // answer by itself; a damaged file's readable rest is kept as a copy beside it
 // where ask says so. It never destroys the only copy of anything. Files of a
 // session that did not end well are repaired by opening the volume.
-func (v *Volume) Repair(ctx context.Context, findings []Finding, ask func(Finding) bool) []Repaired {
+func Repair(ctx context.Context, v *volume.Volume, findings []Finding, ask func(Finding) bool) []Repaired {
 	var out []Repaired
-	mend := &repairer{v}
+	mend := &repairer{v.Tree(), v, v.Geometry()}
 	kept := map[string]bool{}
 	for _, f := range findings {
 		if ctx.Err() != nil {
@@ -40,7 +40,7 @@ func (v *Volume) Repair(ctx context.Context, findings []Finding, ask func(Findin
 		case f.What == FoundLeftover, f.What == FoundOrphan:
 			r.Done, r.Err = mend.removeLeftover(f.Path)
 		case f.What == FoundLinks:
-			r.Done, r.Err = "accepted as a copy without symlinks", v.disk.Symlink(layout.LinksTarget, v.rootD, layout.LinksName)
+			r.Done, r.Err = "accepted as a copy without symlinks", mend.Disk.Symlink(layout.LinksTarget, mend.Root, layout.LinksName)
 		case f.What == FoundDirID:
 			r.Done, r.Err = mend.mendDirID(f.Path)
 		case f.What == string(blockcrypt.BadBlock), f.What == string(blockcrypt.BadSize), f.What == FoundCopied:
@@ -58,10 +58,14 @@ func (v *Volume) Repair(ctx context.Context, findings []Finding, ask func(Findin
 }
 
 // repairer mends what a check has found.
-type repairer struct{ v *Volume }
+type repairer struct {
+	volume.Tree
+	v   *volume.Volume
+	geo blockcrypt.Geometry
+}
 
 func (r *repairer) below(cpath string, flags int) (int, error) {
-	return r.v.disk.OpenBelow(r.v.rootD, cpath, flags)
+	return r.Disk.OpenBelow(r.Root, cpath, flags)
 }
 
 func (r *repairer) removeLeftover(cpath string) (string, error) {
@@ -70,15 +74,15 @@ func (r *repairer) removeLeftover(cpath string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	defer r.v.disk.Close(fd)
+	defer r.Disk.Close(fd)
 	var st unix.Stat_t
-	if entry, ok := layout.EntryOf(name); ok && r.v.disk.Stat(fd, entry, &st) == nil {
+	if entry, ok := layout.EntryOf(name); ok && r.Disk.Stat(fd, entry, &st) == nil {
 		return "", errors.New("its entry is there by now")
 	}
-	if err := r.v.disk.Unlink(fd, name, 0); err != nil {
+	if err := r.Disk.Unlink(fd, name, 0); err != nil {
 		return "", err
 	}
-	return "removed", r.v.disk.Fsync(fd)
+	return "removed", r.Disk.Fsync(fd)
 }
 
 // mendDirID finds a directory's ID: in one of its two places, or in the headers of
@@ -88,17 +92,17 @@ func (r *repairer) mendDirID(cpath string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	defer r.v.disk.Close(fd)
+	defer r.Disk.Close(fd)
 	var entries []disk.Dirent
-	if err := r.v.disk.Scan(fd, func(e disk.Dirent) error { entries = append(entries, e); return nil }); err != nil {
+	if err := r.Disk.Scan(fd, func(e disk.Dirent) error { entries = append(entries, e); return nil }); err != nil {
 		return "", err
 	}
-	x := layout.DirIDOf(&r.v.disk, fd, entries)
+	x := layout.DirIDOf(r.Disk, fd, entries)
 	candidates := x.IDs
 	encoded := "" // a name that the right one decodes
 	for _, e := range entries {
 		if _, ok := layout.EntryOf(e.Name); ok && encoded == "" {
-			encoded, err = r.v.disk.Readlink(fd, e.Name)
+			encoded, err = r.Disk.Readlink(fd, e.Name)
 			if err != nil && err != unix.EINVAL { // EINVAL: no symlink, so it tells nothing
 				return "", err
 			}
@@ -113,52 +117,35 @@ func (r *repairer) mendDirID(cpath string) (string, error) {
 	}
 	for _, id := range candidates {
 		empty := encoded == "" && len(candidates) == 1 // no name could contradict
-		if _, err := r.v.vk.DecodeName(id, encoded); err != nil && !empty {
+		if _, err := r.Keys.DecodeName(id, encoded); err != nil && !empty {
 			continue
 		}
 		for _, p := range x.Places {
 			if p != layout.DirLink+"."+id.String() {
-				if err := r.v.disk.Unlink(fd, p, 0); err != nil {
+				if err := r.Disk.Unlink(fd, p, 0); err != nil {
 					return "", err
 				}
 			}
 		}
-		if err := layout.MendDirID(&r.v.disk, fd, id); err != nil {
+		if err := layout.MendDirID(r.Disk, fd, id); err != nil {
 			return "", err
 		}
-		return "its ID was found again", r.v.disk.Fsync(fd)
+		return "its ID was found again", r.Disk.Fsync(fd)
 	}
 	return "", errors.New("none of the IDs that can be found decodes the names in it")
 }
 
 func (r *repairer) headerOf(dir int, name string) (*blockcrypt.Header, error) {
-	fd, err := r.v.disk.Open(dir, name, unix.O_RDONLY|disk.FileFlags, 0)
+	fd, err := r.Disk.Open(dir, name, unix.O_RDONLY|disk.FileFlags, 0)
 	if err != nil {
 		return nil, err
 	}
-	defer r.v.disk.Close(fd)
-	hdr, _, err := layout.ReadHeader(&r.v.disk, fd, r.v.geo.Header())
+	defer r.Disk.Close(fd)
+	hdr, _, err := layout.ReadHeader(r.Disk, fd, r.geo.Header())
 	if err == nil {
-		err = layout.CheckHeader(hdr, r.v.geo, r.v.cfg.Volume, r.v.vk)
+		err = layout.CheckHeader(hdr, r.geo, r.Config.Volume, r.Keys)
 	}
 	return hdr, err
-}
-
-// nodeOf returns the node of a directory by its ciphertext path. Its lookups
-// stay until the volume is closed.
-func (r *repairer) nodeOf(cpath string) (*Node, error) {
-	n := r.v.root
-	for part := range strings.SplitSeq(path.Clean(cpath), "/") {
-		if part == "." || part == "" {
-			continue
-		}
-		c, _, err := r.v.find(n, func() (string, error) { return part, nil })
-		if err != nil {
-			return nil, err
-		}
-		n = c
-	}
-	return n, nil
 }
 
 // RestSuffix is appended to the name of a damaged file for the copy of all that can
@@ -169,11 +156,11 @@ const RestSuffix = ".readable-rest"
 // their own places: the bytes between read as zeros.
 func (r *repairer) keepRest(ctx context.Context, cpath string) (done string, err error) {
 	dirPath, cname := path.Split(cpath)
-	dir, err := r.nodeOf(dirPath)
+	dir, err := r.v.Locate(dirPath)
 	if err != nil {
 		return "", err
 	}
-	name, err := r.plainName(dir, cname)
+	name, err := dir.PlainName(cname)
 	if err != nil {
 		return "", fmt.Errorf("its name cannot be read, so the copy has none: %w", err)
 	}
@@ -181,9 +168,9 @@ func (r *repairer) keepRest(ctx context.Context, cpath string) (done string, err
 	if err != nil {
 		return "", err
 	}
-	defer r.v.disk.Close(fd)
+	defer r.Disk.Close(fd)
 	var st unix.Stat_t
-	if err := r.v.disk.Fstat(fd, &st); err != nil {
+	if err := r.Disk.Fstat(fd, &st); err != nil {
 		return "", err
 	}
 	d, base := path.Split(cpath)
@@ -191,22 +178,17 @@ func (r *repairer) keepRest(ctx context.Context, cpath string) (done string, err
 	if err != nil {
 		return "", err
 	}
-	defer r.v.disk.Close(dfd)
+	defer r.Disk.Close(dfd)
 	hdr, err := r.headerOf(dfd, base)
 	if err != nil {
 		return "", err
 	}
-	key, err := r.v.ring.Unwrap(ctx, hdr.File, hdr.Recipients)
-	if err != nil {
-		return "", err
-	}
-	keys, err := hdr.Unlock(key)
-	clear(key)
+	keys, err := r.Ring.Unlock(ctx, hdr)
 	if err != nil {
 		return "", err
 	}
 	name = name[:min(len(name), 255-len(RestSuffix))] + RestSuffix
-	_, _, h, err := r.v.Create(ctx, dir, name, st.Mode&0o7777, Caller{UID: st.Uid, GID: st.Gid}, true, true)
+	_, _, h, err := r.v.Create(ctx, dir, name, st.Mode&0o7777, volume.Caller{UID: st.Uid, GID: st.Gid}, true, true)
 	if err != nil {
 		return "", fmt.Errorf("the copy beside it: %w", err)
 	}
@@ -220,46 +202,29 @@ func (r *repairer) keepRest(ctx context.Context, cpath string) (done string, err
 	return fmt.Sprintf("%d bytes that can be read were kept in %q beside it", kept, name), nil
 }
 
-func (r *repairer) plainName(dir *Node, cname string) (string, error) {
-	fd, err := dir.enter()
-	if err != nil {
-		return "", err
-	}
-	defer dir.leave()
-	id, _, err := dir.dirIdent(false)
-	if err != nil {
-		return "", err
-	}
-	name, ok, err := dir.decode(fd, id, cname)
-	if err == nil && !ok {
-		err = unix.EINVAL
-	}
-	return name, err
-}
-
-func (r *repairer) copyBlocks(ctx context.Context, h *Handle, fd int, keys *blockcrypt.FileKeys, length int64) (kept int64, err error) {
+func (r *repairer) copyBlocks(ctx context.Context, h *volume.Handle, fd int, keys *blockcrypt.FileKeys, length int64) (kept int64, err error) {
 	var page [blockcrypt.PageSize]byte
 	text := make([]byte, 0, blockcrypt.BlockSize)
-	for k := int64(0); k <= r.v.geo.Last(length); k++ {
-		n, err := r.v.disk.Pread(fd, page[:], r.v.geo.PageOff(k))
+	for k := int64(0); k <= r.geo.Last(length); k++ {
+		n, err := r.Disk.Pread(fd, page[:], r.geo.PageOff(k))
 		if err != nil {
 			continue // the disk cannot read it
 		}
 		if n == len(page) && blockcrypt.IsHole(page[:]) {
-			at, err := r.v.disk.Seek(fd, r.v.geo.PageOff(k), unix.SEEK_DATA)
+			at, err := r.Disk.Seek(fd, r.geo.PageOff(k), unix.SEEK_DATA)
 			if errors.Is(err, unix.ENXIO) { // none is behind it
 				break
 			}
 			if err == nil {
-				k = max(k, r.v.geo.BlockAt(at)-1)
+				k = max(k, r.geo.BlockAt(at)-1)
 			}
 			continue
 		}
-		out, err := keys.Open(text, k, cfile.PageOf(page[:n], 0, r.v.geo.Lead(k)), r.v.geo.Capacity(k))
+		out, err := keys.Open(text, k, cfile.PageOf(page[:n], 0, r.geo.Lead(k)), r.geo.Capacity(k))
 		if err != nil {
 			continue
 		}
-		if _, err := h.Write(ctx, out, r.v.geo.Start(k)); err != nil {
+		if _, err := h.Write(ctx, out, r.geo.Start(k)); err != nil {
 			return kept, err
 		}
 		kept += int64(len(out))
