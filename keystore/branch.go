@@ -84,7 +84,7 @@ func (b brancher) take(ctx context.Context) (kek []byte, id [16]byte, blob []byt
 	defer r.mu.Unlock()
 	x.wipe()
 	if r.verdict() == nil && r.ctx.Err() == nil { // else it is for this file alone
-		x.id, x.key, x.blob, x.made, x.files = id, bytes.Clone(kek), w.Wrapped, r.o.Now(), 1
+		x.id, x.key, x.blob, x.made, x.files = id, bytes.Clone(kek), w.Wrapped, r.o.now(), 1
 	}
 	return kek, id, w.Wrapped, nil
 }
@@ -94,7 +94,7 @@ func (b brancher) current() (kek []byte, id [16]byte, blob []byte) {
 	r, x := b.r, &b.s.branch
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if x.key == nil || r.o.Now()-x.made >= r.o.Branches || x.files >= branchFiles {
+	if x.key == nil || r.o.now()-x.made >= r.o.Branches || x.files >= branchFiles {
 		return nil, id, nil
 	}
 	x.files++

@@ -47,7 +47,7 @@ func (s *maker) Unwrap(ctx context.Context, b keystore.Binding, w blockcrypt.Rec
 func TestBranchKeys(t *testing.T) {
 	var clock atomic.Int64
 	s := &maker{slow: slow{uri: "maker:1", delay: time.Millisecond}}
-	o := keystore.RingOptions{Pool: 8, Branches: time.Hour, MaxAge: 100 * time.Hour, Now: func() time.Duration { return time.Duration(clock.Load()) }}
+	o := keystore.RingOptions{Pool: 8, Branches: time.Hour, MaxAge: 100 * time.Hour}.Clock(func() time.Duration { return time.Duration(clock.Load()) })
 	r := keystore.NewRing([16]byte{1}, []keystore.Store{s}, o)
 	defer r.Close()
 	var mu sync.Mutex

@@ -70,8 +70,8 @@ const (
 	suspendWaits = 500         // milliseconds, for calls that are under way
 )
 
-// now is CLOCK_BOOTTIME, which goes on while the machine sleeps.
-func now() time.Duration {
+// bootTime is CLOCK_BOOTTIME, which goes on while the machine sleeps.
+func bootTime() time.Duration {
 	var t unix.Timespec
 	unix.ClockGettime(unix.CLOCK_BOOTTIME, &t)
 	return time.Duration(t.Nano())
@@ -111,7 +111,7 @@ func (l *lease) note(s *standing, op string, probe bool, err error) {
 	if s.immediate || err != nil && !ok {
 		return
 	}
-	switch s.health.note(l.r.o.Now(), outcome{op, probe, e}, rand.N[time.Duration]) {
+	switch s.health.note(l.r.o.now(), outcome{op, probe, e}, rand.N[time.Duration]) {
 	case restored:
 		l.r.pool.failing = false
 	case failed:
@@ -171,7 +171,7 @@ func (l *lease) Prove(ctx context.Context) error {
 
 // stale reports whether every store's last proof is too old. mu is held.
 func (l *lease) stale() bool {
-	t := l.r.o.Now()
+	t := l.r.o.now()
 	return !slices.ContainsFunc(l.stores, func(s *standing) bool { return !s.stale(t, l.r.o.MaxAge) })
 }
 
@@ -204,7 +204,7 @@ func (l *lease) due(s *standing) bool {
 	if s.immediate || s.probing || l.suspended != nil || len(s.samples) == 0 {
 		return false
 	}
-	return s.health.due(l.r.o.Now(), l.r.o.MaxAge, rand.N[time.Duration])
+	return s.health.due(l.r.o.now(), l.r.o.MaxAge, rand.N[time.Duration])
 }
 
 // probe unwraps one key, to see whether that is still allowed.
@@ -255,7 +255,7 @@ func (l *lease) verdict() *Error {
 	}
 	var first *Error
 	for _, s := range l.stores {
-		e := s.lost(l.r.o.Now(), l.r.o.Grace)
+		e := s.lost(l.r.o.now(), l.r.o.Grace)
 		if e == nil {
 			return nil
 		}

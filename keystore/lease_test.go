@@ -28,7 +28,7 @@ func bubbleClock() func() time.Duration {
 func bubble(t *testing.T, s []keystore.Store, o keystore.RingOptions, f func(r *keystore.Ring)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		o.Now = bubbleClock()
+		o = o.Clock(bubbleClock())
 		r := keystore.NewRing([16]byte{1}, s, o)
 		defer r.Close()
 		f(r)
@@ -129,7 +129,7 @@ func TestTrafficIsTheProof(t *testing.T) {
 	s := &slow{uri: "slow:1"}
 	bubble(t, []keystore.Store{s}, keystore.RingOptions{}, func(r *keystore.Ring) {
 		ks := fill(t, r, 60)
-		other := keystore.NewRing([16]byte{1}, []keystore.Store{s}, keystore.RingOptions{Now: bubbleClock()}) // knows no keys
+		other := keystore.NewRing([16]byte{1}, []keystore.Store{s}, keystore.RingOptions{}.Clock(bubbleClock())) // knows no keys
 		defer other.Close()
 		r.Close()
 		s.opens.Store(0)
@@ -195,7 +195,7 @@ func TestOneFileDenied(t *testing.T) {
 	bubble(t, []keystore.Store{s}, keystore.RingOptions{}, func(r *keystore.Ring) {
 		ks := fill(t, r, 3)
 		s.denied = ks[1].ID
-		other := keystore.NewRing([16]byte{1}, []keystore.Store{s}, keystore.RingOptions{Now: bubbleClock()}) // knows no keys
+		other := keystore.NewRing([16]byte{1}, []keystore.Store{s}, keystore.RingOptions{}.Clock(bubbleClock())) // knows no keys
 		defer other.Close()
 		if _, err := other.Unwrap(bg, ks[0].ID, ks[0].Wrapped); err != nil {
 			t.Fatal(err)
@@ -292,7 +292,7 @@ func TestSleepCounts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		clock := bubbleClock()
 		var asleep atomic.Int64
-		r := keystore.NewRing([16]byte{1}, []keystore.Store{s}, keystore.RingOptions{Now: func() time.Duration { return clock() + time.Duration(asleep.Load()) }})
+		r := keystore.NewRing([16]byte{1}, []keystore.Store{s}, keystore.RingOptions{}.Clock(func() time.Duration { return clock() + time.Duration(asleep.Load()) }))
 		defer r.Close()
 		k := fill(t, r, 1)[0]
 		refuse(s, keystore.Revoked)
@@ -438,7 +438,7 @@ func TestOneOfTwoRevoked(t *testing.T) {
 	a, b := &slow{uri: "slow:a"}, &slow{uri: "slow:b"}
 	bubble(t, []keystore.Store{a, b}, keystore.RingOptions{}, func(r *keystore.Ring) {
 		k := fill(t, r, 1)[0]
-		other := keystore.NewRing([16]byte{1}, []keystore.Store{a, b}, keystore.RingOptions{Now: bubbleClock()}) // knows no keys
+		other := keystore.NewRing([16]byte{1}, []keystore.Store{a, b}, keystore.RingOptions{}.Clock(bubbleClock())) // knows no keys
 		defer other.Close()
 		refuse(b, keystore.Revoked)
 		if _, err := other.Unwrap(bg, [16]byte{7}, []blockcrypt.Recipient{{URI: "slow:b", Wrapped: []byte("x")}}); keystore.KindOf(err) != keystore.Revoked {

@@ -154,7 +154,7 @@ func (m *maker) NewKeyNow() (k *DataKey, ok bool, err error) {
 	if n == 0 || m.r.stale() {
 		return nil, false, nil
 	}
-	p.taken(m.r.o.Now())
+	p.taken(m.r.o.now())
 	k, p.keys = p.keys[n-1], p.keys[:n-1]
 	m.refill()
 	return k, true, nil
@@ -172,9 +172,9 @@ func (m *maker) NewKey(ctx context.Context) (*DataKey, error) {
 		m.r.mu.Unlock()
 		return nil, err
 	}
-	p.taken(m.r.o.Now())
+	p.taken(m.r.o.now())
 	c := make(chan made, 1)
-	p.waiting = append(p.waiting, waiter{c, m.r.o.Now()})
+	p.waiting = append(p.waiting, waiter{c, m.r.o.now()})
 	m.refill()
 	m.r.mu.Unlock()
 	select {
@@ -234,12 +234,12 @@ func (m *maker) refill() {
 		purpose := ForCreate
 		if p.making >= len(p.waiting) {
 			purpose = ForPool
-			if p.failing || m.r.o.Now() < p.pause || m.r.suspended != nil || m.r.creates() != nil || !p.wants(m.r.o.Now()) {
+			if p.failing || m.r.o.now() < p.pause || m.r.suspended != nil || m.r.creates() != nil || !p.wants(m.r.o.now()) {
 				return
 			}
 		}
 		p.making++
-		begun, since := p.count, m.r.o.Now()
+		begun, since := p.count, m.r.o.now()
 		m.r.wg.Go(func() {
 			k, err := m.make(WithPurpose(m.r.ctx, purpose))
 			m.r.mu.Lock()
@@ -285,7 +285,7 @@ func (m *maker) arrived(k *DataKey, err error, begun time.Duration) (told error)
 		}
 		unlucky := KindOf(err) == Outage && m.r.creates() == nil // keys can be made, as far as is known
 		p.failing = m.r.suspended == nil && (p.failing || !unlucky)
-		p.pause = m.r.o.Now() + firstRetry
+		p.pause = m.r.o.now() + firstRetry
 	default:
 		p.keys = append(p.keys, k)
 	}
@@ -392,7 +392,7 @@ func opens(stores []Store, ws []blockcrypt.Recipient) bool {
 func (m *maker) forbidden(s *standing) error {
 	m.r.mu.Lock()
 	defer m.r.mu.Unlock()
-	if s.mayNot != nil && m.r.o.Now() < s.again {
+	if s.mayNot != nil && m.r.o.now() < s.again {
 		return s.mayNot
 	}
 	return nil
@@ -403,7 +403,7 @@ func (m *maker) forbid(s *standing, err error) {
 	m.r.mu.Lock()
 	defer m.r.mu.Unlock()
 	if e, ok := errors.AsType[*Error](err); ok && (e.Kind == Denied || e.Kind == Invalid) {
-		s.mayNot, s.again = e, m.r.o.Now()+remembered
+		s.mayNot, s.again = e, m.r.o.now()+remembered
 	}
 }
 

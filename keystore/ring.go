@@ -50,7 +50,8 @@ type RingOptions struct {
 	Report   func(error)                 // told of what failed in the background
 	Changed  func(verdict error)         // told when no key can be used any more, and with nil when one can again
 	Reach    func(uri string, err error) // told when a store cannot be reached any more, and with nil when it can again
-	Now      func() time.Duration        // the clock, for tests; CLOCK_BOOTTIME if nil
+
+	now func() time.Duration // the clock: CLOCK_BOOTTIME but in tests
 }
 
 const maxCached = 16384
@@ -71,8 +72,8 @@ func NewRing(volume [16]byte, stores []Store, o RingOptions) *Ring {
 	if o.Grace == 0 {
 		o.Grace = time.Hour
 	}
-	if o.Now == nil {
-		o.Now = now
+	if o.now == nil {
+		o.now = bootTime
 	}
 	if o.Reach == nil {
 		o.Reach = func(string, error) {}
@@ -159,7 +160,7 @@ func (r *Ring) drain() {
 // newStanding takes the store to have just proven that its key may be used. mu is held.
 func (r *Ring) newStanding(s Store, sample []blockcrypt.Recipient) *standing {
 	_, immediate := s.(Immediate)
-	st := &standing{Store: s, immediate: immediate, health: health{proven: r.o.Now()}, branch: branch{busy: make(chan struct{}, 1)}}
+	st := &standing{Store: s, immediate: immediate, health: health{proven: r.o.now()}, branch: branch{busy: make(chan struct{}, 1)}}
 	for _, w := range sample {
 		if Serves(s, w.URI) {
 			st.learn(Binding{Use: ForVolume, Volume: r.volume}, w)
@@ -332,7 +333,7 @@ func (r *Ring) UnwrapNow(file [16]byte, ws []blockcrypt.Recipient) (key []byte, 
 // underBranch unwraps a key under a branch key that the store has in memory.
 func (r *Ring) underBranch(c candidate, b Binding) (key []byte, ok bool, err error) {
 	r.mu.Lock()
-	stale := c.s.stale(r.o.Now(), r.o.MaxAge)
+	stale := c.s.stale(r.o.now(), r.o.MaxAge)
 	r.mu.Unlock()
 	if stale {
 		return nil, false, nil
@@ -482,10 +483,10 @@ func (r *Ring) cachedKey(s *standing, id [32]byte) ([]byte, error) {
 	if e := r.unusable(s); e != nil {
 		return nil, e
 	}
-	if s.stale(r.o.Now(), r.o.MaxAge) {
+	if s.stale(r.o.now(), r.o.MaxAge) {
 		return nil, nil
 	}
-	if r.o.EachKey && s.down == nil && r.o.Now()-r.cache.since(id) > r.o.MaxAge {
+	if r.o.EachKey && s.down == nil && r.o.now()-r.cache.since(id) > r.o.MaxAge {
 		return nil, nil
 	}
 	key, ahead := r.cache.get(id)
@@ -503,7 +504,7 @@ func (r *Ring) unusable(s *standing) error {
 	if r.suspended != nil {
 		return r.suspended
 	}
-	if e := s.lost(r.o.Now(), r.o.Grace); e != nil {
+	if e := s.lost(r.o.now(), r.o.Grace); e != nil {
 		return e
 	}
 	return nil
@@ -512,7 +513,7 @@ func (r *Ring) unusable(s *standing) error {
 // insert puts a key into the cache; mu is held.
 func (r *Ring) insert(id [32]byte, key []byte, ahead bool) {
 	if r.ctx.Err() == nil && r.suspended == nil {
-		r.cache.put(id, key, r.o.Now(), ahead)
+		r.cache.put(id, key, r.o.now(), ahead)
 	}
 }
 
@@ -535,7 +536,7 @@ func (r *Ring) unwrap(ctx context.Context, s *standing, b Binding, w blockcrypt.
 			r.calls[id] = c
 			r.counts.Misses++
 		}
-		stale := s.stale(r.o.Now(), r.o.MaxAge)
+		stale := s.stale(r.o.now(), r.o.MaxAge)
 		r.mu.Unlock()
 		if k, ok := s.Store.(Keeper); ok && mine && stale {
 			k.Forget() // a branch key from before a long sleep is no proof
@@ -605,7 +606,7 @@ func (r *Ring) Counts() Counts {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	c := r.counts
-	c.Cached, c.Pool, c.PoolTarget = len(r.cache.where), len(r.pool.keys), r.pool.target(r.o.Now())
+	c.Cached, c.Pool, c.PoolTarget = len(r.cache.where), len(r.pool.keys), r.pool.target(r.o.now())
 	return c
 }
 
@@ -622,7 +623,7 @@ func (r *Ring) States() []StoreState {
 	defer r.mu.Unlock()
 	var out []StoreState
 	for _, s := range r.stores {
-		st := StoreState{URI: s.URI(), Proven: r.o.Now() - s.proven}
+		st := StoreState{URI: s.URI(), Proven: r.o.now() - s.proven}
 		if s.immediate {
 			st.Proven = 0
 		}

@@ -217,7 +217,7 @@ func TestSleepAndPool(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		clock := bubbleClock()
 		var asleep atomic.Int64
-		r := keystore.NewRing([16]byte{1}, []keystore.Store{s}, keystore.RingOptions{Pool: 8, Now: func() time.Duration { return clock() + time.Duration(asleep.Load()) }})
+		r := keystore.NewRing([16]byte{1}, []keystore.Store{s}, keystore.RingOptions{Pool: 8}.Clock(func() time.Duration { return clock() + time.Duration(asleep.Load()) }))
 		defer r.Close()
 		fill(t, r, 1)
 		time.Sleep(10 * time.Second)

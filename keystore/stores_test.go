@@ -223,7 +223,7 @@ func TestSetStoresThatWait(t *testing.T) {
 		t.Fatal(err)
 	}
 	s := &slow{uri: "slow:1"}
-	r := keystore.NewRing([16]byte{1}, []keystore.Store{l}, keystore.RingOptions{MaxAge: time.Minute, Now: func() time.Duration { return time.Duration(clock.Load()) }})
+	r := keystore.NewRing([16]byte{1}, []keystore.Store{l}, keystore.RingOptions{MaxAge: time.Minute}.Clock(func() time.Duration { return time.Duration(clock.Load()) }))
 	defer r.Close()
 	if r.Waits() {
 		t.Error("a local key is waited for")

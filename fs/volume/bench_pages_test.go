@@ -62,7 +62,7 @@ func overwrites(b *testing.B, rule, stable bool, writes, every int, pages int64,
 	d.Mount()
 	defer d.Umount()
 	var waits atomic.Int64
-	w := newWorldIn(b, d.Mkdir("v"), volume.Options{KernelTimes: true, Hook: func(c volume.Call) error {
+	w := newWorldIn(b, d.Mkdir("v"), volume.Options{KernelTimes: true}.Hooked(func(c volume.Call) error {
 		if c.Op != "sync_file_range" {
 			return nil
 		}
@@ -71,7 +71,7 @@ func overwrites(b *testing.B, rule, stable bool, writes, every int, pages int64,
 			return volume.ErrSkip
 		}
 		return nil
-	}}, true)
+	}), true)
 	defer w.close()
 	w.write("f", make([]byte, pages*4096))
 	h, err := w.must("f").Open(ctx, true)

@@ -47,7 +47,7 @@ func (c *calls) count(op string) (n int) {
 // other.
 func TestCalls(t *testing.T) {
 	var c calls
-	w := newWorld(t, volume.Options{KernelTimes: true, Seen: c.see}.Torn())
+	w := newWorld(t, volume.Options{KernelTimes: true}.Seeing(c.see).Torn())
 	w.mkdir("d")
 	w.mkdir("e")
 	w.write("d/small", noise(3000))
@@ -151,7 +151,7 @@ func TestCalls(t *testing.T) {
 // fsync.
 func TestCallsOfLongName(t *testing.T) {
 	var c calls
-	w := newWorld(t, volume.Options{Seen: c.see})
+	w := newWorld(t, volume.Options{}.Seeing(c.see))
 	w.mkdir("d")
 	name := strings.Repeat("n", 200)
 	w.write("d/"+name, noise(100))

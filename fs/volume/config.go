@@ -70,14 +70,15 @@ func (r *Record) Trusts(uri string) bool {
 // InitOptions of [Init].
 type InitOptions struct {
 	PlainNames bool
-	Branches   time.Duration     // how long a branch key is used for new files; 0: none is
-	Done       func(Call, error) // for tests, as in [Options]
+	Branches   time.Duration // how long a branch key is used for new files; 0: none is
+
+	hooks disk.Hooks // set by tests only
 }
 
 // Init makes a volume in an empty directory: kmsfs.json, durable when it
 // returns. The volume key is wrapped for every store.
 func Init(ctx context.Context, dir string, stores []keystore.Store, id blockcrypt.ID, o InitOptions) (*Record, error) {
-	d := &disk.Disk{Done: o.Done}
+	d := &disk.Disk{Hooks: o.hooks}
 	root, err := layout.OpenRoot(d, dir)
 	if err != nil {
 		return nil, err

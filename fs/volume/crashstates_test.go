@@ -81,7 +81,7 @@ func (k *crashChecker) record(work func(*crashRun, *rand.Rand), round uint64) {
 	s = newSim(t, dir)
 	c := &crashRun{world: w, sim: s, expect: map[string]*expectation{"old": {truth: truth{confirmed: true, versions: [][]byte{[]byte("an old file, settled")}}}}}
 	k.run = c
-	w.open(volume.Options{Done: done}.Torn())
+	w.open(volume.Options{}.Done(done).Torn())
 	work(c, rand.New(rand.NewPCG(round, 5)))
 	k.busy.Store(true)
 	w.crash()
@@ -150,7 +150,7 @@ func (k *crashChecker) state(c choice) {
 			}
 		}
 	}
-	w.open(volume.Options{Done: done}.Torn())
+	w.open(volume.Options{}.Done(done).Torn())
 	if msg := k.verify(w); msg != "" {
 		fail("%s", msg)
 	}
@@ -228,7 +228,7 @@ func TestCrashStatesOfInit(t *testing.T) {
 			built++
 		}
 	}
-	if _, err := volume.Init(ctx, dir, store, blockcrypt.NewID(), volume.InitOptions{Done: check}); err != nil {
+	if _, err := volume.Init(ctx, dir, store, blockcrypt.NewID(), volume.InitOptions{}.Done(check)); err != nil {
 		t.Fatal(err)
 	}
 	l, err := volume.Find(dir)

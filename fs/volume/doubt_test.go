@@ -19,7 +19,7 @@ import (
 // from the disk again, which shows what the disk has.
 func TestFailedSyncIsRemembered(t *testing.T) {
 	var broken, forgot atomic.Bool
-	w := newWorld(t, volume.Options{Hook: func(c volume.Call) error {
+	w := newWorld(t, volume.Options{}.Hooked(func(c volume.Call) error {
 		switch {
 		case broken.Load() && (c.Op == "fsync" || c.Op == "fdatasync") && c.Name == "":
 			return unix.EIO
@@ -27,7 +27,7 @@ func TestFailedSyncIsRemembered(t *testing.T) {
 			forgot.Store(true)
 		}
 		return nil
-	}})
+	}))
 	w.quiet = true
 	w.write("f", noise(5000))
 	n := w.must("f")
@@ -64,7 +64,7 @@ func TestFailedSyncIsRemembered(t *testing.T) {
 func TestFailedSyncfs(t *testing.T) {
 	var broken atomic.Bool
 	var forgot atomic.Int32
-	w := newWorld(t, volume.Options{Hook: func(c volume.Call) error {
+	w := newWorld(t, volume.Options{}.Hooked(func(c volume.Call) error {
 		switch {
 		case broken.Load() && c.Op == "syncfs":
 			return unix.EIO
@@ -72,7 +72,7 @@ func TestFailedSyncfs(t *testing.T) {
 			forgot.Add(1)
 		}
 		return nil
-	}})
+	}))
 	w.quiet = true
 	w.write("closed", noise(5000))
 	broken.Store(true)
@@ -97,7 +97,7 @@ func TestFailedSyncfs(t *testing.T) {
 func TestSessionChangeEndsFreshness(t *testing.T) {
 	var inSync func()
 	var settled atomic.Int32
-	w := newWorld(t, volume.Options{Hook: func(c volume.Call) error {
+	w := newWorld(t, volume.Options{}.Hooked(func(c volume.Call) error {
 		switch {
 		case c.Op == "syncfs" && inSync != nil:
 			f := inSync
@@ -107,7 +107,7 @@ func TestSessionChangeEndsFreshness(t *testing.T) {
 			settled.Add(1)
 		}
 		return nil
-	}}.Torn())
+	}).Torn())
 	content := noise(20000)
 	w.write("f", content)
 	var h *volume.Handle

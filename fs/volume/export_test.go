@@ -60,6 +60,37 @@ func (v *Volume) CipherName(dir *Node, name string) string {
 	return e.cname
 }
 
+// A Call is a syscall on the ciphertext tree.
+type Call = disk.Call
+
+// ErrSkip is what a hook returns for a call that is not to be made, and to succeed.
+var ErrSkip = disk.ErrSkip
+
+// Hooked are options with a function that sees each syscall on the tree that changes something, and
+// can fail it, or skip it by [ErrSkip].
+func (o Options) Hooked(f func(Call) error) Options {
+	o.hooks.Hook = f
+	return o
+}
+
+// Done are options with a function that is told of each call after it was made.
+func (o Options) Done(f func(Call, error)) Options {
+	o.hooks.Done = f
+	return o
+}
+
+// Seeing are options with a function that is told of the name of each call, but for close.
+func (o Options) Seeing(f func(op string)) Options {
+	o.hooks.Seen = f
+	return o
+}
+
+// Done is [Options.Done].
+func (o InitOptions) Done(f func(Call, error)) InitOptions {
+	o.hooks.Done = f
+	return o
+}
+
 // Torn are options under which pages can tear, on a filesystem in memory too.
 func (o Options) Torn() Options {
 	o.torn = true

@@ -398,7 +398,7 @@ func faultOnce(t *testing.T, confirmed bool, from int64, op operation, n int64) 
 		f.err = unix.EIO
 	}
 	f.never()
-	w := newWorldIn(t, filepath.Join(t.TempDir()), volume.Options{Hook: f.hook}, false)
+	w := newWorldIn(t, filepath.Join(t.TempDir()), volume.Options{}.Hooked(f.hook), false)
 	w.quiet = true
 	old := noise(int(from))
 	h, err := w.create("f")
@@ -492,7 +492,7 @@ func TestKillAnywhere(t *testing.T) {
 		f := &fault{err: errors.New("killed")}
 		f.all.Store(true)
 		f.never()
-		w := newWorldIn(t, t.TempDir(), volume.Options{Hook: f.hook}, false)
+		w := newWorldIn(t, t.TempDir(), volume.Options{}.Hooked(f.hook), false)
 		w.quiet = true
 		closed := map[string][]byte{}
 		busy, during := "", [2][]byte{}

@@ -83,12 +83,12 @@ func TestLockAnswers(t *testing.T) {
 		u, err := w.unlock()
 		w.do("unlock", err)
 		defer u.Close()
-		v, err := u.Open(volume.Options{Hook: func(c volume.Call) error {
+		v, err := u.Open(volume.Options{}.Hooked(func(c volume.Call) error {
 			if c.Op == "fcntl" {
 				return answer
 			}
 			return nil
-		}})
+		}))
 		if err == nil {
 			v.Close()
 		}
@@ -145,13 +145,13 @@ func TestLockFileExchanged(t *testing.T) {
 	path, once := filepath.Join(w.dir, "kmsfs.lock"), false
 	u, err := w.unlock()
 	w.do("unlock", err)
-	v, err := u.Open(volume.Options{Hook: func(c volume.Call) error {
+	v, err := u.Open(volume.Options{}.Hooked(func(c volume.Call) error {
 		if c.Op == "fcntl" && !once {
 			once = true
 			return errors.Join(os.Rename(path, path+".away"), os.WriteFile(path, nil, 0o644))
 		}
 		return nil
-	}})
+	}))
 	w.do("open", err)
 	defer v.Close()
 	f, err := os.OpenFile(path, os.O_RDWR, 0)

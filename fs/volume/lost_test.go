@@ -14,12 +14,12 @@ import (
 // failing is a volume on a disk that can be made full.
 func failing(t *testing.T) (w *world, full *atomic.Bool) {
 	full = &atomic.Bool{}
-	w = newWorld(t, volume.Options{Hook: func(c volume.Call) error {
+	w = newWorld(t, volume.Options{}.Hooked(func(c volume.Call) error {
 		if full.Load() && c.Op == "pwrite" {
 			return unix.ENOSPC
 		}
 		return nil
-	}})
+	}))
 	w.quiet = true
 	return w, full
 }

@@ -50,14 +50,14 @@ func TestSyncingIsNotParked(t *testing.T) {
 	var during func()
 	w := newWorld(t, volume.Options{})
 	w.write("f", noise(20000))
-	w.reopen(volume.Options{Hook: func(c volume.Call) error {
+	w.reopen(volume.Options{}.Hooked(func(c volume.Call) error {
 		if c.Op == "fsync" && during != nil {
 			f := during
 			during = nil
 			f()
 		}
 		return nil
-	}})
+	}))
 	h := w.opened("f")
 	parked := false
 	during = func() { parked = w.v.Park(h) }
@@ -158,12 +158,12 @@ func TestParkedFilesOfBefore(t *testing.T) {
 // An error of sync_file_range is an error of writeback, which fsync does not tell again.
 func TestWaitErrorIsASyncError(t *testing.T) {
 	var fails atomic.Bool
-	w := newWorld(t, volume.Options{Hook: func(c volume.Call) error {
+	w := newWorld(t, volume.Options{}.Hooked(func(c volume.Call) error {
 		if fails.Load() && c.Op == "sync_file_range" {
 			return unix.EIO
 		}
 		return nil
-	}}.Torn())
+	}).Torn())
 	w.quiet = true
 	w.write("f", noise(20000))
 	h := w.opened("f")
@@ -180,12 +180,12 @@ func TestWaitErrorIsASyncError(t *testing.T) {
 // marker by way of the walk.
 func TestFailedSyncfsBreaksFreshFiles(t *testing.T) {
 	var broken atomic.Bool
-	w := newWorld(t, volume.Options{Hook: func(c volume.Call) error {
+	w := newWorld(t, volume.Options{}.Hooked(func(c volume.Call) error {
 		if broken.Load() && c.Op == "syncfs" {
 			return unix.EIO
 		}
 		return nil
-	}})
+	}))
 	w.quiet = true
 	h, err := w.create("f")
 	w.do("create", err)
@@ -212,7 +212,7 @@ func TestFailedSyncfsBreaksFreshFiles(t *testing.T) {
 // end, and tells it once that the kernel must read it again.
 func TestShorterAfterFailedSync(t *testing.T) {
 	var broken atomic.Bool
-	w := newWorld(t, volume.Options{Hook: func(c volume.Call) error {
+	w := newWorld(t, volume.Options{}.Hooked(func(c volume.Call) error {
 		switch {
 		case broken.Load() && c.Op == "fsync":
 			return unix.EIO
@@ -220,7 +220,7 @@ func TestShorterAfterFailedSync(t *testing.T) {
 			return volume.ErrSkip // it never reaches the disk
 		}
 		return nil
-	}})
+	}))
 	w.quiet = true
 	w.write("f", noise(3000))
 	h := w.opened("f")

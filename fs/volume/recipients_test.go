@@ -379,12 +379,12 @@ func TestRewrapFaults(t *testing.T) {
 	for _, op := range []string{"sync_file_range", "pwrite", "utimensat", "openat", "syncfs"} {
 		t.Run(op, func(t *testing.T) {
 			var fail atomic.Bool
-			w := newWorld(t, volume.Options{Hook: func(c volume.Call) error {
+			w := newWorld(t, volume.Options{}.Hooked(func(c volume.Call) error {
 				if fail.Load() && c.Op == op && (op != "openat" || c.Mode&unix.O_RDWR != 0) {
 					return unix.EIO
 				}
 				return nil
-			}}.Torn())
+			}).Torn())
 			w.quiet = true
 			w.write("f", []byte("the content"))
 			w.v.Settle()

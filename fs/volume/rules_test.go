@@ -88,12 +88,12 @@ func TestRepairIsTriedAgain(t *testing.T) {
 	w.crash()
 	var full atomic.Bool
 	full.Store(true)
-	w.open(volume.Options{Hook: func(c volume.Call) error {
+	w.open(volume.Options{}.Hooked(func(c volume.Call) error {
 		if full.Load() && (c.Op == "pwrite" || c.Op == "ftruncate") {
 			return unix.ENOSPC
 		}
 		return nil
-	}})
+	}))
 	if _, err := w.read("f"); err == nil {
 		t.Error("it was repaired on a full disk")
 	}
@@ -139,12 +139,12 @@ func TestBlockZeroIsNoHole(t *testing.T) {
 func TestPageRule(t *testing.T) {
 	var calls []volume.Call
 	record := false
-	w := newWorld(t, volume.Options{Hook: func(c volume.Call) error {
+	w := newWorld(t, volume.Options{}.Hooked(func(c volume.Call) error {
 		if record {
 			calls = append(calls, c)
 		}
 		return nil
-	}})
+	}))
 	if !w.v.SyncWaits() {
 		t.Skip("on a tmpfs there is no page rule")
 	}

@@ -94,12 +94,12 @@ func TestPunchRaisesFloor(t *testing.T) {
 // fsync, not by close; it reads as an error until it is written again.
 func TestLostWrites(t *testing.T) {
 	var full atomic.Bool
-	w := newWorld(t, volume.Options{Hook: func(c volume.Call) error {
+	w := newWorld(t, volume.Options{}.Hooked(func(c volume.Call) error {
 		if full.Load() && c.Op == "pwrite" {
 			return unix.ENOSPC
 		}
 		return nil
-	}})
+	}))
 	w.quiet = true
 	h, err := w.create("f")
 	w.do("create", err)
@@ -214,13 +214,13 @@ func TestRoomAfterRemoval(t *testing.T) {
 func TestRemovalWaitsForNobody(t *testing.T) {
 	var hang atomic.Bool
 	hangs, goOn := make(chan struct{}), make(chan struct{})
-	w := newWorld(t, volume.Options{Hook: func(c volume.Call) error {
+	w := newWorld(t, volume.Options{}.Hooked(func(c volume.Call) error {
 		if c.Op == "pwrite" && hang.CompareAndSwap(true, false) {
 			close(hangs)
 			<-goOn
 		}
 		return nil
-	}})
+	}))
 	w.write("f", []byte("old"))
 	w.write("g", []byte("new"))
 	h := w.opened("f")
@@ -295,11 +295,11 @@ func TestTmpfile(t *testing.T) {
 // How much space is left is looked at seldom, however often it is asked.
 func TestSpaceIsLookedAtSeldom(t *testing.T) {
 	var looks atomic.Int32
-	w := newWorld(t, volume.Options{Seen: func(op string) {
+	w := newWorld(t, volume.Options{}.Seeing(func(op string) {
 		if op == "fstatfs" {
 			looks.Add(1)
 		}
-	}})
+	}))
 	before, begun := looks.Load(), time.Now()
 	for range 1000 {
 		w.v.NearFull()

@@ -24,12 +24,12 @@ const huge = 1 << 40
 func hugeFile(t *testing.T) (w *world, reads *atomic.Int64) {
 	t.Helper()
 	reads = &atomic.Int64{}
-	w = newWorld(t, volume.Options{Hook: func(c volume.Call) error {
+	w = newWorld(t, volume.Options{}.Hooked(func(c volume.Call) error {
 		if c.Op == "pread" {
 			reads.Add(1)
 		}
 		return nil
-	}})
+	}))
 	h, err := w.create("f")
 	w.do("create", err)
 	_, err = h.Write(ctx, []byte("begin"), 0)
@@ -94,12 +94,12 @@ func TestSparseCosts(t *testing.T) {
 	if fs, _ := w.fsck(); worst(fs) > check.Unconfirmed {
 		t.Errorf("fsck before the repair: %v", fs)
 	}
-	w.open(volume.Options{Hook: func(c volume.Call) error {
+	w.open(volume.Options{}.Hooked(func(c volume.Call) error {
 		if c.Op == "pread" {
 			reads.Add(1)
 		}
 		return nil
-	}})
+	}))
 	reads.Store(0)
 	w.wantHuge("f", true)
 	few("repair")
@@ -141,7 +141,7 @@ func TestRepairEndsWithTheVolume(t *testing.T) {
 	w.do("unlock", err)
 	begun, closing := make(chan struct{}), make(chan struct{})
 	var once, reads atomic.Int32
-	v, err := u.Open(volume.Options{Hook: func(c volume.Call) error {
+	v, err := u.Open(volume.Options{}.Hooked(func(c volume.Call) error {
 		if c.Op == "pread" && c.Len == blockcrypt.PageSize {
 			if once.Add(1) == 1 {
 				close(begun)
@@ -150,7 +150,7 @@ func TestRepairEndsWithTheVolume(t *testing.T) {
 			reads.Add(1)
 		}
 		return nil
-	}})
+	}))
 	w.do("open", err)
 	<-begun // the walk has come to the file
 	ended := make(chan error, 1)

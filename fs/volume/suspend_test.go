@@ -227,13 +227,13 @@ func TestLockBehindStalledDisk(t *testing.T) {
 func lockBehindStalledDisk(t *testing.T, early bool) {
 	stalled, at := make(chan struct{}), make(chan struct{}, 9)
 	var stall atomic.Bool
-	w, _ := lockWorld(t, volume.Options{Hook: func(c volume.Call) error {
+	w, _ := lockWorld(t, volume.Options{}.Hooked(func(c volume.Call) error {
 		if stall.Load() && (c.Op == "pwrite" || c.Op == "syncfs") {
 			at <- struct{}{}
 			<-stalled
 		}
 		return nil
-	}})
+	}))
 	w.v.SealWithin(time.Second)
 	w.write("a", noise(5000))
 	w.write("b", noise(5000))
@@ -299,12 +299,12 @@ func TestLockWithEmptyFile(t *testing.T) {
 // Where something was lost, lock says so.
 func TestLockTellsOfLoss(t *testing.T) {
 	var full atomic.Bool
-	w, _ := lockWorld(t, volume.Options{Hook: func(c volume.Call) error {
+	w, _ := lockWorld(t, volume.Options{}.Hooked(func(c volume.Call) error {
 		if full.Load() && c.Op == "pwrite" {
 			return unix.ENOSPC
 		}
 		return nil
-	}})
+	}))
 	k := &kernel{}
 	w.v.AttachKernel(k)
 	w.write("f", []byte("content"))
@@ -322,7 +322,7 @@ func TestLockTellsOfLoss(t *testing.T) {
 // Data that is fsynced while the volume is suspended is confirmed: growth announces itself.
 func TestFsyncWhileLocked(t *testing.T) {
 	var ops []string
-	w, _ := lockWorld(t, volume.Options{Hook: func(c volume.Call) error { ops = append(ops, c.Op); return nil }})
+	w, _ := lockWorld(t, volume.Options{}.Hooked(func(c volume.Call) error { ops = append(ops, c.Op); return nil }))
 	h, err := w.create("f")
 	w.do("create", err)
 	_, err = h.Write(ctx, noise(5000), 0)
@@ -343,13 +343,13 @@ func TestFsyncWhileLocked(t *testing.T) {
 func TestLinkIsOneNode(t *testing.T) {
 	var w *world
 	var seen uint64
-	w = newWorld(t, volume.Options{Done: func(c volume.Call, err error) {
+	w = newWorld(t, volume.Options{}.Done(func(c volume.Call, err error) {
 		if c.Op == "linkat" && err == nil {
 			n, _, _, err := w.v.Lookup(ctx, w.v.Root(), "f")
 			w.do("lookup", err)
 			seen = n.ID()
 		}
-	}})
+	}))
 	n, _, h, err := w.v.Tmpfile(ctx, w.v.Root(), 0o644, volume.Caller{}, true)
 	if errors.Is(err, unix.EOPNOTSUPP) {
 		t.Skip("the backing filesystem has no O_TMPFILE")

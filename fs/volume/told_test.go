@@ -23,7 +23,7 @@ func mtime(t unix.Timespec) volume.SetAttr { return volume.SetAttr{Mtime: &t} }
 // that a write has left nearly there is put right when the file is closed.
 func TestKeepMtime(t *testing.T) {
 	var c calls
-	w := newWorld(t, volume.Options{KernelTimes: true, Seen: c.see})
+	w := newWorld(t, volume.Options{KernelTimes: true}.Seeing(c.see))
 	h, err := w.create("f")
 	w.do("create", err)
 	n := h.Node()
@@ -82,7 +82,7 @@ func TestKeepMtime(t *testing.T) {
 // A time that is set while a write waits is the file's time afterwards.
 func TestSetMtimeBesideWrite(t *testing.T) {
 	var s stalls
-	w := newWorld(t, volume.Options{KernelTimes: true, Hook: s.hook})
+	w := newWorld(t, volume.Options{KernelTimes: true}.Hooked(s.hook))
 	h, err := w.create("f")
 	w.do("create", err)
 	old := unix.Timespec{Sec: 1e9}

@@ -45,28 +45,21 @@ func CheckBacking(dir string, plainNames bool) (notes []string, err error) {
 // directory, has the volume in dir open for writing; nil if none has.
 func Writer(dir string) error { return layout.Writer(dir) }
 
-// A Call is a syscall on the ciphertext tree, as [Options.Hook] and [Options.Done] see it.
-type Call = disk.Call
-
-// ErrSkip is what a hook returns for a call that is not to be made, and to succeed.
-var ErrSkip = disk.ErrSkip
-
 // Options of [Unlocked.Open]; the zero value is a read-write tree that keeps times by itself.
 type Options struct {
 	ReadOnly    bool
-	KernelTimes bool                   // the kernel's writeback cache is on: it owns the times of open files
-	Logger      *slog.Logger           // none: nothing is logged
-	Pool        int                    // data keys made ahead, see [keystore.RingOptions]
-	MaxAge      time.Duration          // how long a proof that a key may be used is good for; 5 min if zero
-	Grace       time.Duration          // how long known keys are used while a key service cannot be reached; 1 h if zero
-	FileLease   bool                   // each open file's key is proven by itself
-	NoPrefetch  bool                   // no key is unwrapped before its file is opened
-	Hook        func(disk.Call) error  // for tests: sees each syscall on the tree, and can fail it, or skip it by [ErrSkip]
-	Done        func(disk.Call, error) // likewise, after it was made
-	Seen        func(op string)        // likewise, with those that only look, but for close
+	KernelTimes bool          // the kernel's writeback cache is on: it owns the times of open files
+	Logger      *slog.Logger  // none: nothing is logged
+	Pool        int           // data keys made ahead, see [keystore.RingOptions]
+	MaxAge      time.Duration // how long a proof that a key may be used is good for; 5 min if zero
+	Grace       time.Duration // how long known keys are used while a key service cannot be reached; 1 h if zero
+	FileLease   bool          // each open file's key is proven by itself
+	NoPrefetch  bool          // no key is unwrapped before its file is opened
 
-	torn    bool   // for tests: pages can tear, on a filesystem in memory too
-	fdLimit uint64 // for tests, instead of the process's own
+	// Set by tests only.
+	hooks   disk.Hooks
+	torn    bool   // pages can tear, on a filesystem in memory too
+	fdLimit uint64 // of descriptors, instead of the process's own
 }
 
 // base is what does not change while a volume is open.
@@ -115,7 +108,7 @@ type Volume struct {
 func (u *Unlocked) Open(o Options) (*Volume, error) {
 	v := &Volume{
 		base: base{
-			disk: disk.Disk{Hook: o.Hook, Done: o.Done, Seen: o.Seen}, o: o, log: o.Logger,
+			disk: disk.Disk{Hooks: o.hooks}, o: o, log: o.Logger,
 			cfg: u.Config, vk: u.keys, plain: u.Config.Names == blockcrypt.NamesPlain,
 			rootD: u.root, lockFD: -1, super: unix.Geteuid() == 0,
 		},

@@ -117,7 +117,7 @@ func TestNothingWaitsForAnother(t *testing.T) {
 	} {
 		t.Run(c.what, func(t *testing.T) {
 			var s stalls
-			w := newWorld(t, volume.Options{KernelTimes: true, Hook: s.hook}.Torn())
+			w := newWorld(t, volume.Options{KernelTimes: true}.Hooked(s.hook).Torn())
 			for _, d := range []string{"d", "d/sub", "d2", "e"} {
 				w.mkdir(d)
 			}
@@ -195,7 +195,7 @@ func TestNothingIsReadTwice(t *testing.T) {
 	w.close()
 	var c calls
 	w.store = distant{hidden{w.store}, new(atomic.Int32)}
-	w.open(volume.Options{Seen: c.see, NoPrefetch: true})
+	w.open(volume.Options{NoPrefetch: true}.Seeing(c.see))
 	n := w.must("f")
 	c.take()
 	handles := make([]*volume.Handle, 8)
@@ -232,7 +232,7 @@ func TestNothingIsReadTwice(t *testing.T) {
 	far := w.store
 	w.store = refusing{far, keystore.Denied}
 	w.quiet = true
-	w.open(volume.Options{Seen: c.see, NoPrefetch: true})
+	w.open(volume.Options{NoPrefetch: true}.Seeing(c.see))
 	n = w.must("f")
 	if _, err := n.Open(ctx, false); keystore.KindOf(err) != keystore.Denied {
 		t.Errorf("opened with a key that is refused: %v", err)
@@ -264,7 +264,7 @@ func (s refusing) Unwrap(ctx context.Context, b keystore.Binding, w blockcrypt.R
 // A read or a write that waits for another write of the same file says so, and no other does.
 func TestToldBehind(t *testing.T) {
 	var s stalls
-	w := newWorld(t, volume.Options{Hook: s.hook})
+	w := newWorld(t, volume.Options{}.Hooked(s.hook))
 	w.write("f", noise(3000))
 	h := w.opened("f")
 	for what, do := range map[string]func(context.Context) error{
@@ -342,7 +342,7 @@ func TestAbandonedNodeRepairsNothing(t *testing.T) {
 	w.crash()
 	come := make(chan struct{})
 	w.store = late{hidden{w.store}, come}
-	w.open(volume.Options{Hook: hook, NoPrefetch: true}) // the walk waits for the key
+	w.open(volume.Options{NoPrefetch: true}.Hooked(hook)) // the walk waits for the key
 	wait := func(n int) {
 		for end := time.Now().Add(20 * time.Second); w.v.WaitingForKeys() != n; time.Sleep(time.Millisecond) {
 			if time.Now().After(end) {
@@ -382,7 +382,7 @@ func TestChangedBeforeTheKeyCame(t *testing.T) {
 	var c calls
 	come := make(chan struct{})
 	w.store = late{hidden{w.store}, come}
-	w.open(volume.Options{Seen: c.see, NoPrefetch: true})
+	w.open(volume.Options{NoPrefetch: true}.Seeing(c.see))
 	n := w.must("f")
 	done := make(chan error, 1)
 	c.take()
@@ -420,11 +420,11 @@ func (s late) Unwrap(ctx context.Context, b keystore.Binding, w blockcrypt.Recip
 // A file that is being written has attributes, even if no name that is known leads to it.
 func TestAttrOfUnnamedBesideWrite(t *testing.T) {
 	var s stalls
-	w := newWorld(t, volume.Options{Hook: s.hook})
+	w := newWorld(t, volume.Options{}.Hooked(s.hook))
 	w.write("a", noise(3000))
 	_, _, err := w.v.Link(ctx, w.must("a"), w.v.Root(), "b")
 	w.do("link", err)
-	w.reopen(volume.Options{Hook: s.hook}) // and b was never looked up
+	w.reopen(volume.Options{}.Hooked(s.hook)) // and b was never looked up
 	h := w.opened("a")
 	w.do("unlink", w.v.Unlink(w.v.Root(), "a"))
 	s.stall(func(c volume.Call) bool { return c.Op == "pwrite" })
@@ -472,7 +472,7 @@ func TestSettlesSideBySide(t *testing.T) {
 			return errors.New("no other file is settled meanwhile")
 		}
 	}
-	w := newWorld(t, volume.Options{KernelTimes: true, Hook: hook})
+	w := newWorld(t, volume.Options{KernelTimes: true}.Hooked(hook))
 	text := noise(100000)
 	for i := range 4 * together {
 		w.write(fmt.Sprint("f", i), text)

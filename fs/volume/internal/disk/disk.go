@@ -15,7 +15,7 @@ import (
 )
 
 // A Call is a syscall on the ciphertext tree that changes something or moves
-// data, as [Disk.Hook] and [Disk.Done] see it.
+// data, as [Hooks] see it.
 type Call struct {
 	Op   string // the syscall's name
 	FD   int    // of the file, or of the directory
@@ -29,12 +29,16 @@ type Call struct {
 	Data []byte // of pwrite
 }
 
-// Disk makes every syscall on the ciphertext tree. Where a test sets them, Hook
-// sees each call before it is made and can fail it, and Done afterwards.
+// Hooks are set by tests.
+type Hooks struct {
+	Hook func(Call) error  // sees each call before it is made and can fail it, or skip it by ErrSkip
+	Done func(Call, error) // sees each call after it was made
+	Seen func(op string)   // told of each syscall but close, of those that only look too
+}
+
+// Disk makes every syscall on the ciphertext tree.
 type Disk struct {
-	Hook func(Call) error
-	Done func(Call, error)
-	Seen func(op string) // told of each syscall but close, of those that only look too
+	Hooks
 
 	// Files that have lost their last name while the kernel still knows them: how many, and
 	// when the last one was removed. Their space comes back when the kernel has closed
