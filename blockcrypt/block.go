@@ -30,7 +30,8 @@ func (fk *FileKeys) Open(dst []byte, k int64, page []byte, capacity int) ([]byte
 		return nil, badBlock(k)
 	}
 	var ad [12]byte
-	out, err := fk.aead(binary.BigEndian.Uint16(page[2:])).Open(dst, nil, page[4:n+Overhead], blockAD(&ad, k, page))
+	out, err := fk.aead(binary.BigEndian.Uint16(page[2:])).Open(dst, nil, page[4:n+Overhead],
+		blockAD(&ad, k, page))
 	if err != nil {
 		return nil, badBlock(k)
 	}

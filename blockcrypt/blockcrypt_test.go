@@ -32,7 +32,9 @@ func TestSizesInvert(t *testing.T) {
 				t.Fatalf("H %d: %d bytes come back as %d (%v)", h, n, back, err)
 			}
 			w := g.Whole(n)
-			if back, err := g.Plain(w, func(int64) (int, error) { return want, nil }); err != nil || back != n || w%4096 != 0 || w < c || w-c >= 4096 {
+			if back, err := g.Plain(w,
+				func(int64) (int, error) { return want, nil }); err != nil || back != n ||
+				w%4096 != 0 || w < c || w-c >= 4096 {
 				t.Fatalf("H %d: %d bytes at whole pages, %d: %d (%v)", h, n, w, back, err)
 			}
 		}
@@ -47,11 +49,13 @@ func TestGeometry(t *testing.T) {
 			t.Fatal(err)
 		}
 		for k := int64(0); k < 5; k++ {
-			if g.Start(k)+int64(g.Capacity(k)) != g.Start(k+1) || g.Block(g.Start(k)) != k || g.Block(g.Start(k+1)-1) != k {
+			if g.Start(k)+int64(g.Capacity(k)) != g.Start(k+1) || g.Block(g.Start(k)) != k ||
+				g.Block(g.Start(k+1)-1) != k {
 				t.Fatalf("H %d: block %d does not join the next", h, k)
 			}
 			from := g.PageOff(k) + int64(g.Lead(k))
-			if to := from + int64(blockcrypt.SealedSize(g.Capacity(k))); from/4096 != (to-1)/4096 || to%4096 != 0 {
+			if to := from + int64(blockcrypt.SealedSize(g.Capacity(k))); from/4096 != (to-1)/4096 ||
+				to%4096 != 0 {
 				t.Fatalf("H %d: block %d spans [%d,%d)", h, k, from, to)
 			}
 		}
@@ -87,7 +91,8 @@ func TestHeaderRoundTrip(t *testing.T) {
 	}
 	g, _ := blockcrypt.NewGeometry(512)
 	long := blockcrypt.Recipient{URI: "x:y", Wrapped: make([]byte, 400)}
-	hdr, _, err := blockcrypt.NewFile(g, vk, fixedID(1), fixedID(1), fixedKey(1), []blockcrypt.Recipient{long})
+	hdr, _, err := blockcrypt.NewFile(g, vk, fixedID(1), fixedID(1), fixedKey(1),
+		[]blockcrypt.Recipient{long})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -116,7 +121,8 @@ func TestSealIsRandomized(t *testing.T) {
 
 func TestOpenRefusesOtherCapacity(t *testing.T) {
 	g, _ := blockcrypt.NewGeometry(1024)
-	_, fk, err := blockcrypt.NewFile(g, volumeKeys(t), fixedID(1), fixedID(1), fixedKey(1), []blockcrypt.Recipient{{URI: "x:y"}})
+	_, fk, err := blockcrypt.NewFile(g, volumeKeys(t), fixedID(1), fixedID(1), fixedKey(1),
+		[]blockcrypt.Recipient{{URI: "x:y"}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -236,7 +242,8 @@ func FuzzOpenValue(f *testing.F) {
 
 func BenchmarkSeal(b *testing.B) {
 	g, _ := blockcrypt.NewGeometry(1024)
-	_, fk, err := blockcrypt.NewFile(g, nil, fixedID(1), fixedID(1), fixedKey(1), []blockcrypt.Recipient{{URI: "x:y"}})
+	_, fk, err := blockcrypt.NewFile(g, nil, fixedID(1), fixedID(1), fixedKey(1),
+		[]blockcrypt.Recipient{{URI: "x:y"}})
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -69,7 +69,8 @@ func ParseConfig(b []byte) (*Config, error) {
 		return nil, damaged(BadConfig, "%v", e)
 	}
 	// One form only: what Encode writes.
-	if again, e := json.Marshal(c); e != nil || !bytes.Equal(again, line) || err != nil || len(tag) != 32 || hex.EncodeToString(tag) != string(mac) || len(tail) != 0 {
+	if again, e := json.Marshal(c); e != nil || !bytes.Equal(again, line) || err != nil ||
+		len(tag) != 32 || hex.EncodeToString(tag) != string(mac) || len(tail) != 0 {
 		return nil, damaged(BadConfig, "malformed")
 	}
 	return c, c.check()

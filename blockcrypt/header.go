@@ -106,7 +106,8 @@ func ParseHeader(b []byte) (*Header, error) {
 	}
 	b = b[:n]
 	g, _ := NewGeometry(n)
-	h := &Header{Geometry: g, NoOpen: binary.BigEndian.Uint32(b[112:]), NoWrite: binary.BigEndian.Uint32(b[116:])}
+	h := &Header{Geometry: g, NoOpen: binary.BigEndian.Uint32(b[112:]),
+		NoWrite: binary.BigEndian.Uint32(b[116:])}
 	copy(h.Volume[:], b[16:])
 	copy(h.File[:], b[32:])
 	copy(h.Dir[:], b[48:])
@@ -141,7 +142,8 @@ func parseState(b []byte) (State, error) {
 		Generation: binary.BigEndian.Uint64(b[24:]),
 		Flags:      binary.BigEndian.Uint32(b[32:]),
 	}
-	if s.Size < 0 || s.Size > MaxPlain || s.Floor < 0 || s.Floor > s.Size || s.Flags&^(Dirty|Sparse|Cut|Clone) != 0 || !zero(b[36:48]) {
+	if s.Size < 0 || s.Size > MaxPlain || s.Floor < 0 || s.Floor > s.Size ||
+		s.Flags&^(Dirty|Sparse|Cut|Clone) != 0 || !zero(b[36:48]) {
 		return s, damaged(BadHeader, "an impossible state")
 	}
 	return s, nil
@@ -195,7 +197,8 @@ func (h *Header) Encode() ([]byte, error) {
 		return nil, err
 	}
 	if len(list) > h.Geometry.Header()-offList {
-		return nil, damaged(BadHeader, "%d bytes of recipients do not fit in a header of %d", len(list), h.Geometry.Header())
+		return nil, damaged(BadHeader, "%d bytes of recipients do not fit in a header of %d",
+			len(list), h.Geometry.Header())
 	}
 	b := make([]byte, h.Geometry.Header())
 	h.encodeFixed(b)

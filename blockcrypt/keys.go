@@ -55,7 +55,8 @@ func extract(key []byte, salt ...[]byte) []byte {
 
 func deriveFileKeys(dataKey []byte, volume, file ID) (*FileKeys, [32]byte, error) {
 	if len(dataKey) != KeySize {
-		return nil, [32]byte{}, damaged(BadCommitment, "a data key has %d bytes, not %d", KeySize, len(dataKey))
+		return nil, [32]byte{}, damaged(BadCommitment, "a data key has %d bytes, not %d", KeySize,
+			len(dataKey))
 	}
 	prk := extract(dataKey, volume[:], file[:])
 	k := &FileKeys{prk: prk, state: expand(prk, "kmsfs v1 state", Suite)}
@@ -83,7 +84,8 @@ func (h *Header) Unlock(dataKey []byte) (*FileKeys, error) {
 // NewFile makes the keys and the header of a file with new content: commitment
 // and, inside a volume, origin. The caller sets the state with [FileKeys.SetState].
 // vk is nil outside a volume; volume is then zero.
-func NewFile(g Geometry, vk *VolumeKeys, file, dir ID, dataKey []byte, rs []Recipient) (*Header, *FileKeys, error) {
+func NewFile(g Geometry, vk *VolumeKeys, file, dir ID, dataKey []byte,
+	rs []Recipient) (*Header, *FileKeys, error) {
 	h := &Header{Geometry: g, File: file, Dir: dir, Recipients: rs}
 	if vk != nil {
 		h.Volume = vk.volume

@@ -98,7 +98,8 @@ func seal(t testing.TB, h int, vk *blockcrypt.VolumeKeys, dataKey, plain []byte)
 	out := make([]byte, g.Whole(n))
 	copy(out, head)
 	for k := int64(0); k <= g.Block(n-1); k++ {
-		fk.Seal(out[g.PageOff(k)+int64(g.Lead(k)):], k, uint16(0x1234+k), plain[g.Start(k):min(n, g.Start(k+1))])
+		fk.Seal(out[g.PageOff(k)+int64(g.Lead(k)):], k, uint16(0x1234+k),
+			plain[g.Start(k):min(n, g.Start(k+1))])
 	}
 	return out[:g.Exact(n)]
 }
@@ -124,12 +125,14 @@ func open(vk *blockcrypt.VolumeKeys, dataKey, file []byte) ([]byte, error) {
 		from := min(g.PageOff(k)+int64(g.Lead(k)), int64(len(file)))
 		return file[from:min(int64(len(file)), g.PageOff(k+1))]
 	}
-	n, err := g.Plain(int64(len(file)), func(k int64) (int, error) { return blockcrypt.BlockLen(page(k)), nil })
+	n, err := g.Plain(int64(len(file)),
+		func(k int64) (int, error) { return blockcrypt.BlockLen(page(k)), nil })
 	if err != nil {
 		return nil, err
 	}
 	if n != h.State.Size {
-		return nil, &blockcrypt.DamageError{Class: blockcrypt.BadSize, Pos: -1, Detail: "length and state differ"}
+		return nil, &blockcrypt.DamageError{Class: blockcrypt.BadSize, Pos: -1,
+			Detail: "length and state differ"}
 	}
 	var out []byte
 	for k := int64(0); int64(len(out)) < n; k++ {
@@ -170,11 +173,15 @@ func makeVectors(t *testing.T) *vectors {
 	key := fixedKey(0x22)
 	for _, n := range []int{0, 1, 3039, 3040, 3041, 4064, 5000, 7104, 7105} {
 		sum := sha256.Sum256(pattern(n))
-		v.Files = append(v.Files, fileVector{fmt.Sprintf("%d bytes", n), key, n, hex.EncodeToString(sum[:]), "", seal(t, 1024, vk, key, pattern(n))})
+		v.Files = append(v.Files,
+			fileVector{fmt.Sprintf("%d bytes", n), key, n, hex.EncodeToString(sum[:]), "",
+				seal(t, 1024, vk, key, pattern(n))})
 	}
 	v.badFiles(t, vk, key)
 	other := fixedID(4)
-	for i, n := range []string{"a", "hello.txt", "fifteen bytes..", "sixteen bytes...", "a name of seventeen", "休み", "\xff\xfe not UTF-8", string(bytes.Repeat([]byte("x"), 160)), string(bytes.Repeat([]byte("y"), 255))} {
+	for i, n := range []string{"a", "hello.txt", "fifteen bytes..", "sixteen bytes...",
+		"a name of seventeen", "休み", "\xff\xfe not UTF-8", string(bytes.Repeat([]byte("x"), 160)),
+		string(bytes.Repeat([]byte("y"), 255))} {
 		dir := v.VolumeID
 		if i%2 == 1 {
 			dir = other
@@ -202,7 +209,9 @@ func makeVectors(t *testing.T) *vectors {
 		}
 		v.Attrs = append(v.Attrs, nameVector{nil, a, e, ""})
 	}
-	v.Attrs = append(v.Attrs, nameVector{nil, "", "user.note", blockcrypt.BadName}, nameVector{nil, "", "security.kmsfs.AAAA", blockcrypt.BadName}, nameVector{nil, "", "trusted" + v.Attrs[0].Encoded[4:] + "A", blockcrypt.BadName})
+	v.Attrs = append(v.Attrs, nameVector{nil, "", "user.note", blockcrypt.BadName},
+		nameVector{nil, "", "security.kmsfs.AAAA", blockcrypt.BadName},
+		nameVector{nil, "", "trusted" + v.Attrs[0].Encoded[4:] + "A", blockcrypt.BadName})
 	for _, p := range []string{"", "value", string(pattern(300))} {
 		s, err := vk.SealValue("user.note", []byte(p))
 		if err != nil {
@@ -214,10 +223,13 @@ func makeVectors(t *testing.T) *vectors {
 	if err != nil {
 		t.Fatal(err)
 	}
-	v.Values = append(v.Values, valueVector{"", hex.EncodeToString([]byte("../some/where")), []byte(target), ""},
-		valueVector{"user.other", "", v.Values[1].Sealed, blockcrypt.BadValue}, valueVector{"user.note", "", v.Values[1].Sealed[:31], blockcrypt.BadValue})
+	v.Values = append(v.Values,
+		valueVector{"", hex.EncodeToString([]byte("../some/where")), []byte(target), ""},
+		valueVector{"user.other", "", v.Values[1].Sealed, blockcrypt.BadValue},
+		valueVector{"user.note", "", v.Values[1].Sealed[:31], blockcrypt.BadValue})
 	m := vk.SealMarker([]uint64{1, 0xfedcba9876543210})
-	v.Markers = []nameVector{{nil, "0000000000000001 fedcba9876543210", m, ""}, {nil, "", "B" + m[1:], blockcrypt.BadMarker}, {nil, "", m[:20], blockcrypt.BadMarker}}
+	v.Markers = []nameVector{{nil, "0000000000000001 fedcba9876543210", m, ""},
+		{nil, "", "B" + m[1:], blockcrypt.BadMarker}, {nil, "", m[:20], blockcrypt.BadMarker}}
 	v.configs(t, vk)
 	return v
 }
@@ -238,12 +250,15 @@ func (v *vectors) badFiles(t *testing.T, vk *blockcrypt.VolumeKeys, key []byte) 
 	change("other magic", blockcrypt.BadHeader, func(b []byte) { b[0] = 'K' })
 	change("version 2", blockcrypt.Unsupported, func(b []byte) { b[7] = 2 })
 	change("suite 2", blockcrypt.Unsupported, func(b []byte) { b[10] = 2; sumAgain(b) })
-	change("header size 1000", blockcrypt.BadHeader, func(b []byte) { binary.BigEndian.PutUint16(b[8:], 1000); sumAgain(b) })
+	change("header size 1000", blockcrypt.BadHeader,
+		func(b []byte) { binary.BigEndian.PutUint16(b[8:], 1000); sumAgain(b) })
 	change("a bit of the header", blockcrypt.BadChecksum, func(b []byte) { b[40] ^= 1 })
 	change("a bit of a recipient", blockcrypt.BadChecksum, func(b []byte) { b[300] ^= 1 })
-	change("feature that forbids opening", blockcrypt.Unsupported, func(b []byte) { b[115] = 1; sumAgain(b) })
+	change("feature that forbids opening", blockcrypt.Unsupported,
+		func(b []byte) { b[115] = 1; sumAgain(b) })
 	change("padding of the header", blockcrypt.BadHeader, func(b []byte) { b[1023] = 1 })
-	change("recipients longer than the header", blockcrypt.BadHeader, func(b []byte) { binary.BigEndian.PutUint16(b[192:], 60000) })
+	change("recipients longer than the header", blockcrypt.BadHeader,
+		func(b []byte) { binary.BigEndian.PutUint16(b[192:], 60000) })
 	change("origin", blockcrypt.BadOrigin, func(b []byte) { b[96] ^= 1; sumAgain(b) })
 	change("another volume", blockcrypt.BadVolume, func(b []byte) { b[16] ^= 1; sumAgain(b) })
 	change("state", blockcrypt.BadState, func(b []byte) { b[135] ^= 1 })
@@ -262,19 +277,23 @@ func (v *vectors) badFiles(t *testing.T, vk *blockcrypt.VolumeKeys, key []byte) 
 	add("cut at a page", blockcrypt.BadSize, file()[:8192])
 	add("cut elsewhere", blockcrypt.BadSize, file()[:9000])
 	add("a byte more", blockcrypt.BadSize, append(file(), 0))
-	v.Files = append(v.Files, fileVector{"another data key", fixedKey(0x23), len(plain), "", blockcrypt.BadCommitment, file()})
+	v.Files = append(v.Files,
+		fileVector{"another data key", fixedKey(0x23), len(plain), "", blockcrypt.BadCommitment, file()})
 }
 
 func (v *vectors) configs(t *testing.T, vk *blockcrypt.VolumeKeys) {
-	c := &blockcrypt.Config{Format: 1, Volume: v.VolumeID, Generation: 3, Header: 1024, Names: blockcrypt.NamesEncrypted,
-		Recipients: []blockcrypt.Recipient{{URI: "local:00112233445566778899aabbccddeeff", Wrapped: bytes.Repeat([]byte{7}, 60)}}}
+	c := &blockcrypt.Config{Format: 1, Volume: v.VolumeID, Generation: 3, Header: 1024,
+		Names: blockcrypt.NamesEncrypted,
+		Recipients: []blockcrypt.Recipient{{URI: "local:00112233445566778899aabbccddeeff",
+			Wrapped: bytes.Repeat([]byte{7}, 60)}}}
 	b, err := c.Encode(vk)
 	if err != nil {
 		t.Fatal(err)
 	}
 	s := string(b)
 	with := func(old, now string, class blockcrypt.Class) {
-		v.Configs = append(v.Configs, nameVector{nil, "", string(bytes.Replace(b, []byte(old), []byte(now), 1)), class})
+		v.Configs = append(v.Configs,
+			nameVector{nil, "", string(bytes.Replace(b, []byte(old), []byte(now), 1)), class})
 	}
 	v.Configs = []nameVector{{nil, "", s, ""}}
 	with(`"generation":3`, `"generation":4`, blockcrypt.BadConfigMAC)
@@ -327,13 +346,15 @@ func TestVectors(t *testing.T) {
 			}
 			other, oerr := independent.Decode(f.Ciphertext, f.DataKey, v.VolumeKey)
 			if f.Class != "" {
-				if oerr == nil && f.Class != blockcrypt.BadHeader && f.Class != blockcrypt.BadVolume && f.Class != blockcrypt.BadSize {
+				if oerr == nil && f.Class != blockcrypt.BadHeader &&
+					f.Class != blockcrypt.BadVolume && f.Class != blockcrypt.BadSize {
 					t.Fatalf("the independent decoder opens it")
 				}
 				return
 			}
 			sum := sha256.Sum256(got)
-			if len(got) != f.Size || hex.EncodeToString(sum[:]) != f.SHA256 || !bytes.Equal(got, pattern(f.Size)) {
+			if len(got) != f.Size || hex.EncodeToString(sum[:]) != f.SHA256 ||
+				!bytes.Equal(got, pattern(f.Size)) {
 				t.Fatalf("another plaintext of %d bytes", len(got))
 			}
 			if oerr != nil || !bytes.Equal(other, got) {

@@ -25,9 +25,13 @@ func escape(s string) string { return strings.NewReplacer(`\`, `\\`, `,`, `\,`).
 
 // Options of mount(8) that mount(2) takes as flags, and the flags that they set or clear.
 var mountFlags = map[string]struct{ set, clear uintptr }{
-	"ro": {set: unix.MS_RDONLY}, "rw": {clear: unix.MS_RDONLY}, "noexec": {set: unix.MS_NOEXEC}, "exec": {clear: unix.MS_NOEXEC},
-	"nosuid": {set: unix.MS_NOSUID}, "suid": {clear: unix.MS_NOSUID}, "nodev": {set: unix.MS_NODEV}, "dev": {clear: unix.MS_NODEV},
-	"noatime": {set: unix.MS_NOATIME}, "atime": {clear: unix.MS_NOATIME}, "strictatime": {set: unix.MS_STRICTATIME}, "lazytime": {set: unix.MS_LAZYTIME}, "sync": {set: unix.MS_SYNCHRONOUS}, "dirsync": {set: unix.MS_DIRSYNC},
+	"ro": {set: unix.MS_RDONLY}, "rw": {clear: unix.MS_RDONLY}, "noexec": {set: unix.MS_NOEXEC},
+	"exec":   {clear: unix.MS_NOEXEC},
+	"nosuid": {set: unix.MS_NOSUID}, "suid": {clear: unix.MS_NOSUID}, "nodev": {set: unix.MS_NODEV},
+	"dev":     {clear: unix.MS_NODEV},
+	"noatime": {set: unix.MS_NOATIME}, "atime": {clear: unix.MS_NOATIME},
+	"strictatime": {set: unix.MS_STRICTATIME}, "lazytime": {set: unix.MS_LAZYTIME},
+	"sync": {set: unix.MS_SYNCHRONOUS}, "dirsync": {set: unix.MS_DIRSYNC},
 }
 
 func mountDirect(dir, source string, options []string) (int, error) {
@@ -36,7 +40,8 @@ func mountDirect(dir, source string, options []string) (int, error) {
 		return -1, os.NewSyscallError("open /dev/fuse", err)
 	}
 	flags, rest := splitOptions(unix.MS_NOSUID|unix.MS_NODEV, options)
-	data := append([]string{fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0,max_read=%d", fd, maxWrite)}, rest...)
+	data := append([]string{fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0,max_read=%d", fd,
+		maxWrite)}, rest...)
 	if err := unix.Mount(source, dir, "fuse.kmsfs", flags, strings.Join(data, ",")); err != nil {
 		unix.Close(fd)
 		return -1, os.NewSyscallError("mount", err)

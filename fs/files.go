@@ -41,12 +41,14 @@ func (f *fileSystem) opened(out *fuse.OpenOut, h *volume.Handle, writes bool) {
 	}
 }
 
-func (f *fileSystem) Create(cancel <-chan struct{}, in *fuse.CreateIn, name string, out *fuse.CreateOut) fuse.Status {
+func (f *fileSystem) Create(cancel <-chan struct{}, in *fuse.CreateIn, name string,
+	out *fuse.CreateOut) fuse.Status {
 	dir, s := f.node(in.NodeId)
 	if !s.Ok() {
 		return s
 	}
-	n, st, h, err := f.v.Create(f.with(cancel, &in.InHeader), dir, name, in.Mode, caller(&in.InHeader, in.Umask), in.Flags&syscall.O_EXCL != 0, writes(in.Flags))
+	n, st, h, err := f.v.Create(f.with(cancel, &in.InHeader), dir, name, in.Mode,
+		caller(&in.InHeader, in.Umask), in.Flags&syscall.O_EXCL != 0, writes(in.Flags))
 	if err != nil {
 		return status(err)
 	}
@@ -60,7 +62,8 @@ func (f *fileSystem) Tmpfile(cancel <-chan struct{}, in *fuse.CreateIn, out *fus
 	if !s.Ok() {
 		return s
 	}
-	n, st, h, err := f.v.Tmpfile(f.with(cancel, &in.InHeader), dir, in.Mode, caller(&in.InHeader, in.Umask), writes(in.Flags))
+	n, st, h, err := f.v.Tmpfile(f.with(cancel, &in.InHeader), dir, in.Mode,
+		caller(&in.InHeader, in.Umask), writes(in.Flags))
 	if err != nil {
 		return status(err)
 	}
@@ -87,8 +90,10 @@ func (f *fileSystem) Open(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.Ope
 	return fuse.OK
 }
 
-func (f *fileSystem) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadResult, fuse.Status) {
-	n, err := f.files.get(in.Fh).Read(f.with(cancel, &in.InHeader), buf[:min(int(in.Size), len(buf))], int64(in.Offset))
+func (f *fileSystem) Read(cancel <-chan struct{}, in *fuse.ReadIn,
+	buf []byte) (fuse.ReadResult, fuse.Status) {
+	n, err := f.files.get(in.Fh).Read(f.with(cancel, &in.InHeader),
+		buf[:min(int(in.Size), len(buf))], int64(in.Offset))
 	if err != nil {
 		return nil, status(err)
 	}
@@ -137,7 +142,8 @@ func (f *fileSystem) Lseek(_ <-chan struct{}, in *fuse.LseekIn, out *fuse.LseekO
 }
 
 // The inode flags of chattr(1); everything else is for devices.
-func (f *fileSystem) Ioctl(_ <-chan struct{}, in *fuse.IoctlIn, inbuf []byte, _ *fuse.IoctlOut, outbuf []byte) fuse.Status {
+func (f *fileSystem) Ioctl(_ <-chan struct{}, in *fuse.IoctlIn, inbuf []byte, _ *fuse.IoctlOut,
+	outbuf []byte) fuse.Status {
 	n, s := f.node(in.NodeId)
 	if !s.Ok() {
 		return s
@@ -226,7 +232,8 @@ func (f *fileSystem) CopyFileRange(cancel <-chan struct{}, in *fuse.CopyFileRang
 	if err := killPriv(h, &in.InHeader); err != nil {
 		return 0, status(err)
 	}
-	n, err := h.CopyFrom(f.with(cancel, &in.InHeader), f.files.get(in.FhIn), int64(in.OffIn), int64(in.OffOut), int64(min(in.Len, maxCopy)))
+	n, err := h.CopyFrom(f.with(cancel, &in.InHeader), f.files.get(in.FhIn), int64(in.OffIn),
+		int64(in.OffOut), int64(min(in.Len, maxCopy)))
 	return uint32(n), status(err)
 }
 

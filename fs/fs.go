@@ -39,7 +39,8 @@ func (nobody) yieldForDisk(uint64) {}
 func (nobody) behind(uint64)       {}
 
 func newFS(v *volume.Volume, kernelChecks bool) *fileSystem {
-	f := &fileSystem{RawFileSystem: fuse.NewDefaultRawFileSystem(), v: v, timeout: remember, kernelChecks: kernelChecks, waits: nobody{}}
+	f := &fileSystem{RawFileSystem: fuse.NewDefaultRawFileSystem(), v: v, timeout: remember,
+		kernelChecks: kernelChecks, waits: nobody{}}
 	if v.ReadOnly() {
 		f.timeout = rememberRead
 	}
@@ -128,7 +129,8 @@ func (f *fileSystem) node(id uint64) (*volume.Node, fuse.Status) {
 	return n, fuse.OK
 }
 
-func (f *fileSystem) Lookup(cancel <-chan struct{}, h *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
+func (f *fileSystem) Lookup(cancel <-chan struct{}, h *fuse.InHeader, name string,
+	out *fuse.EntryOut) fuse.Status {
 	dir, s := f.node(h.NodeId)
 	if !s.Ok() {
 		return s
@@ -177,7 +179,8 @@ func (f *fileSystem) SetAttr(cancel <-chan struct{}, in *fuse.SetAttrIn, out *fu
 		}
 		return fuse.OK
 	}
-	if in.Valid&^(fuse.FATTR_MTIME|fuse.FATTR_CTIME|fuse.FATTR_LOCKOWNER|fuse.FATTR_FH) == 0 && in.Valid&fuse.FATTR_MTIME != 0 {
+	if in.Valid&^(fuse.FATTR_MTIME|fuse.FATTR_CTIME|fuse.FATTR_LOCKOWNER|fuse.FATTR_FH) == 0 &&
+		in.Valid&fuse.FATTR_MTIME != 0 {
 		if st, ok := n.KeepMtime(unix.Timespec{Sec: int64(in.Mtime), Nsec: int64(in.Mtimensec)}); ok {
 			setAttr(&out.Attr, &st) // for no time: the kernel asks before it believes them
 			return fuse.OK
@@ -234,7 +237,8 @@ func (f *fileSystem) Statx(_ <-chan struct{}, in *fuse.StatxIn, out *fuse.StatxO
 		return status(err)
 	}
 	out.Statx = fuse.Statx{
-		Mask: unix.STATX_BASIC_STATS, Blksize: uint32(st.Blksize), Nlink: uint32(st.Nlink), Uid: st.Uid, Gid: st.Gid, Mode: uint16(st.Mode),
+		Mask: unix.STATX_BASIC_STATS, Blksize: uint32(st.Blksize), Nlink: uint32(st.Nlink),
+		Uid: st.Uid, Gid: st.Gid, Mode: uint16(st.Mode),
 		Ino: st.Ino, Size: uint64(st.Size), Blocks: uint64(st.Blocks),
 		Atime: sxTime(st.Atim), Ctime: sxTime(st.Ctim), Mtime: sxTime(st.Mtim),
 		RdevMajor: unix.Major(st.Rdev), RdevMinor: unix.Minor(st.Rdev),
@@ -276,25 +280,30 @@ func caller(h *fuse.InHeader, umask uint32) volume.Caller {
 	return volume.Caller{UID: h.Uid, GID: h.Gid, Umask: umask}
 }
 
-func (f *fileSystem) Mknod(cancel <-chan struct{}, in *fuse.MknodIn, name string, out *fuse.EntryOut) fuse.Status {
+func (f *fileSystem) Mknod(cancel <-chan struct{}, in *fuse.MknodIn, name string,
+	out *fuse.EntryOut) fuse.Status {
 	return f.made(in.NodeId, out, func(dir *volume.Node) (*volume.Node, volume.Attr, error) {
-		return f.v.Mknod(f.with(cancel, &in.InHeader), dir, name, in.Mode, in.Rdev, caller(&in.InHeader, in.Umask))
+		return f.v.Mknod(f.with(cancel, &in.InHeader), dir, name, in.Mode, in.Rdev,
+			caller(&in.InHeader, in.Umask))
 	})
 }
 
-func (f *fileSystem) Mkdir(cancel <-chan struct{}, in *fuse.MkdirIn, name string, out *fuse.EntryOut) fuse.Status {
+func (f *fileSystem) Mkdir(cancel <-chan struct{}, in *fuse.MkdirIn, name string,
+	out *fuse.EntryOut) fuse.Status {
 	return f.made(in.NodeId, out, func(dir *volume.Node) (*volume.Node, volume.Attr, error) {
 		return f.v.Mkdir(f.with(cancel, &in.InHeader), dir, name, in.Mode, caller(&in.InHeader, in.Umask))
 	})
 }
 
-func (f *fileSystem) Symlink(cancel <-chan struct{}, h *fuse.InHeader, target, name string, out *fuse.EntryOut) fuse.Status {
+func (f *fileSystem) Symlink(cancel <-chan struct{}, h *fuse.InHeader, target, name string,
+	out *fuse.EntryOut) fuse.Status {
 	return f.made(h.NodeId, out, func(dir *volume.Node) (*volume.Node, volume.Attr, error) {
 		return f.v.Symlink(f.with(cancel, h), dir, name, target, caller(h, 0))
 	})
 }
 
-func (f *fileSystem) Link(cancel <-chan struct{}, in *fuse.LinkIn, name string, out *fuse.EntryOut) fuse.Status {
+func (f *fileSystem) Link(cancel <-chan struct{}, in *fuse.LinkIn, name string,
+	out *fuse.EntryOut) fuse.Status {
 	return f.made(in.NodeId, out, func(dir *volume.Node) (*volume.Node, volume.Attr, error) {
 		n, s := f.node(in.Oldnodeid)
 		if !s.Ok() {
@@ -304,7 +313,8 @@ func (f *fileSystem) Link(cancel <-chan struct{}, in *fuse.LinkIn, name string, 
 	})
 }
 
-func (f *fileSystem) made(dir uint64, out *fuse.EntryOut, g func(*volume.Node) (*volume.Node, volume.Attr, error)) fuse.Status {
+func (f *fileSystem) made(dir uint64, out *fuse.EntryOut,
+	g func(*volume.Node) (*volume.Node, volume.Attr, error)) fuse.Status {
 	d, s := f.node(dir)
 	if !s.Ok() {
 		return s
@@ -356,7 +366,8 @@ func (f *fileSystem) Readlink(_ <-chan struct{}, h *fuse.InHeader) ([]byte, fuse
 
 // Extended attributes.
 
-func (f *fileSystem) GetXAttr(_ <-chan struct{}, h *fuse.InHeader, attr string, dest []byte) (uint32, fuse.Status) {
+func (f *fileSystem) GetXAttr(_ <-chan struct{}, h *fuse.InHeader, attr string,
+	dest []byte) (uint32, fuse.Status) {
 	n, s := f.node(h.NodeId)
 	if !s.Ok() {
 		return 0, s
@@ -386,7 +397,8 @@ func answer(v, dest []byte, err error) (uint32, fuse.Status) {
 	return uint32(len(v)), fuse.OK
 }
 
-func (f *fileSystem) SetXAttr(_ <-chan struct{}, in *fuse.SetXAttrIn, attr string, data []byte) fuse.Status {
+func (f *fileSystem) SetXAttr(_ <-chan struct{}, in *fuse.SetXAttrIn, attr string,
+	data []byte) fuse.Status {
 	n, s := f.node(in.NodeId)
 	if !s.Ok() {
 		return s
@@ -439,7 +451,8 @@ func dirEntry(e volume.Entry) fuse.DirEntry {
 	return fuse.DirEntry{Mode: e.Type, Name: e.Name, Ino: e.Ino, Off: uint64(e.Off)}
 }
 
-func (f *fileSystem) ReadDirPlus(cancel <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
+func (f *fileSystem) ReadDirPlus(cancel <-chan struct{}, in *fuse.ReadIn,
+	out *fuse.DirEntryList) fuse.Status {
 	d := f.dirs.get(in.Fh)
 	if err := errors.Join(f.v.Suspended(), d.SeekTo(int64(in.Offset))); err != nil {
 		return status(err)

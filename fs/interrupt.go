@@ -88,7 +88,8 @@ func (l *loop) interrupt(in []byte) bool {
 	unique := binary.NativeEndian.Uint64(in[at:])
 	l.workers.Go(func() {
 		l.requests.interrupt(unique, dying, func() bool {
-			n, _ := l.ps.HandleRequest([][]byte{in}, [][]byte{make([]byte, unsafe.Sizeof(fuse.OutHeader{}))})
+			n, _ := l.ps.HandleRequest([][]byte{in},
+				[][]byte{make([]byte, unsafe.Sizeof(fuse.OutHeader{}))})
 			return n == 0
 		})
 	})
@@ -142,7 +143,8 @@ func deadly(status string) bool {
 }
 
 // harmless are the signals that do not end who has made no provision for them.
-var harmless = signals(unix.SIGCHLD, unix.SIGCONT, unix.SIGURG, unix.SIGWINCH, unix.SIGSTOP, unix.SIGTSTP, unix.SIGTTIN, unix.SIGTTOU)
+var harmless = signals(unix.SIGCHLD, unix.SIGCONT, unix.SIGURG, unix.SIGWINCH, unix.SIGSTOP,
+	unix.SIGTSTP, unix.SIGTTIN, unix.SIGTTOU)
 
 func signals(ss ...unix.Signal) (set uint64) {
 	for _, s := range ss {

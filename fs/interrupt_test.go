@@ -49,7 +49,10 @@ func TestInterrupt(t *testing.T) {
 				at(c.ended, func() { r.end(7) })
 				synctest.Wait()
 				interrupted := false
-				r.interrupt(7, func(tid uint32) bool { return tid == 1234 && time.Since(start) >= c.dies }, func() bool {
+				r.interrupt(7, func(tid uint32) bool {
+					return tid == 1234 &&
+						time.Since(start) >= c.dies
+				}, func() bool {
 					c.refused--
 					interrupted = c.refused < 0
 					return interrupted
@@ -95,7 +98,8 @@ func TestDying(t *testing.T) {
 		before := dying(tid)
 		// A stopped process keeps its signals waiting.
 		unix.Kill(int(tid), unix.SIGSTOP)
-		for until := time.Now().Add(10 * time.Second); time.Now().Before(until) && !strings.Contains(statusOf(t, tid), "T (stopped)"); {
+		for until := time.Now().Add(10 * time.Second); time.Now().Before(until) &&
+			!strings.Contains(statusOf(t, tid), "T (stopped)"); {
 			time.Sleep(time.Millisecond)
 		}
 		unix.Kill(int(tid), c.signal)

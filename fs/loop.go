@@ -92,7 +92,8 @@ func newLoop(fd int, ps *fuse.ProtocolServer, log *slog.Logger) (*loop, error) {
 	if err != nil {
 		return nil, os.NewSyscallError("eventfd", err)
 	}
-	l := &loop{fd: fd, ended: ended, ps: ps, log: log, done: make(chan struct{}), queue: queue{most: threadLimit()}}
+	l := &loop{fd: fd, ended: ended, ps: ps, log: log, done: make(chan struct{}),
+		queue: queue{most: threadLimit()}}
 	l.free, l.procs = make(chan struct{}), int32(runtime.GOMAXPROCS(0))
 	l.wake, l.begun = make(chan struct{}, 1), time.Now()
 	l.most.Store(1)
@@ -412,7 +413,8 @@ func (l *loop) read(b []byte) (int, error) {
 	for {
 		n, err := unix.Read(l.fd, b)
 		switch {
-		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN), errors.Is(err, unix.ENOENT): // ENOENT: it was interrupted meanwhile
+		case errors.Is(err, unix.EINTR), errors.Is(err, unix.EAGAIN), errors.Is(err,
+			unix.ENOENT): // ENOENT: it was interrupted meanwhile
 		case err != nil: // ENODEV: unmounted
 			if !errors.Is(err, unix.ENODEV) {
 				l.log.Error("reading requests failed", "error", err)
@@ -484,7 +486,8 @@ func (l *loop) stalled(tick time.Duration) {
 func (l *loop) answerInit(in, out []byte) {
 	n := l.handle(&request{}, in, out)
 	const header = unsafe.Sizeof(fuse.OutHeader{})
-	if h := (*fuse.OutHeader)(unsafe.Pointer(&out[0])); l.timeGran != 0 && h.Status == 0 && uintptr(n) >= header+unsafe.Offsetof(fuse.InitOut{}.TimeGran)+4 {
+	if h := (*fuse.OutHeader)(unsafe.Pointer(&out[0])); l.timeGran != 0 && h.Status == 0 &&
+		uintptr(n) >= header+unsafe.Offsetof(fuse.InitOut{}.TimeGran)+4 {
 		(*fuse.InitOut)(unsafe.Pointer(&out[header])).TimeGran = l.timeGran
 	}
 	l.reply(in, out[:n])
@@ -512,8 +515,10 @@ func (l *loop) reply(in, out []byte) {
 		switch {
 		case errors.Is(err, unix.EINTR):
 			continue
-		case err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENODEV): // whoever asked is gone
-			l.log.Error("answering a request failed", "opcode", (*fuse.InHeader)(unsafe.Pointer(&in[0])).Opcode, "error", err)
+		case err != nil && !errors.Is(err, unix.ENOENT) &&
+			!errors.Is(err, unix.ENODEV): // whoever asked is gone
+			l.log.Error("answering a request failed", "opcode",
+				(*fuse.InHeader)(unsafe.Pointer(&in[0])).Opcode, "error", err)
 		}
 		return
 	}

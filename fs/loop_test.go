@@ -64,7 +64,8 @@ func newDevice(t *testing.T, configure ...func(*loop)) *device {
 	}
 	w := &waiting{RawFileSystem: fuse.NewDefaultRawFileSystem(), held: make(chan struct{})}
 	d := &device{t: t, fd: pair[0], w: w, hold: sync.OnceFunc(func() { close(w.held) })}
-	d.l, err = newLoop(pair[1], fuse.NewProtocolServer(w, &fuse.MountOptions{MaxWrite: maxWrite}), slog.New(slog.DiscardHandler))
+	d.l, err = newLoop(pair[1], fuse.NewProtocolServer(w, &fuse.MountOptions{MaxWrite: maxWrite}),
+		slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -144,7 +145,8 @@ func TestNothingWaitsBehindOthers(t *testing.T) {
 			t.Fatal("a request that waits was answered")
 		}
 	}
-	d.soon("as many requests are being answered as wait", func() bool { return int(d.l.queue.busy.Load()) == len(waits) })
+	d.soon("as many requests are being answered as wait",
+		func() bool { return int(d.l.queue.busy.Load()) == len(waits) })
 	d.hold()
 	for range len(waits) {
 		got := d.answered()
@@ -218,10 +220,12 @@ func TestProcs(t *testing.T) {
 			each   uint64
 			during time.Duration
 			want   int
-		}{{0, time.Second, was}, {2, 2 * procsEvery, 2 * was}, {0, singleAfter / 2, 2 * was}, {0, singleAfter, was}, {2, time.Minute, 2 * was}} {
+		}{{0, time.Second, was}, {2, 2 * procsEvery, 2 * was}, {0, singleAfter / 2, 2 * was},
+			{0, singleAfter, was}, {2, time.Minute, 2 * was}} {
 			see(c.each, c.during)
 			if n := runtime.GOMAXPROCS(0); n != c.want {
-				t.Errorf("after %d long requests a tick for %v: %d processors, want %d", c.each, c.during, n, c.want)
+				t.Errorf("after %d long requests a tick for %v: %d processors, want %d", c.each,
+					c.during, n, c.want)
 			}
 		}
 	})
@@ -232,7 +236,8 @@ func TestProcs(t *testing.T) {
 
 func TestThreadLimit(t *testing.T) {
 	mount := t.TempDir()
-	for dir, n := range map[string]string{"system.slice/a": "max", "system.slice": "1000", "b": "100000", "pids/c": "400"} {
+	for dir, n := range map[string]string{"system.slice/a": "max", "system.slice": "1000",
+		"b": "100000", "pids/c": "400"} {
 		if err := os.MkdirAll(filepath.Join(mount, dir), 0o755); err != nil {
 			t.Fatal(err)
 		}
@@ -283,7 +288,8 @@ func TestMostBusy(t *testing.T) {
 			t.Errorf("request %d is answered twice, or was never made", got)
 		}
 	}
-	d.soon("nothing is being answered", func() bool { return d.l.queue.busy.Load() == 0 && d.l.queue.waiting.Load() == 0 })
+	d.soon("nothing is being answered",
+		func() bool { return d.l.queue.busy.Load() == 0 && d.l.queue.waiting.Load() == 0 })
 	if want := d.statfs(); d.answered() != want {
 		t.Error("another request was answered")
 	}

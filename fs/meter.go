@@ -43,10 +43,14 @@ func (m *meter) note(opcode uint32, took time.Duration, status int32) {
 }
 
 // opNames are the kinds of requests, by their opcode in linux/fuse.h.
-var opNames = [opcodes]string{1: "lookup", 2: "forget", 3: "getattr", 4: "setattr", 5: "readlink", 6: "symlink", 8: "mknod", 9: "mkdir", 10: "unlink", 11: "rmdir", 12: "rename",
-	13: "link", 14: "open", 15: "read", 16: "write", 17: "statfs", 18: "release", 20: "fsync", 21: "setxattr", 22: "getxattr", 23: "listxattr", 24: "removexattr", 25: "flush", 26: "init",
-	27: "opendir", 28: "readdir", 29: "releasedir", 30: "fsyncdir", 31: "getlk", 32: "setlk", 33: "setlkw", 34: "access", 35: "create", 36: "interrupt", 37: "bmap", 38: "destroy",
-	39: "ioctl", 40: "poll", 42: "batch_forget", 43: "fallocate", 44: "readdirplus", 45: "rename2", 46: "lseek", 47: "copy_file_range", 48: "setupmapping", 50: "syncfs", 51: "tmpfile", 52: "statx"}
+var opNames = [opcodes]string{1: "lookup", 2: "forget", 3: "getattr", 4: "setattr", 5: "readlink",
+	6: "symlink", 8: "mknod", 9: "mkdir", 10: "unlink", 11: "rmdir", 12: "rename",
+	13: "link", 14: "open", 15: "read", 16: "write", 17: "statfs", 18: "release", 20: "fsync",
+	21: "setxattr", 22: "getxattr", 23: "listxattr", 24: "removexattr", 25: "flush", 26: "init",
+	27: "opendir", 28: "readdir", 29: "releasedir", 30: "fsyncdir", 31: "getlk", 32: "setlk",
+	33: "setlkw", 34: "access", 35: "create", 36: "interrupt", 37: "bmap", 38: "destroy",
+	39: "ioctl", 40: "poll", 42: "batch_forget", 43: "fallocate", 44: "readdirplus", 45: "rename2",
+	46: "lseek", 47: "copy_file_range", 48: "setupmapping", 50: "syncfs", 51: "tmpfile", 52: "statx"}
 
 // Requests are those of one kind.
 type Requests struct {
@@ -70,7 +74,8 @@ func (s *Server) Metrics() Metrics {
 	out := Metrics{InFlight: int(s.loop.queue.busy.Load()), Read: m.read.Load(), Written: m.written.Load()}
 	for op := range m.ops {
 		o := &m.ops[op]
-		r := Requests{Op: opNames[op], Within: map[float64]uint64{}, Errnos: map[string]uint64{}, Took: time.Duration(o.nanos.Load())}
+		r := Requests{Op: opNames[op], Within: map[float64]uint64{}, Errnos: map[string]uint64{},
+			Took: time.Duration(o.nanos.Load())}
 		bound := firstBucket
 		for i := range o.buckets {
 			r.Count += o.buckets[i].Load()

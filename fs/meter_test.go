@@ -37,7 +37,8 @@ func TestMeter(t *testing.T) {
 		t.Fatalf("%+v", got)
 	}
 	r := got.Requests[0]
-	if r.Op != "read" || r.Count != 3 || r.Took != time.Hour+55*time.Microsecond || r.Errnos["EIO"] != 2 || len(r.Errnos) != 1 {
+	if r.Op != "read" || r.Count != 3 || r.Took != time.Hour+55*time.Microsecond ||
+		r.Errnos["EIO"] != 2 || len(r.Errnos) != 1 {
 		t.Errorf("%+v", r)
 	}
 	if r.Within[8e-6] != 1 || r.Within[128e-6] != 2 || len(r.Within) != meterBuckets-1 {

@@ -43,7 +43,8 @@ func Mount(v *volume.Volume, dir string, o MountOptions) (*Server, error) {
 		EnableAcl:     o.AllowOther,
 		Logger:        slog.NewLogLogger(o.Logger.Handler(), slog.LevelWarn),
 		PanicHandler: func(p any) fuse.Status {
-			o.Logger.Error("a request failed by a fault in kmsfs; please report it", "panic", fmt.Sprint(p), "stack", stack())
+			o.Logger.Error("a request failed by a fault in kmsfs; please report it", "panic",
+				fmt.Sprint(p), "stack", stack())
 			return fuse.EIO
 		},
 		ExtraCapabilities: fuse.CAP_DONT_MASK | fuse.CAP_HANDLE_KILLPRIV_V2 | fuse.CAP_SETXATTR_EXT | fuse.CAP_DIRECT_IO_ALLOW_MMAP |

@@ -41,7 +41,8 @@ func cgroupLimit(cgroups, mount string) int32 {
 		}
 		for ; ; dir = filepath.Dir(dir) {
 			if b, err := os.ReadFile(filepath.Join(base, dir, "pids.max")); err == nil {
-				if n, err := strconv.ParseInt(strings.TrimSpace(string(b)), 10, 32); err == nil { // or "max"
+				if n, err := strconv.ParseInt(strings.TrimSpace(string(b)), 10,
+					32); err == nil { // or "max"
 					limit = min(limit, int32(n/4*3))
 				}
 			}

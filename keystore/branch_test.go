@@ -35,7 +35,9 @@ func (s *maker) Unwrap(ctx context.Context, b keystore.Binding, w blockcrypt.Rec
 		return s.slow.Unwrap(ctx, b, w)
 	}
 	id := [16]byte(w.Branch)
-	kek, err := s.slow.Unwrap(ctx, keystore.Binding{Use: keystore.ForBranch, Volume: b.Volume, ID: id}, blockcrypt.Recipient{Wrapped: w.Branch[16:]})
+	kek, err := s.slow.Unwrap(ctx,
+		keystore.Binding{Use: keystore.ForBranch, Volume: b.Volume, ID: id},
+		blockcrypt.Recipient{Wrapped: w.Branch[16:]})
 	if err != nil {
 		return nil, err
 	}
@@ -47,7 +49,8 @@ func (s *maker) Unwrap(ctx context.Context, b keystore.Binding, w blockcrypt.Rec
 func TestBranchKeys(t *testing.T) {
 	var clock atomic.Int64
 	s := &maker{slow: slow{uri: "maker:1", delay: time.Millisecond}}
-	o := keystore.RingOptions{Pool: 8, Branches: time.Hour, MaxAge: 100 * time.Hour}.Clock(func() time.Duration { return time.Duration(clock.Load()) })
+	o := keystore.RingOptions{Pool: 8, Branches: time.Hour,
+		MaxAge: 100 * time.Hour}.Clock(func() time.Duration { return time.Duration(clock.Load()) })
 	r := keystore.NewRing([16]byte{1}, []keystore.Store{s}, o)
 	defer r.Close()
 	var mu sync.Mutex
@@ -94,7 +97,8 @@ func TestBranchKeys(t *testing.T) {
 	defer fresh.Close()
 	ids := map[string]bool{}
 	for _, k := range keys {
-		if got, err := fresh.Unwrap(t.Context(), k.ID, k.Wrapped); err != nil || string(got) != string(k.Key) {
+		if got, err := fresh.Unwrap(t.Context(), k.ID, k.Wrapped); err != nil ||
+			string(got) != string(k.Key) {
 			t.Errorf("%x, %v", got, err)
 		}
 		if ids[string(k.Key)] {
@@ -109,7 +113,8 @@ func TestBranchKeys(t *testing.T) {
 func TestBranchKeyRevoked(t *testing.T) {
 	s := &maker{slow: slow{uri: "maker:1"}}
 	changed := make(chan error, 4)
-	r := keystore.NewRing([16]byte{1}, []keystore.Store{s}, keystore.RingOptions{Branches: time.Hour, Changed: func(err error) { changed <- err }})
+	r := keystore.NewRing([16]byte{1}, []keystore.Store{s},
+		keystore.RingOptions{Branches: time.Hour, Changed: func(err error) { changed <- err }})
 	defer r.Close()
 	k, err := r.NewKey(t.Context())
 	if err != nil {
@@ -125,7 +130,8 @@ func TestBranchKeyRevoked(t *testing.T) {
 	if k, err = r.NewKey(t.Context()); err != nil || string(k.Wrapped[0].Branch) == string(first) {
 		t.Errorf("the same branch key as before: %v", err)
 	}
-	s.err.Store(&keystore.Error{Kind: keystore.Revoked, URI: s.uri, Op: "unwrap", Err: errors.New("disabled")})
+	s.err.Store(&keystore.Error{Kind: keystore.Revoked, URI: s.uri, Op: "unwrap",
+		Err: errors.New("disabled")})
 	r.Unwrap(t.Context(), [16]byte{9}, []blockcrypt.Recipient{{URI: s.uri, Wrapped: []byte("x")}})
 	if _, err := r.NewKey(t.Context()); keystore.KindOf(err) != keystore.Revoked {
 		t.Errorf("a new file under a revoked key: %v", err)

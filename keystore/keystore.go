@@ -108,7 +108,8 @@ const (
 )
 
 func (k Kind) String() string {
-	return [...]string{"none", "revoked", "denied", "credentials", "outage", "untrusted", "damaged", "canceled", "invalid"}[k]
+	return [...]string{"none", "revoked", "denied", "credentials", "outage", "untrusted", "damaged",
+		"canceled", "invalid"}[k]
 }
 
 // An Error says why a key could not be made, wrapped or unwrapped.

@@ -273,7 +273,8 @@ func (l *lease) tellChange() {
 	l.r.mu.Lock()
 	v := l.verdict()
 	// Suspend's error is told apart from a lack of credentials, though it is of the same kind.
-	changed := (v == nil) != (l.told == nil) || v != nil && (v.Kind != l.told.Kind || (v == l.suspended) != l.toldSuspended)
+	changed := (v == nil) != (l.told == nil) ||
+		v != nil && (v.Kind != l.told.Kind || (v == l.suspended) != l.toldSuspended)
 	l.told, l.toldSuspended = v, v != nil && v == l.suspended
 	reached := l.newlyReached()
 	l.r.mu.Unlock()

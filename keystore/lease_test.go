@@ -119,7 +119,8 @@ func (s *branchy) Forget() {}
 
 func (s *branchy) Unwrap(ctx context.Context, b keystore.Binding, w blockcrypt.Recipient) ([]byte, error) {
 	if s.down.Load() && len(w.Branch) == 0 {
-		return nil, &keystore.Error{Kind: keystore.Outage, URI: s.uri, Op: "unwrap", Err: errors.New("away")}
+		return nil, &keystore.Error{Kind: keystore.Outage, URI: s.uri, Op: "unwrap",
+			Err: errors.New("away")}
 	}
 	return s.slow.Unwrap(ctx, b, w)
 }
@@ -129,7 +130,8 @@ func TestTrafficIsTheProof(t *testing.T) {
 	s := &slow{uri: "slow:1"}
 	bubble(t, []keystore.Store{s}, keystore.RingOptions{}, func(r *keystore.Ring) {
 		ks := fill(t, r, 60)
-		other := keystore.NewRing([16]byte{1}, []keystore.Store{s}, keystore.RingOptions{}.Clock(bubbleClock())) // knows no keys
+		other := keystore.NewRing([16]byte{1}, []keystore.Store{s},
+			keystore.RingOptions{}.Clock(bubbleClock())) // knows no keys
 		defer other.Close()
 		r.Close()
 		s.opens.Store(0)
@@ -150,7 +152,13 @@ func TestRevokedAndBack(t *testing.T) {
 	s := &slow{uri: "slow:1"}
 	var told []error
 	var mu sync.Mutex
-	bubble(t, []keystore.Store{s}, keystore.RingOptions{Pool: 8, Changed: func(err error) { mu.Lock(); told = append(told, err); mu.Unlock() }}, func(r *keystore.Ring) {
+	bubble(t, []keystore.Store{s}, keystore.RingOptions{Pool: 8,
+		Changed: func(err error) {
+			mu.Lock()
+			told = append(told,
+				err)
+			mu.Unlock()
+		}}, func(r *keystore.Ring) {
 		k := fill(t, r, 20)[0]
 		time.Sleep(10 * time.Second)
 		refuse(s, keystore.Revoked)
@@ -195,13 +203,15 @@ func TestOneFileDenied(t *testing.T) {
 	bubble(t, []keystore.Store{s}, keystore.RingOptions{}, func(r *keystore.Ring) {
 		ks := fill(t, r, 3)
 		s.denied = ks[1].ID
-		other := keystore.NewRing([16]byte{1}, []keystore.Store{s}, keystore.RingOptions{}.Clock(bubbleClock())) // knows no keys
+		other := keystore.NewRing([16]byte{1}, []keystore.Store{s},
+			keystore.RingOptions{}.Clock(bubbleClock())) // knows no keys
 		defer other.Close()
 		if _, err := other.Unwrap(bg, ks[0].ID, ks[0].Wrapped); err != nil {
 			t.Fatal(err)
 		}
 		for range 3 {
-			if _, err := other.Unwrap(bg, ks[1].ID, ks[1].Wrapped); keystore.KindOf(err) != keystore.Denied {
+			if _, err := other.Unwrap(bg, ks[1].ID,
+				ks[1].Wrapped); keystore.KindOf(err) != keystore.Denied {
 				t.Errorf("the denied one: %v", err)
 			}
 			time.Sleep(10 * time.Second)
@@ -220,7 +230,8 @@ type picky struct {
 
 func (p *picky) Unwrap(ctx context.Context, b keystore.Binding, w blockcrypt.Recipient) ([]byte, error) {
 	if b.ID == p.denied {
-		return nil, &keystore.Error{Kind: keystore.Denied, URI: p.uri, Op: "unwrap", Err: errors.New("not this one")}
+		return nil, &keystore.Error{Kind: keystore.Denied, URI: p.uri, Op: "unwrap",
+			Err: errors.New("not this one")}
 	}
 	return p.slow.Unwrap(ctx, b, w)
 }
@@ -243,12 +254,14 @@ func TestOutageAndGrace(t *testing.T) {
 			t.Fatal("nothing is made ahead")
 		}
 		refuse(s, keystore.Outage)
-		if _, err := r.Unwrap(bg, [16]byte{9}, []blockcrypt.Recipient{cold}); keystore.KindOf(err) != keystore.Outage {
+		if _, err := r.Unwrap(bg, [16]byte{9},
+			[]blockcrypt.Recipient{cold}); keystore.KindOf(err) != keystore.Outage {
 			t.Errorf("%v", err)
 		}
 		calls := s.opens.Load()
 		for range 100 {
-			if _, err := r.Unwrap(bg, [16]byte{9}, []blockcrypt.Recipient{cold}); keystore.KindOf(err) != keystore.Outage {
+			if _, err := r.Unwrap(bg, [16]byte{9},
+				[]blockcrypt.Recipient{cold}); keystore.KindOf(err) != keystore.Outage {
 				t.Errorf("%v", err)
 			}
 		}
@@ -272,7 +285,8 @@ func TestOutageAndGrace(t *testing.T) {
 			t.Errorf("within the grace: %v, %v", ok, err)
 		}
 		time.Sleep(20 * time.Minute)
-		if _, _, err := r.UnwrapNow(ks[0].ID, ks[0].Wrapped); keystore.KindOf(err) != keystore.Outage || lost.Load() != 1 {
+		if _, _, err := r.UnwrapNow(ks[0].ID,
+			ks[0].Wrapped); keystore.KindOf(err) != keystore.Outage || lost.Load() != 1 {
 			t.Errorf("after it: %v, told %d times", err, lost.Load())
 		}
 		refuse(s, 0)
@@ -292,7 +306,11 @@ func TestSleepCounts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		clock := bubbleClock()
 		var asleep atomic.Int64
-		r := keystore.NewRing([16]byte{1}, []keystore.Store{s}, keystore.RingOptions{}.Clock(func() time.Duration { return clock() + time.Duration(asleep.Load()) }))
+		r := keystore.NewRing([16]byte{1}, []keystore.Store{s},
+			keystore.RingOptions{}.Clock(func() time.Duration {
+				return clock() +
+					time.Duration(asleep.Load())
+			}))
 		defer r.Close()
 		k := fill(t, r, 1)[0]
 		refuse(s, keystore.Revoked)
@@ -412,7 +430,8 @@ func TestPoolKeepsPace(t *testing.T) {
 func TestMissingRecipient(t *testing.T) {
 	a, b := &slow{uri: "slow:a"}, &slow{uri: "slow:b"}
 	var told atomic.Int32
-	bubble(t, []keystore.Store{a, b}, keystore.RingOptions{Report: func(error) { told.Add(1) }}, func(r *keystore.Ring) {
+	bubble(t, []keystore.Store{a,
+		b}, keystore.RingOptions{Report: func(error) { told.Add(1) }}, func(r *keystore.Ring) {
 		if k := fill(t, r, 1)[0]; len(k.Wrapped) != 2 {
 			t.Errorf("%d recipients", len(k.Wrapped))
 		}
@@ -438,10 +457,13 @@ func TestOneOfTwoRevoked(t *testing.T) {
 	a, b := &slow{uri: "slow:a"}, &slow{uri: "slow:b"}
 	bubble(t, []keystore.Store{a, b}, keystore.RingOptions{}, func(r *keystore.Ring) {
 		k := fill(t, r, 1)[0]
-		other := keystore.NewRing([16]byte{1}, []keystore.Store{a, b}, keystore.RingOptions{}.Clock(bubbleClock())) // knows no keys
+		other := keystore.NewRing([16]byte{1}, []keystore.Store{a, b},
+			keystore.RingOptions{}.Clock(bubbleClock())) // knows no keys
 		defer other.Close()
 		refuse(b, keystore.Revoked)
-		if _, err := other.Unwrap(bg, [16]byte{7}, []blockcrypt.Recipient{{URI: "slow:b", Wrapped: []byte("x")}}); keystore.KindOf(err) != keystore.Revoked {
+		if _, err := other.Unwrap(bg, [16]byte{7},
+			[]blockcrypt.Recipient{{URI: "slow:b",
+				Wrapped: []byte("x")}}); keystore.KindOf(err) != keystore.Revoked {
 			t.Fatal(err)
 		}
 		if _, ok, err := other.UnwrapNow(k.ID, k.Wrapped); ok || err != nil {
@@ -495,10 +517,12 @@ type lateDenial struct {
 	calls atomic.Int32
 }
 
-func (s *lateDenial) Wrap(ctx context.Context, b keystore.Binding, key []byte) (blockcrypt.Recipient, error) {
+func (s *lateDenial) Wrap(ctx context.Context, b keystore.Binding,
+	key []byte) (blockcrypt.Recipient, error) {
 	if s.calls.Add(1) == 1 {
 		time.Sleep(time.Second)
-		return blockcrypt.Recipient{}, &keystore.Error{Kind: keystore.Denied, URI: s.uri, Op: "wrap", Err: errors.New("as the test asked")}
+		return blockcrypt.Recipient{}, &keystore.Error{Kind: keystore.Denied, URI: s.uri,
+			Op: "wrap", Err: errors.New("as the test asked")}
 	}
 	return s.slow.Wrap(ctx, b, key)
 }
@@ -546,12 +570,19 @@ func TestLockWipesWhatComes(t *testing.T) {
 			_, err := r.Unwrap(bg, k.ID, k.Wrapped)
 			got <- err
 		}()
-		time.AfterFunc(100*time.Millisecond, func() { r.Suspend(&keystore.Error{Kind: keystore.Credentials, Err: errors.New("locked")}); got <- nil })
-		if err := <-got; keystore.KindOf(err) != keystore.Credentials || time.Since(begun) != 100*time.Millisecond {
+		time.AfterFunc(100*time.Millisecond,
+			func() {
+				r.Suspend(&keystore.Error{Kind: keystore.Credentials,
+					Err: errors.New("locked")})
+				got <- nil
+			})
+		if err := <-got; keystore.KindOf(err) != keystore.Credentials ||
+			time.Since(begun) != 100*time.Millisecond {
 			t.Errorf("after %v: %v", time.Since(begun), err)
 		}
 		<-got
-		if d := time.Since(begun); len(s.given) != 1 || !bytes.Equal(s.given[0], make([]byte, keystore.KeySize)) || d > 310*time.Millisecond {
+		if d := time.Since(begun); len(s.given) != 1 ||
+			!bytes.Equal(s.given[0], make([]byte, keystore.KeySize)) || d > 310*time.Millisecond {
 			t.Errorf("locked after %v, with the key %x", d, s.given)
 		}
 	})
@@ -586,7 +617,8 @@ func TestCacheMemory(t *testing.T) {
 	defer r.Close()
 	ks := make([]*keystore.DataKey, 16384)
 	for i := range ks {
-		ks[i] = &keystore.DataKey{Key: make([]byte, 32), Wrapped: []blockcrypt.Recipient{{URI: s.uri, Wrapped: []byte{1, 2, 3}}}}
+		ks[i] = &keystore.DataKey{Key: make([]byte, 32),
+			Wrapped: []blockcrypt.Recipient{{URI: s.uri, Wrapped: []byte{1, 2, 3}}}}
 		for j := range ks[i].ID {
 			ks[i].ID[j] = byte(rand.Uint32())
 		}
@@ -602,7 +634,8 @@ func TestCacheMemory(t *testing.T) {
 	if n := r.Counts().Cached; n != len(ks) {
 		t.Fatal(n)
 	}
-	if each := (int64(after.HeapAlloc)-int64(before.HeapAlloc))/int64(len(ks)) + keystore.KeySize; each > 300 {
+	if each := (int64(after.HeapAlloc)-int64(before.HeapAlloc))/int64(len(ks)) +
+		keystore.KeySize; each > 300 {
 		t.Errorf("%d bytes for each cached key", each)
 	} else {
 		t.Log(fmt.Sprint(each, " bytes for each cached key, 32 of them locked"))

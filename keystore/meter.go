@@ -83,7 +83,8 @@ func (m *Meter) Calls() []Calls {
 		out = append(out, c)
 	}
 	slices.SortFunc(out, func(a, b Calls) int {
-		return cmp.Or(cmp.Compare(a.Op, b.Op), cmp.Compare(a.Purpose, b.Purpose), cmp.Compare(a.Verdict, b.Verdict))
+		return cmp.Or(cmp.Compare(a.Op, b.Op), cmp.Compare(a.Purpose, b.Purpose),
+			cmp.Compare(a.Verdict, b.Verdict))
 	})
 	return out
 }

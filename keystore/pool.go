@@ -209,7 +209,8 @@ func (m *maker) PutBack(k *DataKey) {
 	m.r.mu.Lock()
 	defer m.r.mu.Unlock()
 	m.pool.returned()
-	if p := &m.pool; m.r.verdict() == nil && k.epoch == m.epoch && p.base > 0 && len(p.keys) < max(p.base, p.peak) && m.r.ctx.Err() == nil {
+	if p := &m.pool; m.r.verdict() == nil && k.epoch == m.epoch && p.base > 0 &&
+		len(p.keys) < max(p.base, p.peak) && m.r.ctx.Err() == nil {
 		p.keys = append(p.keys, k)
 		return
 	}
@@ -234,7 +235,8 @@ func (m *maker) refill() {
 		purpose := ForCreate
 		if p.making >= len(p.waiting) {
 			purpose = ForPool
-			if p.failing || m.r.o.now() < p.pause || m.r.suspended != nil || m.r.creates() != nil || !p.wants(m.r.o.now()) {
+			if p.failing || m.r.o.now() < p.pause || m.r.suspended != nil || m.r.creates() != nil ||
+				!p.wants(m.r.o.now()) {
 				return
 			}
 		}
@@ -353,7 +355,8 @@ func (m *maker) wrapForAll(ctx context.Context, b Binding) (k *DataKey, missing 
 	}
 	if len(usable) == 0 {
 		if len(missing) == 0 {
-			return nil, nil, &Error{Kind: Invalid, Op: "generate", Err: errors.New("a data key has no recipient to be wrapped for")}
+			return nil, nil, &Error{Kind: Invalid, Op: "generate",
+				Err: errors.New("a data key has no recipient to be wrapped for")}
 		}
 		return nil, nil, missing[0]
 	}
@@ -384,7 +387,8 @@ func (m *maker) wrapForAll(ctx context.Context, b Binding) (k *DataKey, missing 
 // opens reports whether one of these stores has wrapped the key.
 func opens(stores []Store, ws []blockcrypt.Recipient) bool {
 	return slices.ContainsFunc(ws, func(w blockcrypt.Recipient) bool {
-		return slices.ContainsFunc(stores, func(s Store) bool { return s.URI() == w.URI || Serves(s, w.URI) })
+		return slices.ContainsFunc(stores,
+			func(s Store) bool { return s.URI() == w.URI || Serves(s, w.URI) })
 	})
 }
 
@@ -424,7 +428,8 @@ func New(ctx context.Context, stores []Store, b Binding) (*DataKey, error) {
 // there is no key at all.
 func newKey(ctx context.Context, stores []Store, b Binding) (k *DataKey, errs []error, err error) {
 	if len(stores) == 0 {
-		return nil, nil, &Error{Kind: Invalid, Op: "generate", Err: errors.New("a data key has no recipient to be wrapped for")}
+		return nil, nil, &Error{Kind: Invalid, Op: "generate",
+			Err: errors.New("a data key has no recipient to be wrapped for")}
 	}
 	k = &DataKey{ID: b.ID}
 	wrapped, errs := make([]blockcrypt.Recipient, len(stores)), make([]error, len(stores))

@@ -32,7 +32,8 @@ func TestUnlockWithoutCredentials(t *testing.T) {
 		time.Sleep(5 * time.Minute)
 		r.Resume()
 		time.Sleep(10 * time.Second)
-		if _, err := r.Unwrap(bg, k.ID, k.Wrapped); keystore.KindOf(err) != keystore.Credentials || errors.Is(err, locked) {
+		if _, err := r.Unwrap(bg, k.ID, k.Wrapped); keystore.KindOf(err) != keystore.Credentials ||
+			errors.Is(err, locked) {
 			t.Errorf("after unlock: %v", err)
 		}
 		refuse(s, 0)
@@ -73,7 +74,8 @@ func TestOutageIsTold(t *testing.T) {
 		}
 		mu.Lock()
 		defer mu.Unlock()
-		if len(told) != 4 || keystore.KindOf(told[0]) != keystore.Outage || told[1] != nil || told[2] == nil || told[3] != nil {
+		if len(told) != 4 || keystore.KindOf(told[0]) != keystore.Outage || told[1] != nil ||
+			told[2] == nil || told[3] != nil {
 			t.Errorf("told %v", told)
 		}
 	})
@@ -87,7 +89,10 @@ func TestThrottlingIsNoOutage(t *testing.T) {
 		k := fill(t, r, 1)[0]
 		time.Sleep(time.Minute)
 		begun := time.Now()
-		if _, err := r.Unwrap(bg, [16]byte{9}, []blockcrypt.Recipient{{URI: s.uri, Wrapped: []byte("unlucky")}}); keystore.KindOf(err) != keystore.Outage || time.Since(begun) < 15*time.Second {
+		if _, err := r.Unwrap(bg, [16]byte{9},
+			[]blockcrypt.Recipient{{URI: s.uri,
+				Wrapped: []byte("unlucky")}}); keystore.KindOf(err) != keystore.Outage ||
+			time.Since(begun) < 15*time.Second {
 			t.Errorf("the unlucky one, after %v: %v", time.Since(begun), err)
 		}
 		if st := r.States()[0]; st.Error != nil {
@@ -115,14 +120,16 @@ type throttling struct {
 	once bool
 }
 
-func (s *throttling) Unwrap(ctx context.Context, b keystore.Binding, w blockcrypt.Recipient) ([]byte, error) {
+func (s *throttling) Unwrap(ctx context.Context, b keystore.Binding,
+	w blockcrypt.Recipient) ([]byte, error) {
 	switch {
 	case string(w.Wrapped) == "once" && s.once:
 		return make([]byte, keystore.KeySize), nil
 	case string(w.Wrapped) == "once", string(w.Wrapped) == "unlucky":
 		s.once = string(w.Wrapped) == "once"
 		time.Sleep(15 * time.Second)
-		return nil, &keystore.Error{Kind: keystore.Outage, URI: s.uri, Op: "unwrap", Answered: true, Err: errors.New("throttled")}
+		return nil, &keystore.Error{Kind: keystore.Outage, URI: s.uri, Op: "unwrap", Answered: true,
+			Err: errors.New("throttled")}
 	}
 	return s.slow.Unwrap(ctx, b, w)
 }

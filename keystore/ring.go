@@ -160,7 +160,8 @@ func (r *Ring) drain() {
 // newStanding takes the store to have just proven that its key may be used. mu is held.
 func (r *Ring) newStanding(s Store, sample []blockcrypt.Recipient) *standing {
 	_, immediate := s.(Immediate)
-	st := &standing{Store: s, immediate: immediate, health: health{proven: r.o.now()}, branch: branch{busy: make(chan struct{}, 1)}}
+	st := &standing{Store: s, immediate: immediate, health: health{proven: r.o.now()},
+		branch: branch{busy: make(chan struct{}, 1)}}
 	for _, w := range sample {
 		if Serves(s, w.URI) {
 			st.learn(Binding{Use: ForVolume, Volume: r.volume}, w)
@@ -235,7 +236,8 @@ func (r *Ring) candidates(ws []blockcrypt.Recipient) []candidate {
 		return 2
 	}
 	slices.SortStableFunc(out, func(a, b candidate) int {
-		return cmp.Or(cmp.Compare(rank(a), rank(b)), cmp.Compare(b.s.proven/time.Minute, a.s.proven/time.Minute))
+		return cmp.Or(cmp.Compare(rank(a), rank(b)),
+			cmp.Compare(b.s.proven/time.Minute, a.s.proven/time.Minute))
 	})
 	return out
 }
@@ -245,7 +247,8 @@ func untrusted(ws []blockcrypt.Recipient) error {
 	if len(ws) > 0 {
 		uri = ws[0].URI
 	}
-	return &Error{Kind: Untrusted, URI: uri, Op: "unwrap", Err: errors.New("it is under keys that no user named")}
+	return &Error{Kind: Untrusted, URI: uri, Op: "unwrap",
+		Err: errors.New("it is under keys that no user named")}
 }
 
 // Unwrap returns the data key of a file through the first of its recipients
@@ -323,7 +326,8 @@ func (r *Ring) UnwrapNow(file [16]byte, ws []blockcrypt.Recipient) (key []byte, 
 		if !c.s.immediate {
 			return r.underBranch(c, Binding{ForFile, r.volume, file})
 		}
-		if key, err = r.unwrap(context.Background(), c.s, Binding{ForFile, r.volume, file}, c.w); err == nil {
+		if key, err = r.unwrap(context.Background(), c.s, Binding{ForFile, r.volume, file},
+			c.w); err == nil {
 			return key, true, nil
 		}
 	}
@@ -364,7 +368,8 @@ func (r *Ring) Prefetch(file [16]byte, ws []blockcrypt.Recipient) (began bool) {
 	id := cacheID(b, c.w)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.suspended != nil || c.s.wrong() != nil || r.cache.has(id) || r.calls[id] != nil || r.ctx.Err() != nil {
+	if r.suspended != nil || c.s.wrong() != nil || r.cache.has(id) || r.calls[id] != nil ||
+		r.ctx.Err() != nil {
 		return false
 	}
 	r.counts.Prefetched++
@@ -386,7 +391,8 @@ func (r *Ring) Renew(ctx context.Context, file [16]byte, ws []blockcrypt.Recipie
 	for _, c := range r.candidates(ws) {
 		if err = r.refuses(c.s); err == nil {
 			var key []byte
-			key, err = watched{r, c.s}.Unwrap(WithPurpose(ctx, ForLease), Binding{ForFile, r.volume, file}, c.w)
+			key, err = watched{r, c.s}.Unwrap(WithPurpose(ctx, ForLease),
+				Binding{ForFile, r.volume, file}, c.w)
 			clear(key)
 		}
 		if err == nil {
@@ -399,7 +405,8 @@ func (r *Ring) Renew(ctx context.Context, file [16]byte, ws []blockcrypt.Recipie
 // Rewrap wraps the data key of a file, as its recipients ws have it, for another recipient that is
 // trusted. Where the service of both can do it the key stays there. Else it comes here, and check
 // says whether it is the file's.
-func (r *Ring) Rewrap(ctx context.Context, file [16]byte, ws []blockcrypt.Recipient, to string, check func(key []byte) error) (blockcrypt.Recipient, error) {
+func (r *Ring) Rewrap(ctx context.Context, file [16]byte, ws []blockcrypt.Recipient, to string,
+	check func(key []byte) error) (blockcrypt.Recipient, error) {
 	ctx = WithPurpose(ctx, ForRewrap)
 	stores, sealers := r.trusted()
 	var s Store
@@ -416,7 +423,8 @@ func (r *Ring) Rewrap(ctx context.Context, file [16]byte, ws []blockcrypt.Recipi
 			}
 		}
 	} else {
-		return blockcrypt.Recipient{}, &Error{Kind: Untrusted, URI: to, Op: "wrap", Err: errors.New("the volume does not name this recipient")}
+		return blockcrypt.Recipient{}, &Error{Kind: Untrusted, URI: to, Op: "wrap",
+			Err: errors.New("the volume does not name this recipient")}
 	}
 	key, err := r.Unwrap(ctx, file, ws)
 	if err != nil {
@@ -443,7 +451,8 @@ func (r *Ring) Good(ctx context.Context, file [16]byte, ws []blockcrypt.Recipien
 	ctx = WithPurpose(ctx, ForRewrap)
 	for _, c := range r.candidates(ws) {
 		if re, ok := c.s.Store.(Reencrypter); ok {
-			if _, ok, err := re.Reencrypt(ctx, Binding{ForFile, r.volume, file}, c.w, c.s.Store); ok && err == nil {
+			if _, ok, err := re.Reencrypt(ctx, Binding{ForFile, r.volume, file}, c.w,
+				c.s.Store); ok && err == nil {
 				return true
 			}
 		}
@@ -574,7 +583,8 @@ func (r *Ring) unwrap(ctx context.Context, s *standing, b Binding, w blockcrypt.
 	}
 }
 
-func (r *Ring) finish(s *standing, id [32]byte, b Binding, w blockcrypt.Recipient, c *call, key []byte, err error, ahead bool) {
+func (r *Ring) finish(s *standing, id [32]byte, b Binding, w blockcrypt.Recipient, c *call,
+	key []byte, err error, ahead bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	delete(r.calls, id)

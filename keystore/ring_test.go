@@ -104,7 +104,8 @@ func TestOpenRaisesPrefetch(t *testing.T) {
 	s := &patient{}
 	r := keystore.NewRing([16]byte{1}, []keystore.Store{s}, keystore.RingOptions{})
 	defer r.Close()
-	k, err := keystore.New(t.Context(), []keystore.Store{&s.slow}, keystore.Binding{Use: keystore.ForFile, Volume: [16]byte{1}})
+	k, err := keystore.New(t.Context(), []keystore.Store{&s.slow},
+		keystore.Binding{Use: keystore.ForFile, Volume: [16]byte{1}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -170,7 +171,8 @@ func TestPoolReportsAndRecovers(t *testing.T) {
 	s := &slow{uri: "slow:1"}
 	s.err.Store(&keystore.Error{Kind: keystore.Denied, URI: s.uri, Err: errors.New("no")})
 	var reports atomic.Int32
-	r := keystore.NewRing([16]byte{1}, []keystore.Store{s}, keystore.RingOptions{Pool: 4, Report: func(error) { reports.Add(1) }})
+	r := keystore.NewRing([16]byte{1}, []keystore.Store{s},
+		keystore.RingOptions{Pool: 4, Report: func(error) { reports.Add(1) }})
 	defer r.Close()
 	if _, err := r.NewKey(t.Context()); keystore.KindOf(err) != keystore.Denied {
 		t.Errorf("%v", err)
@@ -272,7 +274,10 @@ func TestWrongRecipientFallsThrough(t *testing.T) {
 		t.Errorf("one recipient is off, the other is not: %v", err)
 	}
 	b.err.Store(&keystore.Error{Kind: keystore.Outage, URI: b.uri, Err: errors.New("away")})
-	k2, _ := keystore.New(t.Context(), []keystore.Store{&slow{uri: "slow:a", kek: [32]byte{1}}, &slow{uri: "slow:b", kek: [32]byte{2}}}, keystore.Binding{Use: keystore.ForFile, Volume: [16]byte{1}})
+	k2, _ := keystore.New(t.Context(),
+		[]keystore.Store{&slow{uri: "slow:a", kek: [32]byte{1}},
+			&slow{uri: "slow:b", kek: [32]byte{2}}}, keystore.Binding{Use: keystore.ForFile,
+			Volume: [16]byte{1}})
 	if _, err := r.Unwrap(t.Context(), k2.ID, k2.Wrapped); keystore.KindOf(err) != keystore.Revoked {
 		t.Errorf("both are off: %v", err)
 	}

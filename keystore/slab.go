@@ -17,7 +17,8 @@ type slab struct {
 func newSlab(n int) *slab {
 	page := unix.Getpagesize()
 	locked := false
-	mem, err := unix.Mmap(-1, 0, (n*KeySize+page-1)/page*page, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	mem, err := unix.Mmap(-1, 0, (n*KeySize+page-1)/page*page, unix.PROT_READ|unix.PROT_WRITE,
+		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
 		mem = make([]byte, n*KeySize)
 	} else {

@@ -58,7 +58,8 @@ func TestUnluckyCall(t *testing.T) {
 		k := fill(t, r, 1)[0]
 		bad, good := make(chan error), make(chan error, 4)
 		go func() {
-			_, err := r.Unwrap(bg, [16]byte{9}, []blockcrypt.Recipient{{URI: s.uri, Wrapped: []byte("unlucky")}})
+			_, err := r.Unwrap(bg, [16]byte{9},
+				[]blockcrypt.Recipient{{URI: s.uri, Wrapped: []byte("unlucky")}})
 			bad <- err
 		}()
 		for range 4 {
@@ -89,7 +90,8 @@ func TestOutageAfterAnswer(t *testing.T) {
 	s := &unlucky{slow: slow{uri: "slow:1", delay: 100 * time.Millisecond}}
 	bubble(t, []keystore.Store{s}, keystore.RingOptions{}, func(r *keystore.Ring) {
 		time.AfterFunc(time.Second, func() { r.NewKey(bg) })
-		_, err := r.Unwrap(bg, [16]byte{9}, []blockcrypt.Recipient{{URI: s.uri, Wrapped: []byte("unlucky")}})
+		_, err := r.Unwrap(bg, [16]byte{9},
+			[]blockcrypt.Recipient{{URI: s.uri, Wrapped: []byte("unlucky")}})
 		if keystore.KindOf(err) != keystore.Outage || r.States()[0].Error == nil {
 			t.Errorf("%v, and the store is %v", err, r.States()[0].Error)
 		}
@@ -101,7 +103,8 @@ type unlucky struct{ slow }
 func (s *unlucky) Unwrap(ctx context.Context, b keystore.Binding, w blockcrypt.Recipient) ([]byte, error) {
 	if string(w.Wrapped) == "unlucky" {
 		time.Sleep(15*time.Second + time.Millisecond)
-		return nil, &keystore.Error{Kind: keystore.Outage, URI: s.uri, Op: "unwrap", Err: errors.New("throttled")}
+		return nil, &keystore.Error{Kind: keystore.Outage, URI: s.uri, Op: "unwrap",
+			Err: errors.New("throttled")}
 	}
 	return s.slow.Unwrap(ctx, b, w)
 }
@@ -217,7 +220,11 @@ func TestSleepAndPool(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		clock := bubbleClock()
 		var asleep atomic.Int64
-		r := keystore.NewRing([16]byte{1}, []keystore.Store{s}, keystore.RingOptions{Pool: 8}.Clock(func() time.Duration { return clock() + time.Duration(asleep.Load()) }))
+		r := keystore.NewRing([16]byte{1}, []keystore.Store{s},
+			keystore.RingOptions{Pool: 8}.Clock(func() time.Duration {
+				return clock() +
+					time.Duration(asleep.Load())
+			}))
 		defer r.Close()
 		fill(t, r, 1)
 		time.Sleep(10 * time.Second)
@@ -243,8 +250,10 @@ func TestSleepAndPool(t *testing.T) {
 		s.more.Store(int64(10 * time.Second))
 		asleep.Store(int64(4 * time.Hour))
 		begun = time.Now()
-		time.AfterFunc(time.Second, func() { r.Suspend(&keystore.Error{Kind: keystore.Credentials, Err: errors.New("locked")}) })
-		if err := r.Prove(bg); keystore.KindOf(err) != keystore.Credentials || time.Since(begun) != time.Second {
+		time.AfterFunc(time.Second,
+			func() { r.Suspend(&keystore.Error{Kind: keystore.Credentials, Err: errors.New("locked")}) })
+		if err := r.Prove(bg); keystore.KindOf(err) != keystore.Credentials ||
+			time.Since(begun) != time.Second {
 			t.Errorf("locked, after %v: %v", time.Since(begun), err)
 		}
 		r.Resume()
@@ -283,7 +292,8 @@ func TestProbeAsks(t *testing.T) {
 func TestEachVerdictIsTold(t *testing.T) {
 	s := &slow{uri: "slow:1"}
 	var kinds []keystore.Kind
-	bubble(t, []keystore.Store{s}, keystore.RingOptions{Grace: 10 * time.Minute, Changed: func(err error) { kinds = append(kinds, keystore.KindOf(err)) }}, func(r *keystore.Ring) {
+	bubble(t, []keystore.Store{s}, keystore.RingOptions{Grace: 10 * time.Minute,
+		Changed: func(err error) { kinds = append(kinds, keystore.KindOf(err)) }}, func(r *keystore.Ring) {
 		fill(t, r, 1)
 		refuse(s, keystore.Outage)
 		time.Sleep(20 * time.Minute)
@@ -294,7 +304,8 @@ func TestEachVerdictIsTold(t *testing.T) {
 		refuse(s, 0)
 		time.Sleep(time.Minute)
 		synctest.Wait()
-		want := []keystore.Kind{keystore.Outage, keystore.Revoked, keystore.Credentials, keystore.Revoked, 0}
+		want := []keystore.Kind{keystore.Outage, keystore.Revoked, keystore.Credentials,
+			keystore.Revoked, 0}
 		if len(kinds) != len(want) {
 			t.Fatalf("told %v, want %v", kinds, want)
 		}
@@ -360,7 +371,8 @@ func TestLastSuccessFirst(t *testing.T) {
 		k := fill(t, r, 1)[0]
 		forget := func() { r.Forget(k.ID, k.Wrapped) }
 		forget()
-		if _, err := r.Unwrap(bg, k.ID, k.Wrapped); err != nil || a.opens.Load() != 1 || b.opens.Load() != 0 {
+		if _, err := r.Unwrap(bg, k.ID, k.Wrapped); err != nil || a.opens.Load() != 1 ||
+			b.opens.Load() != 0 {
 			t.Errorf("at first: %d and %d calls, %v", a.opens.Load(), b.opens.Load(), err)
 		}
 		time.Sleep(5 * time.Minute)
@@ -370,8 +382,10 @@ func TestLastSuccessFirst(t *testing.T) {
 		forget()
 		a.opens.Store(0)
 		b.opens.Store(0)
-		if _, err := r.Unwrap(bg, k.ID, k.Wrapped); err != nil || a.opens.Load() != 0 || b.opens.Load() != 1 {
-			t.Errorf("when the second has answered: %d and %d calls, %v", a.opens.Load(), b.opens.Load(), err)
+		if _, err := r.Unwrap(bg, k.ID, k.Wrapped); err != nil || a.opens.Load() != 0 ||
+			b.opens.Load() != 1 {
+			t.Errorf("when the second has answered: %d and %d calls, %v", a.opens.Load(),
+				b.opens.Load(), err)
 		}
 	})
 }

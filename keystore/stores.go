@@ -32,7 +32,8 @@ func StoreFor[S Store](stores []S, uri string) (none S) {
 
 // UnwrapFirst unwraps a key through the first recipient whose store is among these and can. The
 // error is that of the first one that failed, or [Untrusted] if no store serves any of them.
-func UnwrapFirst(ctx context.Context, stores []Store, b Binding, ws []blockcrypt.Recipient) ([]byte, error) {
+func UnwrapFirst(ctx context.Context, stores []Store, b Binding,
+	ws []blockcrypt.Recipient) ([]byte, error) {
 	var first error
 	for _, w := range ws {
 		s := StoreFor(stores, w.URI)
@@ -54,5 +55,6 @@ func UnwrapFirst(ctx context.Context, stores []Store, b Binding, ws []blockcrypt
 	if len(ws) > 0 {
 		uri = ws[0].URI
 	}
-	return nil, &Error{Kind: Untrusted, URI: uri, Op: "unwrap", Err: errors.New("no key at hand is one that opens this")}
+	return nil, &Error{Kind: Untrusted, URI: uri, Op: "unwrap",
+		Err: errors.New("no key at hand is one that opens this")}
 }

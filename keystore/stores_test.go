@@ -43,7 +43,8 @@ func (s labeled) Unwrap(context.Context, keystore.Binding, blockcrypt.Recipient)
 func TestStoreFor(t *testing.T) {
 	a, b := labeled{uri: "a:", also: "c:"}, labeled{uri: "c:", also: "d:"}
 	stores := []keystore.Store{a, b}
-	for uri, want := range map[string]keystore.Store{"a:": a, "c:": b, "d:": b, "x:": nil} { // its own before a replica's
+	for uri, want := range map[string]keystore.Store{"a:": a, "c:": b, "d:": b,
+		"x:": nil} { // its own before a replica's
 		if got := keystore.StoreFor(stores, uri); got != want {
 			t.Errorf("%s: %v", uri, got)
 		}
@@ -52,7 +53,8 @@ func TestStoreFor(t *testing.T) {
 
 func TestUnwrapFirst(t *testing.T) {
 	denied := errors.New("denied")
-	good, bad, worse := labeled{uri: "g:"}, labeled{uri: "b:", err: denied}, labeled{uri: "w:", err: errors.New("worse")}
+	good, bad, worse := labeled{uri: "g:"}, labeled{uri: "b:", err: denied}, labeled{uri: "w:",
+		err: errors.New("worse")}
 	ws := func(uris ...string) (out []blockcrypt.Recipient) {
 		for _, u := range uris {
 			out = append(out, blockcrypt.Recipient{URI: u})
@@ -66,13 +68,15 @@ func TestUnwrapFirst(t *testing.T) {
 		kind   keystore.Kind
 		err    error
 	}{
-		"the first that can":      {[]keystore.Store{bad, good}, ws("x:", "b:", "g:"), good.key(), 0, nil},
-		"the first one's refusal": {[]keystore.Store{worse, bad}, ws("b:", "w:"), nil, keystore.Denied, denied},
-		"none is at hand":         {[]keystore.Store{good}, ws("x:", "y:"), nil, keystore.Untrusted, nil},
-		"no recipient":            {[]keystore.Store{good}, nil, nil, keystore.Untrusted, nil},
+		"the first that can": {[]keystore.Store{bad, good}, ws("x:", "b:", "g:"), good.key(), 0, nil},
+		"the first one's refusal": {[]keystore.Store{worse, bad}, ws("b:", "w:"), nil,
+			keystore.Denied, denied},
+		"none is at hand": {[]keystore.Store{good}, ws("x:", "y:"), nil, keystore.Untrusted, nil},
+		"no recipient":    {[]keystore.Store{good}, nil, nil, keystore.Untrusted, nil},
 	} {
 		key, err := keystore.UnwrapFirst(t.Context(), c.stores, keystore.Binding{}, c.ws)
-		if !bytes.Equal(key, c.key) || keystore.KindOf(err) != c.kind || c.err != nil && !errors.Is(err, c.err) {
+		if !bytes.Equal(key, c.key) || keystore.KindOf(err) != c.kind ||
+			c.err != nil && !errors.Is(err, c.err) {
 			t.Errorf("%s: %x, %v", name, key, err)
 		}
 	}
@@ -89,7 +93,8 @@ func TestDamagedBesideOutage(t *testing.T) {
 		{keystore.Damaged, keystore.Damaged, keystore.Damaged},
 		{keystore.Denied, keystore.Outage, keystore.Denied},
 	} {
-		r := keystore.NewRing([16]byte{1}, []keystore.Store{verdict("a:", c.first), verdict("b:", c.second)}, keystore.RingOptions{})
+		r := keystore.NewRing([16]byte{1},
+			[]keystore.Store{verdict("a:", c.first), verdict("b:", c.second)}, keystore.RingOptions{})
 		_, err := r.Unwrap(t.Context(), [16]byte{2}, []blockcrypt.Recipient{{URI: "a:"}, {URI: "b:"}})
 		if keystore.KindOf(err) != c.want {
 			t.Errorf("%v and %v: %v", c.first, c.second, err)
@@ -122,10 +127,12 @@ func TestSealer(t *testing.T) {
 	}
 	s.err.Store(nil)
 	r.Retry()
-	if _, err := r.Unwrap(t.Context(), k.ID, k.Wrapped[1:]); keystore.KindOf(err) != keystore.Untrusted || x.opens.Load() != 0 {
+	if _, err := r.Unwrap(t.Context(), k.ID,
+		k.Wrapped[1:]); keystore.KindOf(err) != keystore.Untrusted || x.opens.Load() != 0 {
 		t.Errorf("%v, asked %d times", err, x.opens.Load())
 	}
-	s.err.Store(&keystore.Error{Kind: keystore.Revoked, URI: s.uri, Op: "unwrap", Err: errors.New("disabled")})
+	s.err.Store(&keystore.Error{Kind: keystore.Revoked, URI: s.uri, Op: "unwrap",
+		Err: errors.New("disabled")})
 	if _, err := r.Unwrap(t.Context(), k.ID, k.Wrapped); keystore.KindOf(err) != keystore.Revoked {
 		t.Error(err)
 	}
@@ -194,7 +201,8 @@ func TestRetire(t *testing.T) {
 		r.Retire(s)
 		for range 20 {
 			k, err := r.NewKey(t.Context())
-			if err != nil || slices.ContainsFunc(k.Wrapped, func(w blockcrypt.Recipient) bool { return w.URI == s.URI() }) {
+			if err != nil || slices.ContainsFunc(k.Wrapped,
+				func(w blockcrypt.Recipient) bool { return w.URI == s.URI() }) {
 				t.Fatalf("%+v, %v", k, err)
 			}
 		}
@@ -223,7 +231,8 @@ func TestSetStoresThatWait(t *testing.T) {
 		t.Fatal(err)
 	}
 	s := &slow{uri: "slow:1"}
-	r := keystore.NewRing([16]byte{1}, []keystore.Store{l}, keystore.RingOptions{MaxAge: time.Minute}.Clock(func() time.Duration { return time.Duration(clock.Load()) }))
+	r := keystore.NewRing([16]byte{1}, []keystore.Store{l},
+		keystore.RingOptions{MaxAge: time.Minute}.Clock(func() time.Duration { return time.Duration(clock.Load()) }))
 	defer r.Close()
 	if r.Waits() {
 		t.Error("a local key is waited for")
@@ -251,7 +260,8 @@ func TestSetStoresThatWait(t *testing.T) {
 	if _, err := r.Unwrap(t.Context(), k.ID, k.Wrapped); err != nil {
 		t.Fatal(err)
 	}
-	s.err.Store(&keystore.Error{Kind: keystore.Revoked, URI: s.uri, Op: "unwrap", Err: errors.New("disabled")})
+	s.err.Store(&keystore.Error{Kind: keystore.Revoked, URI: s.uri, Op: "unwrap",
+		Err: errors.New("disabled")})
 	clock.Store(int64(4 * time.Minute))
 	if err := r.Prove(t.Context()); keystore.KindOf(err) != keystore.Revoked {
 		t.Errorf("two minutes later: %v", err)

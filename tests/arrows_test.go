@@ -39,14 +39,16 @@ var arrows = map[string]string{
 
 // Libraries that a package must not see.
 var forbidden = map[string][]string{
-	"kmsfs/blockcrypt": {"os", "io", "log", "log/slog", "context", "net", "github.com/hanwen/go-fuse/v2/fuse", "golang.org/x/sys/unix"},
-	"kmsfs/keystore":   {"os", "log", "log/slog", "github.com/hanwen/go-fuse/v2/fuse"},
-	"kmsfs/fs/volume":  {"github.com/hanwen/go-fuse/v2/fuse", "log"},
-	"kmsfs/fs":         {"github.com/aws/aws-sdk-go-v2/aws"},
+	"kmsfs/blockcrypt": {"os", "io", "log", "log/slog", "context", "net",
+		"github.com/hanwen/go-fuse/v2/fuse", "golang.org/x/sys/unix"},
+	"kmsfs/keystore":  {"os", "log", "log/slog", "github.com/hanwen/go-fuse/v2/fuse"},
+	"kmsfs/fs/volume": {"github.com/hanwen/go-fuse/v2/fuse", "log"},
+	"kmsfs/fs":        {"github.com/aws/aws-sdk-go-v2/aws"},
 }
 
 func TestImportArrows(t *testing.T) {
-	out, err := exec.Command("go", "list", "-f", `{{.ImportPath}}:{{range .Imports}} {{.}}{{end}}`, "kmsfs/...").CombinedOutput()
+	out, err := exec.Command("go", "list", "-f", `{{.ImportPath}}:{{range .Imports}} {{.}}{{end}}`,
+		"kmsfs/...").CombinedOutput()
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}

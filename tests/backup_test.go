@@ -19,12 +19,18 @@ import (
 // $REPO, again and again, and restores the last state to $DST.
 var backupTools = []struct{ name, needs, backup, restore string }{
 	{"rsync", "rsync", `rsync -aHAX --delete "$SRC/" "$REPO/"`, `rsync -aHAX "$REPO/" "$DST/"`},
-	{"tar", "tar", `tar -C "$SRC" --xattrs -cf "$REPO/all.tar" . || [ $? = 1 ]`, `tar -C "$DST" --xattrs -xf "$REPO/all.tar"`}, // 1: a file changed as it was read
+	{"tar", "tar", `tar -C "$SRC" --xattrs -cf "$REPO/all.tar" . || [ $? = 1 ]`,
+		`tar -C "$DST" --xattrs -xf "$REPO/all.tar"`}, // 1: a file changed as it was read
 	{"cp", "cp", `rm -rf "$REPO/c"; cp -a "$SRC" "$REPO/c"`, `cp -a "$REPO/c/." "$DST/"`},
-	{"restic", "restic", `[ -e "$REPO/config" ] || restic -q -r "$REPO" init; cd "$SRC" && restic -q -r "$REPO" backup . || [ $? = 3 ]`, `restic -q -r "$REPO" restore latest --target "$DST"`}, // 3: a file went as it was read
-	{"borg", "borg", `[ -e "$REPO/config" ] || borg init -e none "$REPO"; cd "$SRC" && borg create "$REPO::$(date +%s%N)" . || [ $? = 1 ]`, `cd "$DST" && borg extract "$REPO::$(borg list --last 1 --short "$REPO")"`},
-	{"rclone", "rclone", `rclone -q sync --links "$SRC" "$REPO" || rclone -q sync --links "$SRC" "$REPO"`, `rclone -q copy --links "$REPO" "$DST"`},
-	{"rdiff-backup", "rdiff-backup", `sleep 1; rdiff-backup --api-version 201 backup "$SRC" "$REPO" || rdiff-backup backup "$SRC" "$REPO"`, `rdiff-backup restore --at now "$REPO" "$DST"`},
+	{"restic", "restic",
+		`[ -e "$REPO/config" ] || restic -q -r "$REPO" init; cd "$SRC" && restic -q -r "$REPO" backup . || [ $? = 3 ]`, `restic -q -r "$REPO" restore latest --target "$DST"`}, // 3: a file went as it was read
+	{"borg", "borg",
+		`[ -e "$REPO/config" ] || borg init -e none "$REPO"; cd "$SRC" && borg create "$REPO::$(date +%s%N)" . || [ $? = 1 ]`, `cd "$DST" && borg extract "$REPO::$(borg list --last 1 --short "$REPO")"`},
+	{"rclone", "rclone",
+		`rclone -q sync --links "$SRC" "$REPO" || rclone -q sync --links "$SRC" "$REPO"`,
+		`rclone -q copy --links "$REPO" "$DST"`},
+	{"rdiff-backup", "rdiff-backup",
+		`sleep 1; rdiff-backup --api-version 201 backup "$SRC" "$REPO" || rdiff-backup backup "$SRC" "$REPO"`, `rdiff-backup restore --at now "$REPO" "$DST"`},
 }
 
 // A volume that is in use is backed up with each tool, and restored elsewhere: files that rest are
@@ -43,7 +49,11 @@ func TestBackupTools(t *testing.T) {
 			sh := func(script, dst string) {
 				t.Helper()
 				c := exec.Command("sh", "-ec", script)
-				c.Env = append(os.Environ(), "SRC="+v.cipher, "REPO="+repo, "DST="+dst, "RESTIC_PASSWORD=x", "HOME="+v.base, "BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK=yes", "BORG_RELOCATED_REPO_ACCESS_IS_OK=yes", "RCLONE_CONFIG="+filepath.Join(v.base, "rclone.conf"))
+				c.Env = append(os.Environ(), "SRC="+v.cipher, "REPO="+repo, "DST="+dst,
+					"RESTIC_PASSWORD=x", "HOME="+v.base,
+					"BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK=yes",
+					"BORG_RELOCATED_REPO_ACCESS_IS_OK=yes",
+					"RCLONE_CONFIG="+filepath.Join(v.base, "rclone.conf"))
 				if out, err := c.CombinedOutput(); err != nil {
 					t.Fatalf("%s: %v\n%s", script, err, out)
 				}
@@ -96,7 +106,8 @@ func TestBackupTools(t *testing.T) {
 func restingTree(t *testing.T, v *mounted) map[string][]byte {
 	t.Helper()
 	out := map[string][]byte{}
-	for i, name := range []string{"small", "empty", "d/large", "d/e/" + strings.Repeat("a long name ", 18), "d/linked"} {
+	for i, name := range []string{"small", "empty", "d/large",
+		"d/e/" + strings.Repeat("a long name ", 18), "d/linked"} {
 		if err := os.MkdirAll(filepath.Dir(v.path(name)), 0o755); err != nil {
 			t.Fatal(err)
 		}
@@ -186,7 +197,8 @@ func TestBackupOfOneByte(t *testing.T) {
 	copied := filepath.Join(v.base, "copy")
 	rsync := func() int64 {
 		t.Helper()
-		out, err := exec.Command("rsync", "-a", "--inplace", "--no-whole-file", "--block-size=4096", "--stats", v.cipher+"/", copied).CombinedOutput()
+		out, err := exec.Command("rsync", "-a", "--inplace", "--no-whole-file", "--block-size=4096",
+			"--stats", v.cipher+"/", copied).CombinedOutput()
 		m := regexp.MustCompile(`Literal data: ([0-9,]+) bytes`).FindSubmatch(out)
 		if err != nil || m == nil {
 			t.Fatalf("%v\n%s", err, out)

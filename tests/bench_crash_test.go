@@ -26,7 +26,8 @@ func newGocryptfs(t testing.TB, cipherIn string) *gocryptfs {
 			t.Fatal(err)
 		}
 	}
-	if out, err := exec.Command("gocryptfs", "-q", "-init", "-scryptn", "10", "-extpass", "echo x", g.cipher).CombinedOutput(); err != nil {
+	if out, err := exec.Command("gocryptfs", "-q", "-init", "-scryptn", "10", "-extpass", "echo x",
+		g.cipher).CombinedOutput(); err != nil {
 		t.Fatalf("gocryptfs -init: %v\n%s", err, out)
 	}
 	g.mount()
@@ -82,7 +83,8 @@ func BenchmarkCrashes(b *testing.B) {
 			{"power cut, kmsfs", crash(m, d, rounds)},
 			{"power cut, gocryptfs", crash(newGocryptfs(b, p.Dir), p, rounds)},
 		} {
-			b.Logf("%-22s %d rounds, %d files looked at, %d MiB confirmed: %d lost or damaged", c.what, rounds, c.looked, c.confirmed>>20, len(c.faults))
+			b.Logf("%-22s %d rounds, %d files looked at, %d MiB confirmed: %d lost or damaged",
+				c.what, rounds, c.looked, c.confirmed>>20, len(c.faults))
 			for i := range min(len(c.faults), 3) {
 				b.Logf("  %.160s", c.faults[i])
 			}

@@ -45,7 +45,8 @@ func BenchmarkKMS(b *testing.B) {
 			b.Logf("%-20s local %5.0f ms, KMS %5.0f ms: %.2f of the local rate, %.2f of the ideal %v", what, ms(ref[what]), ms(got[what]), float64(ref[what])/float64(got[what]), float64(got[what])/float64(ideal), ideal)
 		}
 		for _, what := range []string{"cat in order", "grep -r"} {
-			b.Logf("%-20s local %5.0f ms, KMS %5.0f ms: the local time and %.2f of the ideal %v", what, ms(ref[what]), ms(got[what]), float64(got[what]-ref[what])/float64(ideal), ideal)
+			b.Logf("%-20s local %5.0f ms, KMS %5.0f ms: the local time and %.2f of the ideal %v",
+				what, ms(ref[what]), ms(got[what]), float64(got[what]-ref[what])/float64(ideal), ideal)
 		}
 
 		kms.remount()
@@ -59,7 +60,8 @@ func BenchmarkKMS(b *testing.B) {
 		b.Logf("%-20s %d calls", "git status again", kms.srv.Calls("")-calls)
 
 		for what, d := range throttled {
-			b.Logf("30%% throttled: %-20s %5.0f ms, %.2f times as long", what, ms(d), float64(d)/float64(got[what]))
+			b.Logf("30%% throttled: %-20s %5.0f ms, %.2f times as long", what, ms(d),
+				float64(d)/float64(got[what]))
 		}
 
 		one := kms.path("one")
@@ -77,7 +79,8 @@ func BenchmarkKMS(b *testing.B) {
 		}
 		time.Sleep(200 * time.Millisecond)
 		beside := readOver(one, time.Second)
-		b.Logf("4 opens blocked in KMS: %d reads of a MiB, %d without: %.2f", beside, free, float64(beside)/float64(free))
+		b.Logf("4 opens blocked in KMS: %d reads of a MiB, %d without: %.2f", beside, free,
+			float64(beside)/float64(free))
 		for _, c := range blocked {
 			c.Process.Kill()
 			c.Wait()
@@ -113,10 +116,15 @@ func kmsSteps(b *testing.B, v *mounted, files int) map[string]time.Duration {
 	}
 	v.run(`rm -rf "$M"/*; mkdir "$M/cold" "$M/warm"; for i in $(seq 0 14); do for j in $(seq 0 9); do mkdir -p "$M/tree/$i/$j"; done; done`)
 	v.remount()
-	timed("create, cold pool", func() { create(func(i int) string { return v.path("cold", fmt.Sprint("f", i)) }) })
+	timed("create, cold pool",
+		func() { create(func(i int) string { return v.path("cold", fmt.Sprint("f", i)) }) })
 	time.Sleep(2 * time.Second) // the pause in which the pool fills
-	timed("create, filled pool", func() { create(func(i int) string { return v.path("warm", fmt.Sprint("f", i)) }) })
-	create(func(i int) string { return v.path("tree", fmt.Sprint(i%15), fmt.Sprint(i/15%10), fmt.Sprint("f", i)) })
+	timed("create, filled pool",
+		func() { create(func(i int) string { return v.path("warm", fmt.Sprint("f", i)) }) })
+	create(func(i int) string {
+		return v.path("tree", fmt.Sprint(i%15), fmt.Sprint(i/15%10),
+			fmt.Sprint("f", i))
+	})
 	v.remount()
 	timed("cat in order", func() { v.run(`find "$M/warm" -type f -print0 | xargs -0 cat | wc -c`) })
 	v.remount()

@@ -30,14 +30,21 @@ func TestBackingReadOnly(t *testing.T) {
 	time.Sleep(5 * time.Second) // until the file has settled
 	m.run(`d=$(findmnt -no SOURCE ` + disk + `); echo 1 >/sys/fs/ext4/$(basename $d)/trigger_fs_error; grep " ` + disk + ` " /proc/mounts | grep -qE ' (ro|emergency_ro|shutdown)|[ ,](ro|emergency_ro)[, ]'`)
 	want(t, m.path("f"), b)
-	for name, err := range map[string]error{"create": os.WriteFile(m.path("new"), b, 0o644), "mkdir": os.Mkdir(m.path("d"), 0o755), "unlink": os.Remove(m.path("f")), "chmod": os.Chmod(m.path("f"), 0o600),
-		"append": func() error { _, err := os.OpenFile(m.path("f"), os.O_APPEND|os.O_WRONLY, 0); return err }()} {
+	for name, err := range map[string]error{"create": os.WriteFile(m.path("new"), b, 0o644),
+		"mkdir": os.Mkdir(m.path("d"), 0o755), "unlink": os.Remove(m.path("f")),
+		"chmod": os.Chmod(m.path("f"), 0o600),
+		"append": func() error {
+			_, err := os.OpenFile(m.path("f"), os.O_APPEND|os.O_WRONLY,
+				0)
+			return err
+		}()} {
 		if !errors.Is(err, unix.EROFS) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
 	want(t, m.path("f"), b)
-	if out, err := m.try("umount", m.dir); err == nil || !strings.Contains(out, "not everything is known to be on the disk") {
+	if out, err := m.try("umount", m.dir); err == nil ||
+		!strings.Contains(out, "not everything is known to be on the disk") {
 		t.Errorf("umount: %v, %s", err, out)
 	}
 	m.run(`umount ` + disk + `; e2fsck -fy $B/disk >/dev/null || test $? = 1; mount -o loop $B/disk ` + disk)
@@ -77,11 +84,15 @@ func TestBackingChanged(t *testing.T) {
 		t.Fatal(err)
 	}
 	for what, f := range map[string]func() error{
-		"a bit":    func() error { x := bytes.Clone(whole); x[30000] ^= 1; return overwrite(path, x) },
-		"cut":      func() error { return os.Truncate(path, 20000) },
-		"emptied":  func() error { return os.Truncate(path, 0) },
-		"replaced": func() error { os.WriteFile(path+".x", noise(60000), 0o644); return os.Rename(path+".x", path) },
-		"removed":  func() error { return os.Remove(path) },
+		"a bit":   func() error { x := bytes.Clone(whole); x[30000] ^= 1; return overwrite(path, x) },
+		"cut":     func() error { return os.Truncate(path, 20000) },
+		"emptied": func() error { return os.Truncate(path, 0) },
+		"replaced": func() error {
+			os.WriteFile(path+".x", noise(60000),
+				0o644)
+			return os.Rename(path+".x", path)
+		},
+		"removed": func() error { return os.Remove(path) },
 	} {
 		if err := f(); err != nil {
 			t.Fatal(err)

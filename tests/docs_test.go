@@ -37,11 +37,13 @@ func TestPages(t *testing.T) {
 		for n := 1; lines.Scan(); n++ {
 			line := lines.Text()
 			for _, m := range link.FindAllStringSubmatch(line, -1) {
-				if _, err := os.Stat(filepath.Join(filepath.Dir(page), m[1])); err != nil && !strings.Contains(m[1], "://") {
+				if _, err := os.Stat(filepath.Join(filepath.Dir(page), m[1])); err != nil &&
+					!strings.Contains(m[1], "://") {
 					t.Errorf("%s:%d: %v", page, n, err)
 				}
 			}
-			prose := !strings.HasPrefix(line, "    ") && !strings.HasPrefix(line, "|") && strings.Contains(line, " ")
+			prose := !strings.HasPrefix(line, "    ") && !strings.HasPrefix(line, "|") &&
+				strings.Contains(line, " ")
 			if prose && utf8.RuneCountInString(line) > 100 {
 				t.Errorf("%s:%d: %d columns", page, n, utf8.RuneCountInString(line))
 			}

@@ -86,7 +86,8 @@ func (w *killWriter) step() bool {
 		if len(old) > 300000 {
 			return change(nil, "truncate", func() error { return f.Truncate(0) })
 		}
-		return change(append(old[:len(old):len(old)], data...), "append", func() error { _, err := f.WriteAt(data, int64(len(old))); return err })
+		return change(append(old[:len(old):len(old)], data...), "append",
+			func() error { _, err := f.WriteAt(data, int64(len(old))); return err })
 	case x < 55 && len(old) > 0:
 		at := w.r.IntN(len(old))
 		data := noise(1 + w.r.IntN(min(len(old)-at, 9000)))
@@ -122,7 +123,9 @@ func (w *killWriter) step() bool {
 		if errors.Join(err, next.Close()) != nil {
 			return false
 		}
-		return change(data, "rename", func() error { return os.Rename(w.path(w.name+"-new"), w.path(name)) }) && confirm("renamed", nil)
+		return change(data, "rename",
+			func() error { return os.Rename(w.path(w.name+"-new"), w.path(name)) }) &&
+			confirm("renamed", nil)
 	}
 }
 
@@ -139,7 +142,9 @@ func (w *killWriter) judge() (looked int, faults []string) {
 			err = cutdisk.Mixture(k.versions, true, got)
 		}
 		if err != nil {
-			faults = append(faults, fmt.Sprintf("%.30s, confirmed %v, of %d versions: %v; %s", name, k.confirmed, len(k.versions), err, strings.Join(k.history, "; ")))
+			faults = append(faults,
+				fmt.Sprintf("%.30s, confirmed %v, of %d versions: %v; %s", name, k.confirmed,
+					len(k.versions), err, strings.Join(k.history, "; ")))
 			os.Remove(w.path(name))
 			delete(w.files, name)
 			continue
@@ -182,7 +187,8 @@ func crash(v killable, disk *cutdisk.Disk, rounds int) (c crashes) {
 		stop := make(chan struct{})
 		if disk != nil {
 			wg.Go(func() {
-				disk.Writeback(mrand.New(mrand.NewPCG(uint64(round), 9)), filepath.Join(disk.Dir, "cipher", "*"), stop)
+				disk.Writeback(mrand.New(mrand.NewPCG(uint64(round), 9)),
+					filepath.Join(disk.Dir, "cipher", "*"), stop)
 			})
 		}
 		time.Sleep(time.Duration(100+mrand.IntN(500)) * time.Millisecond)

@@ -27,10 +27,13 @@ func TestAWSOptions(t *testing.T) {
 	write(t, v.path("f"), []byte("content"))
 	v.umount()
 	config := filepath.Join(v.base, "config.aws")
-	write(t, config, []byte("[profile there]\naws_access_key_id=AKIDPROFILE\naws_secret_access_key=s\nregion=eu-west-3\n"))
-	v.env = append(v.env, "AWS_CONFIG_FILE="+config, "AWS_ACCESS_KEY_ID=", "AWS_SECRET_ACCESS_KEY=", "AWS_REGION=", "AWS_DEFAULT_REGION=")
+	write(t, config,
+		[]byte("[profile there]\naws_access_key_id=AKIDPROFILE\naws_secret_access_key=s\nregion=eu-west-3\n"))
+	v.env = append(v.env, "AWS_CONFIG_FILE="+config, "AWS_ACCESS_KEY_ID=", "AWS_SECRET_ACCESS_KEY=",
+		"AWS_REGION=", "AWS_DEFAULT_REGION=")
 	for _, options := range [][]string{
-		{"--aws-profile", "there", "--aws-region", keystoretest.Region, "--aws-role-arn", role, "--key", "alias/k"},
+		{"--aws-profile", "there", "--aws-region", keystoretest.Region, "--aws-role-arn", role,
+			"--key", "alias/k"},
 		{"-o", "key=alias/k,aws_profile=there,aws_region=" + keystoretest.Region + ",aws_role_arn=" + role},
 	} {
 		v.srv.Refuse("AKIDPROFILE", "") // who assumes the role is the profile, who decrypts is not
@@ -44,11 +47,14 @@ func TestAWSOptions(t *testing.T) {
 		}
 		v.umount()
 	}
-	if agents := strings.Join(v.srv.Agents(), "\n"); !strings.Contains(agents, "session kmsfs-") || !strings.Contains(agents, "region "+keystoretest.Region) || strings.Contains(agents, "region eu-west-3") {
+	if agents := strings.Join(v.srv.Agents(), "\n"); !strings.Contains(agents, "session kmsfs-") ||
+		!strings.Contains(agents, "region "+keystoretest.Region) ||
+		strings.Contains(agents, "region eu-west-3") {
 		t.Errorf("no session is named after the machine, or another Region was called: %s", agents)
 	}
 	v.options = []string{"--aws-profile", "nowhere"}
-	if out, err := v.try(append(append([]string{"mount"}, v.options...), v.cipher, v.dir)...); err == nil || !strings.Contains(out, "nowhere") {
+	if out, err := v.try(append(append([]string{"mount"}, v.options...), v.cipher,
+		v.dir)...); err == nil || !strings.Contains(out, "nowhere") {
 		t.Errorf("a profile that is not there: %v, %s", err, out)
 	}
 }
@@ -61,10 +67,12 @@ func TestHangup(t *testing.T) {
 	v.umount()
 	creds := filepath.Join(v.base, "credentials")
 	put := func(id string) {
-		write(t, creds, fmt.Appendf(nil, "[default]\naws_access_key_id=%s\naws_secret_access_key=secret\n", id))
+		write(t, creds,
+			fmt.Appendf(nil, "[default]\naws_access_key_id=%s\naws_secret_access_key=secret\n", id))
 	}
 	put("AKIDTEST")
-	v.env = append(v.env, "AWS_ACCESS_KEY_ID=", "AWS_SECRET_ACCESS_KEY=", "AWS_SHARED_CREDENTIALS_FILE="+creds)
+	v.env = append(v.env, "AWS_ACCESS_KEY_ID=", "AWS_SECRET_ACCESS_KEY=",
+		"AWS_SHARED_CREDENTIALS_FILE="+creds)
 	v.mount()
 	for _, id := range []string{"AKIDTEST", "AKIDOLD"} {
 		v.srv.Refuse(id, "ExpiredTokenException")
@@ -150,7 +158,8 @@ func TestMissingRecipient(t *testing.T) {
 	}
 	v.umount()
 	out, err := v.try("fsck", v.cipher)
-	if n := strings.Count(out, "recipient aws-kms:"+second+" is missing"); err != nil || n < 100 || n > 200 {
+	if n := strings.Count(out, "recipient aws-kms:"+second+" is missing"); err != nil || n < 100 ||
+		n > 200 {
 		t.Errorf("fsck says it of %d files, %v", n, err)
 	}
 	v.mount()
@@ -175,10 +184,12 @@ func TestStatsDollars(t *testing.T) {
 	for _, c := range one.Calls {
 		calls += c.Count
 	}
-	if calls < 100 || one.Cost < calls*2.9e-6 || one.Cost > calls*3.1e-6 || one.Monthly < 700*one.Cost || one.Monthly > 750*one.Cost {
+	if calls < 100 || one.Cost < calls*2.9e-6 || one.Cost > calls*3.1e-6 ||
+		one.Monthly < 700*one.Cost || one.Monthly > 750*one.Cost {
 		t.Errorf("%v calls cost $%v, $%v a month", calls, one.Cost, one.Monthly)
 	}
-	if err := json.Unmarshal([]byte(v.kmsfs("stats", "--json", "--trails", "1", v.dir)), &two); err != nil || two.Cost < 7*one.Cost {
+	if err := json.Unmarshal([]byte(v.kmsfs("stats", "--json", "--trails", "1", v.dir)),
+		&two); err != nil || two.Cost < 7*one.Cost {
 		t.Errorf("with a trail: $%v, %v", two.Cost, err)
 	}
 	if out := v.kmsfs("stats", v.dir); !strings.Contains(out, "a month") {
@@ -194,7 +205,8 @@ func TestNoCoreDump(t *testing.T) {
 		t.Fatal(err)
 	}
 	for line := range strings.Lines(string(b)) {
-		if f := strings.Fields(line); strings.HasPrefix(line, "Max core file size") && (f[4] != "0" || f[5] != "0") {
+		if f := strings.Fields(line); strings.HasPrefix(line, "Max core file size") &&
+			(f[4] != "0" || f[5] != "0") {
 			t.Error(line)
 		}
 	}
@@ -203,14 +215,16 @@ func TestNoCoreDump(t *testing.T) {
 // A user who is asked before a key is taken away, and says no, keeps it.
 func TestKeyQuestionOnTerminal(t *testing.T) {
 	v := newKMSVolume(t)
-	for _, args := range [][]string{{"key", "disable", "alias/k"}, {"key", "schedule-deletion", "alias/k", "--days", "7"}} {
+	for _, args := range [][]string{{"key", "disable", "alias/k"},
+		{"key", "schedule-deletion", "alias/k", "--days", "7"}} {
 		x := v.onTerminal(args...)
 		x.expect("[yes/no] ", "no\n")
 		if code, shown := x.end(); code == 0 || !strings.Contains(shown, "not done") {
 			t.Errorf("%s: exit %d, %q", args, code, shown)
 		}
 	}
-	if out := v.kmsfs("key", "show", "alias/k"); !strings.Contains(out, `"Enabled"`) || !strings.Contains(out, "depends on it") {
+	if out := v.kmsfs("key", "show", "alias/k"); !strings.Contains(out, `"Enabled"`) ||
+		!strings.Contains(out, "depends on it") {
 		t.Error(out)
 	}
 	x := v.onTerminal("key", "disable", v.arn)
@@ -324,7 +338,8 @@ func TestLockEndsWaiting(t *testing.T) {
 	if d := time.Since(begun); d > 10*time.Second { // their deadline is 15 s
 		t.Errorf("it took %v", d)
 	}
-	for what, err := range map[string]error{"stat of a file": statErr(v.path("g")), "of a directory": statErr(v.path("d")), "a listing": listErr(v.path("d"))} {
+	for what, err := range map[string]error{"stat of a file": statErr(v.path("g")),
+		"of a directory": statErr(v.path("d")), "a listing": listErr(v.path("d"))} {
 		if !errors.Is(err, syscall.EKEYEXPIRED) {
 			t.Errorf("%s, locked: %v", what, err)
 		}
@@ -344,13 +359,16 @@ func TestReloadKeepsGoodCredentials(t *testing.T) {
 	v.umount()
 	creds := filepath.Join(v.base, "credentials")
 	write(t, creds, []byte("[default]\naws_access_key_id=AKIDTEST\naws_secret_access_key=secret\n"))
-	v.env = append(v.env, "AWS_ACCESS_KEY_ID=", "AWS_SECRET_ACCESS_KEY=", "AWS_SHARED_CREDENTIALS_FILE=credentials", "AWS_EC2_METADATA_DISABLED=true")
+	v.env = append(v.env, "AWS_ACCESS_KEY_ID=", "AWS_SECRET_ACCESS_KEY=",
+		"AWS_SHARED_CREDENTIALS_FILE=credentials", "AWS_EC2_METADATA_DISABLED=true")
 	v.run(`cd $B && ` + binary + ` mount --key-grace 0 --key-max-age 2s cipher mnt`)
 	want(t, v.path("f"), []byte("content"))
 	if err := os.Rename(creds, creds+".away"); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := v.try("reload", v.dir); err == nil || !strings.Contains(out, "the old credentials stay: ") || !strings.Contains(out, "none are configured") {
+	if out, err := v.try("reload", v.dir); err == nil ||
+		!strings.Contains(out, "the old credentials stay: ") ||
+		!strings.Contains(out, "none are configured") {
 		t.Errorf("reload: %v, %s", err, out)
 	}
 	time.Sleep(4 * time.Second)
@@ -360,7 +378,8 @@ func TestReloadKeepsGoodCredentials(t *testing.T) {
 	}
 	v.kmsfs("reload", v.dir)
 	want(t, v.path("f"), []byte("content"))
-	if log := v.log(); !strings.Contains(log, "could not be loaded again") || !strings.Contains(log, "were loaded again") {
+	if log := v.log(); !strings.Contains(log, "could not be loaded again") ||
+		!strings.Contains(log, "were loaded again") {
 		t.Errorf("the log does not tell of the reloads:\n%s", log)
 	}
 }

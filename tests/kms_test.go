@@ -34,8 +34,10 @@ func newKMSVolume(t testing.TB, options ...string) *kmsVolume {
 	needFUSE(t)
 	base := t.TempDir()
 	srv := keystoretest.Start(t)
-	v := &kmsVolume{&mounted{t: t, base: base, cipher: filepath.Join(base, "cipher"), dir: filepath.Join(base, "mnt"), options: options}, srv, srv.AddKey("alias/k")}
-	v.env = append(os.Environ(), "XDG_STATE_HOME="+filepath.Join(base, "state"), "XDG_CONFIG_HOME="+filepath.Join(base, "config"), "XDG_RUNTIME_DIR="+filepath.Join(base, "run"))
+	v := &kmsVolume{&mounted{t: t, base: base, cipher: filepath.Join(base, "cipher"),
+		dir: filepath.Join(base, "mnt"), options: options}, srv, srv.AddKey("alias/k")}
+	v.env = append(os.Environ(), "XDG_STATE_HOME="+filepath.Join(base, "state"),
+		"XDG_CONFIG_HOME="+filepath.Join(base, "config"), "XDG_RUNTIME_DIR="+filepath.Join(base, "run"))
 	for k, x := range keystoretest.Env(srv.URL) {
 		v.env = append(v.env, k+"="+x)
 	}
@@ -130,7 +132,8 @@ func TestRevocation(t *testing.T) {
 	want(t, v.path("f"), b)
 	v.remount()
 	want(t, v.path("f"), b)
-	if got, err := os.ReadFile(v.path("mapped")); err != nil || !bytes.Contains(got, []byte("through a map")) {
+	if got, err := os.ReadFile(v.path("mapped")); err != nil ||
+		!bytes.Contains(got, []byte("through a map")) {
 		t.Error("what was mapped:", err)
 	}
 }
@@ -158,7 +161,8 @@ func TestLock(t *testing.T) {
 	}
 	v.kmsfs("lock", v.dir)
 	for name, err := range map[string]error{
-		"stat": statErr(v.path("1")), "open": readErr(v.path("1"), nil)(), "list": listErr(v.dir), "create": os.WriteFile(v.path("new"), nil, 0o644), "mkdir": os.Mkdir(v.path("d"), 0o755),
+		"stat": statErr(v.path("1")), "open": readErr(v.path("1"), nil)(), "list": listErr(v.dir),
+		"create": os.WriteFile(v.path("new"), nil, 0o644), "mkdir": os.Mkdir(v.path("d"), 0o755),
 	} {
 		if err == nil || name != "open" && !errors.Is(err, syscall.EKEYEXPIRED) {
 			t.Errorf("%s while it is locked: %v", name, err)
@@ -217,7 +221,8 @@ func inMemory(t testing.TB, pid int, keys [][]byte) (n int) {
 	for line := range strings.Lines(string(maps)) {
 		var from, to int64
 		var perms string
-		if _, err := fmt.Sscanf(line, "%x-%x %s", &from, &to, &perms); err != nil || perms[0] != 'r' || strings.Contains(line, "[v") {
+		if _, err := fmt.Sscanf(line, "%x-%x %s", &from, &to, &perms); err != nil ||
+			perms[0] != 'r' || strings.Contains(line, "[v") {
 			continue
 		}
 		for at := from; at < to; at += 16 << 20 {
@@ -262,7 +267,8 @@ func TestOutage(t *testing.T) {
 	}
 	want(t, v.path("0"), []byte("content"))
 	begun = time.Now()
-	if err := readErr(v.path("999"), syscall.ETIMEDOUT)(); err != nil || time.Since(begun) > 5*time.Second { // a deadline is 15 s
+	if err := readErr(v.path("999"), syscall.ETIMEDOUT)(); err != nil ||
+		time.Since(begun) > 5*time.Second { // a deadline is 15 s
 		t.Errorf("the next open, after %v: %v", time.Since(begun), err)
 	}
 	if err := os.WriteFile(v.path("from the pool"), []byte("x"), 0o644); err != nil {
@@ -479,10 +485,12 @@ func TestCredentialsRenewed(t *testing.T) {
 	v.umount()
 	creds := filepath.Join(v.base, "credentials")
 	put := func(id string) {
-		write(t, creds, fmt.Appendf(nil, "[default]\naws_access_key_id=%s\naws_secret_access_key=secret\n", id))
+		write(t, creds,
+			fmt.Appendf(nil, "[default]\naws_access_key_id=%s\naws_secret_access_key=secret\n", id))
 	}
 	put("AKIDTEST")
-	v.env = append(v.env, "AWS_ACCESS_KEY_ID=", "AWS_SECRET_ACCESS_KEY=", "AWS_SHARED_CREDENTIALS_FILE="+creds)
+	v.env = append(v.env, "AWS_ACCESS_KEY_ID=", "AWS_SECRET_ACCESS_KEY=",
+		"AWS_SHARED_CREDENTIALS_FILE="+creds)
 	v.mount()
 	want(t, v.path("0"), []byte("content"))
 	// Old ones are refused, and new ones lie there: one look, by itself.
@@ -507,7 +515,8 @@ func TestFileLease(t *testing.T) {
 	b := noise(20000)
 	write(t, v.path("a"), b)
 	v.umount()
-	id := regexp.MustCompile(`"kmsfs:file": "([0-9a-f]{32})"`).FindStringSubmatch(v.kmsfs("info", "--json", v.ciphertexts(1)[0]))
+	id := regexp.MustCompile(`"kmsfs:file": "([0-9a-f]{32})"`).FindStringSubmatch(v.kmsfs("info",
+		"--json", v.ciphertexts(1)[0]))
 	if id == nil {
 		t.Fatal("info names no file ID")
 	}

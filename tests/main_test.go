@@ -82,8 +82,10 @@ func newVolume(t testing.TB, options ...string) *mounted {
 func newVolumeIn(t testing.TB, base string, options ...string) *mounted {
 	t.Helper()
 	needFUSE(t)
-	m := &mounted{t: t, base: base, cipher: filepath.Join(base, "cipher"), dir: filepath.Join(base, "mnt"), options: options}
-	m.env = append(os.Environ(), "XDG_STATE_HOME="+filepath.Join(base, "state"), "XDG_CONFIG_HOME="+filepath.Join(base, "config"), "XDG_RUNTIME_DIR="+filepath.Join(base, "run"))
+	m := &mounted{t: t, base: base, cipher: filepath.Join(base, "cipher"),
+		dir: filepath.Join(base, "mnt"), options: options}
+	m.env = append(os.Environ(), "XDG_STATE_HOME="+filepath.Join(base, "state"),
+		"XDG_CONFIG_HOME="+filepath.Join(base, "config"), "XDG_RUNTIME_DIR="+filepath.Join(base, "run"))
 	for _, d := range []string{m.cipher, m.dir} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
 			t.Fatal(err)
@@ -139,7 +141,8 @@ func (m *mounted) pid() int {
 	if err := unix.Statx(unix.AT_FDCWD, m.dir, unix.AT_STATX_DONT_SYNC, unix.STATX_TYPE, &st); err != nil {
 		m.t.Fatal(err)
 	}
-	b, err := os.ReadFile(filepath.Join(m.base, "state", "kmsfs", "mounts", fmt.Sprintf("%d-%d", st.Dev_major, st.Dev_minor)))
+	b, err := os.ReadFile(filepath.Join(m.base, "state", "kmsfs", "mounts",
+		fmt.Sprintf("%d-%d", st.Dev_major, st.Dev_minor)))
 	if err != nil {
 		m.t.Fatal(err)
 	}
@@ -220,7 +223,8 @@ func (m *mounted) cleanup() {
 		}
 	}
 	log := m.log()
-	if strings.Contains(log, "level=ERROR") && !m.faults || strings.Contains(log, "DATA RACE") || strings.Contains(log, "panic") {
+	if strings.Contains(log, "level=ERROR") && !m.faults || strings.Contains(log, "DATA RACE") ||
+		strings.Contains(log, "panic") {
 		m.t.Errorf("the log has faults:\n%s", log)
 	}
 }
@@ -234,8 +238,10 @@ func isMount(dir string) bool {
 func (m *mounted) run(script string) string {
 	m.t.Helper()
 	c := exec.Command("bash", "-euo", "pipefail", "-c", script)
-	c.Env = append(m.env, "M="+m.dir, "B="+m.base, "C="+m.cipher, "GIT_CONFIG_GLOBAL=/dev/null", "GIT_CONFIG_NOSYSTEM=1",
-		"GIT_AUTHOR_NAME=a", "GIT_AUTHOR_EMAIL=a@example.org", "GIT_COMMITTER_NAME=a", "GIT_COMMITTER_EMAIL=a@example.org")
+	c.Env = append(m.env, "M="+m.dir, "B="+m.base, "C="+m.cipher, "GIT_CONFIG_GLOBAL=/dev/null",
+		"GIT_CONFIG_NOSYSTEM=1",
+		"GIT_AUTHOR_NAME=a", "GIT_AUTHOR_EMAIL=a@example.org", "GIT_COMMITTER_NAME=a",
+		"GIT_COMMITTER_EMAIL=a@example.org")
 	out, err := c.CombinedOutput()
 	if err != nil {
 		m.t.Fatalf("%v\n%s\n%s", err, script, out)

@@ -55,7 +55,8 @@ func TestMetrics(t *testing.T) {
 	}
 	value := func(body, metric string) float64 {
 		t.Helper()
-		m := regexp.MustCompile(`(?m)^` + regexp.QuoteMeta(metric) + ` ([0-9.e+-]+)$`).FindStringSubmatch(body)
+		m := regexp.MustCompile(`(?m)^` + regexp.QuoteMeta(metric) +
+			` ([0-9.e+-]+)$`).FindStringSubmatch(body)
 		if m == nil {
 			return 0
 		}
@@ -118,7 +119,8 @@ func TestMetrics(t *testing.T) {
 		t.Error("a damaged file is read")
 	}
 	body = text()
-	if value(body, `kmsfs_request_errors_total{errno="EIO",op="read"}`) == 0 || value(body, `kmsfs_faults_total{kind="damage-block"}`) == 0 || value(body, "kmsfs_healthy") != 1 {
+	if value(body, `kmsfs_request_errors_total{errno="EIO",op="read"}`) == 0 ||
+		value(body, `kmsfs_faults_total{kind="damage-block"}`) == 0 || value(body, "kmsfs_healthy") != 1 {
 		t.Errorf("a damaged block: %s", grep(body, "EIO|faults|healthy"))
 	}
 	known := regexp.MustCompile(`(?m)^([a-z_]+)[{ ]`)
@@ -145,13 +147,15 @@ func TestMetrics(t *testing.T) {
 	// The key is switched off: the volume is not well until it is on again.
 	v.srv.SetState(v.arn, "Disabled")
 	eventually(t, "not well", func() error {
-		if code, body := get(t, "http://"+addr+"/healthz"); code != http.StatusServiceUnavailable || !strings.Contains(body, "disabled") {
+		if code, body := get(t, "http://"+addr+"/healthz"); code != http.StatusServiceUnavailable ||
+			!strings.Contains(body, "disabled") {
 			return fmt.Errorf("%d %q", code, body)
 		}
 		return nil
 	})
 	body = text()
-	if value(body, "kmsfs_healthy") != 0 || value(body, `kmsfs_recipient_usable{uri="aws-kms:`+v.arn+`"}`) != 0 {
+	if value(body, "kmsfs_healthy") != 0 || value(body,
+		`kmsfs_recipient_usable{uri="aws-kms:`+v.arn+`"}`) != 0 {
 		t.Errorf("%s", grep(body, "healthy|usable"))
 	}
 	v.srv.SetState(v.arn, "Enabled")
@@ -170,7 +174,8 @@ func TestMetrics(t *testing.T) {
 	v.kmsfs("unlock", v.dir)
 
 	v.umount()
-	if out, err := v.try("mount", "--metrics-addr", "0.0.0.0:9", v.cipher, v.dir); err == nil || !strings.Contains(out, "only an address of loopback") {
+	if out, err := v.try("mount", "--metrics-addr", "0.0.0.0:9", v.cipher, v.dir); err == nil ||
+		!strings.Contains(out, "only an address of loopback") {
 		t.Errorf("for everybody: %v %s", err, out)
 	}
 }

@@ -38,7 +38,8 @@ func TestTreeModel(t *testing.T) {
 		names = append(names, fmt.Sprint("n", i), fmt.Sprint(strings.Repeat("long", 55), i))
 	}
 	for i := range 3 {
-		names = append(names, fmt.Sprint("n0/s", i), fmt.Sprint("n1/", strings.Repeat("s", 200), i), fmt.Sprint("n1/s1/u", i))
+		names = append(names, fmt.Sprint("n0/s", i), fmt.Sprint("n1/", strings.Repeat("s", 200), i),
+			fmt.Sprint("n1/s1/u", i))
 	}
 	xattrs := unix.Setxattr(m.base, "user.x", nil, 0) == nil
 	var wg sync.WaitGroup
@@ -92,10 +93,12 @@ func (x *treeModel) step() error {
 	}{
 		{"create", func(root string) ([]byte, error) { return nil, os.WriteFile(root+a, data, mode) }},
 		{"write", func(root string) ([]byte, error) {
-			return on(root+a, os.O_RDWR, func(f *os.File) ([]byte, error) { _, err := f.WriteAt(data, off); return nil, err })
+			return on(root+a, os.O_RDWR,
+				func(f *os.File) ([]byte, error) { _, err := f.WriteAt(data, off); return nil, err })
 		}},
 		{"append", func(root string) ([]byte, error) {
-			return on(root+a, os.O_WRONLY|os.O_APPEND, func(f *os.File) ([]byte, error) { _, err := f.Write(data); return nil, err })
+			return on(root+a, os.O_WRONLY|os.O_APPEND,
+				func(f *os.File) ([]byte, error) { _, err := f.Write(data); return nil, err })
 		}},
 		{"read", func(root string) ([]byte, error) { return os.ReadFile(root + a) }},
 		{"truncate", func(root string) ([]byte, error) { return nil, os.Truncate(root+a, off) }},
@@ -122,7 +125,9 @@ func (x *treeModel) step() error {
 		{"nameless", func(root string) ([]byte, error) {
 			return on(root, unix.O_TMPFILE|os.O_RDWR, func(f *os.File) ([]byte, error) {
 				_, err := f.Write(data)
-				return nil, errors.Join(err, unix.Linkat(unix.AT_FDCWD, fmt.Sprint("/proc/self/fd/", f.Fd()), unix.AT_FDCWD, root+b, unix.AT_SYMLINK_FOLLOW))
+				return nil, errors.Join(err,
+					unix.Linkat(unix.AT_FDCWD, fmt.Sprint("/proc/self/fd/", f.Fd()), unix.AT_FDCWD,
+						root+b, unix.AT_SYMLINK_FOLLOW))
 			})
 		}},
 		{"mkdir", func(root string) ([]byte, error) { return nil, unix.Mkdir(root+a, 0o755) }},
@@ -139,9 +144,14 @@ func (x *treeModel) step() error {
 		{"rename", func(root string) ([]byte, error) {
 			return nil, unix.Renameat2(unix.AT_FDCWD, root+a, unix.AT_FDCWD, root+b, flag)
 		}},
-		{"chmod", func(root string) ([]byte, error) { return nil, unix.Fchmodat(unix.AT_FDCWD, root+a, uint32(mode), 0) }},
+		{"chmod",
+			func(root string) ([]byte, error) {
+				return nil, unix.Fchmodat(unix.AT_FDCWD, root+a,
+					uint32(mode), 0)
+			}},
 		{"utimens", func(root string) ([]byte, error) {
-			return nil, unix.UtimesNanoAt(unix.AT_FDCWD, root+a, []unix.Timespec{{Nsec: unix.UTIME_OMIT}, when}, unix.AT_SYMLINK_NOFOLLOW)
+			return nil, unix.UtimesNanoAt(unix.AT_FDCWD, root+a,
+				[]unix.Timespec{{Nsec: unix.UTIME_OMIT}, when}, unix.AT_SYMLINK_NOFOLLOW)
 		}},
 		{"list", func(root string) ([]byte, error) {
 			es, err := os.ReadDir(root + a)
@@ -166,7 +176,8 @@ func (x *treeModel) step() error {
 			k, err := unix.Getxattr(root+a, "user."+b[:2], buf)
 			return buf[:max(k, 0)], err
 		}},
-		{"removexattr", func(root string) ([]byte, error) { return nil, unix.Removexattr(root+a, "user."+b[:2]) }},
+		{"removexattr",
+			func(root string) ([]byte, error) { return nil, unix.Removexattr(root+a, "user."+b[:2]) }},
 	}
 	op := ops[x.r.IntN(len(ops))]
 	x.history = append(x.history, fmt.Sprintf("%s %.12s %.12s %d+%d flag %d", op.name, a, b, off, n, flag))
@@ -180,7 +191,8 @@ func (x *treeModel) step() error {
 		return fmt.Errorf("%s: %v, but %v there", op.name, errs[0], errs[1])
 	}
 	if !bytes.Equal(out[0], out[1]) && errs[0] == nil {
-		return fmt.Errorf("%s: %d bytes, %.60q, but %d there, %.60q", op.name, len(out[0]), out[0], len(out[1]), out[1])
+		return fmt.Errorf("%s: %d bytes, %.60q, but %d there, %.60q", op.name, len(out[0]), out[0],
+			len(out[1]), out[1])
 	}
 	return nil
 }

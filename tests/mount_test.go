@@ -87,7 +87,8 @@ func TestSQLite(t *testing.T) {
 	for _, mode := range []string{"WAL", "DELETE", "TRUNCATE"} {
 		var sql strings.Builder
 		r := mrand.New(mrand.NewPCG(1, 2))
-		fmt.Fprintf(&sql, "PRAGMA journal_mode=%s; PRAGMA synchronous=FULL; PRAGMA cache_size=-200;\nCREATE TABLE t(k INTEGER PRIMARY KEY, v BLOB, h TEXT); CREATE INDEX i ON t(h);\n", mode)
+		fmt.Fprintf(&sql,
+			"PRAGMA journal_mode=%s; PRAGMA synchronous=FULL; PRAGMA cache_size=-200;\nCREATE TABLE t(k INTEGER PRIMARY KEY, v BLOB, h TEXT); CREATE INDEX i ON t(h);\n", mode)
 		for range 120 {
 			sql.WriteString("BEGIN;\n")
 			for range r.IntN(20) {
@@ -95,7 +96,8 @@ func TestSQLite(t *testing.T) {
 				if r.IntN(3) == 0 {
 					fmt.Fprintf(&sql, "DELETE FROM t WHERE k=%d;\n", k)
 				} else {
-					fmt.Fprintf(&sql, "INSERT OR REPLACE INTO t VALUES(%d, zeroblob(%d), '%x');\n", k, r.IntN(9000), r.Uint64())
+					fmt.Fprintf(&sql, "INSERT OR REPLACE INTO t VALUES(%d, zeroblob(%d), '%x');\n",
+						k, r.IntN(9000), r.Uint64())
 				}
 			}
 			sql.WriteString([]string{"COMMIT;\n", "COMMIT;\n", "COMMIT;\n", "ROLLBACK;\n"}[r.IntN(4)])
@@ -109,7 +111,8 @@ func TestSQLite(t *testing.T) {
 			t.Fatalf("%s: another result inside than outside:\n%.300s\n%.300s", mode, inside, outside)
 		}
 		m.remount()
-		if got, ref := m.run(`sqlite3 "$M/`+mode+`.db" '`+check+`'`), m.run(`sqlite3 "$B/`+mode+`.db" '`+check+`'`); got != ref {
+		if got, ref := m.run(`sqlite3 "$M/`+mode+`.db" '`+check+
+			`'`), m.run(`sqlite3 "$B/`+mode+`.db" '`+check+`'`); got != ref {
 			t.Fatalf("%s after a remount:\n%.300s\n%.300s", mode, got, ref)
 		}
 	}
@@ -154,7 +157,8 @@ func TestModelMounted(t *testing.T) {
 			r := mrand.New(mrand.NewPCG(uint64(g), 5))
 			for range 15 {
 				name := fmt.Sprintf("f%d-%d", g, r.IntN(3))
-				if err := onBoth(filepath.Join(m.dir, name), filepath.Join(ref, name), r, boundaries, 200); err != nil {
+				if err := onBoth(filepath.Join(m.dir, name), filepath.Join(ref, name), r,
+					boundaries, 200); err != nil {
 					t.Errorf("%s: %v", name, err)
 					return
 				}
@@ -213,7 +217,8 @@ func onBoth(a, b string, r *mrand.Rand, boundaries []int64, ops int) error {
 			}
 		}
 		if !bytes.Equal(out[0], out[1]) {
-			return fmt.Errorf("operation %d at %d: %d bytes here, %d there", kind, off, len(out[0]), len(out[1]))
+			return fmt.Errorf("operation %d at %d: %d bytes here, %d there", kind, off, len(out[0]),
+				len(out[1]))
 		}
 	}
 	return nil
@@ -329,7 +334,8 @@ line"
 	if _, err := f.WriteAt(b, 0); err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(f.Sync(), f.Chmod(0o600), f.Truncate(40000), unix.Futimes(int(f.Fd()), []unix.Timeval{{Sec: 1}, {Sec: 2}})); err != nil {
+	if err := errors.Join(f.Sync(), f.Chmod(0o600), f.Truncate(40000),
+		unix.Futimes(int(f.Fd()), []unix.Timeval{{Sec: 1}, {Sec: 2}})); err != nil {
 		t.Fatal(err)
 	}
 	got := make([]byte, 40000)
@@ -340,7 +346,8 @@ line"
 		t.Error(st, err)
 	}
 	// The modification time alone, which the kernel writes by itself too.
-	if err := unix.UtimesNanoAt(int(f.Fd()), "", []unix.Timespec{{Nsec: unix.UTIME_OMIT}, {Sec: 7}}, unix.AT_EMPTY_PATH); err != nil {
+	if err := unix.UtimesNanoAt(int(f.Fd()), "", []unix.Timespec{{Nsec: unix.UTIME_OMIT}, {Sec: 7}},
+		unix.AT_EMPTY_PATH); err != nil {
 		t.Error(err)
 	}
 	if _, err := f.ReadAt(got, 0); err != nil {
@@ -363,7 +370,8 @@ line"
 		t.Fatal(err)
 	}
 	m.remount()
-	if got, err := os.ReadFile(m.path("map")); err != nil || string(got[5000:5015]) != "through the map" || len(got) != 10000 {
+	if got, err := os.ReadFile(m.path("map")); err != nil ||
+		string(got[5000:5015]) != "through the map" || len(got) != 10000 {
 		t.Error("the map:", err)
 	}
 }
@@ -371,14 +379,16 @@ line"
 func TestXattrsMounted(t *testing.T) {
 	m := newVolume(t)
 	write(t, m.path("f"), []byte("x"))
-	if err := unix.Setxattr(m.path("f"), "user.colour", []byte("a secret value"), 0); errors.Is(err, unix.EOPNOTSUPP) {
+	if err := unix.Setxattr(m.path("f"), "user.colour", []byte("a secret value"), 0); errors.Is(err,
+		unix.EOPNOTSUPP) {
 		keystoretest.Need(t, "user attributes on the temporary directory's filesystem", false)
 	} else if err != nil {
 		t.Fatal(err)
 	}
 	m.remount()
 	b := make([]byte, 100)
-	if n, err := unix.Getxattr(m.path("f"), "user.colour", b); err != nil || string(b[:n]) != "a secret value" {
+	if n, err := unix.Getxattr(m.path("f"), "user.colour", b); err != nil ||
+		string(b[:n]) != "a secret value" {
 		t.Errorf("%q, %v", b[:max(n, 0)], err)
 	}
 	if n, err := unix.Listxattr(m.path("f"), b); err != nil || string(b[:n]) != "user.colour\x00" {
@@ -392,7 +402,8 @@ func TestXattrsMounted(t *testing.T) {
 func TestSignalsAndLocks(t *testing.T) {
 	m := newVolume(t)
 	write(t, m.path("f"), []byte("x"))
-	if out, err := m.try("mount", m.cipher, filepath.Join(m.base, "state")); err == nil || strings.Count(out, "\n") > 2 {
+	if out, err := m.try("mount", m.cipher, filepath.Join(m.base, "state")); err == nil ||
+		strings.Count(out, "\n") > 2 {
 		t.Errorf("a second mount: %s", out)
 	}
 	if err := syscall.Kill(m.pid(), syscall.SIGTERM); err != nil {

@@ -30,7 +30,8 @@ func pagePolicy(t *testing.T, volume string, statement int, right string) string
 		Version   string
 		Statement []map[string]any
 	}
-	if err := json.Unmarshal([]byte(strings.ReplaceAll(text, "6f92105be8fb692102e78183ee60d7f1", volume)), &p); err != nil || !ok {
+	if err := json.Unmarshal([]byte(strings.ReplaceAll(text, "6f92105be8fb692102e78183ee60d7f1",
+		volume)), &p); err != nil || !ok {
 		t.Fatalf("the page's policy: %v", err)
 	}
 	if right != "" {
@@ -58,7 +59,8 @@ func newPolicyVolume(t *testing.T, srv *keystoretest.Server) policyVolume {
 	t.Helper()
 	m := &mounted{t: t, base: t.TempDir(), faults: true}
 	m.cipher, m.dir = filepath.Join(m.base, "cipher"), filepath.Join(m.base, "mnt")
-	m.env = append(os.Environ(), "XDG_STATE_HOME="+filepath.Join(m.base, "state"), "XDG_CONFIG_HOME="+filepath.Join(m.base, "config"), "XDG_RUNTIME_DIR="+filepath.Join(m.base, "run"))
+	m.env = append(os.Environ(), "XDG_STATE_HOME="+filepath.Join(m.base, "state"),
+		"XDG_CONFIG_HOME="+filepath.Join(m.base, "config"), "XDG_RUNTIME_DIR="+filepath.Join(m.base, "run"))
 	for k, v := range keystoretest.Env(srv.URL) {
 		m.env = append(m.env, k+"="+v)
 	}
@@ -87,7 +89,9 @@ func (p policyVolume) as(id string, args ...string) error {
 
 // mountAnd calls do while the volume is mounted with such credentials.
 func (p policyVolume) mountAnd(id string, options []string, do func() error) error {
-	if err := p.as(id, append(append([]string{"mount", "--key", "alias/files"}, options...), p.cipher, p.dir)...); err != nil {
+	if err := p.as(id,
+		append(append([]string{"mount", "--key", "alias/files"}, options...), p.cipher,
+			p.dir)...); err != nil {
 		return err
 	}
 	defer p.umount()
@@ -111,20 +115,30 @@ func TestPagePolicy(t *testing.T) {
 	m.mount()
 	write(t, m.path("old"), []byte("old"))
 	m.umount()
-	roles := map[string]string{"AKWRITER": "arn:aws:iam::111122223333:role/files-writer", "AKREADER": "arn:aws:iam::111122223333:role/files-reader", "AKADMIN": "arn:aws:iam::111122223333:role/key-admin"}
+	roles := map[string]string{"AKWRITER": "arn:aws:iam::111122223333:role/files-writer",
+		"AKREADER": "arn:aws:iam::111122223333:role/files-reader",
+		"AKADMIN":  "arn:aws:iam::111122223333:role/key-admin"}
 	read := func() error { _, err := os.ReadFile(m.path("old")); return err }
 	tasks := map[string]func() error{
 		"the writer mounts and reads": func() error { return mountAnd("AKWRITER", nil, read) },
 		"the writer makes a file": func() error {
-			return mountAnd("AKWRITER", nil, func() error { return os.WriteFile(m.path("new"), []byte("new"), 0o644) })
+			return mountAnd("AKWRITER", nil,
+				func() error { return os.WriteFile(m.path("new"), []byte("new"), 0o644) })
 		},
-		"the writer encrypts a file":  func() error { return as("AKWRITER", "encrypt", "--key", "alias/files", letter, letter+".w") },
-		"the reader mounts and reads": func() error { return mountAnd("AKREADER", []string{"--read-only"}, read) },
+		"the writer encrypts a file": func() error {
+			return as("AKWRITER", "encrypt", "--key",
+				"alias/files", letter, letter+".w")
+		},
+		"the reader mounts and reads": func() error {
+			return mountAnd("AKREADER",
+				[]string{"--read-only"}, read)
+		},
 		"the reader decrypts a file": func() error {
 			return as("AKREADER", "decrypt", "--key", "alias/files", letter+".sealed", letter+".again")
 		},
 		"the administrator disables the key": func() error {
-			return errors.Join(as("AKADMIN", "key", "disable", "--yes", "alias/files"), as("AKADMIN", "key", "enable", "alias/files"))
+			return errors.Join(as("AKADMIN", "key", "disable", "--yes", "alias/files"),
+				as("AKADMIN", "key", "enable", "alias/files"))
 		},
 	}
 	for _, c := range []struct {
@@ -138,7 +152,9 @@ func TestPagePolicy(t *testing.T) {
 		{1, "kms:GenerateDataKey", []string{"the writer makes a file", "the writer encrypts a file"}},
 		{1, "kms:Decrypt", []string{"the writer mounts and reads", "the writer makes a file"}},
 		{2, "kms:Decrypt", []string{"the reader mounts and reads", "the reader decrypts a file"}},
-		{3, "kms:DescribeKey", []string{"the writer mounts and reads", "the writer makes a file", "the writer encrypts a file", "the reader mounts and reads", "the reader decrypts a file"}},
+		{3, "kms:DescribeKey",
+			[]string{"the writer mounts and reads", "the writer makes a file",
+				"the writer encrypts a file", "the reader mounts and reads", "the reader decrypts a file"}},
 	} {
 		if err := srv.SetPolicy(pagePolicy(t, info.Volume, c.statement, c.without), roles); err != nil {
 			t.Fatal(err)
@@ -157,7 +173,8 @@ func TestPagePolicy(t *testing.T) {
 		t.Error("the policy of another volume lets the reader in")
 	}
 	// One who mounts read-write and only reads causes no denied call.
-	if err := srv.SetPolicy(pagePolicy(t, info.Volume, 0, ""), map[string]string{"AKREADER": roles["AKREADER"]}); err != nil {
+	if err := srv.SetPolicy(pagePolicy(t, info.Volume, 0, ""),
+		map[string]string{"AKREADER": roles["AKREADER"]}); err != nil {
 		t.Fatal(err)
 	}
 	before := srv.Calls("GenerateDataKey")
@@ -180,12 +197,14 @@ func TestPolicyCommand(t *testing.T) {
 	write(t, m.path("old"), []byte("old"))
 	m.umount()
 	principal := func(role string) string { return "arn:aws:iam::111122223333:role/" + role }
-	roles := map[string]string{"AKREADER": principal("reader"), "AKWRITER": principal("writer"), "AKREWRAPPER": principal("rewrapper"), "AKINGESTER": principal("ingester")}
+	roles := map[string]string{"AKREADER": principal("reader"), "AKWRITER": principal("writer"),
+		"AKREWRAPPER": principal("rewrapper"), "AKINGESTER": principal("ingester")}
 	type statement = map[string]any
 	policies := map[string][]statement{}
 	for _, role := range []string{"reader", "writer", "rewrapper", "ingester"} {
 		var p struct{ Statement []statement }
-		if err := json.Unmarshal([]byte(m.kmsfs("policy", role, "--principal", principal(role), m.cipher)), &p); err != nil {
+		if err := json.Unmarshal([]byte(m.kmsfs("policy", role, "--principal", principal(role),
+			m.cipher)), &p); err != nil {
 			t.Fatal(err)
 		}
 		policies[role] = p.Statement
@@ -195,7 +214,8 @@ func TestPolicyCommand(t *testing.T) {
 	move := func() error {
 		for _, k := range [][2]string{{old, next}, {next, old}} {
 			if err := errors.Join(
-				as("AKREWRAPPER", "recipients", "add", "--key", k[0], m.cipher, "alias/"+map[string]string{old: "files", next: "next"}[k[1]]),
+				as("AKREWRAPPER", "recipients", "add", "--key", k[0], m.cipher,
+					"alias/"+map[string]string{old: "files", next: "next"}[k[1]]),
 				as("AKREWRAPPER", "rewrap", "--verify", "--from", k[0], "--to", k[1], m.cipher),
 				as("AKREWRAPPER", "recipients", "remove", m.cipher, k[0]),
 				as("AKREWRAPPER", "rewrap", "--verify", m.cipher)); err != nil {
@@ -209,7 +229,8 @@ func TestPolicyCommand(t *testing.T) {
 		"writer": {
 			"reads": func() error { return mountAnd("AKWRITER", nil, read) },
 			"writes": func() error {
-				return mountAnd("AKWRITER", nil, func() error { return os.WriteFile(m.path("new"), []byte("new"), 0o644) })
+				return mountAnd("AKWRITER", nil,
+					func() error { return os.WriteFile(m.path("new"), []byte("new"), 0o644) })
 			},
 		},
 		"rewrapper": {"moves": move},
@@ -234,7 +255,8 @@ func TestPolicyCommand(t *testing.T) {
 					for k, v := range s {
 						c[k] = v
 					}
-					c["Action"] = slices.DeleteFunc(slices.Clone(s["Action"].([]any)), func(a any) bool { return a == right })
+					c["Action"] = slices.DeleteFunc(slices.Clone(s["Action"].([]any)),
+						func(a any) bool { return a == right })
 					s = c
 				}
 				all = append(all, s)
@@ -262,13 +284,17 @@ func TestPolicyCommand(t *testing.T) {
 		}
 	}
 	// What an ingester made before, it cannot read either; a reader can.
-	if err := mountAnd("AKINGESTER", nil, func() error { _, err := os.ReadFile(m.path("added")); return err }); !errors.Is(err, unix.EKEYREJECTED) {
+	if err := mountAnd("AKINGESTER", nil,
+		func() error { _, err := os.ReadFile(m.path("added")); return err }); !errors.Is(err,
+		unix.EKEYREJECTED) {
 		t.Errorf("an ingester reads a file of an earlier mount: %v", err)
 	}
-	if err := mountAnd("AKREADER", []string{"--read-only"}, func() error { _, err := os.ReadFile(m.path("added")); return err }); err != nil {
+	if err := mountAnd("AKREADER", []string{"--read-only"},
+		func() error { _, err := os.ReadFile(m.path("added")); return err }); err != nil {
 		t.Errorf("a reader cannot read what an ingester has added: %v", err)
 	}
-	if err := mountAnd("AKREADER", nil, func() error { return os.WriteFile(m.path("more"), []byte("more"), 0o644) }); err == nil {
+	if err := mountAnd("AKREADER", nil,
+		func() error { return os.WriteFile(m.path("more"), []byte("more"), 0o644) }); err == nil {
 		t.Error("the reader makes a file")
 	}
 	for role, statements := range policies {
@@ -296,7 +322,9 @@ func TestPolicyCommand(t *testing.T) {
 			}
 		}
 	}
-	if out := m.kmsfs("policy", "writer", "--terraform", "--principal", principal("writer"), m.cipher); !strings.Contains(out, `actions   = ["kms:Decrypt", "kms:GenerateDataKey"]`) || !strings.Contains(out, `variable = "kms:EncryptionContext:kmsfs:volume"`) {
+	if out := m.kmsfs("policy", "writer", "--terraform", "--principal", principal("writer"),
+		m.cipher); !strings.Contains(out, `actions   = ["kms:Decrypt", "kms:GenerateDataKey"]`) ||
+		!strings.Contains(out, `variable = "kms:EncryptionContext:kmsfs:volume"`) {
 		t.Errorf("%s", out)
 	}
 }

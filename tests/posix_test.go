@@ -21,7 +21,8 @@ func loopDisk(t *testing.T, base, size string, mkfs ...string) (dir string) {
 	needTool(t, mkfs[0])
 	img := filepath.Join(base, "disk")
 	dir = filepath.Join(base, "disk.mnt")
-	for _, c := range [][]string{{"truncate", "-s", size, img}, append(mkfs, img), {"mkdir", dir}, {"mount", "-o", "loop", img, dir}} {
+	for _, c := range [][]string{{"truncate", "-s", size, img}, append(mkfs, img), {"mkdir", dir},
+		{"mount", "-o", "loop", img, dir}} {
 		if out, err := exec.Command(c[0], c[1:]...).CombinedOutput(); err != nil {
 			t.Fatalf("%v: %v\n%s", c, err, out)
 		}
@@ -204,7 +205,8 @@ func TestReserveAndQuota(t *testing.T) {
 	t.Run("quota", func(t *testing.T) {
 		base := openBase(t)
 		disk := loopDisk(t, base, "600M", "mkfs.btrfs", "-q")
-		if out, err := exec.Command("bash", "-ec", `cd "$0"; btrfs quota enable .; btrfs subvolume create -- sub >/dev/null; btrfs qgroup limit 20M sub`, disk).CombinedOutput(); err != nil {
+		if out, err := exec.Command("bash", "-ec",
+			`cd "$0"; btrfs quota enable .; btrfs subvolume create -- sub >/dev/null; btrfs qgroup limit 20M sub`, disk).CombinedOutput(); err != nil {
 			t.Fatalf("%v\n%s", err, out)
 		}
 		v := newVolumeOn(t, base, filepath.Join(disk, "sub"), "--allow-other")
@@ -399,7 +401,8 @@ func TestInotify(t *testing.T) {
 	for name, c := range map[string]struct {
 		mask uint32
 		n    int
-	}{"create": {unix.IN_CREATE, 2}, "modify": {unix.IN_MODIFY, 1}, "close_write": {unix.IN_CLOSE_WRITE, 1}, "moved_from": {unix.IN_MOVED_FROM, 1},
+	}{"create": {unix.IN_CREATE, 2}, "modify": {unix.IN_MODIFY, 1},
+		"close_write": {unix.IN_CLOSE_WRITE, 1}, "moved_from": {unix.IN_MOVED_FROM, 1},
 		"moved_to": {unix.IN_MOVED_TO, 1}, "attrib": {unix.IN_ATTRIB, 1}, "delete": {unix.IN_DELETE, 2}} {
 		if got[c.mask] != c.n {
 			t.Errorf("%d times %s, want %d", got[c.mask], name, c.n)
@@ -512,7 +515,8 @@ func TestTimesStay(t *testing.T) {
 	list := `(cd "$M/t" && find . -type f -printf '%P %s %T@\n' | sort)`
 	m.run(`mkdir "$M/t"; cd "$M/t"; for i in $(seq 2000); do head -c $((i * 7)) /dev/zero >f$i; done; ` + list + ` >"$B/before"
 		git init -q .; git add .; git commit -qm x; git update-index -q --refresh`)
-	for _, when := range []string{"true", "sync; echo 3 >/proc/sys/vm/drop_caches", "sleep 6; echo 3 >/proc/sys/vm/drop_caches", "remount"} {
+	for _, when := range []string{"true", "sync; echo 3 >/proc/sys/vm/drop_caches",
+		"sleep 6; echo 3 >/proc/sys/vm/drop_caches", "remount"} {
 		if when == "remount" {
 			m.remount()
 		} else {
@@ -531,12 +535,14 @@ func TestRemountOptions(t *testing.T) {
 	m.kmsfs("mount", "-o", "remount,ro,noexec", m.cipher, m.dir)
 	m.run(`cd "$M"; grep " $M fuse.kmsfs ro,noexec" /proc/self/mounts >/dev/null; ! (echo y >f) 2>/dev/null; test "$(cat f)" = x`)
 	// As mount(8) gives back what it finds in /proc/mounts.
-	m.kmsfs("mount", "-o", "noexec,noatime,remount,rw,nosuid,user_id=0,group_id=0,default_permissions,allow_other,max_read=1048576", m.cipher, m.dir)
+	m.kmsfs("mount", "-o",
+		"noexec,noatime,remount,rw,nosuid,user_id=0,group_id=0,default_permissions,allow_other,max_read=1048576", m.cipher, m.dir)
 	m.run(`cd "$M"; grep " $M fuse.kmsfs rw,nosuid,noexec,noatime" /proc/self/mounts >/dev/null; echo y >f`)
 	m.umount()
 	m.options = append(m.options, "--read-only")
 	m.mount()
-	if out, err := m.try("mount", "-o", "remount,rw", m.cipher, m.dir); err == nil || !strings.Contains(out, "mounted read-only") {
+	if out, err := m.try("mount", "-o", "remount,rw", m.cipher, m.dir); err == nil ||
+		!strings.Contains(out, "mounted read-only") {
 		t.Errorf("%v: %s", err, out)
 	}
 	m.run(`test "$(cat "$M/f")" = y`)

@@ -89,7 +89,8 @@ func TestCopyFileRange(t *testing.T) {
 	if _, err := out.Write(want); err != nil {
 		t.Fatal(err)
 	}
-	for _, c := range []struct{ from, to, n int64 }{{0, 100, 5000}, {1 << 20, 5100, 2 << 20}, {3<<20 - 10, 5100 + 2<<20, 1000}, {4 << 20, 0, 10}, {7, 3, 50}} {
+	for _, c := range []struct{ from, to, n int64 }{{0, 100, 5000}, {1 << 20, 5100, 2 << 20},
+		{3<<20 - 10, 5100 + 2<<20, 1000}, {4 << 20, 0, 10}, {7, 3, 50}} {
 		from, to := c.from, c.to
 		n, err := unix.CopyFileRange(int(in.Fd()), &from, int(out.Fd()), &to, int(c.n), 0)
 		if exp := max(0, min(c.n, int64(len(b))-c.from)); err != nil || int64(n) != exp {

@@ -17,7 +17,8 @@ import (
 )
 
 // cloud is the latency of a cloud volume or of NFS.
-var cloud = slowdisk.Latency{Read: 2 * time.Millisecond, Write: 2 * time.Millisecond, Sync: 5 * time.Millisecond, Meta: time.Millisecond}
+var cloud = slowdisk.Latency{Read: 2 * time.Millisecond, Write: 2 * time.Millisecond,
+	Sync: 5 * time.Millisecond, Meta: time.Millisecond}
 
 // newSlowVolume is newVolume on a slow disk over a filesystem in memory.
 func newSlowVolume(t testing.TB, l slowdisk.Latency) (*mounted, *slowdisk.Disk) {
@@ -92,7 +93,8 @@ func TestNothingWaitsMounted(t *testing.T) {
 			_, err := os.ReadFile(m.path("d", "file"))
 			return err
 		}},
-		{"a rename", slowdisk.Latency{Meta: stall}, func() error { return os.Rename(m.path("d", "file"), m.path("d", "file2")) }},
+		{"a rename", slowdisk.Latency{Meta: stall},
+			func() error { return os.Rename(m.path("d", "file"), m.path("d", "file2")) }},
 		{"a read", slowdisk.Latency{Read: stall}, func() error {
 			_, err := log.ReadAt(make([]byte, 100), 0)
 			return err
@@ -292,7 +294,8 @@ func slowWorkloads(b *testing.B, dir string, threads int, report func(what strin
 		return fs[t].Sync()
 	}))
 	closeAll(fs)
-	closeAll(files(func(t int) string { return filepath.Join(in, fmt.Sprint("d", t), "a") }, os.O_RDWR|os.O_CREATE))
+	closeAll(files(func(t int) string { return filepath.Join(in, fmt.Sprint("d", t), "a") },
+		os.O_RDWR|os.O_CREATE))
 	rename := func(t, i int) error {
 		d := filepath.Join(in, fmt.Sprint("d", t))
 		return os.Rename(filepath.Join(d, "ab"[i%2:][:1]), filepath.Join(d, "ba"[i%2:][:1]))

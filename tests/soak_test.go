@@ -84,7 +84,8 @@ func TestStressNG(t *testing.T) {
 		t.Fatal(err)
 	}
 	run := func(name, dir string) (string, error) {
-		c := exec.Command("timeout", "60", "stress-ng", "--"+name, "2", "--timeout", "4s", "--verify", "--temp-path", dir)
+		c := exec.Command("timeout", "60", "stress-ng", "--"+name, "2", "--timeout", "4s",
+			"--verify", "--temp-path", dir)
 		c.Env, c.Dir = append(os.Environ(), "HOME="+m.base), m.base // some leave files where they run
 		out, err := c.CombinedOutput()
 		return string(out), err

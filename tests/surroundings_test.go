@@ -37,7 +37,9 @@ func inNamespace(m *mounted) (say func(script string) string) {
 	})
 	return func(script string) string {
 		m.t.Helper()
-		fmt.Fprintf(in, "{ %s\n} >%s.part 2>&1 </dev/null; echo \"rc=$?\" >>%s.part; mv %s.part %s\n", script, out, out, out, out)
+		fmt.Fprintf(in,
+			"{ %s\n} >%s.part 2>&1 </dev/null; echo \"rc=$?\" >>%s.part; mv %s.part %s\n", script,
+			out, out, out, out)
 		var b []byte
 		for until := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
 			if b, err = os.ReadFile(out); err == nil {
@@ -80,7 +82,8 @@ func TestSamePathInTwoNamespaces(t *testing.T) {
 	m.kmsfs("unlock", m.dir)
 	want(t, m.path("f"), []byte("ours\n"))
 	m.umount()
-	if out := other(`cat $M/f; "$K" umount $M`); !strings.Contains(out, "theirs") || !strings.Contains(out, "rc=0") {
+	if out := other(`cat $M/f; "$K" umount $M`); !strings.Contains(out, "theirs") ||
+		!strings.Contains(out, "rc=0") {
 		t.Errorf("after our umount: %s", out)
 	}
 }
@@ -97,13 +100,15 @@ func TestUmountWhileAnotherNamespaceHasIt(t *testing.T) {
 	if took := time.Since(begun); took > 20*time.Second {
 		t.Errorf("umount took %v", took)
 	}
-	if !strings.Contains(out, "still mounted in another mount namespace") || !strings.Contains(out, "("+pid+")") {
+	if !strings.Contains(out, "still mounted in another mount namespace") ||
+		!strings.Contains(out, "("+pid+")") {
 		t.Errorf("umount says %q", out)
 	}
 	if out := other("cat $M/f"); !strings.HasPrefix(out, "kept") {
 		t.Errorf("in the other namespace: %s", out)
 	}
-	if out, err := m.try("mount", m.cipher, m.dir); err == nil || !strings.Contains(out, "is writing to this volume") {
+	if out, err := m.try("mount", m.cipher, m.dir); err == nil ||
+		!strings.Contains(out, "is writing to this volume") {
 		t.Errorf("a second mount: %v %s", err, out)
 	}
 	if out := other(`"$K" umount $M`); !strings.Contains(out, "rc=0") {
@@ -121,7 +126,8 @@ func TestUmountNamesWhatIsBusy(t *testing.T) {
 	m.run(`truncate -s 10M $M/img; mkdir $M/sub; mount -t tmpfs t $M/sub; losetup --show -f $M/img >$B/loop`)
 	loop, _ := os.ReadFile(filepath.Join(m.base, "loop"))
 	out, err := m.try("umount", m.dir)
-	if err == nil || !strings.Contains(out, strings.TrimSpace(string(loop))) || !strings.Contains(out, m.path("sub")) || !strings.Contains(out, "tmpfs") {
+	if err == nil || !strings.Contains(out, strings.TrimSpace(string(loop))) ||
+		!strings.Contains(out, m.path("sub")) || !strings.Contains(out, "tmpfs") {
 		t.Errorf("umount says %q (%v)", out, err)
 	}
 	m.run(`losetup -d $(cat $B/loop); umount $M/sub`)
@@ -143,7 +149,8 @@ func TestMountpointThroughSymlinks(t *testing.T) {
 	m.kmsfs("lock", m.dir)
 	m.kmsfs("umount", filepath.Join(m.base, "direct"))
 	m.mount()
-	if out, err := m.try("lock", m.base); err == nil || !strings.Contains(out, "no kmsfs volume is mounted there") {
+	if out, err := m.try("lock", m.base); err == nil ||
+		!strings.Contains(out, "no kmsfs volume is mounted there") {
 		t.Errorf("a directory that is no mount: %v %s", err, out)
 	}
 	m.kill()
@@ -263,7 +270,8 @@ func TestCopyWithoutSymlinks(t *testing.T) {
 	m.umount()
 	m.run(`rsync -r --no-links $C/ $B/copy/ 2>/dev/null; rsync -a $C/ $B/whole/`)
 	out, err := m.try("fsck", filepath.Join(m.base, "copy"))
-	if err == nil || !strings.Contains(out, "made without symlinks") || !strings.Contains(out, "long entry is lost") {
+	if err == nil || !strings.Contains(out, "made without symlinks") ||
+		!strings.Contains(out, "long entry is lost") {
 		t.Errorf("fsck of the copy: %v\n%s", err, out)
 	}
 	m.kmsfs("fsck", filepath.Join(m.base, "whole"))

@@ -73,7 +73,8 @@ func (x *terminal) expect(text, answer string) {
 func (x *terminal) end() (code int, shown string) {
 	x.t.Helper()
 	x.ptmx.SetReadDeadline(time.Now().Add(20 * time.Second))
-	if _, err := x.out.ReadFrom(x.ptmx); err != nil && !errors.Is(err, unix.EIO) { // EIO: nobody has the terminal any more
+	if _, err := x.out.ReadFrom(x.ptmx); err != nil &&
+		!errors.Is(err, unix.EIO) { // EIO: nobody has the terminal any more
 		x.t.Fatalf("%v; it shows %q", err, x.out.String())
 	}
 	x.c.Wait()
@@ -90,7 +91,8 @@ func TestPassphraseOnTerminal(t *testing.T) {
 	x := m.onTerminal("init", "--key", "passphrase", m.cipher)
 	x.expect("Passphrase: ", "correct horse\n")
 	x.expect("again: ", "another\n")
-	if code, shown := x.end(); code == 0 || !strings.Contains(shown, "the passphrases differ") || strings.Contains(shown, "another") {
+	if code, shown := x.end(); code == 0 || !strings.Contains(shown, "the passphrases differ") ||
+		strings.Contains(shown, "another") {
 		t.Errorf("differing ones: exit %d, %q", code, shown)
 	}
 	x = m.onTerminal("init", "--key", "passphrase", m.cipher)
@@ -102,7 +104,8 @@ func TestPassphraseOnTerminal(t *testing.T) {
 
 	x = m.onTerminal("mount", m.cipher, m.dir)
 	x.expect("Passphrase: ", "wrong\n")
-	if code, shown := x.end(); code != 4 || strings.Count(strings.TrimSpace(shown), "\n") > 1 || strings.Contains(shown, "wrong\r") {
+	if code, shown := x.end(); code != 4 || strings.Count(strings.TrimSpace(shown), "\n") > 1 ||
+		strings.Contains(shown, "wrong\r") {
 		t.Errorf("a wrong one: exit %d, %q", code, shown)
 	}
 	x = m.onTerminal("mount", m.cipher, m.dir)

@@ -74,7 +74,8 @@ more'
 S
 		HOME=$B/home setpriv --reuid 1 --regid 1 --clear-groups bash home/script # fusermount3 wants a user with a name`
 	c := exec.Command("unshare", "-m", "bash", "-c", script)
-	c.Env = append(slices.DeleteFunc(os.Environ(), func(s string) bool { return strings.HasPrefix(s, "XDG_") }), "B="+base, "K="+binary)
+	c.Env = append(slices.DeleteFunc(os.Environ(),
+		func(s string) bool { return strings.HasPrefix(s, "XDG_") }), "B="+base, "K="+binary)
 	if out, err := c.CombinedOutput(); err != nil || !strings.Contains(string(out), "all well") {
 		logs, _ := filepath.Glob(filepath.Join(base, "home/.local/state/kmsfs/*.log"))
 		for _, l := range logs {
@@ -90,10 +91,13 @@ func TestNoDevice(t *testing.T) {
 	needRoot(t)
 	needTool(t, "unshare")
 	base := t.TempDir()
-	c := exec.Command("unshare", "-m", "bash", "-c", `cd "$B"; mkdir cipher mnt; "$K" init cipher >/dev/null && mount -t tmpfs none /dev && "$K" mount cipher mnt`)
-	c.Env = append(os.Environ(), "B="+base, "K="+binary, "XDG_STATE_HOME="+base+"/state", "XDG_CONFIG_HOME="+base+"/config")
+	c := exec.Command("unshare", "-m", "bash", "-c",
+		`cd "$B"; mkdir cipher mnt; "$K" init cipher >/dev/null && mount -t tmpfs none /dev && "$K" mount cipher mnt`)
+	c.Env = append(os.Environ(), "B="+base, "K="+binary, "XDG_STATE_HOME="+base+"/state",
+		"XDG_CONFIG_HOME="+base+"/config")
 	out, err := c.CombinedOutput()
-	if err == nil || !strings.HasPrefix(string(out), "kmsfs: error: /dev/fuse is missing") || strings.Count(string(out), "\n") != 2 {
+	if err == nil || !strings.HasPrefix(string(out), "kmsfs: error: /dev/fuse is missing") ||
+		strings.Count(string(out), "\n") != 2 {
 		t.Errorf("%v: %s", err, out)
 	}
 }

@@ -42,7 +42,9 @@ func newWalk(t testing.TB, url string) *walk {
 	needTool(t, "aws")
 	base := t.TempDir()
 	m := &mounted{t: t, base: base, cipher: filepath.Join(base, "cipher"), dir: filepath.Join(base, "mnt")}
-	m.env = append(os.Environ(), "XDG_STATE_HOME="+filepath.Join(base, "state"), "XDG_CONFIG_HOME="+filepath.Join(base, "config"), "XDG_RUNTIME_DIR="+filepath.Join(base, "run"), "AWS_PAGER=")
+	m.env = append(os.Environ(), "XDG_STATE_HOME="+filepath.Join(base, "state"),
+		"XDG_CONFIG_HOME="+filepath.Join(base, "config"),
+		"XDG_RUNTIME_DIR="+filepath.Join(base, "run"), "AWS_PAGER=")
 	for k, v := range keystoretest.Env(url) {
 		m.env = append(m.env, k+"="+v)
 	}
@@ -66,7 +68,8 @@ func (w *walk) createKey(alias string) key {
 		{"Sid":"administrators","Effect":"Allow","Principal":{"AWS":"arn:aws:iam::123456789012:root"},"Action":["kms:Create*","kms:Describe*","kms:Enable*","kms:List*","kms:Put*","kms:Update*","kms:Revoke*","kms:Disable*","kms:Get*","kms:Delete*","kms:ScheduleKeyDeletion","kms:CancelKeyDeletion"],"Resource":"*"},
 		{"Sid":"users","Effect":"Allow","Principal":{"AWS":"arn:aws:iam::123456789012:root"},"Action":["kms:GenerateDataKey","kms:Decrypt","kms:DescribeKey"],"Resource":"*"}]}`
 	var k key
-	if err := json.Unmarshal(w.aws("kms", "create-key", "--description", "kmsfs", "--policy", policy), &k); err != nil {
+	if err := json.Unmarshal(w.aws("kms", "create-key", "--description", "kmsfs", "--policy",
+		policy), &k); err != nil {
 		w.t.Fatal(err)
 	}
 	w.aws("kms", "create-alias", "--alias-name", alias, "--target-key-id", k.KeyMetadata.KeyId)
@@ -98,14 +101,17 @@ func TestWalkMoto(t *testing.T) {
 	file := w.ciphertexts(1)[0]
 	plainKey := w.openByHand(file)
 	// Neither a plaintext nor a plaintext key is on the disk, anywhere.
-	w.nowhere([]byte("休みがほしい"), plainKey, []byte(base64.StdEncoding.EncodeToString(plainKey)), []byte(fmt.Sprintf("%x", plainKey)))
+	w.nowhere([]byte("休みがほしい"), plainKey, []byte(base64.StdEncoding.EncodeToString(plainKey)),
+		[]byte(fmt.Sprintf("%x", plainKey)))
 
 	// One file, with no volume.
-	in, sealed, out := filepath.Join(w.base, "in"), filepath.Join(w.base, "sealed"), filepath.Join(w.base, "out")
+	in, sealed, out := filepath.Join(w.base, "in"), filepath.Join(w.base,
+		"sealed"), filepath.Join(w.base, "out")
 	write(t, in, []byte(text))
 	w.kmsfs("encrypt", "--key", alias, in, sealed)
 	w.openByHand(sealed)
-	if got := w.kmsfs("decrypt", sealed, out); !strings.Contains(got, "unverified: aws-kms:"+k.KeyMetadata.Arn) {
+	if got := w.kmsfs("decrypt", sealed, out); !strings.Contains(got,
+		"unverified: aws-kms:"+k.KeyMetadata.Arn) {
 		t.Errorf("decrypt does not say which key the file named: %s", got)
 	}
 	want(t, out, []byte(text))
@@ -128,7 +134,8 @@ func (w *walk) openByHand(file string) []byte {
 	if err := json.Unmarshal([]byte(w.kmsfs("info", "--json", file)), &info); err != nil {
 		w.t.Fatal(err)
 	}
-	if len(info.Recipients) != 1 || info.Context["kmsfs:use"] != "file" || info.Context["kmsfs:volume"] != info.Volume || len(info.Context) != 3 {
+	if len(info.Recipients) != 1 || info.Context["kmsfs:use"] != "file" ||
+		info.Context["kmsfs:volume"] != info.Volume || len(info.Context) != 3 {
 		w.t.Fatalf("info says %+v", info)
 	}
 	blob := filepath.Join(w.base, "blob")
@@ -138,7 +145,8 @@ func (w *walk) openByHand(file string) []byte {
 		w.t.Fatal(err)
 	}
 	var answer struct{ Plaintext []byte }
-	if err := json.Unmarshal(w.aws("kms", "decrypt", "--ciphertext-blob", "fileb://"+blob, "--encryption-context", string(context)), &answer); err != nil {
+	if err := json.Unmarshal(w.aws("kms", "decrypt", "--ciphertext-blob", "fileb://"+blob,
+		"--encryption-context", string(context)), &answer); err != nil {
 		w.t.Fatal(err)
 	}
 	b, err := os.ReadFile(file)
@@ -194,8 +202,10 @@ func TestWalkKeyStates(t *testing.T) {
 	}{
 		{[]string{"disable-key", "--key-id", k.KeyMetadata.KeyId}, "Key has been revoked"},
 		{[]string{"enable-key", "--key-id", k.KeyMetadata.KeyId}, text},
-		{[]string{"schedule-key-deletion", "--key-id", k.KeyMetadata.KeyId, "--pending-window-in-days", "7"}, "Key has been revoked"},
-		{[]string{"cancel-key-deletion", "--key-id", k.KeyMetadata.KeyId}, "Key has been revoked"}, // it is disabled then
+		{[]string{"schedule-key-deletion", "--key-id", k.KeyMetadata.KeyId,
+			"--pending-window-in-days", "7"}, "Key has been revoked"},
+		{[]string{"cancel-key-deletion", "--key-id", k.KeyMetadata.KeyId},
+			"Key has been revoked"}, // it is disabled then
 		{[]string{"enable-key", "--key-id", k.KeyMetadata.KeyId}, text},
 	} {
 		w.aws(append([]string{"kms"}, step.args...)...)
@@ -203,7 +213,8 @@ func TestWalkKeyStates(t *testing.T) {
 		// A verdict is remembered, until a probe finds another.
 		var got []byte
 		for until := time.Now().Add(20 * time.Second); time.Now().Before(until); time.Sleep(50 * time.Millisecond) {
-			if got, _ = exec.Command("cat", w.path(fmt.Sprint(i))).CombinedOutput(); strings.Contains(string(got), step.want) {
+			if got, _ = exec.Command("cat",
+				w.path(fmt.Sprint(i))).CombinedOutput(); strings.Contains(string(got), step.want) {
 				break
 			}
 		}

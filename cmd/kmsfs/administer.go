@@ -134,7 +134,8 @@ func (k *keyFlags) openForChange(ctx context.Context, dir string) (administrator
 		return nil, err
 	}
 	defer u.Close()
-	v, err := u.Open(volume.Options{Logger: slog.New(slog.NewTextHandler(io.Discard, nil)), NoPrefetch: true})
+	v, err := u.Open(volume.Options{Logger: slog.New(slog.NewTextHandler(io.Discard, nil)),
+		NoPrefetch: true})
 	if err != nil {
 		return nil, err
 	}
@@ -157,7 +158,8 @@ func (o *openVolume) rewrap(ctx context.Context, q rewrapRequest, tell func(news
 func (o *openVolume) close() error { return o.v.Close() }
 
 // changeRecipients makes a change, in the process that has the volume open.
-func (k *keyFlags) changeRecipients(ctx context.Context, v *volume.Volume, c recipientChange) (done changed, err error) {
+func (k *keyFlags) changeRecipients(ctx context.Context, v *volume.Volume,
+	c recipientChange) (done changed, err error) {
 	rs := v.Recipients()
 	switch done.uri = c.Key; c.Op {
 	case "add":

@@ -105,11 +105,13 @@ func (c *control) start(dev string) (err error) {
 	}
 	c.since = time.Now()
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /stats", func(w http.ResponseWriter, _ *http.Request) { json.NewEncoder(w).Encode(c.stats()) })
+	mux.HandleFunc("GET /stats",
+		func(w http.ResponseWriter, _ *http.Request) { json.NewEncoder(w).Encode(c.stats()) })
 	mux.HandleFunc("POST /lock", func(w http.ResponseWriter, _ *http.Request) {
 		if err := c.v.Suspend(); err != nil {
 			first, _, _ := strings.Cut(err.Error(), "\n")
-			http.Error(w, fmt.Sprintf("it is locked, but what programs had written is not all on the disk: %s; the log names the files", first), http.StatusInternalServerError)
+			http.Error(w,
+				fmt.Sprintf("it is locked, but what programs had written is not all on the disk: %s; the log names the files", first), http.StatusInternalServerError)
 		}
 	})
 	mux.HandleFunc("POST /unlock", func(http.ResponseWriter, *http.Request) { c.v.Resume() })
@@ -125,7 +127,9 @@ func (c *control) start(dev string) (err error) {
 	profiles(mux)
 	base, cancel := context.WithCancel(context.Background())
 	c.cancel = cancel
-	c.srv = &http.Server{BaseContext: func(net.Listener) context.Context { return base }, Handler: mux, ReadHeaderTimeout: 5 * time.Second, ErrorLog: slog.NewLogLogger(c.log.Handler(), slog.LevelWarn)}
+	c.srv = &http.Server{BaseContext: func(net.Listener) context.Context { return base },
+		Handler: mux, ReadHeaderTimeout: 5 * time.Second,
+		ErrorLog: slog.NewLogLogger(c.log.Handler(), slog.LevelWarn)}
 	go c.srv.Serve(l)
 	return nil
 }
@@ -133,7 +137,8 @@ func (c *control) start(dev string) (err error) {
 // reloadNow loads credentials and configuration again. If that fails the old ones stay.
 func (c *control) reloadNow(ctx context.Context) error {
 	if err := c.reload(ctx); err != nil {
-		c.log.Error("credentials and configuration could not be loaded again; the old ones stay", "error", err, "hint", hintOf(err))
+		c.log.Error("credentials and configuration could not be loaded again; the old ones stay",
+			"error", err, "hint", hintOf(err))
 		return err
 	}
 	c.v.RetryKeys()
@@ -152,7 +157,8 @@ func (c *control) stop() {
 		c.log.Error("a request to the daemon does not end", "error", err)
 	}
 	var now unix.Stat_t
-	if unix.Lstat(c.path, &now) == nil && now.Ino == c.socket.Ino && now.Dev == c.socket.Dev { // or it is the next mount's
+	if unix.Lstat(c.path, &now) == nil && now.Ino == c.socket.Ino &&
+		now.Dev == c.socket.Dev { // or it is the next mount's
 		os.Remove(c.path)
 	}
 }
@@ -169,9 +175,11 @@ func ask(dir, method, what string, out any) error {
 	case !errors.Is(err, errNoAnswer):
 		return err
 	case m.isDead():
-		return hint(fmt.Errorf("the daemon of the mount at %s has died", m.dir), "kmsfs umount %s, and mount it again", m.dir)
+		return hint(fmt.Errorf("the daemon of the mount at %s has died", m.dir),
+			"kmsfs umount %s, and mount it again", m.dir)
 	}
-	return hint(fmt.Errorf("the daemon of the mount at %s does not answer here", dir), "ask as the user who mounted it, with the same runtime directory (not from another container)")
+	return hint(fmt.Errorf("the daemon of the mount at %s does not answer here", dir),
+		"ask as the user who mounted it, with the same runtime directory (not from another container)")
 }
 
 var errNoAnswer = errors.New("the daemon does not answer")
@@ -188,7 +196,8 @@ func askMount(ctx context.Context, dev, method, what string, out any) error {
 }
 
 // converse sends a request to the daemon of a mount, and reads its answer with read.
-func converse(ctx context.Context, dev, method, what string, body io.Reader, read func(io.Reader) error) error {
+func converse(ctx context.Context, dev, method, what string, body io.Reader,
+	read func(io.Reader) error) error {
 	path, err := socketPath(dev)
 	if err != nil {
 		return err
@@ -231,11 +240,15 @@ func controlCommands() []*cobra.Command {
 		}}
 	}
 	return []*cobra.Command{
-		simple("lock", "Wipe the keys of a mounted volume", `Wipe the keys of a mounted volume. What programs have written is written to the
+		simple("lock", "Wipe the keys of a mounted volume",
+			`Wipe the keys of a mounted volume. What programs have written is written to the
 disk first, and the kernel forgets what it knows of the files. Until kmsfs
 unlock everything in the mount answers "Key has expired", and nothing waits.`, "lock", "%s is locked."),
-		simple("unlock", "Let a locked volume be used again", "Let a locked volume be used again: keys are asked for as they are needed.", "unlock", "%s is unlocked."),
-		simple("reload", "Load AWS credentials and configuration again", `Load AWS credentials and configuration again, as SIGHUP does. If there are none
+		simple("unlock", "Let a locked volume be used again",
+			"Let a locked volume be used again: keys are asked for as they are needed.", "unlock",
+			"%s is unlocked."),
+		simple("reload", "Load AWS credentials and configuration again",
+			`Load AWS credentials and configuration again, as SIGHUP does. If there are none
 that can be used, the command fails and the mount keeps the old ones. A refusal
 of credentials by AWS does the same by itself, once.`, "reload", "%s has loaded its credentials again."),
 		statsCommand(),
@@ -298,7 +311,9 @@ type recipient struct {
 
 func (c *control) stats() stats {
 	ms := func(q float64) float64 { return float64(c.meter.Quantile(q)) / float64(time.Millisecond) }
-	s := stats{Hours: time.Since(c.since).Hours(), Locked: c.v.Suspended() != nil, P50: ms(0.5), P90: ms(0.9), P99: ms(0.99), Keys: keyCounts(c.v.KeyCounts()), Calls: []callCount{}, Recipients: []recipient{}, Requests: []requestCount{}}
+	s := stats{Hours: time.Since(c.since).Hours(), Locked: c.v.Suspended() != nil, P50: ms(0.5),
+		P90: ms(0.9), P99: ms(0.99), Keys: keyCounts(c.v.KeyCounts()), Calls: []callCount{},
+		Recipients: []recipient{}, Requests: []requestCount{}}
 	m := c.server.Metrics()
 	s.InFlight, s.Read, s.Written = m.InFlight, m.Read, m.Written
 	for _, r := range m.Requests {
@@ -378,7 +393,8 @@ func printMetrics(dir string) error {
 }
 
 func trailsFlag(c *cobra.Command, trails *uint) {
-	c.Flags().UintVar(trails, "trails", 0, "how many CloudTrail `TRAILS` beside the free one record these calls")
+	c.Flags().UintVar(trails, "trails", 0,
+		"how many CloudTrail `TRAILS` beside the free one record these calls")
 }
 
 // price puts the dollars in. What the first hour has cost may not be what the next
@@ -392,7 +408,8 @@ func (s *stats) price(trails uint) {
 
 func (s *stats) print() {
 	total := uint64(0)
-	fmt.Printf("calls to key services, since %s\n", (time.Duration(s.Hours * float64(time.Hour))).Round(time.Second))
+	fmt.Printf("calls to key services, since %s\n",
+		(time.Duration(s.Hours * float64(time.Hour))).Round(time.Second))
 	for _, c := range s.Calls {
 		total += c.Count
 		fmt.Printf("  %-16s %-9s %-12s %8d\n", c.Op, c.Purpose, c.Verdict, c.Count)
@@ -402,10 +419,12 @@ func (s *stats) print() {
 	}
 	k := s.Keys
 	fmt.Printf("keys known        %d (%d answers from memory, %d asked for)\n", k.Cached, k.Hits, k.Misses)
-	fmt.Printf("keys made ahead   %d of %d (%d made, %d for nothing)\n", k.Pool, k.PoolTarget, k.Made, k.Wasted)
+	fmt.Printf("keys made ahead   %d of %d (%d made, %d for nothing)\n", k.Pool, k.PoolTarget,
+		k.Made, k.Wasted)
 	fmt.Printf("keys prefetched   %d (%d used)\n", k.Prefetched, k.PrefetchUsed)
 	for _, r := range s.Recipients {
-		state := fmt.Sprintf("proven %s ago", (time.Duration(r.Proven * float64(time.Second))).Round(time.Second))
+		state := fmt.Sprintf("proven %s ago",
+			(time.Duration(r.Proven * float64(time.Second))).Round(time.Second))
 		switch {
 		case r.Error != "":
 			state = r.Error
@@ -432,7 +451,8 @@ func estimate(ms []made, trails uint, branches time.Duration) string {
 		return ""
 	}
 	const files, idle = 100000, month * 60 / 2.5 * 1.1 // one proof in 2.5 minutes, with jitter
-	where, further := "", fmt.Sprintf("; each CloudTrail trail but the first adds $%.2f and $%.2f", n*files*perEvent, n*idle*perEvent)
+	where, further := "", fmt.Sprintf("; each CloudTrail trail but the first adds $%.2f and $%.2f",
+		n*files*perEvent, n*idle*perEvent)
 	if trails > 0 {
 		where, further = fmt.Sprintf(" where CloudTrail trails record each call, %d beside the free one", trails), ""
 	}
@@ -441,5 +461,6 @@ func estimate(ms []made, trails uint, branches time.Duration) string {
 			where, branches, n*idle*callPrice(trails))
 	}
 	return fmt.Sprintf("Cost%s: $%.2f for each 100,000 files made or first read, and at most $%.2f a month for each mount%s. The first new file of a mount makes up to %d keys ahead, a burst of new files up to %d. The keys themselves are $1 a month each.",
-		where, n*files*callPrice(trails), n*idle*callPrice(trails), further, keystore.FirstPool, keystore.MaxPool)
+		where, n*files*callPrice(trails), n*idle*callPrice(trails), further, keystore.FirstPool,
+		keystore.MaxPool)
 }

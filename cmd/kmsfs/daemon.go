@@ -28,7 +28,8 @@ func background() error {
 	}
 	// What this command was given stays with it: a lock or a pipe of the caller
 	// must not live as long as the mount.
-	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil && !errors.Is(err, unix.ENOSYS) {
+	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil &&
+		!errors.Is(err, unix.ENOSYS) {
 		return err
 	}
 	c := exec.Command(self)
@@ -64,7 +65,8 @@ func raiseFiles() {
 		return
 	}
 	if b, err := os.ReadFile("/proc/sys/fs/nr_open"); err == nil && os.Geteuid() == 0 {
-		if most, err := strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64); err == nil && most > r.Max {
+		if most, err := strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64); err == nil &&
+			most > r.Max {
 			if unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: most, Max: most}) == nil {
 				return
 			}
@@ -80,7 +82,8 @@ func raiseFiles() {
 // dropped is false where there was none, or it may not be taken away.
 func dropReserve() (dropped bool) {
 	has, err := unix.PrctlRetInt(unix.PR_CAPBSET_READ, unix.CAP_SYS_RESOURCE, 0, 0, 0)
-	return err == nil && has == 1 && os.Geteuid() == 0 && unix.Prctl(unix.PR_CAPBSET_DROP, unix.CAP_SYS_RESOURCE, 0, 0, 0) == nil
+	return err == nil && has == 1 && os.Geteuid() == 0 &&
+		unix.Prctl(unix.PR_CAPBSET_DROP, unix.CAP_SYS_RESOURCE, 0, 0, 0) == nil
 }
 
 // foreground executes the same command again in this process, without what

@@ -95,28 +95,34 @@ func (d *doctor) show() error {
 // machine looks at what every mount needs.
 func (d *doctor) machine() {
 	if fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0); err != nil {
-		d.line("fail", "FUSE", "modprobe fuse; in a container, pass the device: --device /dev/fuse --cap-add SYS_ADMIN", "/dev/fuse: %v", err)
+		d.line("fail", "FUSE",
+			"modprobe fuse; in a container, pass the device: --device /dev/fuse --cap-add SYS_ADMIN", "/dev/fuse: %v", err)
 	} else {
 		unix.Close(fd)
 		d.ok("FUSE", "/dev/fuse can be opened")
 	}
 	if os.Geteuid() != 0 {
 		if path, err := exec.LookPath("fusermount3"); err != nil {
-			d.line("fail", "fusermount3", "install fuse3", "users other than root need it, and it was not found")
+			d.line("fail", "fusermount3", "install fuse3",
+				"users other than root need it, and it was not found")
 		} else {
 			d.ok("fusermount3", "%s", path)
 		}
 		conf, _ := os.ReadFile("/etc/fuse.conf")
 		if !slices.Contains(strings.Fields(string(conf)), "user_allow_other") {
-			d.line("note", "--allow-other", "to let other users in, put user_allow_other into /etc/fuse.conf", "only root can use it here")
+			d.line("note", "--allow-other",
+				"to let other users in, put user_allow_other into /etc/fuse.conf",
+				"only root can use it here")
 		}
 	}
 	var u unix.Utsname
 	if unix.Uname(&u) == nil {
 		d.ok("kernel", "Linux %s", unix.ByteSliceToString(u.Release[:]))
 	}
-	d.limit("memory that is locked", unix.RLIMIT_MEMLOCK, 1<<20, "ulimit -l 1024, or LimitMEMLOCK=, or keys can be swapped out")
-	d.limit("open files", unix.RLIMIT_NOFILE, 4096, "ulimit -n 65536, or LimitNOFILE=, for programs with many files open")
+	d.limit("memory that is locked", unix.RLIMIT_MEMLOCK, 1<<20,
+		"ulimit -l 1024, or LimitMEMLOCK=, or keys can be swapped out")
+	d.limit("open files", unix.RLIMIT_NOFILE, 4096,
+		"ulimit -n 65536, or LimitNOFILE=, for programs with many files open")
 	if dir, err := stateDir(); err != nil {
 		d.failed("trust records", err)
 	} else {
@@ -174,7 +180,9 @@ func (d *doctor) volume(ctx context.Context, dir string) {
 	case err != nil:
 		d.failed("trust record", err)
 	case rec == nil && len(d.keys) == 0:
-		d.line("note", "trust record", "mount once with --key; and give --key to this command to look at the key", "there is none for this volume: no key is trusted here")
+		d.line("note", "trust record",
+			"mount once with --key; and give --key to this command to look at the key",
+			"there is none for this volume: no key is trusted here")
 		return
 	case rec != nil:
 		d.ok("trust record", "names %d recipients, generation %d", len(rec.Recipients), rec.Generation)
@@ -213,10 +221,12 @@ func (d *doctor) keysOf(ctx context.Context, dir string, l *volume.Found, rec *v
 		if err != nil {
 			d.failed("to read", err)
 		} else {
-			d.ok("to read", "%s opens the volume, in %v", s.URI(), time.Since(begun).Round(100*time.Microsecond))
+			d.ok("to read", "%s opens the volume, in %v", s.URI(),
+				time.Since(begun).Round(100*time.Microsecond))
 		}
 		if k, ok := s.(*awskms.Store); ok {
-			if err := k.MayGenerate(ctx, keystore.Binding{Use: keystore.ForFile, Volume: l.Config.Volume}); err != nil {
+			if err := k.MayGenerate(ctx,
+				keystore.Binding{Use: keystore.ForFile, Volume: l.Config.Volume}); err != nil {
 				d.line("note", "to write", hintOf(err), "%v", err)
 			} else {
 				d.ok("to write", "%s may make data keys", s.URI())
@@ -229,7 +239,8 @@ func (d *doctor) keysOf(ctx context.Context, dir string, l *volume.Found, rec *v
 func (d *doctor) backing(dir string, plainNames bool) {
 	tmp, err := os.MkdirTemp(dir, "kmsfs.doctor-")
 	if err != nil {
-		d.line("note", "ciphertext directory", "mount with --read-only, or as a user who may write there", "%v", err)
+		d.line("note", "ciphertext directory",
+			"mount with --read-only, or as a user who may write there", "%v", err)
 		return
 	}
 	defer os.RemoveAll(tmp)
@@ -254,7 +265,8 @@ func (d *doctor) backing(dir string, plainNames bool) {
 	if took, err := syncTakes(tmp); err != nil {
 		d.failed("speed", err)
 	} else {
-		d.ok("speed", "a write with fsync takes %v, the median of %d", took.Round(10*time.Microsecond), syncProbes)
+		d.ok("speed", "a write with fsync takes %v, the median of %d",
+			took.Round(10*time.Microsecond), syncProbes)
 	}
 }
 

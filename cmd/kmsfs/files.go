@@ -55,7 +55,8 @@ stdout. OUT appears whole or not at all.`,
 			if args[1] == "-" {
 				return k.decrypt(ctx, in, os.Stdout)
 			}
-			return writeWhole(args[1], modeOf(args[0]), func(f *os.File) error { return k.decrypt(ctx, in, f) })
+			return writeWhole(args[1], modeOf(args[0]),
+				func(f *os.File) error { return k.decrypt(ctx, in, f) })
 		},
 	}
 	k.add(c, lonelyKeyUsage)
@@ -71,9 +72,13 @@ func encryptCommand() *cobra.Command {
 		Long: `Encrypt one file in the format of a volume's files, with no volume. - is stdin
 or stdout. OUT appears whole or not at all.`,
 		Args: cobra.ExactArgs(2),
-		RunE: func(c *cobra.Command, args []string) error { return k.encrypt(context.Background(), args[0], args[1]) },
+		RunE: func(c *cobra.Command, args []string) error {
+			return k.encrypt(context.Background(),
+				args[0], args[1])
+		},
 	}
-	k.add(c, "wrap the file's data key under this `KEY` (repeatable); default: a local key of yours, made if missing")
+	k.add(c,
+		"wrap the file's data key under this `KEY` (repeatable); default: a local key of yours, made if missing")
 	return c
 }
 
@@ -121,7 +126,8 @@ func defaultKey() (string, error) {
 
 func (k *keyFlags) encryptTo(ctx context.Context, ms []made, r io.Reader, in, out string) error {
 	if out != "-" {
-		return writeWhole(out, modeOf(in), func(f *os.File) error { return volume.Encrypt(ctx, f, r, stores(ms)) })
+		return writeWhole(out, modeOf(in),
+			func(f *os.File) error { return volume.Encrypt(ctx, f, r, stores(ms)) })
 	}
 	// The header is written last, so what goes to a pipe is made in a file first.
 	f, err := spool()
@@ -303,7 +309,8 @@ func (k *keyFlags) loneStores(ctx context.Context, l *volume.Lone) ([]keystore.S
 		return nil, err
 	}
 	if len(trusted) == 0 && rec != nil {
-		return nil, hint(&keystore.Error{Kind: keystore.Untrusted, URI: rs[0].URI, Op: "open", Err: errors.New("the trust record of the file's volume does not name this key")}, "if it is yours, name it with --key")
+		return nil, hint(&keystore.Error{Kind: keystore.Untrusted, URI: rs[0].URI, Op: "open",
+			Err: errors.New("the trust record of the file's volume does not name this key")}, "if it is yours, name it with --key")
 	}
 	if len(trusted) == 0 {
 		return k.unverified(ctx, rs)
@@ -337,6 +344,7 @@ func (k *keyFlags) unverified(ctx context.Context, rs []blockcrypt.Recipient) ([
 			}
 		}
 	}
-	err := &keystore.Error{Kind: keystore.Untrusted, URI: rs[0].URI, Op: "open", Err: errors.New("its key is not at hand")}
+	err := &keystore.Error{Kind: keystore.Untrusted, URI: rs[0].URI, Op: "open",
+		Err: errors.New("its key is not at hand")}
 	return nil, hint(err, "name it with --key local:PATH")
 }

@@ -57,7 +57,8 @@ beside it. It never destroys the only copy of anything.`,
 	c.Flags().BoolVar(&f.repair, "repair", false, "repair what can be")
 	c.Flags().BoolVar(&f.noKeys, "no-keys", false, "check only what needs no key")
 	c.Flags().BoolVar(&f.asJSON, "json", false, "print the findings as JSON")
-	c.Flags().BoolVar(&f.yes, "yes", false, "with --repair: keep what can be read of every damaged file, without asking")
+	c.Flags().BoolVar(&f.yes, "yes", false,
+		"with --repair: keep what can be read of every damaged file, without asking")
 	return c
 }
 
@@ -138,7 +139,8 @@ func (f *fsckFlags) volume(ctx context.Context, dir string) error {
 			return fmt.Errorf("%s: %w", dir, err)
 		}
 		if f.repair {
-			return hint(fmt.Errorf("%s: %w", dir, err), "kmsfs umount it first; without --repair it is checked as it is")
+			return hint(fmt.Errorf("%s: %w", dir, err),
+				"kmsfs umount it first; without --repair it is checked as it is")
 		}
 		say("%s is mounted for writing: files that are being written now may be reported", dir)
 	}
@@ -188,7 +190,8 @@ func (f *fsckFlags) mend(ctx context.Context, dir string) error {
 		return err
 	}
 	defer u.Close()
-	v, err := u.Open(volume.Options{Logger: slog.New(slog.NewTextHandler(io.Discard, nil)), NoPrefetch: true})
+	v, err := u.Open(volume.Options{Logger: slog.New(slog.NewTextHandler(io.Discard, nil)),
+		NoPrefetch: true})
 	if err != nil {
 		return err
 	}
@@ -282,16 +285,22 @@ func (f *fsckFlags) report() error {
 			fixed = append(fixed, x)
 		}
 		findings := append([]check.Finding{}, f.findings...)
-		slices.SortStableFunc(findings, func(a, b check.Finding) int { return strings.Compare(a.Path, b.Path) })
-		if err := printJSON(map[string]any{"findings": findings, "repairs": fixed, "directories": f.total.Dirs, "files": f.total.Files, "blocks": f.total.Blocks, "bytes": f.total.Bytes}); err != nil {
+		slices.SortStableFunc(findings,
+			func(a, b check.Finding) int { return strings.Compare(a.Path, b.Path) })
+		if err := printJSON(map[string]any{"findings": findings, "repairs": fixed,
+			"directories": f.total.Dirs, "files": f.total.Files, "blocks": f.total.Blocks,
+			"bytes": f.total.Bytes}); err != nil {
 			return err
 		}
 	} else {
-		fmt.Printf("%d directories, %d files, %d blocks, %d KiB: ", f.total.Dirs, f.total.Files, f.total.Blocks, f.total.Bytes>>10)
+		fmt.Printf("%d directories, %d files, %d blocks, %d KiB: ", f.total.Dirs, f.total.Files,
+			f.total.Blocks, f.total.Bytes>>10)
 		if len(f.findings) == 0 {
 			fmt.Println("nothing is wrong")
 		} else {
-			fmt.Printf("%d damaged, %d unchecked, %d never confirmed, %d to be mended, %d notes\n", n[check.Damaged], n[check.Unchecked], n[check.Unconfirmed], n[check.Mendable], n[check.Note])
+			fmt.Printf("%d damaged, %d unchecked, %d never confirmed, %d to be mended, %d notes\n",
+				n[check.Damaged], n[check.Unchecked], n[check.Unconfirmed], n[check.Mendable],
+				n[check.Note])
 		}
 	}
 	switch {

@@ -103,7 +103,9 @@ func infoVolume(dir string, asJSON bool) error {
 	}
 	defer l.Close()
 	c := l.Config
-	v := volumeInfo{"volume", c.Format, c.Volume, c.Generation, c.Header, c.Names, awskms.Context(keystore.Binding{Use: keystore.ForVolume, Volume: c.Volume}), recipientsInfo(c.Recipients)}
+	v := volumeInfo{"volume", c.Format, c.Volume, c.Generation, c.Header, c.Names,
+		awskms.Context(keystore.Binding{Use: keystore.ForVolume, Volume: c.Volume}),
+		recipientsInfo(c.Recipients)}
 	if asJSON {
 		return printJSON(v)
 	}
@@ -129,11 +131,16 @@ func infoFile(path string, asJSON bool) error {
 	h := l.Header
 	plain, damage := l.PlainSize()
 	if s := h.State; damage == nil && plain != s.Size && s.Flags&(blockcrypt.Dirty|blockcrypt.Cut) == 0 {
-		damage = &blockcrypt.DamageError{Class: blockcrypt.BadSize, Pos: -1, Detail: fmt.Sprintf("the length is that of %d bytes of plaintext, the state says %d", plain, s.Size)}
+		damage = &blockcrypt.DamageError{Class: blockcrypt.BadSize, Pos: -1,
+			Detail: fmt.Sprintf("the length is that of %d bytes of plaintext, the state says %d",
+				plain, s.Size)}
 	}
-	f := fileInfo{Type: "file", Format: blockcrypt.Version, Volume: h.Volume, File: h.File, Directory: h.Dir, Header: h.Geometry.Header(),
-		Context: awskms.Context(l.Binding()), Recipients: recipientsInfo(h.Recipients), Ciphertext: l.Length, Plaintext: plain,
-		State: stateInfo{h.State.Size, h.State.Floor, fmt.Sprintf("%016x", h.State.Session), h.State.Generation, flagNames(h.State.Flags)}}
+	f := fileInfo{Type: "file", Format: blockcrypt.Version, Volume: h.Volume, File: h.File,
+		Directory: h.Dir, Header: h.Geometry.Header(),
+		Context: awskms.Context(l.Binding()), Recipients: recipientsInfo(h.Recipients),
+		Ciphertext: l.Length, Plaintext: plain,
+		State: stateInfo{h.State.Size, h.State.Floor, fmt.Sprintf("%016x", h.State.Session),
+			h.State.Generation, flagNames(h.State.Flags)}}
 	if asJSON {
 		if err := printJSON(f); err != nil {
 			return err
@@ -141,7 +148,8 @@ func infoFile(path string, asJSON bool) error {
 		return namedOrNil(path, damage)
 	}
 	fmt.Printf("file        %s\nvolume      %s\nciphertext  %d bytes\nplaintext   %d bytes\nstate       size %d, floor %d, session %s, generation %d, %s\n",
-		f.File, f.Volume, f.Ciphertext, f.Plaintext, f.State.Size, f.State.Floor, f.State.Session, f.State.Generation, strings.Join(f.State.Flags, " "))
+		f.File, f.Volume, f.Ciphertext, f.Plaintext, f.State.Size, f.State.Floor, f.State.Session,
+		f.State.Generation, strings.Join(f.State.Flags, " "))
 	for _, key := range []string{"kmsfs:volume", "kmsfs:use", "kmsfs:file"} {
 		fmt.Printf("context     %s=%s\n", key, f.Context[key])
 	}

@@ -35,7 +35,8 @@ func initCommand() *cobra.Command {
 	}
 	f.add(c, initKeyUsage)
 	trailsFlag(c, &f.trails)
-	c.Flags().DurationVar(&f.branches, "branch-keys", 0, "wrap the files of so `LONG`, such as 24h, under one key of KMS: one call for up to 65,536 new files")
+	c.Flags().DurationVar(&f.branches, "branch-keys", 0,
+		"wrap the files of so `LONG`, such as 24h, under one key of KMS: one call for up to 65,536 new files")
 	c.Flags().BoolVar(&f.plainNames, "plain-names", false, "leave names as they are")
 	return c
 }
@@ -44,7 +45,8 @@ func (f *initFlags) run(ctx context.Context, dir string) error {
 	if ctx == nil {
 		ctx = context.Background()
 	}
-	if f.branches != 0 && (f.branches < blockcrypt.MinBranch*time.Second || f.branches > blockcrypt.MaxBranch*time.Second) {
+	if f.branches != 0 && (f.branches < blockcrypt.MinBranch*time.Second ||
+		f.branches > blockcrypt.MaxBranch*time.Second) {
 		return usageError{errors.New("--branch-keys must be 1m to 720h"), "kmsfs init"}
 	}
 	// Everything that can be wrong is looked at before anything is made.
@@ -78,7 +80,8 @@ func (f *initFlags) run(ctx context.Context, dir string) error {
 	if !slices.ContainsFunc(ms, func(m made) bool { return !keystore.OnlySeals(m.store) }) {
 		return usageError{errors.New("an age recipient is for recovery: name another --key too, by which the volume is mounted"), "kmsfs init"}
 	}
-	rec, err := volume.Init(ctx, dir, stores(ms), id, volume.InitOptions{PlainNames: f.plainNames, Branches: f.branches})
+	rec, err := volume.Init(ctx, dir, stores(ms), id,
+		volume.InitOptions{PlainNames: f.plainNames, Branches: f.branches})
 	if err != nil {
 		unmake(ms)
 		return err

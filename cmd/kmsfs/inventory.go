@@ -179,7 +179,8 @@ func (f *inventoryFlags) show(out *inventory) error {
 	if f.asJSON {
 		return printJSON(out)
 	}
-	fmt.Printf("%d files, %d bytes of ciphertext; %d empty, %d unfinished, %d cannot be read\n", out.Files, out.Bytes, out.Empty, out.Unfinished, out.Unread)
+	fmt.Printf("%d files, %d bytes of ciphertext; %d empty, %d unfinished, %d cannot be read\n",
+		out.Files, out.Bytes, out.Empty, out.Unfinished, out.Unread)
 	for _, k := range out.Keys {
 		fmt.Printf("%12d files  %16d bytes  %12d with no other key  %s\n", k.Files, k.Bytes, k.Only, k.URI)
 	}
@@ -203,12 +204,14 @@ func (i *inventory) needs(uri string) error {
 			if only > 0 {
 				others = fmt.Sprintf(", and %d files have no other key", only)
 			}
-			return hint(fmt.Errorf("new files of the volume in %s get %s%s", v.Tree, uri, others), "kmsfs recipients remove %s %s", shellWord(v.Tree), shellWord(uri))
+			return hint(fmt.Errorf("new files of the volume in %s get %s%s", v.Tree, uri, others),
+				"kmsfs recipients remove %s %s", shellWord(v.Tree), shellWord(uri))
 		}
 	}
 	switch {
 	case only > 0:
-		return hint(fmt.Errorf("%d files can be opened by no other key than %s", only, uri), "kmsfs recipients add, and kmsfs rewrap --missing, give them another one")
+		return hint(fmt.Errorf("%d files can be opened by no other key than %s", only, uri),
+			"kmsfs recipients add, and kmsfs rewrap --missing, give them another one")
 	case i.Unread > 0:
 		return coded{fmt.Errorf("%d files could not be read: they may need it", i.Unread), exitUnchecked}
 	case files > 0:

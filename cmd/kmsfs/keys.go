@@ -43,12 +43,14 @@ func (k *keyFlags) add(c *cobra.Command, usage string) {
 
 // addIdentities adds the flag for opening by an age recipient.
 func (k *keyFlags) addIdentities(c *cobra.Command) {
-	c.Flags().StringArrayVar(&k.identityFiles, "identity", nil, "open with the age identity, or the SSH key, in this `FILE` (repeatable)")
+	c.Flags().StringArrayVar(&k.identityFiles, "identity", nil,
+		"open with the age identity, or the SSH key, in this `FILE` (repeatable)")
 }
 
 // addUnverified adds the flag for changing a volume that nothing but an identity vouches for.
 func (k *keyFlags) addUnverified(c *cobra.Command) {
-	c.Flags().BoolVar(&k.acceptUnverified, "accept-unverified", false, "with --identity: change a volume that no trust record on this machine vouches for")
+	c.Flags().BoolVar(&k.acceptUnverified, "accept-unverified", false,
+		"with --identity: change a volume that no trust record on this machine vouches for")
 }
 
 // addAWS adds the flags by which KMS is reached.
@@ -185,7 +187,8 @@ func stores(ms []made) []keystore.Store {
 
 // trusted opens the stores that --key names, and those that the trust record
 // vouches for, of what recipients there are.
-func (k *keyFlags) trusted(ctx context.Context, recipients []blockcrypt.Recipient, rec *volume.Record) ([]keystore.Store, error) {
+func (k *keyFlags) trusted(ctx context.Context, recipients []blockcrypt.Recipient,
+	rec *volume.Record) ([]keystore.Store, error) {
 	if len(k.identityFiles) > 0 {
 		return k.byIdentity(recipients)
 	}
@@ -224,7 +227,8 @@ func (k *keyFlags) trusted(ctx context.Context, recipients []blockcrypt.Recipien
 func (k *keyFlags) byIdentity(recipients []blockcrypt.Recipient) (out []keystore.Store, err error) {
 	if k.identities == nil {
 		for _, path := range k.identityFiles {
-			ids, err := agestore.ReadIdentities(path, func() ([]byte, error) { return askPassphrase(k.passphraseFile, false) })
+			ids, err := agestore.ReadIdentities(path,
+				func() ([]byte, error) { return askPassphrase(k.passphraseFile, false) })
 			if err != nil {
 				return nil, err
 			}
@@ -241,13 +245,15 @@ func (k *keyFlags) byIdentity(recipients []blockcrypt.Recipient) (out []keystore
 		}
 	}
 	if len(out) == 0 {
-		return nil, coded{fmt.Errorf("no age identity opens this: it is under %s", uris(recipients)), exitKey}
+		return nil, coded{fmt.Errorf("no age identity opens this: it is under %s",
+			uris(recipients)), exitKey}
 	}
 	return out, nil
 }
 
 // named opens a key that the user named, which must be one of the recipients.
-func (k *keyFlags) named(ctx context.Context, key string, recipients []blockcrypt.Recipient) (keystore.Store, error) {
+func (k *keyFlags) named(ctx context.Context, key string,
+	recipients []blockcrypt.Recipient) (keystore.Store, error) {
 	var s keystore.Store
 	var err error
 	if path, ok := strings.CutPrefix(key, local.Scheme); ok && path != "" {
@@ -275,8 +281,10 @@ func (k *keyFlags) named(ctx context.Context, key string, recipients []blockcryp
 // key since.
 func notOfThis(key, uri string, recipients []blockcrypt.Recipient) error {
 	if strings.Contains(key, "alias/") {
-		err := fmt.Errorf("%s now means %s; this is under %s", key, strings.TrimPrefix(uri, awskms.Scheme), uris(recipients))
-		return hint(err, "if the alias was given to another key, and the old one is yours, name it by its ARN: --key %s", shellWord(strings.TrimPrefix(recipients[0].URI, awskms.Scheme)))
+		err := fmt.Errorf("%s now means %s; this is under %s", key,
+			strings.TrimPrefix(uri, awskms.Scheme), uris(recipients))
+		return hint(err,
+			"if the alias was given to another key, and the old one is yours, name it by its ARN: --key %s", shellWord(strings.TrimPrefix(recipients[0].URI, awskms.Scheme)))
 	}
 	return fmt.Errorf("the key %s is not one that opens this: %s", key, uris(recipients))
 }
@@ -290,16 +298,21 @@ func uris(rs []blockcrypt.Recipient) string {
 }
 
 // open opens the store of a recipient that is trusted.
-func (k *keyFlags) open(ctx context.Context, r blockcrypt.Recipient, rec *volume.Record) (keystore.Store, error) {
+func (k *keyFlags) open(ctx context.Context, r blockcrypt.Recipient,
+	rec *volume.Record) (keystore.Store, error) {
 	switch {
 	case strings.HasPrefix(r.URI, local.Scheme):
 		path := rec.LocalPath(r.URI)
 		if path == "" {
-			return nil, hint(fmt.Errorf("where the key file of %s lies is not known", r.URI), "name it with --key local:PATH")
+			return nil, hint(fmt.Errorf("where the key file of %s lies is not known", r.URI),
+				"name it with --key local:PATH")
 		}
 		s, err := local.OpenFile(path)
 		if err == nil && s.URI() != r.URI {
-			return nil, coded{hint(fmt.Errorf("the key file %s is not the one that opens this", path), "restore %s from its backup, or name the place it moved to with --key local:PATH", r.URI), exitKey}
+			return nil, coded{hint(fmt.Errorf("the key file %s is not the one that opens this",
+				path),
+				"restore %s from its backup, or name the place it moved to with --key local:PATH",
+				r.URI), exitKey}
 		}
 		return s, err
 	case strings.HasPrefix(r.URI, local.PassphraseScheme):

@@ -60,8 +60,10 @@ cannot decrypt with it, from those who use it. It is shown before it is sent.
 Without --admin, or --user, the account decides by its IAM policies.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			if !strings.HasPrefix(alias, "alias/") || strings.HasPrefix(alias, "alias/aws/") || len(alias) == len("alias/") {
-				return usageError{fmt.Errorf("%q is no name for a key: alias/NAME is", alias), c.CommandPath()}
+			if !strings.HasPrefix(alias, "alias/") || strings.HasPrefix(alias, "alias/aws/") ||
+				len(alias) == len("alias/") {
+				return usageError{fmt.Errorf("%q is no name for a key: alias/NAME is", alias),
+					c.CommandPath()}
 			}
 			k, err := f.admin(c, "")
 			if err != nil {
@@ -84,8 +86,10 @@ Without --admin, or --user, the account decides by its IAM policies.`,
 		},
 	}
 	c.Flags().StringVar(&alias, "alias", "", "`alias/NAME` of the key")
-	c.Flags().StringArrayVar(&admins, "admin", nil, "`ARN` of a principal that may manage the key (repeatable)")
-	c.Flags().StringArrayVar(&users, "user", nil, "`ARN` of a principal that may encrypt and decrypt (repeatable)")
+	c.Flags().StringArrayVar(&admins, "admin", nil,
+		"`ARN` of a principal that may manage the key (repeatable)")
+	c.Flags().StringArrayVar(&users, "user", nil,
+		"`ARN` of a principal that may encrypt and decrypt (repeatable)")
 	c.Flags().BoolVar(&yes, "yes", false, "do not ask")
 	c.MarkFlagRequired("alias")
 	return c
@@ -140,7 +144,8 @@ func (f *keyFlags) showCommand() *cobra.Command {
 // dangerous says that a command takes keys away.
 const dangerous = 1
 
-func (f *keyFlags) changeCommand(use, short string, danger int, do func(*cobra.Command, *awskms.Admin, string) (string, error)) *cobra.Command {
+func (f *keyFlags) changeCommand(use, short string, danger int,
+	do func(*cobra.Command, *awskms.Admin, string) (string, error)) *cobra.Command {
 	var yes bool
 	c := &cobra.Command{Use: use, Short: short, Args: cobra.ExactArgs(1), RunE: func(c *cobra.Command, args []string) error {
 		k, err := f.admin(c, args[0])
@@ -192,7 +197,8 @@ func (f *keyFlags) deleteCommand() *cobra.Command {
 		return "to be deleted at " + when + "; until then: kmsfs key cancel-deletion", err
 	})
 	c.Flags().IntVar(&days, "days", 30, "how many `DAYS` from now, 7 to 30")
-	c.Flags().StringArrayVar(&trees, "inventory", nil, "refuse if a file in this `DIR`, a volume or a backup, needs the key (repeatable)")
+	c.Flags().StringArrayVar(&trees, "inventory", nil,
+		"refuse if a file in this `DIR`, a volume or a backup, needs the key (repeatable)")
 	return c
 }
 
@@ -248,16 +254,23 @@ func dependents(arn string) (out []string) {
 		if err != nil || json.Unmarshal(b, &rec) != nil {
 			continue
 		}
-		i := slices.IndexFunc(rec.Recipients, func(r string) bool { return awskms.SameKey(r, awskms.Scheme+arn) })
+		i := slices.IndexFunc(rec.Recipients,
+			func(r string) bool { return awskms.SameKey(r, awskms.Scheme+arn) })
 		if i < 0 {
 			continue
 		}
 		if rec.Recipients[i] != awskms.Scheme+arn {
-			out = append(out, fmt.Sprintf("The volume %s names its replica %s, which has a state of its own.", rec.Volume, strings.TrimPrefix(rec.Recipients[i], awskms.Scheme)))
+			out = append(out,
+				fmt.Sprintf("The volume %s names its replica %s, which has a state of its own.",
+					rec.Volume, strings.TrimPrefix(rec.Recipients[i], awskms.Scheme)))
 		} else if len(rec.Recipients) == 1 {
-			out = append(out, fmt.Sprintf("The volume %s depends on it: without it nothing in there can be read.", rec.Volume))
+			out = append(out,
+				fmt.Sprintf("The volume %s depends on it: without it nothing in there can be read.",
+					rec.Volume))
 		} else {
-			out = append(out, fmt.Sprintf("The volume %s names it, and %d other recipients.", rec.Volume, len(rec.Recipients)-1))
+			out = append(out,
+				fmt.Sprintf("The volume %s names it, and %d other recipients.", rec.Volume,
+					len(rec.Recipients)-1))
 		}
 	}
 	return out

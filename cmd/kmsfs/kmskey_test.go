@@ -23,7 +23,9 @@ func TestDependents(t *testing.T) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	for volume, recipients := range map[string]string{"a": `"aws-kms:` + replica + `"`, "b": `"aws-kms:` + plain + `"`, "c": `"aws-kms:` + plain + `", "local:00112233445566778899aabbccddeeff"`} {
+	for volume, recipients := range map[string]string{"a": `"aws-kms:` + replica + `"`,
+		"b": `"aws-kms:` + plain + `"`,
+		"c": `"aws-kms:` + plain + `", "local:00112233445566778899aabbccddeeff"`} {
 		rec := `{"volume": "` + strings.Repeat("0", 31) + volume + `", "recipients": [` + recipients + `]}`
 		if err := os.WriteFile(filepath.Join(dir, volume+".json"), []byte(rec), 0o600); err != nil {
 			t.Fatal(err)

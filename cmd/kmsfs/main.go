@@ -68,8 +68,14 @@ Exit codes:
 		Args:          cobra.NoArgs,
 		RunE:          func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
-	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error { return usageError{err, c.CommandPath()} })
-	root.AddCommand(initCommand(), mountCommand(), umountCommand(), infoCommand(), catCommand(), encryptCommand(), decryptCommand(), fsckCommand(), keyCommand(), versionCommand(), recipientsCommand(), rewrapCommand(), inventoryCommand(), passwdCommand(), policyCommand(), doctorCommand(), topCommand())
+	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
+		return usageError{err,
+			c.CommandPath()}
+	})
+	root.AddCommand(initCommand(), mountCommand(), umountCommand(), infoCommand(), catCommand(),
+		encryptCommand(), decryptCommand(), fsckCommand(), keyCommand(), versionCommand(),
+		recipientsCommand(), rewrapCommand(), inventoryCommand(), passwdCommand(), policyCommand(),
+		doctorCommand(), topCommand())
 	root.AddCommand(controlCommands()...)
 	usageOf(root)
 	return root

@@ -220,7 +220,8 @@ func (d *daemon) awaitEnd() (others string, err error) {
 // lock alone; a read-only mount has none, and leaves nothing to wait for.
 func (d *daemon) ended(atMost time.Duration) (bool, error) {
 	if d.fd >= 0 {
-		n, err := unix.Poll([]unix.PollFd{{Fd: int32(d.fd), Events: unix.POLLIN}}, int(atMost/time.Millisecond))
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(d.fd), Events: unix.POLLIN}},
+			int(atMost/time.Millisecond))
 		if errors.Is(err, unix.EINTR) {
 			err = nil
 		}
@@ -253,5 +254,6 @@ func (d *daemon) outcome() error {
 	if why = strings.TrimSpace(why); why == "" {
 		why = "the daemon ended early"
 	}
-	return hint(fmt.Errorf("unmounted, but not everything is known to be on the disk: %s", why), "see the log; the next mount repairs what was being written")
+	return hint(fmt.Errorf("unmounted, but not everything is known to be on the disk: %s", why),
+		"see the log; the next mount repairs what was being written")
 }

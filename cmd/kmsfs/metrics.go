@@ -33,23 +33,29 @@ func desc(name, help string, labels ...string) *prometheus.Desc {
 
 // The metrics. docs/operations.md lists them.
 var (
-	descBuild     = desc("build_info", "1, with the version of kmsfs.", "version")
-	descHealthy   = desc("healthy", "1 if the volume is well: its keys may be used, and no file waits for a repair.")
-	descLocked    = desc("locked", "1 while the volume is locked by kmsfs lock.")
-	descRequest   = desc("request_duration_seconds", "How long requests of programs took.", "op")
-	descErrors    = desc("request_errors_total", "Requests that were answered with an error.", "op", "errno")
-	descInFlight  = desc("requests_in_flight", "Requests that are being answered.")
-	descRead      = desc("read_bytes_total", "Bytes of files that the kernel has read.")
-	descWritten   = desc("written_bytes_total", "Bytes of files that the kernel has written.")
-	descCalls     = desc("key_calls_total", "Attempts to call a key service.", "op", "purpose", "verdict")
-	descCall      = desc("key_call_duration_seconds", "How long attempts to call a key service took.")
-	descLookups   = desc("key_lookups_total", "Data keys that were needed, by whether memory had them.", "answer")
-	descPrefetch  = desc("keys_prefetched_total", "Data keys that were unwrapped ahead, by whether they were used.", "used")
-	descMade      = desc("keys_made_total", "Data keys that were made, by whether they were wasted.", "wasted")
-	descCached    = desc("keys_cached", "Data keys in memory.")
-	descPool      = desc("keys_pool", "Data keys that were made ahead and not used yet.")
-	descTarget    = desc("keys_pool_target", "How many data keys are to be made ahead.")
-	descProven    = desc("recipient_proven_seconds", "How long ago a recipient last proved that its key may be used.", "uri")
+	descBuild   = desc("build_info", "1, with the version of kmsfs.", "version")
+	descHealthy = desc("healthy",
+		"1 if the volume is well: its keys may be used, and no file waits for a repair.")
+	descLocked  = desc("locked", "1 while the volume is locked by kmsfs lock.")
+	descRequest = desc("request_duration_seconds", "How long requests of programs took.", "op")
+	descErrors  = desc("request_errors_total", "Requests that were answered with an error.", "op",
+		"errno")
+	descInFlight = desc("requests_in_flight", "Requests that are being answered.")
+	descRead     = desc("read_bytes_total", "Bytes of files that the kernel has read.")
+	descWritten  = desc("written_bytes_total", "Bytes of files that the kernel has written.")
+	descCalls    = desc("key_calls_total", "Attempts to call a key service.", "op", "purpose", "verdict")
+	descCall     = desc("key_call_duration_seconds", "How long attempts to call a key service took.")
+	descLookups  = desc("key_lookups_total",
+		"Data keys that were needed, by whether memory had them.", "answer")
+	descPrefetch = desc("keys_prefetched_total",
+		"Data keys that were unwrapped ahead, by whether they were used.", "used")
+	descMade = desc("keys_made_total",
+		"Data keys that were made, by whether they were wasted.", "wasted")
+	descCached = desc("keys_cached", "Data keys in memory.")
+	descPool   = desc("keys_pool", "Data keys that were made ahead and not used yet.")
+	descTarget = desc("keys_pool_target", "How many data keys are to be made ahead.")
+	descProven = desc("recipient_proven_seconds",
+		"How long ago a recipient last proved that its key may be used.", "uri")
 	descUsable    = desc("recipient_usable", "1 if a recipient is asked, 0 while it is not.", "uri")
 	descFaults    = desc("faults_total", "Faults that were logged, by kind.", "kind")
 	descFree      = desc("backing_free_bytes", "Bytes that are free on the ciphertext's filesystem.")
@@ -121,7 +127,8 @@ func oneIf(b bool) float64 {
 // monitoring returns what a monitoring system asks: /metrics and /healthz.
 func (c *control) monitoring() *http.ServeMux {
 	reg := prometheus.NewRegistry()
-	reg.MustRegister(&collector{c.v, c.server, c.meter}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	reg.MustRegister(&collector{c.v, c.server, c.meter}, collectors.NewGoCollector(),
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{}))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
@@ -165,7 +172,8 @@ func listenMetrics(addr string) (net.Listener, error) {
 
 // serveMetrics serves l until stop is called.
 func (c *control) serveMetrics(l net.Listener) (stop func()) {
-	srv := &http.Server{Handler: c.monitoring(), ReadHeaderTimeout: 5 * time.Second, ErrorLog: slog.NewLogLogger(c.log.Handler(), slog.LevelWarn)}
+	srv := &http.Server{Handler: c.monitoring(), ReadHeaderTimeout: 5 * time.Second,
+		ErrorLog: slog.NewLogLogger(c.log.Handler(), slog.LevelWarn)}
 	go srv.Serve(l)
 	return func() {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Second)

@@ -78,14 +78,21 @@ init writes one, and so does a mount with --key.`,
 	fl.BoolVarP(&f.foreground, "foreground", "f", false, "stay in the foreground and log to stderr")
 	fl.BoolVar(&f.readOnly, "read-only", false, "change nothing, repair nothing")
 	fl.BoolVar(&f.allowOther, "allow-other", false, "let other users in; the kernel checks permissions")
-	fl.BoolVar(&f.acceptOlder, "accept-older", false, "accept a kmsfs.json that is older than the last one seen: a restored backup")
-	fl.DurationVar(&f.maxAge, "key-max-age", 5*time.Minute, "after a key was revoked, its files can be read for so `LONG` at most")
-	fl.DurationVar(&f.grace, "key-grace", time.Hour, "while a key service cannot be reached, files whose keys are known can be read for so `LONG`")
-	fl.StringVar(&f.lease, "key-lease", "key", "what proves that a file may still be read: its KMS `key` (key), or its own data key (file), for policies on single files")
-	fl.StringVar(&f.audit, "audit", "", "strict: no key is unwrapped before its file is opened, so that CloudTrail shows just what was")
+	fl.BoolVar(&f.acceptOlder, "accept-older", false,
+		"accept a kmsfs.json that is older than the last one seen: a restored backup")
+	fl.DurationVar(&f.maxAge, "key-max-age", 5*time.Minute,
+		"after a key was revoked, its files can be read for so `LONG` at most")
+	fl.DurationVar(&f.grace, "key-grace", time.Hour,
+		"while a key service cannot be reached, files whose keys are known can be read for so `LONG`")
+	fl.StringVar(&f.lease, "key-lease", "key",
+		"what proves that a file may still be read: its KMS `key` (key), or its own data key (file), for policies on single files")
+	fl.StringVar(&f.audit, "audit", "",
+		"strict: no key is unwrapped before its file is opened, so that CloudTrail shows just what was")
 	fl.DurationVar(&f.idle, "idle", 0, "unmount when nothing was asked for so `LONG`, and nothing is open")
-	fl.StringVar(&f.metricsAddr, "metrics-addr", "", "serve /metrics and /healthz at this `HOST:PORT` of loopback")
-	fl.Float64Var(&f.aws.RPS, "kms-rps", 2000, "calls a second to KMS at most: the quota is shared with the account's other services")
+	fl.StringVar(&f.metricsAddr, "metrics-addr", "",
+		"serve /metrics and /healthz at this `HOST:PORT` of loopback")
+	fl.Float64Var(&f.aws.RPS, "kms-rps", 2000,
+		"calls a second to KMS at most: the quota is shared with the account's other services")
 	// As mount(8) calls its helper.
 	for _, h := range []string{"n", "v", "s"} {
 		fl.BoolP("mount-"+h, h, false, "accepted for mount(8)")
@@ -93,7 +100,8 @@ init writes one, and so does a mount with --key.`,
 	}
 	fl.StringP("types", "t", "", "accepted for mount(8)")
 	fl.MarkHidden("types")
-	fl.StringArrayVarP(&f.options, "options", "o", nil, "mount `OPTIONS`, comma-separated: ro, allow_other, key=KEY, passphrase_file=FILE, exec, noexec, suid, dev, …")
+	fl.StringArrayVarP(&f.options, "options", "o", nil,
+		"mount `OPTIONS`, comma-separated: ro, allow_other, key=KEY, passphrase_file=FILE, exec, noexec, suid, dev, …")
 	return c
 }
 
@@ -132,18 +140,21 @@ func (f *mountFlags) start(ctx context.Context, cipherDir, mountPoint string) er
 }
 
 // Options of fstab that are about something else, or the default.
-var ignoredOptions = []string{"defaults", "auto", "noauto", "user", "users", "nouser", "nofail", "_netdev", "async", "relatime", "nodiratime", "iversion",
+var ignoredOptions = []string{"defaults", "auto", "noauto", "user", "users", "nouser", "nofail",
+	"_netdev", "async", "relatime", "nodiratime", "iversion",
 	"default_permissions"}
 
 // What mount(8) finds in /proc/mounts and gives back with remount.
 var kernelOptions = []string{"user_id", "group_id", "max_read", "blksize", "rootmode", "subtype", "fsname"}
 
 // Options of fstab that are flags of the command: "key_max_age=1m" is --key-max-age 1m.
-var flagOptions = []string{"ro", "allow_other", "key", "passphrase_file", "identity", "aws_profile", "aws_region", "aws_endpoint", "aws_role_arn",
+var flagOptions = []string{"ro", "allow_other", "key", "passphrase_file", "identity", "aws_profile",
+	"aws_region", "aws_endpoint", "aws_role_arn",
 	"key_max_age", "key_grace", "key_lease", "audit", "kms_rps", "metrics_addr", "idle"}
 
 // Options that go to the kernel as they are.
-var passedOptions = []string{"rw", "exec", "noexec", "suid", "nosuid", "dev", "nodev", "atime", "noatime", "strictatime", "lazytime", "sync", "dirsync"}
+var passedOptions = []string{"rw", "exec", "noexec", "suid", "nosuid", "dev", "nodev", "atime",
+	"noatime", "strictatime", "lazytime", "sync", "dirsync"}
 
 // setFlag sets the flag that an option of fstab stands for.
 func setFlag(fl *pflag.FlagSet, option, value string) error {
@@ -164,7 +175,8 @@ func (f *mountFlags) parseOptions(fl *pflag.FlagSet) error {
 	for _, o := range strings.Split(strings.Join(f.options, ","), ",") {
 		name, value, _ := strings.Cut(o, "=")
 		switch {
-		case o == "" || slices.Contains(ignoredOptions, o) || slices.Contains(kernelOptions, name) || strings.HasPrefix(o, "x-"):
+		case o == "" || slices.Contains(ignoredOptions, o) ||
+			slices.Contains(kernelOptions, name) || strings.HasPrefix(o, "x-"):
 		case o == "remount":
 			f.again = true
 		case slices.Contains(flagOptions, name):
@@ -209,7 +221,8 @@ func (f *mountFlags) remount(mountPoint string) error {
 	} else if err := volume.Writer(m.source); err != nil && !errors.Is(err, volume.ErrLocked) {
 		return err
 	} else if err == nil {
-		return hint(fmt.Errorf("%s was mounted read-only", m.dir), "kmsfs umount %s, and mount it again", m.dir)
+		return hint(fmt.Errorf("%s was mounted read-only", m.dir),
+			"kmsfs umount %s, and mount it again", m.dir)
 	}
 	return fs.Remount(m.dir, f.pass)
 }
@@ -232,7 +245,8 @@ func (f *mountFlags) places(cipherDir, mountPoint string) (c, m string, err erro
 		return "", "", fmt.Errorf("mountpoint: %w", err)
 	}
 	if m == c || strings.HasPrefix(m, c+"/") {
-		return "", "", hint(fmt.Errorf("the mountpoint %s lies inside the ciphertext directory %s", m, c), "name a mountpoint elsewhere")
+		return "", "", hint(fmt.Errorf("the mountpoint %s lies inside the ciphertext directory %s",
+			m, c), "name a mountpoint elsewhere")
 	}
 	if strings.HasPrefix(c, m+"/") {
 		return "", "", hint(fmt.Errorf("the ciphertext directory %s lies below the mountpoint %s, which would hide it", c, m), "name a mountpoint elsewhere")
@@ -240,7 +254,8 @@ func (f *mountFlags) places(cipherDir, mountPoint string) (c, m string, err erro
 	if mi, err := findMount(m); err != nil {
 		return "", "", err
 	} else if mi != nil {
-		return "", "", coded{hint(fmt.Errorf("the mountpoint %s is in use: %s is mounted there", m, mi.source), "kmsfs umount %s", m), exitBusy}
+		return "", "", coded{hint(fmt.Errorf("the mountpoint %s is in use: %s is mounted there", m,
+			mi.source), "kmsfs umount %s", m), exitBusy}
 	}
 	if entries, err := os.ReadDir(m); err != nil {
 		return "", "", err
@@ -302,7 +317,8 @@ func (f *mountFlags) serve(ctx context.Context, cipherDir, mountPoint string) er
 		}
 		defer metrics.Close()
 	}
-	v, err := openFree(u, cipherDir, volume.Options{ReadOnly: f.readOnly, KernelTimes: !f.readOnly, Logger: logger, Pool: 8,
+	v, err := openFree(u, cipherDir, volume.Options{ReadOnly: f.readOnly, KernelTimes: !f.readOnly,
+		Logger: logger, Pool: 8,
 		MaxAge: f.maxAge, Grace: grace, FileLease: f.lease == "file", NoPrefetch: f.audit == "strict"})
 	if err != nil {
 		return err
@@ -313,11 +329,13 @@ func (f *mountFlags) serve(ctx context.Context, cipherDir, mountPoint string) er
 	} else if err := f.remember(u.Record, cipherDir); err != nil {
 		return errors.Join(err, v.Close())
 	}
-	server, err := fs.Mount(v, mountPoint, fs.MountOptions{Source: cipherDir, AllowOther: f.allowOther, Options: f.pass, Logger: logger})
+	server, err := fs.Mount(v, mountPoint,
+		fs.MountOptions{Source: cipherDir, AllowOther: f.allowOther, Options: f.pass, Logger: logger})
 	if err != nil {
 		return errors.Join(mountFailed(err), v.Close())
 	}
-	ctl := &control{v: v, server: server, meter: f.aws.Meter, reload: f.kms().Reload, keys: &f.keyFlags, log: logger}
+	ctl := &control{v: v, server: server, meter: f.aws.Meter, reload: f.kms().Reload,
+		keys: &f.keyFlags, log: logger}
 	if metrics != nil {
 		defer ctl.serveMetrics(metrics)()
 	}
@@ -377,7 +395,8 @@ func openFree(u *volume.Unlocked, cipherDir string, o volume.Options) (*volume.V
 		// A daemon whose mount is in no namespace of ours may serve another one; or it has unmounted by
 		// itself, as an idle one does, and ends at any moment.
 		elsewhere := time.Since(begun) > servesOn && ok && servedBy(locked.PID)
-		if !ok || locked.Elsewhere() || isMounted(cipherDir) || elsewhere || time.Since(begun) > endsWithin {
+		if !ok || locked.Elsewhere() || isMounted(cipherDir) || elsewhere ||
+			time.Since(begun) > endsWithin {
 			return v, err
 		}
 	}
@@ -420,8 +439,9 @@ func (f *mountFlags) unlock(ctx context.Context, cipherDir string) (*volume.Unlo
 		}
 		say("warning: no trust record on this machine vouches for the volume %s: anybody who knows the age recipient can have made it", l.Config.Volume)
 	}
-	o := volume.UnlockOptions{Record: rec, AcceptOlder: f.acceptOlder, ReadOnly: f.readOnly, Incomplete: f.incomplete,
-		More: func(ctx context.Context, r blockcrypt.Recipient) (keystore.Store, error) { return f.open(ctx, r, rec) }}
+	o := volume.UnlockOptions{Record: rec, AcceptOlder: f.acceptOlder, ReadOnly: f.readOnly,
+		Incomplete: f.incomplete,
+		More:       func(ctx context.Context, r blockcrypt.Recipient) (keystore.Store, error) { return f.open(ctx, r, rec) }}
 	if len(f.identityFiles) > 0 && f.readOnly {
 		o.More = nil // nothing else is asked
 	}
@@ -454,7 +474,8 @@ func (f *mountFlags) remember(rec *volume.Record, cipherDir string) error {
 }
 
 func sameRecord(a, b *volume.Record) bool {
-	return a.Generation == b.Generation && a.Local == b.Local && maps.Equal(a.Locals, b.Locals) && slices.Equal(a.Recipients, b.Recipients)
+	return a.Generation == b.Generation && a.Local == b.Local && maps.Equal(a.Locals, b.Locals) &&
+		slices.Equal(a.Recipients, b.Recipients)
 }
 
 // untrusted refuses a volume whose keys nobody named, with the line that would
@@ -473,7 +494,8 @@ func untrusted(rs []blockcrypt.Recipient, cipherDir string, rec *volume.Record) 
 	}
 	err := &keystore.Error{Kind: keystore.Untrusted, URI: rs[0].URI, Op: "mount", Err: errors.New(why)}
 	// The line is made to be pasted, and whoever wrote kmsfs.json chose the key.
-	return hint(err, "if it is yours: kmsfs mount --key %s %s MOUNTPOINT", shellWord(key), shellWord(cipherDir))
+	return hint(err, "if it is yours: kmsfs mount --key %s %s MOUNTPOINT", shellWord(key),
+		shellWord(cipherDir))
 }
 
 // shellWord quotes s for a shell where that is needed.
@@ -488,7 +510,8 @@ func shellWord(s string) string {
 
 // unmountOnSignal unmounts at SIGINT and SIGTERM, as soon as nothing is in use; SIGHUP
 // reloads.
-func (f *mountFlags) unmountOnSignal(server *fs.Server, mountPoint string, logger *slog.Logger, reload func(context.Context) error) {
+func (f *mountFlags) unmountOnSignal(server *fs.Server, mountPoint string, logger *slog.Logger,
+	reload func(context.Context) error) {
 	c := make(chan os.Signal, 1)
 	signal.Notify(c, unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
 	for <-c == unix.SIGHUP {
@@ -503,7 +526,8 @@ func (f *mountFlags) unmountOnSignal(server *fs.Server, mountPoint string, logge
 			return
 		}
 		if !told {
-			logger.Warn("the mount is busy; it is unmounted when it is not", "mountpoint", mountPoint, "busy", (&mountInfo{dir: mountPoint}).users())
+			logger.Warn("the mount is busy; it is unmounted when it is not", "mountpoint",
+				mountPoint, "busy", (&mountInfo{dir: mountPoint}).users())
 		}
 		time.Sleep(200 * time.Millisecond)
 	}

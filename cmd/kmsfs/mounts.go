@@ -36,7 +36,9 @@ func readMounts(path string) (out []mountInfo, err error) {
 		left, right, ok := strings.Cut(s.Text(), " - ")
 		a, b := strings.Fields(left), strings.Fields(right)
 		if ok && len(a) >= 5 && len(b) >= 2 {
-			out = append(out, mountInfo{a[0], a[2], unescape(a[4]), b[0], unescape(b[1]), unescape(strings.Join(b[2:], " "))})
+			out = append(out,
+				mountInfo{a[0], a[2], unescape(a[4]), b[0], unescape(b[1]),
+					unescape(strings.Join(b[2:], " "))})
 		}
 	}
 	return out, s.Err()
@@ -126,7 +128,8 @@ func mountOf(dev string) (string, error) {
 // isMounted reports whether a volume is mounted anywhere that this process sees.
 func isMounted(cipherDir string) bool {
 	ms, err := mounts()
-	return err != nil || slices.ContainsFunc(ms, func(m mountInfo) bool { return m.fstype == "fuse.kmsfs" && m.source == cipherDir })
+	return err != nil || slices.ContainsFunc(ms,
+		func(m mountInfo) bool { return m.fstype == "fuse.kmsfs" && m.source == cipherDir })
 }
 
 // unescape undoes the octal escapes of mountinfo.
@@ -156,7 +159,8 @@ func (m *mountInfo) isDead() bool {
 	for {
 		select {
 		case err := <-answer:
-			return errors.Is(err, unix.ENOTCONN) || errors.Is(err, unix.ECONNABORTED) // it is dying just now
+			return errors.Is(err, unix.ENOTCONN) ||
+				errors.Is(err, unix.ECONNABORTED) // it is dying just now
 		case <-time.After(100 * time.Millisecond):
 			if m.isStuck() && m.abort() != nil {
 				return true // it can still be taken out of sight

@@ -59,9 +59,11 @@ func readPaperKey(r io.Reader) ([]byte, error) {
 			continue
 		}
 		text = strings.TrimPrefix(text, fmt.Sprintf("%d ", n+1))
-		text = strings.NewReplacer(" ", "", "-", "", "0", "O", "1", "I", "8", "B").Replace(text) // characters that are easily taken for others
+		text = strings.NewReplacer(" ", "", "-", "", "0", "O", "1", "I", "8",
+			"B").Replace(text) // characters that are easily taken for others
 		b, err := paperCode.DecodeString(text)
-		if err != nil || len(b) != paperBytes+paperSum || string(b[paperBytes:]) != string(paperCheck(n, b[:paperBytes])) {
+		if err != nil || len(b) != paperBytes+paperSum ||
+			string(b[paperBytes:]) != string(paperCheck(n, b[:paperBytes])) {
 			return nil, fmt.Errorf("line %d of the key has a mistake", n+1)
 		}
 		key = append(key, b[:paperBytes]...)
@@ -70,7 +72,8 @@ func readPaperKey(r io.Reader) ([]byte, error) {
 		return nil, err
 	}
 	if len(key) < keystore.KeySize {
-		return nil, fmt.Errorf("the key has %d lines, and only %d were given", paperLines, len(key)/paperBytes)
+		return nil, fmt.Errorf("the key has %d lines, and only %d were given", paperLines,
+			len(key)/paperBytes)
 	}
 	return key, nil
 }

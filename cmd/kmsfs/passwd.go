@@ -25,10 +25,14 @@ goes; other passphrases stay. The key behind it is another one: the old passphra
 copies that were made before, and nothing else. The command can be interrupted: call it again
 with the same two passphrases. The volume may be mounted.`,
 		Args: cobra.ExactArgs(1),
-		RunE: func(c *cobra.Command, args []string) error { return k.changePassphrase(contextOf(c), args[0]) },
+		RunE: func(c *cobra.Command, args []string) error {
+			return k.changePassphrase(contextOf(c),
+				args[0])
+		},
 	}
 	k.add(c, openVolumeUsage)
-	c.Flags().StringVar(&k.newPassphraseFile, "new-passphrase-file", "", "read the new passphrase from this `FILE`")
+	c.Flags().StringVar(&k.newPassphraseFile, "new-passphrase-file", "",
+		"read the new passphrase from this `FILE`")
 	return c
 }
 
@@ -39,8 +43,10 @@ func (k *newRecipientFlags) changePassphrase(ctx context.Context, dir string) er
 	}
 	entries := l.Config.Recipients // only to see which one a passphrase opens
 	l.Close()
-	if !slices.ContainsFunc(entries, func(r blockcrypt.Recipient) bool { return strings.HasPrefix(r.URI, local.PassphraseScheme) }) {
-		return hint(errors.New("the volume has no passphrase"), "kmsfs recipients add %s passphrase", shellWord(dir))
+	if !slices.ContainsFunc(entries,
+		func(r blockcrypt.Recipient) bool { return strings.HasPrefix(r.URI, local.PassphraseScheme) }) {
+		return hint(errors.New("the volume has no passphrase"),
+			"kmsfs recipients add %s passphrase", shellWord(dir))
 	}
 	p, err := askPassphrase(k.passphraseFile, false)
 	if err != nil {
@@ -61,7 +67,8 @@ func (k *newRecipientFlags) changePassphrase(ctx context.Context, dir string) er
 	}
 	k.candidates = [][]byte{p, next}
 	return k.administer(ctx, dir, func(a administrator) error {
-		done, err := a.change(ctx, recipientChange{Op: "add", Key: passphraseKey, Passphrase: bytes.Clone(next)})
+		done, err := a.change(ctx,
+			recipientChange{Op: "add", Key: passphraseKey, Passphrase: bytes.Clone(next)})
 		if err == nil {
 			err = updateRecord(done.record, dir, "", "")
 		}
@@ -117,7 +124,8 @@ func rewrapShown(ctx context.Context, a administrator, q rewrapRequest) error {
 		}
 	}
 	if err == nil && len(failed) > 0 {
-		err = hint(fmt.Errorf("%d files could not be changed, so the old passphrase stays too", len(failed)), "call the command again")
+		err = hint(fmt.Errorf("%d files could not be changed, so the old passphrase stays too",
+			len(failed)), "call the command again")
 	}
 	return err
 }

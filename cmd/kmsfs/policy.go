@@ -43,7 +43,8 @@ They are bound to the volume by the encryption context. No key is needed, and AW
 		ValidArgs: policyRoles,
 		RunE:      func(_ *cobra.Command, args []string) error { return f.run(args[0], args[1]) },
 	}
-	c.Flags().StringArrayVar(&f.principals, "principal", nil, "`ARN` of a user or role of AWS that gets these rights (repeatable)")
+	c.Flags().StringArrayVar(&f.principals, "principal", nil,
+		"`ARN` of a user or role of AWS that gets these rights (repeatable)")
 	c.Flags().StringVar(&f.key, "key", "", "`ARN` of the key, if the volume has several of KMS")
 	c.Flags().BoolVar(&f.terraform, "terraform", false, "print an aws_iam_policy_document instead of JSON")
 	return c
@@ -104,7 +105,8 @@ func (f *policyFlags) isFirst(c *blockcrypt.Config) (bool, error) {
 	case f.key == "":
 		return true, nil
 	}
-	i := slices.IndexFunc(keys, func(k string) bool { return sameKey(awskms.Scheme+k, awskms.Scheme+f.key) })
+	i := slices.IndexFunc(keys,
+		func(k string) bool { return sameKey(awskms.Scheme+k, awskms.Scheme+f.key) })
 	if i < 0 {
 		return false, fmt.Errorf("%s: %w", f.key, volume.ErrNotRecipient)
 	}
@@ -147,7 +149,8 @@ func (f *policyFlags) statements(role string, c *blockcrypt.Config, first bool) 
 		allow("KmsfsAdministrators", nil, awskms.AdminActions()...)
 		return out, nil
 	default:
-		return nil, usageError{fmt.Errorf("%q is no role: %s are", role, strings.Join(policyRoles, ", ")), "kmsfs policy"}
+		return nil, usageError{fmt.Errorf("%q is no role: %s are", role,
+			strings.Join(policyRoles, ", ")), "kmsfs policy"}
 	}
 	allow("KmsfsNamesTheKeyByItsAlias", nil, "kms:DescribeKey")
 	return out, nil
@@ -162,11 +165,16 @@ func terraform(role string, statements []policyStatement) string {
 	}
 	fmt.Fprintf(&b, "data \"aws_iam_policy_document\" \"kmsfs_%s\" {\n", role)
 	for _, s := range statements {
-		fmt.Fprintf(&b, "  statement {\n    sid       = %q\n    actions   = %s\n    resources = [\"*\"]\n", s.Sid, list(s.Action))
-		fmt.Fprintf(&b, "    principals {\n      type        = \"AWS\"\n      identifiers = %s\n    }\n", list(s.Principal.AWS))
+		fmt.Fprintf(&b,
+			"  statement {\n    sid       = %q\n    actions   = %s\n    resources = [\"*\"]\n",
+			s.Sid, list(s.Action))
+		fmt.Fprintf(&b,
+			"    principals {\n      type        = \"AWS\"\n      identifiers = %s\n    }\n",
+			list(s.Principal.AWS))
 		if s.Condition != nil {
 			for _, k := range slices.Sorted(maps.Keys(s.Condition.StringEquals)) {
-				fmt.Fprintf(&b, "    condition {\n      test     = \"StringEquals\"\n      variable = %q\n      values   = [%q]\n    }\n", k, s.Condition.StringEquals[k])
+				fmt.Fprintf(&b,
+					"    condition {\n      test     = \"StringEquals\"\n      variable = %q\n      values   = [%q]\n    }\n", k, s.Condition.StringEquals[k])
 			}
 		}
 		b.WriteString("  }\n")

@@ -26,10 +26,13 @@ them; kmsfs rewrap gives them to the files that are there. The volume may be mou
 		RunE: func(c *cobra.Command, _ []string) error { return c.Help() },
 	}
 	c.AddCommand(recipientsList(), recipientsAdd(),
-		recipientsChange("remove", "remove CIPHERDIR KEY", "Take a key out of the list", `Take a key out of the list: new files are not wrapped for it any more. Files that have no
+		recipientsChange("remove", "remove CIPHERDIR KEY", "Take a key out of the list",
+			`Take a key out of the list: new files are not wrapped for it any more. Files that have no
 other key are an obstacle: give them one with kmsfs rewrap first. Afterwards rewrap takes the
 key out of the files too.`, "%s is no recipient any more. kmsfs rewrap %s takes it out of the files.\n"),
-		recipientsChange("first", "set-default CIPHERDIR KEY", "Make a key of the list the one that makes the keys of new files", "", "%s makes the keys of new files in %s.\n"))
+		recipientsChange("first", "set-default CIPHERDIR KEY",
+			"Make a key of the list the one that makes the keys of new files", "",
+			"%s makes the keys of new files in %s.\n"))
 	return c
 }
 
@@ -99,7 +102,8 @@ func recipientsAdd() *cobra.Command {
 	k.add(c, openVolumeUsage)
 	k.addIdentities(c)
 	k.addUnverified(c)
-	c.Flags().StringVar(&k.newPassphraseFile, "new-passphrase-file", "", "read the passphrase that is added from this `FILE`")
+	c.Flags().StringVar(&k.newPassphraseFile, "new-passphrase-file", "",
+		"read the passphrase that is added from this `FILE`")
 	c.Flags().BoolVar(&k.asJSON, "json", false, "print JSON")
 	return c
 }
@@ -139,7 +143,8 @@ func (k *newRecipientFlags) addRecipient(ctx context.Context, dir, key string) e
 
 // prepare does what a new recipient needs of this user's side: a key file that is missing is made, a
 // passphrase is asked for, an alias becomes the ARN that it means now.
-func (k *newRecipientFlags) prepare(ctx context.Context, key string) (c recipientChange, m made, err error) {
+func (k *newRecipientFlags) prepare(ctx context.Context,
+	key string) (c recipientChange, m made, err error) {
 	c = recipientChange{Op: "add", Key: key}
 	switch {
 	case strings.HasPrefix(key, local.Scheme):
@@ -250,11 +255,13 @@ func (k *keyFlags) uriOf(ctx context.Context, key string, list []string) (string
 		return s.URI(), nil
 	}
 	if key == passphraseKey {
-		all := slices.DeleteFunc(slices.Clone(list), func(u string) bool { return !strings.HasPrefix(u, local.PassphraseScheme) })
+		all := slices.DeleteFunc(slices.Clone(list),
+			func(u string) bool { return !strings.HasPrefix(u, local.PassphraseScheme) })
 		if len(all) == 1 {
 			return all[0], nil
 		}
-		return "", hint(fmt.Errorf("%d passphrases are recipients", len(all)), "name one by its URI: kmsfs recipients list")
+		return "", hint(fmt.Errorf("%d passphrases are recipients", len(all)),
+			"name one by its URI: kmsfs recipients list")
 	}
 	return "", badKey(key)
 }

@@ -55,12 +55,15 @@ it has. Files of a volume get theirs with the volume.`,
 	f.addIdentities(c)
 	f.addUnverified(c)
 	fl := c.Flags()
-	fl.StringVar(&f.from, "from", "", "only replace this `KEY` in the files that have it, by the one of --to")
+	fl.StringVar(&f.from, "from", "",
+		"only replace this `KEY` in the files that have it, by the one of --to")
 	fl.StringVar(&f.to, "to", "", "the `KEY`, a recipient of the volume, that takes its place")
 	fl.BoolVar(&f.missing, "missing", false, "only add the recipients that files lack; take none out")
-	fl.BoolVar(&f.verify, "verify", false, "read all headers again afterwards, and fail if one is not as it should be")
+	fl.BoolVar(&f.verify, "verify", false,
+		"read all headers again afterwards, and fail if one is not as it should be")
 	fl.BoolVar(&f.asJSON, "json", false, "print the result as JSON")
-	fl.Float64Var(&f.aws.RPS, "kms-rps", 2000, "calls a second to KMS at most, if the volume is not mounted")
+	fl.Float64Var(&f.aws.RPS, "kms-rps", 2000,
+		"calls a second to KMS at most, if the volume is not mounted")
 	return c
 }
 
@@ -121,29 +124,36 @@ func (f *rewrapFlags) show(out *rewrapResult) error {
 	for _, path := range out.Wrong {
 		say("%s does not have the recipients that it should have", path)
 	}
-	fmt.Printf("%d files: %d changed, %d had them already, %d failed.\n", out.Files, out.Changed, out.Files-out.Changed-out.Failed, out.Failed)
+	fmt.Printf("%d files: %d changed, %d had them already, %d failed.\n", out.Files, out.Changed,
+		out.Files-out.Changed-out.Failed, out.Failed)
 	return nil
 }
 
 func (f *rewrapFlags) verdict(ctx context.Context, err error, out *rewrapResult, dir string) error {
 	switch {
 	case ctx.Err() != nil || errors.Is(err, context.Canceled):
-		return hint(errors.New("interrupted; the files that were changed stay so"), "go on with the same command")
+		return hint(errors.New("interrupted; the files that were changed stay so"),
+			"go on with the same command")
 	case err != nil:
 		return err
 	case out.Failed > 0:
-		return hint(fmt.Errorf("%d files could not be changed", out.Failed), "see kmsfs fsck %s, and call the command again", shellWord(dir))
+		return hint(fmt.Errorf("%d files could not be changed", out.Failed),
+			"see kmsfs fsck %s, and call the command again", shellWord(dir))
 	case len(out.Absent) > 0:
-		return hint(fmt.Errorf("some files lack %s, whose key is not at hand", strings.Join(out.Absent, ", ")), "name all keys with --key, or give --passphrase-file; of a mounted volume, those are taken with which it was mounted")
+		return hint(fmt.Errorf("some files lack %s, whose key is not at hand",
+			strings.Join(out.Absent, ", ")),
+			"name all keys with --key, or give --passphrase-file; of a mounted volume, those are taken with which it was mounted")
 	case len(out.Wrong) > 0:
-		return hint(errors.New("not all files are as they should be"), "call the command again; files that were made meanwhile may be among them")
+		return hint(errors.New("not all files are as they should be"),
+			"call the command again; files that were made meanwhile may be among them")
 	}
 	return nil
 }
 
 // verifyAll reads every header again: none names the key of --from, or one that is no recipient of
 // the volume, and none lacks one.
-func (f *rewrapFlags) verifyAll(ctx context.Context, dir string, q rewrapRequest, list []string, out *rewrapResult) error {
+func (f *rewrapFlags) verifyAll(ctx context.Context, dir string, q rewrapRequest, list []string,
+	out *rewrapResult) error {
 	return volume.Inventory(ctx, dir, func(e volume.Inventoried) {
 		bad := e.Err != nil
 		if e.Header != nil {
@@ -235,8 +245,10 @@ func (f *rewrapFlags) file(ctx context.Context, path string, to keystore.Store) 
 		}
 		goes = func(uri string) bool { return sameKey(uri, from) }
 	}
-	stays := slices.DeleteFunc(slices.Clone(l.Header.Recipients), func(w blockcrypt.Recipient) bool { return goes(w.URI) })
-	if slices.ContainsFunc(l.Header.Recipients, func(w blockcrypt.Recipient) bool { return keystore.Serves(to, w.URI) }) || len(stays) == len(old) {
+	stays := slices.DeleteFunc(slices.Clone(l.Header.Recipients),
+		func(w blockcrypt.Recipient) bool { return goes(w.URI) })
+	if slices.ContainsFunc(l.Header.Recipients,
+		func(w blockcrypt.Recipient) bool { return keystore.Serves(to, w.URI) }) || len(stays) == len(old) {
 		return false, nil
 	}
 	key, err := f.dataKey(ctx, l)

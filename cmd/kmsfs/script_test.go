@@ -86,7 +86,8 @@ func TestScripts(t *testing.T) {
 				if !strings.Contains(s, args[1]) {
 					ts.Fatalf("%s has no %q", args[0], args[1])
 				}
-				ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(strings.Replace(s, args[1], args[2], 1)), 0o644))
+				ts.Check(os.WriteFile(ts.MkAbs(args[0]),
+					[]byte(strings.Replace(s, args[1], args[2], 1)), 0o644))
 			},
 			// cipherfile NAME DIR: sets $NAME to the only ciphertext file in DIR
 			"cipherfile": func(ts *testscript.TestScript, _ bool, args []string) {
@@ -101,7 +102,8 @@ func TestScripts(t *testing.T) {
 			// oneline: stderr is one line of error, and perhaps a hint
 			"oneline": func(ts *testscript.TestScript, _ bool, _ []string) {
 				lines := strings.Split(strings.TrimRight(ts.ReadFile("stderr"), "\n"), "\n")
-				if len(lines) > 2 || !strings.HasPrefix(lines[0], "kmsfs: error: ") || len(lines) == 2 && !strings.HasPrefix(lines[1], "kmsfs: hint: ") {
+				if len(lines) > 2 || !strings.HasPrefix(lines[0], "kmsfs: error: ") ||
+					len(lines) == 2 && !strings.HasPrefix(lines[1], "kmsfs: hint: ") {
 					ts.Fatalf("not one line and a hint: %q", lines)
 				}
 			},
@@ -129,7 +131,8 @@ func TestScripts(t *testing.T) {
 					ts.Check(err)
 					ts.Check(unix.Kill(pid, unix.SIGKILL))
 					for {
-						if _, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 10000); err != unix.EINTR {
+						if _, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}},
+							10000); err != unix.EINTR {
 							break
 						}
 					}
@@ -178,7 +181,8 @@ func TestLogIsBounded(t *testing.T) {
 }
 
 func TestUnescape(t *testing.T) {
-	for in, want := range map[string]string{`/a\040b`: "/a b", `/x`: "/x", `/t\134`: `/t\`, `/bad\9`: `/bad\9`} {
+	for in, want := range map[string]string{`/a\040b`: "/a b", `/x`: "/x", `/t\134`: `/t\`,
+		`/bad\9`: `/bad\9`} {
 		if got := unescape(in); got != want {
 			t.Errorf("%q became %q", in, got)
 		}

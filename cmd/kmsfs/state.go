@@ -62,14 +62,16 @@ func stateDir() (string, error) {
 }
 
 func noState(err error) error {
-	return hint(fmt.Errorf("there is no place for the trust record: %w", err), "set XDG_STATE_HOME to a directory that can be written")
+	return hint(fmt.Errorf("there is no place for the trust record: %w", err),
+		"set XDG_STATE_HOME to a directory that can be written")
 }
 
 // keyDir is where init puts key files of its own.
 func keyDir() (string, error) {
 	dir, err := os.UserConfigDir()
 	if err != nil {
-		return "", hint(fmt.Errorf("there is no place for a key file: %w", err), "name one with --key local:PATH")
+		return "", hint(fmt.Errorf("there is no place for a key file: %w", err),
+			"name one with --key local:PATH")
 	}
 	dir = filepath.Join(dir, "kmsfs")
 	return dir, os.MkdirAll(dir, 0o700)
@@ -91,7 +93,8 @@ func readRecord(id blockcrypt.ID) (*volume.Record, error) {
 	}
 	rec := &volume.Record{}
 	if err := json.Unmarshal(b, rec); err != nil || rec.Volume != id {
-		return nil, hint(fmt.Errorf("the trust record %s is damaged", path), "remove it and mount once with --key")
+		return nil, hint(fmt.Errorf("the trust record %s is damaged", path),
+			"remove it and mount once with --key")
 	}
 	return rec, nil
 }
@@ -108,7 +111,8 @@ func writeRecord(rec *volume.Record, cipherDir string) error {
 		return err
 	}
 	if cfg, err := os.ReadFile(filepath.Join(cipherDir, blockcrypt.ConfigName)); err == nil {
-		if err := replaceFile(filepath.Join(dir, rec.Volume.String()+"."+blockcrypt.ConfigName), cfg); err != nil {
+		if err := replaceFile(filepath.Join(dir, rec.Volume.String()+"."+blockcrypt.ConfigName),
+			cfg); err != nil {
 			return noState(err)
 		}
 	}

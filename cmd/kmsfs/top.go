@@ -83,7 +83,8 @@ func topText(dir string, last, now *stats, took time.Duration) string {
 		state += "  NOT WELL: " + now.Unwell
 	}
 	fmt.Fprintf(&b, "%s%s\n", dir, state)
-	fmt.Fprintf(&b, "read %s/s  written %s/s  %d requests in flight\n\n", bytesText(rate(now.Read, last.Read)), bytesText(rate(now.Written, last.Written)), now.InFlight)
+	fmt.Fprintf(&b, "read %s/s  written %s/s  %d requests in flight\n\n",
+		bytesText(rate(now.Read, last.Read)), bytesText(rate(now.Written, last.Written)), now.InFlight)
 	before := map[string]requestCount{}
 	for _, r := range last.Requests {
 		before[r.Op] = r
@@ -91,14 +92,20 @@ func topText(dir string, last, now *stats, took time.Duration) string {
 	var busy []requestCount // a second
 	for _, r := range now.Requests {
 		if n := r.Count - before[r.Op].Count; n > 0 {
-			busy = append(busy, requestCount{r.Op, n, r.Seconds - before[r.Op].Seconds, r.Errors - before[r.Op].Errors})
+			busy = append(busy,
+				requestCount{r.Op, n, r.Seconds - before[r.Op].Seconds, r.Errors - before[r.Op].Errors})
 		}
 	}
-	slices.SortFunc(busy, func(x, y requestCount) int { return cmp.Or(cmp.Compare(y.Seconds, x.Seconds), cmp.Compare(x.Op, y.Op)) })
+	slices.SortFunc(busy,
+		func(x, y requestCount) int {
+			return cmp.Or(cmp.Compare(y.Seconds, x.Seconds),
+				cmp.Compare(x.Op, y.Op))
+		})
 	fmt.Fprintf(&b, "%-16s %12s %12s %12s\n", "requests", "a second", "took", "errors/s")
 	for _, r := range busy {
 		mean := time.Duration(r.Seconds / float64(r.Count) * float64(time.Second))
-		fmt.Fprintf(&b, "%-16s %12.1f %12v %12.1f\n", r.Op, float64(r.Count)/a, mean.Round(time.Microsecond), float64(r.Errors)/a)
+		fmt.Fprintf(&b, "%-16s %12.1f %12v %12.1f\n", r.Op, float64(r.Count)/a,
+			mean.Round(time.Microsecond), float64(r.Errors)/a)
 	}
 	calls := map[string]uint64{}
 	for _, c := range last.Calls {
@@ -111,12 +118,16 @@ func topText(dir string, last, now *stats, took time.Duration) string {
 		total += n
 		if n > 0 {
 			if shown++; shown == 1 {
-				fmt.Fprintf(&b, "\n%-16s %12s  %-12s %s\n", "key services", "a second", "purpose", "verdict")
+				fmt.Fprintf(&b, "\n%-16s %12s  %-12s %s\n", "key services", "a second", "purpose",
+					"verdict")
 			}
 			fmt.Fprintf(&b, "%-16s %12.1f  %-12s %s\n", c.Op, float64(n)/a, c.Purpose, c.Verdict)
 		}
 	}
-	fmt.Fprintf(&b, "\nkeys: %d in memory, %d of %d made ahead; cost now $%.4f an hour, so far $%.4f\n", now.Keys.Cached, now.Keys.Pool, now.Keys.PoolTarget, float64(total)/a*3600*callPrice(0), costOf(now))
+	fmt.Fprintf(&b,
+		"\nkeys: %d in memory, %d of %d made ahead; cost now $%.4f an hour, so far $%.4f\n",
+		now.Keys.Cached, now.Keys.Pool, now.Keys.PoolTarget, float64(total)/a*3600*callPrice(0),
+		costOf(now))
 	return b.String()
 }
 

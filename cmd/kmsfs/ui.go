@@ -77,7 +77,8 @@ func show(err error) int {
 
 // say prints one line for people on stderr.
 func say(format string, args ...any) {
-	fmt.Fprintln(os.Stderr, "kmsfs: "+strings.ReplaceAll(strings.TrimSpace(fmt.Sprintf(format, args...)), "\n", "; "))
+	fmt.Fprintln(os.Stderr,
+		"kmsfs: "+strings.ReplaceAll(strings.TrimSpace(fmt.Sprintf(format, args...)), "\n", "; "))
 }
 
 func hintOf(err error) string {
@@ -175,7 +176,8 @@ func askPassphrase(file string, isNew bool) ([]byte, error) {
 	}
 	tty, err := os.OpenFile("/dev/tty", os.O_RDWR, 0) // stdin may be what is encrypted
 	if err != nil {
-		return nil, hint(errors.New("there is no terminal to ask for the passphrase"), "give --passphrase-file")
+		return nil, hint(errors.New("there is no terminal to ask for the passphrase"),
+			"give --passphrase-file")
 	}
 	defer tty.Close()
 	p, err := readHidden(tty, "Passphrase: ")

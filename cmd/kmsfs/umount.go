@@ -48,7 +48,8 @@ func umount(dir string) error {
 	d := daemonOf(m)
 	defer d.close()
 	if err := m.unmount(); errors.Is(err, unix.EBUSY) {
-		return coded{hint(fmt.Errorf("%s is busy: in use by %s", m.dir, m.users()), "end what uses it, or leave the directory, and try again"), exitBusy}
+		return coded{hint(fmt.Errorf("%s is busy: in use by %s", m.dir, m.users()),
+			"end what uses it, or leave the directory, and try again"), exitBusy}
 	} else if err != nil {
 		return fmt.Errorf("unmount %s: %w", m.dir, err)
 	}
@@ -111,7 +112,9 @@ func (m *mountInfo) processes() (out []string) {
 	eachProcess(func(proc string) bool {
 		links, _ := filepath.Glob(proc + "/fd/*")
 		links = append(links, proc+"/cwd", proc+"/root", proc+"/exe")
-		if slices.ContainsFunc(links, func(l string) bool { t, err := os.Readlink(l); return err == nil && m.has(t) }) || m.mapped(proc) {
+		if slices.ContainsFunc(links,
+			func(l string) bool { t, err := os.Readlink(l); return err == nil && m.has(t) }) ||
+			m.mapped(proc) {
 			out = append(out, nameOf(proc))
 		}
 		return true
@@ -146,7 +149,8 @@ func (m *mountInfo) otherNamespaces(ask bool) string {
 	if len(out) == 0 {
 		ms, _ := mounts()
 		for _, x := range ms {
-			if x.fstype == "overlay" && (strings.Contains(x.options, "="+m.dir) || strings.Contains(x.options, ":"+m.dir)) {
+			if x.fstype == "overlay" && (strings.Contains(x.options, "="+m.dir) ||
+				strings.Contains(x.options, ":"+m.dir)) {
 				out = append(out, "the overlay mounted at "+x.dir)
 			}
 		}

@@ -18,7 +18,8 @@ func versionCommand() *cobra.Command {
 		Short: "Print the version",
 		Args:  cobra.NoArgs,
 		Run: func(*cobra.Command, []string) {
-			fmt.Printf("kmsfs %s, format %d, %s %s/%s\n", version, blockcrypt.Version, runtime.Version(), runtime.GOOS, runtime.GOARCH)
+			fmt.Printf("kmsfs %s, format %d, %s %s/%s\n", version, blockcrypt.Version,
+				runtime.Version(), runtime.GOOS, runtime.GOARCH)
 		},
 	}
 }

@@ -168,7 +168,10 @@ func (a *attributes) SetAttr(ctx context.Context, s SetAttr) (Attr, error) {
 	}
 	var err error
 	if s.UID != nil || s.GID != nil {
-		err = a.n.withFD(func(fd int) error { return a.v.disk.Chown(fd, orMinusOne(s.UID), orMinusOne(s.GID)) })
+		err = a.n.withFD(func(fd int) error {
+			return a.v.disk.Chown(fd, orMinusOne(s.UID),
+				orMinusOne(s.GID))
+		})
 	}
 	if err == nil && s.Mode != nil {
 		err = a.n.withFD(func(fd int) error { return a.v.disk.Chmod(fd, *s.Mode&0o7777) })
@@ -275,11 +278,13 @@ func passes(name string) bool {
 
 // ofKernel are the attributes of security.* that security modules of the kernel set and read
 // by themselves (linux/xattr.h). Encrypted they would mean nothing to them.
-var ofKernel = []string{"security.selinux", "security.ima", "security.evm", "security.apparmor", "security.bpf", "security.landlock"}
+var ofKernel = []string{"security.selinux", "security.ima", "security.evm", "security.apparmor",
+	"security.bpf", "security.landlock"}
 
 // refused reports whether an attribute is one that a volume does not take.
 func refused(name string) bool {
-	return slices.Contains(ofKernel, name) || strings.HasPrefix(name, "security.SMACK64") || strings.HasPrefix(name, "security.bpf.")
+	return slices.Contains(ofKernel, name) || strings.HasPrefix(name, "security.SMACK64") ||
+		strings.HasPrefix(name, "security.bpf.")
 }
 
 func (a *attributes) attrName(name string) (string, error) {
@@ -396,7 +401,8 @@ func (a *attributes) Listxattr() ([]byte, error) {
 		case plain == "":
 			continue
 		case passes(plain):
-		case strings.HasPrefix(plain, "user."), strings.HasPrefix(plain, "trusted."), strings.HasPrefix(plain, "security."+blockcrypt.Reserved):
+		case strings.HasPrefix(plain, "user."), strings.HasPrefix(plain,
+			"trusted."), strings.HasPrefix(plain, "security."+blockcrypt.Reserved):
 			if plain, err = a.v.vk.DecodeAttr(plain); err != nil {
 				a.v.report(a.n.where(), "an extended attribute is not shown", err)
 				continue

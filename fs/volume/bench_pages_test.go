@@ -46,7 +46,8 @@ func BenchmarkPageRule(b *testing.B) {
 				}
 				for _, h := range hows {
 					b.Logf("%-9s fsync every %2d: %-14s %7.1f µs a write, %.2f of without; %d waits in %d writes", what, every, h.name,
-						float64(took[h.name].Microseconds())/(rounds*writes), float64(took[h.name])/float64(took["without"]), waits[h.name], rounds*writes)
+						float64(took[h.name].Microseconds())/(rounds*writes),
+						float64(took[h.name])/float64(took["without"]), waits[h.name], rounds*writes)
 				}
 			}
 		}
@@ -54,7 +55,8 @@ func BenchmarkPageRule(b *testing.B) {
 }
 
 // overwrites writes pages of a file on a fresh ext4, and says how long that took.
-func overwrites(b *testing.B, rule, stable bool, writes, every int, pages int64, next func() int64) (time.Duration, int64) {
+func overwrites(b *testing.B, rule, stable bool, writes, every int, pages int64,
+	next func() int64) (time.Duration, int64) {
 	d := cutdisk.New(b, "ext4")
 	if stable {
 		d.Stable()

@@ -44,7 +44,8 @@ func (r *Record) SetLocal(uri, path string) {
 		r.Locals[uri] = path
 		return
 	}
-	more := slices.ContainsFunc(r.Recipients, func(u string) bool { return u != uri && strings.HasPrefix(u, "local:") })
+	more := slices.ContainsFunc(r.Recipients,
+		func(u string) bool { return u != uri && strings.HasPrefix(u, "local:") })
 	if r.Local == "" || !more {
 		r.Local = path
 		return
@@ -77,7 +78,8 @@ type InitOptions struct {
 
 // Init makes a volume in an empty directory: kmsfs.json, durable when it
 // returns. The volume key is wrapped for every store.
-func Init(ctx context.Context, dir string, stores []keystore.Store, id blockcrypt.ID, o InitOptions) (*Record, error) {
+func Init(ctx context.Context, dir string, stores []keystore.Store, id blockcrypt.ID,
+	o InitOptions) (*Record, error) {
 	d := &disk.Disk{Hooks: o.hooks}
 	root, err := layout.OpenRoot(d, dir)
 	if err != nil {
@@ -96,7 +98,8 @@ func Init(ctx context.Context, dir string, stores []keystore.Store, id blockcryp
 	if err != nil {
 		return nil, err
 	}
-	cfg := &blockcrypt.Config{Format: blockcrypt.Version, Volume: id, Generation: 1, Names: blockcrypt.NamesEncrypted}
+	cfg := &blockcrypt.Config{Format: blockcrypt.Version, Volume: id, Generation: 1,
+		Names: blockcrypt.NamesEncrypted}
 	if o.PlainNames {
 		cfg.Names = blockcrypt.NamesPlain
 	}
@@ -244,7 +247,8 @@ func (l *Found) volumeKeys(ctx context.Context, trusted []keystore.Store) (*bloc
 	b := keystore.Binding{Use: keystore.ForVolume, Volume: l.Config.Volume}
 	key, err := keystore.UnwrapFirst(ctx, trusted, b, l.Config.Recipients)
 	if keystore.KindOf(err) == keystore.Untrusted {
-		return nil, &keystore.Error{Kind: keystore.Untrusted, URI: l.Config.Recipients[0].URI, Op: "unwrap", Err: errors.New("the volume is under a key that nobody named")}
+		return nil, &keystore.Error{Kind: keystore.Untrusted, URI: l.Config.Recipients[0].URI,
+			Op: "unwrap", Err: errors.New("the volume is under a key that nobody named")}
 	}
 	if err != nil {
 		return nil, err
@@ -254,7 +258,8 @@ func (l *Found) volumeKeys(ctx context.Context, trusted []keystore.Store) (*bloc
 }
 
 // allStores returns a store for every recipient: a new file is wrapped for all.
-func (l *Found) allStores(ctx context.Context, trusted []keystore.Store, o UnlockOptions) ([]keystore.Store, error) {
+func (l *Found) allStores(ctx context.Context, trusted []keystore.Store,
+	o UnlockOptions) ([]keystore.Store, error) {
 	var out []keystore.Store
 	for _, r := range l.Config.Recipients {
 		s := keystore.StoreFor(trusted, r.URI)
@@ -263,7 +268,8 @@ func (l *Found) allStores(ctx context.Context, trusted []keystore.Store, o Unloc
 			s, err = o.More(ctx, r)
 		}
 		switch {
-		case s != nil && slices.ContainsFunc(out, func(o keystore.Store) bool { return o.URI() == s.URI() }):
+		case s != nil && slices.ContainsFunc(out,
+			func(o keystore.Store) bool { return o.URI() == s.URI() }):
 		case s != nil:
 			out = append(out, s)
 		case !o.ReadOnly && !o.Incomplete:

@@ -137,7 +137,9 @@ func (s *sim) node(st *unix.Stat_t) *simNode {
 	key := inoKey{st.Ino, st.Mode & unix.S_IFMT}
 	n := s.byIno[key]
 	if n == nil {
-		n = &simNode{id: len(s.nodes), mode: st.Mode, epochs: []*simEpoch{{lengths: []stamped[int64]{{s.calls, 0}}, pages: map[int64][]pageVersion{}}}}
+		n = &simNode{id: len(s.nodes), mode: st.Mode,
+			epochs: []*simEpoch{{lengths: []stamped[int64]{{s.calls, 0}},
+				pages: map[int64][]pageVersion{}}}}
 		s.nodes = append(s.nodes, n)
 		s.byIno[key] = n
 	}

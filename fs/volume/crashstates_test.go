@@ -32,7 +32,10 @@ func crashStates() int {
 func TestCrashStates(t *testing.T) {
 	each := max(1, crashStates()/len(workloads))
 	var total, second atomic.Int64
-	t.Cleanup(func() { t.Logf("%d states, %d of them cut a second time during repair", total.Load(), second.Load()) })
+	t.Cleanup(func() {
+		t.Logf("%d states, %d of them cut a second time during repair", total.Load(),
+			second.Load())
+	})
 	for _, name := range slices.Sorted(maps.Keys(workloads)) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -79,7 +82,9 @@ func (k *crashChecker) record(work func(*crashRun, *rand.Rand), round uint64) {
 	w.write("old", []byte("an old file, settled"))
 	w.close()
 	s = newSim(t, dir)
-	c := &crashRun{world: w, sim: s, expect: map[string]*expectation{"old": {truth: truth{confirmed: true, versions: [][]byte{[]byte("an old file, settled")}}}}}
+	c := &crashRun{world: w, sim: s,
+		expect: map[string]*expectation{"old": {truth: truth{confirmed: true,
+			versions: [][]byte{[]byte("an old file, settled")}}}}}
 	k.run = c
 	w.open(volume.Options{}.Done(done).Torn())
 	work(c, rand.New(rand.NewPCG(round, 5)))
@@ -126,7 +131,8 @@ func (k *crashChecker) state(c choice) {
 	k.run.sim.build(dir, c)
 	w := &world{t: k.t, dir: dir, store: k.run.store, more: k.run.more, log: &logBuffer{}, quiet: true}
 	fail := func(format string, args ...any) {
-		k.t.Errorf("after call %d (all %v, none %v, btrfs %v): %s; the log: %.600s", k.run.sim.calls, c.all, c.none, c.btrf, fmt.Sprintf(format, args...), w.log)
+		k.t.Errorf("after call %d (all %v, none %v, btrfs %v): %s; the log: %.600s",
+			k.run.sim.calls, c.all, c.none, c.btrf, fmt.Sprintf(format, args...), w.log)
 	}
 	fs, _ := w.fsck()
 	for _, f := range fs {
@@ -191,7 +197,8 @@ func (k *crashChecker) verify(w *world) string {
 		if int64(len(got)) != st.Size {
 			return fmt.Sprintf("%.20s: stat says %d bytes, %d are read", name, st.Size, len(got))
 		}
-		if x.whole && x.confirmed && !slices.ContainsFunc(x.versions, func(v []byte) bool { return bytes.Equal(v, got) }) {
+		if x.whole && x.confirmed && !slices.ContainsFunc(x.versions,
+			func(v []byte) bool { return bytes.Equal(v, got) }) {
 			return fmt.Sprintf("%.20s: %d bytes that are none of its versions", name, len(got))
 		}
 		if err := x.allows(got); err != nil {
@@ -215,7 +222,9 @@ func TestCrashStatesOfInit(t *testing.T) {
 		s.done(c, err)
 		for i := range 40 {
 			at := memory(t)
-			s.build(at, choice{r: rand.New(rand.NewPCG(uint64(i), uint64(s.calls))), btrf: i%2 == 0, all: i == 0, none: i == 1})
+			s.build(at,
+				choice{r: rand.New(rand.NewPCG(uint64(i), uint64(s.calls))), btrf: i%2 == 0,
+					all: i == 0, none: i == 1})
 			l, err := volume.Find(at)
 			if err == nil {
 				_, err = l.Unlock(ctx, store, volume.UnlockOptions{})
@@ -228,7 +237,8 @@ func TestCrashStatesOfInit(t *testing.T) {
 			built++
 		}
 	}
-	if _, err := volume.Init(ctx, dir, store, blockcrypt.NewID(), volume.InitOptions{}.Done(check)); err != nil {
+	if _, err := volume.Init(ctx, dir, store, blockcrypt.NewID(),
+		volume.InitOptions{}.Done(check)); err != nil {
 		t.Fatal(err)
 	}
 	l, err := volume.Find(dir)

@@ -12,7 +12,8 @@ import (
 
 // Create makes a regular file, or opens the one that is there unless excl is
 // set, and opens it for writing, or reading only.
-func (ns *namespace) Create(ctx context.Context, dir *Node, name string, mode uint32, c Caller, excl, write bool) (*Node, Attr, *Handle, error) {
+func (ns *namespace) Create(ctx context.Context, dir *Node, name string, mode uint32, c Caller,
+	excl, write bool) (*Node, Attr, *Handle, error) {
 	if ns.v.o.ReadOnly {
 		return nil, Attr{}, nil, unix.EROFS
 	}
@@ -29,7 +30,8 @@ func (ns *namespace) Create(ctx context.Context, dir *Node, name string, mode ui
 		var n *Node
 		var st Attr
 		var h *Handle
-		if n, st, h, err = ns.create(ctx, dir, name, mode, c, excl, write, &key); !errors.Is(err, unix.ENOENT) || excl {
+		if n, st, h, err = ns.create(ctx, dir, name, mode, c, excl, write,
+			&key); !errors.Is(err, unix.ENOENT) || excl {
 			return n, st, h, err
 		}
 		// Somebody had made it, and it went before it was opened.
@@ -57,12 +59,14 @@ const maxRaces = 100
 
 // create is one attempt of Create. It uses the data key, or gives it back and
 // leaves nil.
-func (ns *namespace) create(ctx context.Context, dir *Node, name string, mode uint32, c Caller, excl, write bool, k **keystore.DataKey) (*Node, Attr, *Handle, error) {
+func (ns *namespace) create(ctx context.Context, dir *Node, name string, mode uint32, c Caller,
+	excl, write bool, k **keystore.DataKey) (*Node, Attr, *Handle, error) {
 	key := *k
 	*k = nil
 	created := -1
 	n, st, err := ns.make(dir, name, c, mode|unix.S_IFREG, func(fd int, cname string, mode uint32) (_ int, err error) {
-		created, err = ns.v.disk.Open(fd, cname, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|disk.FileFlags, mode&^unix.S_IFMT)
+		created, err = ns.v.disk.Open(fd, cname,
+			unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|disk.FileFlags, mode&^unix.S_IFMT)
 		return created, err
 	})
 	if errors.Is(err, unix.EEXIST) && !excl && created < 0 {
@@ -94,7 +98,8 @@ func (ns *namespace) create(ctx context.Context, dir *Node, name string, mode ui
 }
 
 // Tmpfile makes a regular file in dir that has no name, and opens it; see [Volume.Link].
-func (ns *namespace) Tmpfile(ctx context.Context, dir *Node, mode uint32, c Caller, write bool) (*Node, Attr, *Handle, error) {
+func (ns *namespace) Tmpfile(ctx context.Context, dir *Node, mode uint32, c Caller,
+	write bool) (*Node, Attr, *Handle, error) {
 	if ns.v.o.ReadOnly {
 		return nil, Attr{}, nil, unix.EROFS
 	}

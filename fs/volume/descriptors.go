@@ -33,7 +33,8 @@ type fdLimits struct {
 func newFDLimits(limit uint64) fdLimits {
 	n := int64(min(limit, 1<<30))
 	kept := min(n/4, mostKept)
-	return fdLimits{files: n - kept, dirs: n - kept/2, cached: int(min(n/8, mostDirFDs)), closed: int(min(n/8, settleMost))}
+	return fdLimits{files: n - kept, dirs: n - kept/2, cached: int(min(n/8, mostDirFDs)),
+		closed: int(min(n/8, settleMost))}
 }
 
 // processFDs returns how many descriptors the process may have.
@@ -65,7 +66,9 @@ func (d *descriptors) room(most int64) error {
 	if d.v.disk.Descriptors() < most {
 		return nil
 	}
-	d.v.report("descriptors", "programs have too many files open on the mount; raise the limit of the daemon (ulimit -n)", unix.ENFILE)
+	d.v.report("descriptors",
+		"programs have too many files open on the mount; raise the limit of the daemon (ulimit -n)",
+		unix.ENFILE)
 	return unix.ENFILE
 }
 
@@ -84,7 +87,8 @@ func (d *descriptors) settleOpen() {
 	}
 	for i, f := range files {
 		f.mu.Lock()
-		if f.FD >= 0 && f.rw && !f.closed && !f.Broken() && !f.Keyless() && !f.n.Gone() && !d.v.doubts.of(f.n) {
+		if f.FD >= 0 && f.rw && !f.closed && !f.Broken() && !f.Keyless() && !f.n.Gone() &&
+			!d.v.doubts.of(f.n) {
 			f.failed("settling", f.SettleWhole(changes[i]))
 		}
 		f.unlock()
@@ -120,7 +124,8 @@ func (f *file) park(used bool) bool {
 	switch {
 	case f.FD < 0 || f.closed || f.Broken() || f.Times().Touched || f.syncing > 0 || f.Unsettled():
 		return false
-	case f.Header != nil && (f.Keyless() || f.Partial || !f.Synced() || f.Unconfirmed() && f.v.sessions.isBad(f.Header.State.Session)):
+	case f.Header != nil && (f.Keyless() || f.Partial || !f.Synced() ||
+		f.Unconfirmed() && f.v.sessions.isBad(f.Header.State.Session)):
 		return false // if its writeback fails, this descriptor is the one to hear of it
 	case !f.n.named() || f.n.linked.Load() || f.v.disk.Fstat(f.FD, &st) != nil || st.Nlink != 1:
 		return false // no name surely leads to it, now and after an unlink

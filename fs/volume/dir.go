@@ -29,7 +29,8 @@ type namespace struct {
 // Lookup finds an entry and counts a lookup of its node; see [Volume.Forget].
 // final is false for a file that could not be repaired yet: its size may change,
 // so nobody may remember what was told.
-func (ns *namespace) Lookup(ctx context.Context, dir *Node, name string) (n *Node, st Attr, final bool, err error) {
+func (ns *namespace) Lookup(ctx context.Context, dir *Node,
+	name string) (n *Node, st Attr, final bool, err error) {
 	n, st, err = ns.find(dir, func() (string, error) {
 		e, err := dir.encode(name, false)
 		return e.cname, err
@@ -104,7 +105,8 @@ func (ns *namespace) ensure(dir *Node, name string) (e entryName, fd int, err er
 
 // make runs a syscall that makes an entry, gives the object to its user, and
 // looks it up. f returns a descriptor of the new object, or -1.
-func (ns *namespace) make(dir *Node, name string, c Caller, mode uint32, f func(fd int, cname string, mode uint32) (int, error)) (n *Node, st Attr, err error) {
+func (ns *namespace) make(dir *Node, name string, c Caller, mode uint32,
+	f func(fd int, cname string, mode uint32) (int, error)) (n *Node, st Attr, err error) {
 	dir.entries.RLock()
 	defer dir.entries.RUnlock()
 	e, fd, err := ns.ensure(dir, name)
@@ -138,21 +140,24 @@ func (ns *namespace) make(dir *Node, name string, c Caller, mode uint32, f func(
 func nothing(err error) (int, error) { return -1, err }
 
 // Mkdir makes a directory.
-func (ns *namespace) Mkdir(ctx context.Context, dir *Node, name string, mode uint32, c Caller) (*Node, Attr, error) {
+func (ns *namespace) Mkdir(ctx context.Context, dir *Node, name string, mode uint32,
+	c Caller) (*Node, Attr, error) {
 	return ns.make(dir, name, c, mode, func(fd int, cname string, mode uint32) (int, error) {
 		return nothing(ns.v.disk.Mkdir(fd, cname, mode&^unix.S_IFMT))
 	})
 }
 
 // Mknod makes a file, device, pipe or socket.
-func (ns *namespace) Mknod(ctx context.Context, dir *Node, name string, mode, rdev uint32, c Caller) (*Node, Attr, error) {
+func (ns *namespace) Mknod(ctx context.Context, dir *Node, name string, mode, rdev uint32,
+	c Caller) (*Node, Attr, error) {
 	return ns.make(dir, name, c, mode, func(fd int, cname string, mode uint32) (int, error) {
 		return nothing(ns.v.disk.Mknod(fd, cname, mode, int(rdev)))
 	})
 }
 
 // Symlink makes a symlink whose target is encrypted.
-func (ns *namespace) Symlink(ctx context.Context, dir *Node, name, target string, c Caller) (*Node, Attr, error) {
+func (ns *namespace) Symlink(ctx context.Context, dir *Node, name, target string,
+	c Caller) (*Node, Attr, error) {
 	sealed, err := ns.v.vk.SealTarget(target)
 	if err != nil {
 		return nil, Attr{}, err
@@ -399,7 +404,8 @@ func (ns *namespace) Rename(from *Node, oldName string, to *Node, newName string
 
 // renameLocked is Rename with the entries of both directories held. It returns the node
 // that has lost its last name, if one has.
-func (ns *namespace) renameLocked(from *Node, oldName string, to *Node, newName string, flags uint32) (gone *Node, err error) {
+func (ns *namespace) renameLocked(from *Node, oldName string, to *Node, newName string,
+	flags uint32) (gone *Node, err error) {
 	old, err := from.encode(oldName, false)
 	if err != nil {
 		return nil, err
@@ -430,7 +436,8 @@ func (ns *namespace) renameLocked(from *Node, oldName string, to *Node, newName 
 		x = ns.v.nodes.part(b, nfd)
 	}
 	err = ns.v.disk.Rename(ofd, old.cname, nfd, now.cname, flags)
-	if flags&(unix.RENAME_NOREPLACE|unix.RENAME_EXCHANGE) == 0 && (errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EEXIST)) {
+	if flags&(unix.RENAME_NOREPLACE|unix.RENAME_EXCHANGE) == 0 &&
+		(errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EEXIST)) {
 		if err = ns.clearDir(to, nfd, now.cname, from); err == nil {
 			err = ns.v.disk.Rename(ofd, old.cname, nfd, now.cname, flags)
 		}
@@ -555,7 +562,8 @@ func (d *Dir) Next(f func(Entry) bool) error {
 		}
 		for len(d.next) > 0 {
 			e := d.next[0]
-			out := Entry{Name: e.Name, Ino: v.foldIno(d.n.dev, e.Ino), Type: e.Type, Off: e.Off, cname: e.Name}
+			out := Entry{Name: e.Name, Ino: v.foldIno(d.n.dev, e.Ino), Type: e.Type, Off: e.Off,
+				cname: e.Name}
 			show := true
 			if e.Name != "." && e.Name != ".." {
 				var err error

@@ -189,7 +189,9 @@ func TestWhiteoutOverEmptied(t *testing.T) {
 	long := string(bytes.Repeat([]byte("n"), 240))
 	w.write("e/"+long, []byte("goes"))
 	w.do("unlink", w.v.Unlink(w.must("e"), long))
-	wantErr(t, "NOREPLACE", w.v.Rename(w.v.Root(), "d", w.v.Root(), "e", unix.RENAME_NOREPLACE|unix.RENAME_WHITEOUT), unix.EEXIST)
+	wantErr(t, "NOREPLACE",
+		w.v.Rename(w.v.Root(), "d", w.v.Root(), "e", unix.RENAME_NOREPLACE|unix.RENAME_WHITEOUT),
+		unix.EEXIST)
 	err := w.v.Rename(w.v.Root(), "d", w.v.Root(), "e", unix.RENAME_WHITEOUT)
 	keystoretest.Need(t, "the right to make devices, for a whiteout", !errors.Is(err, unix.EPERM))
 	w.do("whiteout", err)

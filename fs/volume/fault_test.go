@@ -52,7 +52,11 @@ func TestTampering(t *testing.T) {
 			copy(b[8192:], p)
 			return b
 		},
-		"a block copied over another":  func(b []byte) []byte { copy(b[4096:8192], b[8192:12288]); return b },
+		"a block copied over another": func(b []byte) []byte {
+			copy(b[4096:8192],
+				b[8192:12288])
+			return b
+		},
 		"a page of zeros":              func(b []byte) []byte { clear(b[4096:8192]); return b },
 		"all pages but the first zero": func(b []byte) []byte { clear(b[4096:]); return b },
 		"cut at a page":                func(b []byte) []byte { return b[:8192] },
@@ -60,9 +64,12 @@ func TestTampering(t *testing.T) {
 		"cut by one byte":              func(b []byte) []byte { return b[:len(b)-1] },
 		"one byte more":                func(b []byte) []byte { return append(b, 0) },
 		"a page more":                  func(b []byte) []byte { return append(b, make([]byte, 4096)...) },
-		"a whole page of zeros more":   func(b []byte) []byte { return append(b, make([]byte, 8192-len(b)%4096)...) },
-		"rubbish":                      func(b []byte) []byte { return noise(len(b)) },
-		"all zeros":                    func(b []byte) []byte { clear(b); return b },
+		"a whole page of zeros more": func(b []byte) []byte {
+			return append(b,
+				make([]byte, 8192-len(b)%4096)...)
+		},
+		"rubbish":   func(b []byte) []byte { return noise(len(b)) },
+		"all zeros": func(b []byte) []byte { clear(b); return b },
 	} {
 		for _, ro := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s/readonly=%v", name, ro), func(t *testing.T) {
@@ -179,7 +186,8 @@ func TestPlanted(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	if _, err := l.Unlock(ctx, []keystore.Store{key}, volume.UnlockOptions{}); keystore.KindOf(err) != keystore.Untrusted {
+	if _, err := l.Unlock(ctx, []keystore.Store{key},
+		volume.UnlockOptions{}); keystore.KindOf(err) != keystore.Untrusted {
 		t.Errorf("a volume under a key that nobody named: %v", err)
 	}
 }
@@ -193,7 +201,8 @@ func TestTrustRecord(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer l.Close()
-		u, err := l.Unlock(ctx, []keystore.Store{w.store}, volume.UnlockOptions{Record: r, AcceptOlder: older})
+		u, err := l.Unlock(ctx, []keystore.Store{w.store},
+			volume.UnlockOptions{Record: r, AcceptOlder: older})
 		if err == nil {
 			u.Close()
 		}
@@ -223,7 +232,8 @@ func TestTrustRecord(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(path, bytes.Replace(b, []byte(`"generation":1`), []byte(`"generation":7`), 1), 0o644); err != nil {
+	if err := os.WriteFile(path,
+		bytes.Replace(b, []byte(`"generation":1`), []byte(`"generation":7`), 1), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	if err := unlock(&rec, false); blockcrypt.ClassOf(err) != blockcrypt.BadConfigMAC {
@@ -427,9 +437,11 @@ func faultOnce(t *testing.T, confirmed bool, from int64, op operation, n int64) 
 		t.Fatalf("after a failure of call %d (%v): %v", n, err, rerr)
 	}
 	if !between(got, old, now, err == nil) {
-		t.Fatalf("after a failure of call %d: %d bytes, neither the old %d nor the new %d", n, len(got), len(old), len(now))
+		t.Fatalf("after a failure of call %d: %d bytes, neither the old %d nor the new %d", n,
+			len(got), len(old), len(now))
 	}
-	if op, _ := f.op.Load().(string); hit && op != "" && strings.Contains("fsync fdatasync syncfs sync_file_range", op) {
+	if op, _ := f.op.Load().(string); hit && op != "" &&
+		strings.Contains("fsync fdatasync syncfs sync_file_range", op) {
 		// Data that could not be synced is never called synced; data that the disk has
 		// is looked at when the file is opened again.
 		for range 2 {
@@ -550,7 +562,8 @@ func TestKillAnywhere(t *testing.T) {
 				continue
 			}
 			if got, err := w.read(name); err != nil || !bytes.Equal(got, want) {
-				t.Fatalf("seed %d: %s has %d bytes, not the %d that close answered for: %v", seed, name, len(got), len(want), err)
+				t.Fatalf("seed %d: %s has %d bytes, not the %d that close answered for: %v", seed,
+					name, len(got), len(want), err)
 			}
 		}
 		if busy != "" {
@@ -560,7 +573,8 @@ func TestKillAnywhere(t *testing.T) {
 					t.Fatalf("seed %d: %s does not open: %v", seed, busy, err)
 				}
 				if !killBetween(got, during[0], during[1]) {
-					t.Fatalf("seed %d: %s has %d bytes, neither the %d before nor the %d after", seed, busy, len(got), len(during[0]), len(during[1]))
+					t.Fatalf("seed %d: %s has %d bytes, neither the %d before nor the %d after",
+						seed, busy, len(got), len(during[0]), len(during[1]))
 				}
 			}
 		}

@@ -104,7 +104,8 @@ func (c *content) acquire(ctx context.Context, write bool) (*file, error) {
 
 // join counts a handle of the node's file, which it loads if need be. If the file is empty and
 // needs a data key for its first byte, it takes *key; without one it returns no file.
-func (c *content) join(ctx context.Context, write bool, key **keystore.DataKey, waits func()) (f *file, err error) {
+func (c *content) join(ctx context.Context, write bool, key **keystore.DataKey,
+	waits func()) (f *file, err error) {
 	err = c.withFile(ctx, waits, func(open *file) error {
 		joined, err := open.join(write, key)
 		if joined {

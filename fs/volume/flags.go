@@ -30,7 +30,10 @@ const (
 
 // Flags returns the inode's flags; ENOTTY where the backing filesystem has none.
 func (a *attributes) Flags() (flags uint32, err error) {
-	err = a.withReal(func(fd int) error { return a.v.disk.Ioctl(fd, unix.FS_IOC_GETFLAGS, unsafe.Pointer(&flags)) })
+	err = a.withReal(func(fd int) error {
+		return a.v.disk.Ioctl(fd, unix.FS_IOC_GETFLAGS,
+			unsafe.Pointer(&flags))
+	})
 	return flags, err
 }
 
@@ -44,7 +47,8 @@ func (a *attributes) SetFlags(flags uint32) error {
 	if (flags^old)&(flagAppend|flagCasefold) != 0 {
 		return unix.EOPNOTSUPP
 	}
-	return a.setFlags(old&flagImmutable != 0, flags&flagImmutable != 0, func(fd int) error { return a.v.disk.Ioctl(fd, unix.FS_IOC_SETFLAGS, unsafe.Pointer(&flags)) })
+	return a.setFlags(old&flagImmutable != 0, flags&flagImmutable != 0,
+		func(fd int) error { return a.v.disk.Ioctl(fd, unix.FS_IOC_SETFLAGS, unsafe.Pointer(&flags)) })
 }
 
 // FSXAttr returns the inode's attributes by FS_IOC_FSGETXATTR.
@@ -62,7 +66,8 @@ func (a *attributes) SetFSXAttr(x FSXAttr) error {
 	if (x.XFlags^old.XFlags)&xflagAppend != 0 {
 		return unix.EOPNOTSUPP
 	}
-	return a.setFlags(old.XFlags&xflagImmutable != 0, x.XFlags&xflagImmutable != 0, func(fd int) error { return a.v.disk.Ioctl(fd, FSSetXAttr, unsafe.Pointer(&x)) })
+	return a.setFlags(old.XFlags&xflagImmutable != 0, x.XFlags&xflagImmutable != 0,
+		func(fd int) error { return a.v.disk.Ioctl(fd, FSSetXAttr, unsafe.Pointer(&x)) })
 }
 
 // FS_IOC_FSGETXATTR and FS_IOC_FSSETXATTR of linux/fs.h.

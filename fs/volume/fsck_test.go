@@ -88,9 +88,17 @@ func TestFsckDamage(t *testing.T) {
 		fs, _ := w.fsck()
 		return fs
 	}
-	fs := damage(func(b []byte) []byte { b[4096*5+100] ^= 1; b[4096*6+100] ^= 1; b[4096*9+7] ^= 1; return b })
-	if len(fs) != 2 || fs[0].Grade != check.Damaged || fs[0].Name != "f" || !fs[0].Floor || fs[0].What != string(blockcrypt.BadBlock) ||
-		fs[0].From != 5*4064-1024 || fs[0].To != 7*4064-1024 || fs[1].From != 9*4064-1024 || fs[1].To != 10*4064-1024 {
+	fs := damage(func(b []byte) []byte {
+		b[4096*5+100] ^= 1
+		b[4096*6+100] ^= 1
+		b[4096*9+
+			7] ^= 1
+		return b
+	})
+	if len(fs) != 2 || fs[0].Grade != check.Damaged || fs[0].Name != "f" || !fs[0].Floor ||
+		fs[0].What != string(blockcrypt.BadBlock) ||
+		fs[0].From != 5*4064-1024 || fs[0].To != 7*4064-1024 || fs[1].From != 9*4064-1024 ||
+		fs[1].To != 10*4064-1024 {
 		t.Fatalf("%+v", fs)
 	}
 	repair := func(fs []check.Finding, yes bool) []check.Repaired {
@@ -118,7 +126,8 @@ func TestFsckDamage(t *testing.T) {
 	// Cut short: within a page, and at one.
 	for _, n := range []int{4096*7 + 50, 4096 * 7} {
 		fs = damage(func(b []byte) []byte { return b[:n] })
-		if len(fs) != 1 || fs[0].What != string(blockcrypt.BadSize) || fs[0].From != 7*4064-1024 || fs[0].To != 100000 {
+		if len(fs) != 1 || fs[0].What != string(blockcrypt.BadSize) || fs[0].From != 7*4064-1024 ||
+			fs[0].To != 100000 {
 			t.Errorf("cut at %d: %+v", n, fs)
 		}
 		repair(fs, true)
@@ -208,7 +217,8 @@ func TestFsckBelowUnknownName(t *testing.T) {
 	b[5000] ^= 1
 	w.do("write", os.WriteFile(file, b, 0o600))
 	fs, _ := w.fsck()
-	if len(fs) != 2 || fs[0].What != string(blockcrypt.BadName) || fs[1].What != string(blockcrypt.BadBlock) || fs[1].Name != "" {
+	if len(fs) != 2 || fs[0].What != string(blockcrypt.BadName) ||
+		fs[1].What != string(blockcrypt.BadBlock) || fs[1].Name != "" {
 		t.Errorf("%+v", fs)
 	}
 }
@@ -228,13 +238,15 @@ func TestFsckLeftovers(t *testing.T) {
 	w.do("write", os.WriteFile(filepath.Join(w.dir, "kmsfs.json.new"), []byte("half"), 0o644))
 	w.do("write", os.WriteFile(filepath.Join(w.dir, "kmsfs.foreign"), nil, 0o644))
 	w.do("write", os.WriteFile(filepath.Join(w.dir, "foreign.txt"), []byte("hello"), 0o644))
-	w.do("symlink", os.Symlink(strings.Repeat("A", 300), filepath.Join(w.dir, "kmsfs.name."+strings.Repeat("A", 43))))
+	w.do("symlink",
+		os.Symlink(strings.Repeat("A", 300), filepath.Join(w.dir, "kmsfs.name."+strings.Repeat("A", 43))))
 	fs, _ := w.fsck()
 	got := map[string]int{}
 	for _, f := range fs {
 		got[f.Grade.String()+" "+f.What]++
 	}
-	want := map[string]int{"mendable leftover": 1, "note foreign": 1, "mendable orphan": 1, "damaged name": 1, "damaged header": 1}
+	want := map[string]int{"mendable leftover": 1, "note foreign": 1, "mendable orphan": 1,
+		"damaged name": 1, "damaged header": 1}
 	if fmt.Sprint(got) != fmt.Sprint(want) {
 		t.Errorf("%v, want %v: %+v", got, want, fs)
 	}

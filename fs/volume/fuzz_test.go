@@ -26,7 +26,8 @@ func FuzzFile(f *testing.F) {
 	}
 	dir := f.TempDir()
 	id := blockcrypt.ID{1, 2, 3}
-	if _, err := volume.Init(ctx, dir, []keystore.Store{store}, id, volume.InitOptions{PlainNames: true}); err != nil {
+	if _, err := volume.Init(ctx, dir, []keystore.Store{store}, id,
+		volume.InitOptions{PlainNames: true}); err != nil {
 		f.Fatal(err)
 	}
 	w := &world{t: f, dir: dir, store: store, log: &logBuffer{}, quiet: true}
@@ -69,7 +70,8 @@ func FuzzFile(f *testing.F) {
 		defer w.v.Forget(n.ID(), 1)
 		if l, err := volume.OpenLone(filepath.Join(dir, "fuzzed")); err == nil {
 			if l.Header != nil {
-				check.File(ctx, l, "fuzzed", []keystore.Store{store}, check.Options{Found: func(check.Finding) {}})
+				check.File(ctx, l, "fuzzed", []keystore.Store{store},
+					check.Options{Found: func(check.Finding) {}})
 				l.PlainSize()
 			}
 			l.Close()

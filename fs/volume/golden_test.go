@@ -103,7 +103,8 @@ func fillGolden(w *world) {
 	w.do("symlink", err)
 	_, _, err = w.v.Link(ctx, w.must("f-3041"), w.must("d"), "hard")
 	w.do("link", err)
-	if err := w.must("f-1").Setxattr("user.note", []byte("a value"), 0, false); err != nil && !errors.Is(err, unix.EOPNOTSUPP) {
+	if err := w.must("f-1").Setxattr("user.note", []byte("a value"), 0, false); err != nil &&
+		!errors.Is(err, unix.EOPNOTSUPP) {
 		w.t.Fatal(err)
 	}
 	w.v.Settle()
@@ -214,7 +215,8 @@ func readGolden(t *testing.T, path string) {
 	for i, s := range stores {
 		w := &world{t: t, dir: dir, store: s, log: &logBuffer{}, quiet: true}
 		fs, d := w.fsckWith(stores)
-		if worst(fs) > check.Unconfirmed || d.Files < 10 || !strings.HasSuffix(path, "crashed") && len(fs) > 0 {
+		if worst(fs) > check.Unconfirmed || d.Files < 10 ||
+			!strings.HasSuffix(path, "crashed") && len(fs) > 0 {
 			t.Errorf("fsck: %+v, %+v", d, fs)
 		}
 		w.openWith(stores[i:i+1], volume.Options{ReadOnly: true})
@@ -261,7 +263,8 @@ func (w *world) compare(g golden, attrs bool) {
 	w.t.Helper()
 	got := w.manifest("", attrs)
 	for name, x := range g.Files {
-		if y, ok := got[name]; !ok || x.Size != y.Size || x.SHA256 != y.SHA256 || x.Target != y.Target || attrs && jsonOf(x.Attrs) != jsonOf(y.Attrs) {
+		if y, ok := got[name]; !ok || x.Size != y.Size || x.SHA256 != y.SHA256 ||
+			x.Target != y.Target || attrs && jsonOf(x.Attrs) != jsonOf(y.Attrs) {
 			w.t.Errorf("%.30s: %+v, want %+v; the log: %s", name, y, x, w.log)
 		}
 	}
@@ -329,7 +332,8 @@ func makeGolden(t *testing.T, name string) {
 	if kind.age {
 		stores = append(stores, goldenAge(t, "", nil))
 	}
-	if _, err := volume.Init(ctx, dir, stores, blockcrypt.NewID(), volume.InitOptions{PlainNames: kind.plain}); err != nil {
+	if _, err := volume.Init(ctx, dir, stores, blockcrypt.NewID(),
+		volume.InitOptions{PlainNames: kind.plain}); err != nil {
 		t.Fatal(err)
 	}
 	w := &world{t: t, dir: dir, store: stores[0], log: &logBuffer{}, quiet: true}
@@ -393,7 +397,8 @@ func makeTar(t *testing.T, path, dir string) {
 			for name := range strings.SplitSeq(string(buf[:n]), "\x00") {
 				val := make([]byte, 10000)
 				if k, err := unix.Lgetxattr(p, name, val); err == nil && strings.HasPrefix(name, "user.") {
-					h.PAXRecords = map[string]string{paxAttr + name: hex.EncodeToString(val[:k])} // a value may hold NUL
+					h.PAXRecords = map[string]string{paxAttr +
+						name: hex.EncodeToString(val[:k])} // a value may hold NUL
 				}
 			}
 		}

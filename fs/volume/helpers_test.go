@@ -73,7 +73,8 @@ func newWorldIn(t testing.TB, dir string, o volume.Options, plainNames bool) *wo
 	t.Helper()
 	store := newStore(t)[0]
 	w := &world{t: t, dir: dir, store: store, log: &logBuffer{}}
-	if _, err := volume.Init(ctx, w.dir, []keystore.Store{store}, blockcrypt.NewID(), volume.InitOptions{PlainNames: plainNames}); err != nil {
+	if _, err := volume.Init(ctx, w.dir, []keystore.Store{store}, blockcrypt.NewID(),
+		volume.InitOptions{PlainNames: plainNames}); err != nil {
 		t.Fatal(err)
 	}
 	w.open(o)
@@ -81,7 +82,8 @@ func newWorldIn(t testing.TB, dir string, o volume.Options, plainNames bool) *wo
 		if w.v != nil {
 			w.close()
 		}
-		if s := w.log.String(); !w.quiet && (strings.Contains(s, "level=ERROR") || strings.Contains(s, "level=WARN")) {
+		if s := w.log.String(); !w.quiet && (strings.Contains(s, "level=ERROR") ||
+			strings.Contains(s, "level=WARN")) {
 			t.Errorf("the log has faults:\n%s", s)
 		}
 	})
@@ -239,7 +241,8 @@ func (w *world) want(path string, b []byte) {
 	w.t.Helper()
 	got, err := w.read(path)
 	if err != nil || !bytes.Equal(got, b) {
-		w.t.Fatalf("%s: %d bytes, want %d, first difference at %d: %v", path, len(got), len(b), difference(got, b), err)
+		w.t.Fatalf("%s: %d bytes, want %d, first difference at %d: %v", path, len(got), len(b),
+			difference(got, b), err)
 	}
 }
 
@@ -331,7 +334,8 @@ func (w *world) fsckNoKeys() (fs []check.Finding) {
 		w.t.Fatal(err)
 	}
 	defer l.Close()
-	if _, err := check.Structure(ctx, l, check.Options{Found: func(f check.Finding) { fs = append(fs, f) }}); err != nil {
+	if _, err := check.Structure(ctx, l,
+		check.Options{Found: func(f check.Finding) { fs = append(fs, f) }}); err != nil {
 		w.t.Fatal(err)
 	}
 	return fs

@@ -27,7 +27,9 @@ func otherHost(t *testing.T, dir string) (end func()) {
 	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &l); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(f.Name(), fmt.Appendf(nil, "%-511s\n", `{"host":"alpha","pid":4711,"since":"2026-11-29T10:00:00Z","boot":"another"}`), 0); err != nil {
+	if err := os.WriteFile(f.Name(),
+		fmt.Appendf(nil, "%-511s\n",
+			`{"host":"alpha","pid":4711,"since":"2026-11-29T10:00:00Z","boot":"another"}`), 0); err != nil {
 		t.Fatal(err)
 	}
 	return func() { f.Close() }
@@ -45,7 +47,8 @@ func TestOtherHostWrites(t *testing.T) {
 	_, err = u.Open(volume.Options{})
 	wantErr(t, "a second writer", err, volume.ErrLocked)
 	locked, ok := errors.AsType[*volume.LockedError](err)
-	if !ok || !locked.Elsewhere() || !strings.Contains(err.Error(), "alpha") || !strings.Contains(err.Error(), "4711") {
+	if !ok || !locked.Elsewhere() || !strings.Contains(err.Error(), "alpha") ||
+		!strings.Contains(err.Error(), "4711") {
 		t.Errorf("the refusal does not name the other host: %v", err)
 	}
 	wantErr(t, "Writer", volume.Writer(w.dir), volume.ErrLocked)
@@ -99,7 +102,8 @@ func TestLockAnswers(t *testing.T) {
 	answer = unix.EAGAIN
 	wantErr(t, "EAGAIN", try(), volume.ErrLocked)
 	answer = unix.ENOLCK
-	if err := try(); !errors.Is(err, unix.ENOLCK) || errors.Is(err, volume.ErrLocked) || !strings.Contains(err.Error(), "cannot lock kmsfs.lock") {
+	if err := try(); !errors.Is(err, unix.ENOLCK) || errors.Is(err, volume.ErrLocked) ||
+		!strings.Contains(err.Error(), "cannot lock kmsfs.lock") {
 		t.Errorf("ENOLCK: %v", err)
 	}
 	answer = nil
@@ -207,7 +211,9 @@ func TestCheckBacking(t *testing.T) {
 	if es, err := os.ReadDir(dir); err != nil || len(es) > 0 {
 		t.Errorf("it leaves %v (%v)", es, err)
 	}
-	for op, says := range map[string]string{"symlinkat": "has no symlinks", "mknodat": "has no mknod", "renameat2": "does not rename", "pwrite": "behind the end", "fcntl": "cannot lock"} {
+	for op, says := range map[string]string{"symlinkat": "has no symlinks",
+		"mknodat": "has no mknod", "renameat2": "does not rename", "pwrite": "behind the end",
+		"fcntl": "cannot lock"} {
 		_, err := volume.CheckBackingWith(dir, func(c volume.Call) error {
 			if c.Op == op {
 				return unix.EPERM

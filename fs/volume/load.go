@@ -26,7 +26,8 @@ type half struct {
 func (h *half) holds() bool {
 	var st unix.Stat_t
 	f := h.f
-	return !f.v.doubts.of(f.n) && f.v.disk.Fstat(f.FD, &st) == nil && st.Size == h.st.Size && st.Mtim == h.st.Mtim && st.Ctim == h.st.Ctim
+	return !f.v.doubts.of(f.n) && f.v.disk.Fstat(f.FD, &st) == nil && st.Size == h.st.Size &&
+		st.Mtim == h.st.Mtim && st.Ctim == h.st.Ctim
 }
 
 // dropHalf closes the file that waits for its key. openMu is held.
@@ -200,7 +201,8 @@ func (c *content) openFile() (*file, unix.Stat_t, error) {
 		}
 		rw = err == nil
 	}
-	if !rw && (err == nil || errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM) || errors.Is(err, unix.EROFS)) {
+	if !rw && (err == nil || errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM) ||
+		errors.Is(err, unix.EROFS)) {
 		fd, err = c.n.openStat(unix.O_RDONLY, &st)
 	}
 	if err != nil {
@@ -383,5 +385,6 @@ func (c *content) needsRepair() (bool, error) {
 		return false, err
 	}
 	s := h.State
-	return c.v.sessions.wasBad(s.Session) && (s.Flags&(blockcrypt.Dirty|blockcrypt.Cut) != 0 || s.Floor < s.Size), nil
+	return c.v.sessions.wasBad(s.Session) && (s.Flags&(blockcrypt.Dirty|blockcrypt.Cut) != 0 ||
+		s.Floor < s.Size), nil
 }

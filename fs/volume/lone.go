@@ -176,7 +176,8 @@ func Encrypt(ctx context.Context, w *os.File, r io.Reader, stores []keystore.Sto
 
 // sealAll writes the blocks of all that r holds, without the header. Long holes of a file stay
 // holes.
-func sealAll(w *os.File, r io.Reader, g blockcrypt.Geometry, keys *blockcrypt.FileKeys) (size int64, sparse bool, err error) {
+func sealAll(w *os.File, r io.Reader, g blockcrypt.Geometry,
+	keys *blockcrypt.FileKeys) (size int64, sparse bool, err error) {
 	epoch, skipped := blockcrypt.NewEpoch(), int64(0)
 	text := make([]byte, blockcrypt.BlockSize)
 	page := make([]byte, blockcrypt.PageSize)
@@ -190,7 +191,8 @@ func sealAll(w *os.File, r io.Reader, g blockcrypt.Geometry, keys *blockcrypt.Fi
 		}
 		if n > 0 {
 			keys.Seal(page, k, epoch, text[:n])
-			if _, err := w.WriteAt(page[:blockcrypt.SealedSize(n)], g.PageOff(k)+int64(g.Lead(k))); err != nil {
+			if _, err := w.WriteAt(page[:blockcrypt.SealedSize(n)],
+				g.PageOff(k)+int64(g.Lead(k))); err != nil {
 				return 0, false, err
 			}
 			size += int64(n)

@@ -34,7 +34,8 @@ func fails(t *testing.T, what string, err error) {
 // A delayed write that fails loses what the file lacks, and nothing that it has: the kernel
 // writes whole pages. Cutting the file ends it, wherever the cut lies.
 func TestCutHealsLostWrites(t *testing.T) {
-	for _, c := range []struct{ has, cut int }{{200, 200}, {8192, 8192}, {8192, 9000}, {8192, 100}, {5000, 4064}, {20, 20}} {
+	for _, c := range []struct{ has, cut int }{{200, 200}, {8192, 8192}, {8192, 9000}, {8192, 100},
+		{5000, 4064}, {20, 20}} {
 		w, full := failing(t)
 		old := bytes.Repeat([]byte("k"), c.has)
 		w.write("f", old)

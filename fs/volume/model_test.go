@@ -16,7 +16,8 @@ import (
 )
 
 // boundaries of blocks, pages and gaps, for a header of 1024 bytes.
-var boundaries = []int64{0, 1, 2, 3039, 3040, 3041, 4063, 4064, 4065, 4095, 4096, 4097, 5000, 7103, 7104, 7105, 8192, 11168, 65536, 1 << 20, 1<<20 + 3041, 1 << 21}
+var boundaries = []int64{0, 1, 2, 3039, 3040, 3041, 4063, 4064, 4065, 4095, 4096, 4097, 5000, 7103,
+	7104, 7105, 8192, 11168, 65536, 1 << 20, 1<<20 + 3041, 1 << 21}
 
 func modelOps() int {
 	if n, err := strconv.Atoi(os.Getenv("KMSFS_MODEL_OPS")); err == nil {
@@ -31,7 +32,8 @@ func TestModel(t *testing.T) {
 	for seed := range uint64(4) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			t.Parallel()
-			m := &model{world: newWorld(t, volume.Options{}), r: rand.New(rand.NewPCG(seed, 7)), files: map[string][]byte{}, open: map[string]*volume.Handle{}}
+			m := &model{world: newWorld(t, volume.Options{}), r: rand.New(rand.NewPCG(seed, 7)),
+				files: map[string][]byte{}, open: map[string]*volume.Handle{}}
 			m.quiet = true // crashes are repaired, and the log says so
 			for i := range modelOps() / 4 {
 				m.step(i)
@@ -110,7 +112,8 @@ func (m *model) step(i int) {
 		b = m.files[name]
 		want := b[min(int(off), len(b)):min(int(off)+len(got), len(b))]
 		if err != nil || !bytes.Equal(got[:n], want) {
-			m.t.Errorf("read %s at %d of %d: %d bytes, want %d, difference at %d: %v", name, off, len(b), n, len(want), difference(got[:n], want), err)
+			m.t.Errorf("read %s at %d of %d: %d bytes, want %d, difference at %d: %v", name, off,
+				len(b), n, len(want), difference(got[:n], want), err)
 		}
 	case x < 760:
 		n := m.offset(len(b))
@@ -171,7 +174,8 @@ func (m *model) space(name string) {
 		off, n = m.r.Int64N(int64(len(b))+1), int64(len(b))+1 // to the end
 	}
 	const keep = unix.FALLOC_FL_KEEP_SIZE
-	mode := []uint32{0, keep, unix.FALLOC_FL_PUNCH_HOLE | keep, unix.FALLOC_FL_PUNCH_HOLE | keep, unix.FALLOC_FL_ZERO_RANGE, unix.FALLOC_FL_ZERO_RANGE | keep}[m.r.IntN(6)]
+	mode := []uint32{0, keep, unix.FALLOC_FL_PUNCH_HOLE | keep, unix.FALLOC_FL_PUNCH_HOLE | keep,
+		unix.FALLOC_FL_ZERO_RANGE, unix.FALLOC_FL_ZERO_RANGE | keep}[m.r.IntN(6)]
 	if err := h.Fallocate(ctx, mode, off, n); err != nil {
 		m.t.Errorf("fallocate %x of %d at %d of %d: %v", mode, n, off, len(b), err)
 	}

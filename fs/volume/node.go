@@ -182,7 +182,8 @@ func (n *Node) find(f func(dir int, name string) error) error {
 			}
 		}
 		// A rename or an unlink under way has changed the disk before the links.
-		if settled && n.moves.Load() == moves && n.moving.Load() == 0 || len(links) == 0 || try == maxTries {
+		if settled && n.moves.Load() == moves && n.moving.Load() == 0 || len(links) == 0 ||
+			try == maxTries {
 			if errors.Is(err, errMoved) {
 				err = unix.ESTALE
 			}

@@ -37,7 +37,8 @@ func TestPowerCut(t *testing.T) {
 func powerCuts(t *testing.T, kind string, rounds int) {
 	d := cutdisk.New(t, kind)
 	d.Mount()
-	p := &powerTest{t: t, disk: d, world: newWorldIn(t, d.Mkdir("v"), volume.Options{}, true), truth: map[string]*truth{}}
+	p := &powerTest{t: t, disk: d, world: newWorldIn(t, d.Mkdir("v"), volume.Options{}, true),
+		truth: map[string]*truth{}}
 	p.quiet = true
 	p.close()
 	d.Umount()
@@ -165,7 +166,8 @@ func (p *powerTest) step(open map[string]*volume.Handle) bool {
 		return change(now, func() error { return h.Fallocate(ctx, 0, 0, int64(n)) })
 	case k < 75 && len(old) > 0:
 		n := p.r.IntN(len(old))
-		return change(old[:n:n], func() error { _, err := h.Node().SetAttr(ctx, size(int64(n))); return err })
+		return change(old[:n:n],
+			func() error { _, err := h.Node().SetAttr(ctx, size(int64(n))); return err })
 	case k < 90:
 		err := h.Fsync()
 		x.did("fsync: %v", err)
@@ -223,7 +225,8 @@ func (p *powerTest) verify() {
 			err = x.allows(got)
 		}
 		if err != nil {
-			p.t.Errorf("round %d: %s, confirmed %v, of %d versions: %v; history: %s", p.round, name, x.confirmed, len(x.versions), err, strings.Join(x.history, "; "))
+			p.t.Errorf("round %d: %s, confirmed %v, of %d versions: %v; history: %s", p.round, name,
+				x.confirmed, len(x.versions), err, strings.Join(x.history, "; "))
 			continue
 		}
 		x.did("round %d: %d bytes", p.round, len(got))

@@ -163,7 +163,8 @@ func (p *prefetcher) follow(at location, cold bool) {
 		p.end(len(p.scans) - 1)
 	}
 	at.dir.hold()
-	p.scans = slices.Insert(p.scans, 0, &scan{levels: []*level{{dir: at.dir}}, ahead: map[location]bool{}, last: at, seen: time.Now()})
+	p.scans = slices.Insert(p.scans, 0,
+		&scan{levels: []*level{{dir: at.dir}}, ahead: map[location]bool{}, last: at, seen: time.Now()})
 }
 
 // leads reports whether a scan that has come to the end of a directory goes on at
@@ -371,7 +372,8 @@ func (p *prefetcher) list(n *Node) []scanEntry {
 	}
 	var out []scanEntry
 	p.v.disk.Scan(fd, func(e disk.Dirent) error {
-		if layout.IsOwn(e.Name) && !strings.HasPrefix(e.Name, blockcrypt.LongPrefix) || e.Type != unix.S_IFREG && e.Type != unix.S_IFDIR {
+		if layout.IsOwn(e.Name) && !strings.HasPrefix(e.Name, blockcrypt.LongPrefix) ||
+			e.Type != unix.S_IFREG && e.Type != unix.S_IFDIR {
 			return nil
 		}
 		if name, ok, err := n.decode(fd, id, e.Name); err == nil && ok {

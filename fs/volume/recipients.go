@@ -72,7 +72,8 @@ func (r *Recipients) List() (out []string) {
 // at returns the place in the list of the recipient that a store serves, -1 if there is none. mu is
 // held.
 func (r *Recipients) at(s keystore.Store) int {
-	return slices.IndexFunc(r.now.Load().cfg.Recipients, func(x blockcrypt.Recipient) bool { return keystore.Serves(s, x.URI) })
+	return slices.IndexFunc(r.now.Load().cfg.Recipients,
+		func(x blockcrypt.Recipient) bool { return keystore.Serves(s, x.URI) })
 }
 
 // Add makes a store a recipient: new files are wrapped for it from then on, others by
@@ -91,7 +92,8 @@ func (r *Recipients) Add(ctx context.Context, s keystore.Store) (*Record, error)
 	// First by keys that are at hand: of a recovery nobody else is asked.
 	ws := slices.Clone(r.now.Load().cfg.Recipients)
 	slices.SortStableFunc(ws, func(x, y blockcrypt.Recipient) int { return r.rank(x) - r.rank(y) })
-	key, err := keystore.UnwrapFirst(ctx, slices.DeleteFunc(slices.Clone(r.now.Load().stores), keystore.OnlySeals), b, ws)
+	key, err := keystore.UnwrapFirst(ctx,
+		slices.DeleteFunc(slices.Clone(r.now.Load().stores), keystore.OnlySeals), b, ws)
 	if err != nil {
 		return nil, err
 	}
@@ -131,7 +133,8 @@ func (r *Recipients) Attach(s keystore.Store) (*Record, error) {
 	if r.at(s) < 0 {
 		return nil, fmt.Errorf("%s: %w", s.URI(), ErrNotRecipient)
 	}
-	if !slices.ContainsFunc(r.now.Load().stores, func(x keystore.Store) bool { return x.URI() == s.URI() }) {
+	if !slices.ContainsFunc(r.now.Load().stores,
+		func(x keystore.Store) bool { return x.URI() == s.URI() }) {
 		r.now.Store(&listed{r.now.Load().cfg, append(slices.Clone(r.now.Load().stores), s)})
 		r.v.ring.SetStores(r.now.Load().stores, r.samples())
 	}
@@ -147,11 +150,13 @@ func (r *Recipients) Remove(ctx context.Context, uri string) (rec *Record, err e
 	if err := ctx.Err(); err != nil { // the caller went away while it waited
 		return nil, err
 	}
-	i := slices.IndexFunc(r.now.Load().cfg.Recipients, func(x blockcrypt.Recipient) bool { return x.URI == uri })
+	i := slices.IndexFunc(r.now.Load().cfg.Recipients,
+		func(x blockcrypt.Recipient) bool { return x.URI == uri })
 	if i < 0 {
 		return nil, fmt.Errorf("%s: %w", uri, ErrNotRecipient)
 	}
-	stores := slices.DeleteFunc(slices.Clone(r.now.Load().stores), func(s keystore.Store) bool { return keystore.Serves(s, uri) })
+	stores := slices.DeleteFunc(slices.Clone(r.now.Load().stores),
+		func(s keystore.Store) bool { return keystore.Serves(s, uri) })
 	if !slices.ContainsFunc(stores, func(s keystore.Store) bool { return !keystore.OnlySeals(s) }) {
 		return nil, fmt.Errorf("%s: %w", uri, ErrLastRecipient)
 	}
@@ -182,7 +187,8 @@ const scanTries = 10
 
 // allOpen returns an [OnlyRecipientError] if a file has no recipient of a list that one of these
 // stores opens. mu is held.
-func (r *Recipients) allOpen(ctx context.Context, rs []blockcrypt.Recipient, stores []keystore.Store) error {
+func (r *Recipients) allOpen(ctx context.Context, rs []blockcrypt.Recipient,
+	stores []keystore.Store) error {
 	opened := func(h *blockcrypt.Header) bool {
 		return slices.ContainsFunc(h.Recipients, func(x blockcrypt.Recipient) bool {
 			s := keystore.StoreFor(stores, x.URI)
@@ -237,12 +243,14 @@ func (r *Recipients) samples() []blockcrypt.Recipient { return r.now.Load().cfg.
 func (r *Recipients) SetFirst(uri string) (*Record, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	i := slices.IndexFunc(r.now.Load().cfg.Recipients, func(x blockcrypt.Recipient) bool { return x.URI == uri })
+	i := slices.IndexFunc(r.now.Load().cfg.Recipients,
+		func(x blockcrypt.Recipient) bool { return x.URI == uri })
 	if i < 0 {
 		return nil, fmt.Errorf("%s: %w", uri, ErrNotRecipient)
 	}
 	first := r.now.Load().cfg.Recipients[i]
-	rs := append([]blockcrypt.Recipient{first}, slices.Delete(slices.Clone(r.now.Load().cfg.Recipients), i, i+1)...)
+	rs := append([]blockcrypt.Recipient{first},
+		slices.Delete(slices.Clone(r.now.Load().cfg.Recipients), i, i+1)...)
 	stores := slices.Clone(r.now.Load().stores)
 	slices.SortStableFunc(stores, func(a, b keystore.Store) int { return place(rs, a) - place(rs, b) })
 	return r.change(rs, stores)
@@ -290,7 +298,8 @@ func (r *Recipients) change(rs []blockcrypt.Recipient, stores []keystore.Store) 
 	err = v.disk.Replace(v.rootD, blockcrypt.ConfigName, b)
 	if err != nil {
 		// It may have been replaced all the same, and not be durable.
-		if now, rerr := layout.ReadConfig(&v.disk, v.rootD); rerr != nil || now.Generation != next.Generation {
+		if now, rerr := layout.ReadConfig(&v.disk, v.rootD); rerr != nil ||
+			now.Generation != next.Generation {
 			return nil, err
 		}
 	}

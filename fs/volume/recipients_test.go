@@ -73,7 +73,8 @@ func TestRecipientsChange(t *testing.T) {
 
 	rec, err := rs.Add(ctx, b)
 	w.do("add", err)
-	if !slices.Equal(rec.Recipients, []string{a.URI(), b.URI()}) || rec.Generation != 2 || !slices.Equal(rs.List(), rec.Recipients) {
+	if !slices.Equal(rec.Recipients, []string{a.URI(), b.URI()}) || rec.Generation != 2 ||
+		!slices.Equal(rs.List(), rec.Recipients) {
 		t.Errorf("%+v, %v", rec, rs.List())
 	}
 	if _, err := rs.Add(ctx, b); !errors.Is(err, volume.ErrRecipient) {
@@ -164,7 +165,8 @@ func TestAgeRecipient(t *testing.T) {
 	w.store, err = agestore.Open(s.URI(), s.Branch(), []age.Identity{id})
 	w.do("open", err)
 	w.open(volume.Options{ReadOnly: true})
-	for name, text := range map[string]string{"before": "made before", "after": "made after", "later": "made later"} {
+	for name, text := range map[string]string{"before": "made before", "after": "made after",
+		"later": "made later"} {
 		if got, err := w.read(name); err != nil || string(got) != text {
 			t.Errorf("%s: %q, %v", name, got, err)
 		}
@@ -248,7 +250,9 @@ func TestPlantedRecipient(t *testing.T) {
 	_, err = w.v.Recipients().Add(ctx, b)
 	w.do("add", err)
 	failed := map[string]error{}
-	done, err := w.v.Recipients().Rewrap(ctx, volume.RewrapOptions{From: evil.URI(), To: b.URI(), Failed: func(at string, err error) { failed[at] = err }})
+	done, err := w.v.Recipients().Rewrap(ctx,
+		volume.RewrapOptions{From: evil.URI(), To: b.URI(),
+			Failed: func(at string, err error) { failed[at] = err }})
 	if err != nil || done.Changed != 1 || done.Failed != 0 {
 		t.Errorf("%+v, %v, %v", done, err, failed)
 	}
@@ -256,11 +260,14 @@ func TestPlantedRecipient(t *testing.T) {
 		t.Errorf("the planted one stays: %v", n)
 	}
 	// In g the recipient b is there, and damaged: a must not go for it.
-	done, err = w.v.Recipients().Rewrap(ctx, volume.RewrapOptions{From: a.URI(), To: b.URI(), Failed: func(at string, err error) { failed[at] = err }})
+	done, err = w.v.Recipients().Rewrap(ctx,
+		volume.RewrapOptions{From: a.URI(), To: b.URI(),
+			Failed: func(at string, err error) { failed[at] = err }})
 	if err != nil || done.Failed != 1 || keystore.KindOf(failed[filepath.Base(g)]) != keystore.Damaged {
 		t.Errorf("%+v, %v, %v", done, err, failed)
 	}
-	if _, err := w.v.Recipients().Rewrap(ctx, volume.RewrapOptions{From: b.URI(), To: evil.URI()}); !errors.Is(err, volume.ErrNotRecipient) {
+	if _, err := w.v.Recipients().Rewrap(ctx,
+		volume.RewrapOptions{From: b.URI(), To: evil.URI()}); !errors.Is(err, volume.ErrNotRecipient) {
 		t.Errorf("to a recipient that kmsfs.json does not name: %v", err)
 	}
 	for name, text := range map[string]string{"f": "the content", "g": "the other content"} {
@@ -282,7 +289,8 @@ func TestRewrapKeepsAttributes(t *testing.T) {
 		w.do("setattr", err)
 	}
 	capable := os.Geteuid() == 0
-	capability := []byte{1, 0, 0, 2, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0} // cap_net_raw, as linux/capability.h has it
+	capability := []byte{1, 0, 0, 2, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+		0} // cap_net_raw, as linux/capability.h has it
 	if capable {
 		w.do("setxattr", w.must("closed").Setxattr("security.capability", capability, 0, false))
 	}
@@ -300,7 +308,8 @@ func TestRewrapKeepsAttributes(t *testing.T) {
 			t.Errorf("%s: mode %o, %v, %v", name, st.Mode, st.Mtim, err)
 		}
 	}
-	if got, err := w.must("closed").Getxattr("security.capability"); capable && (err != nil || !bytes.Equal(got, capability)) {
+	if got, err := w.must("closed").Getxattr("security.capability"); capable &&
+		(err != nil || !bytes.Equal(got, capability)) {
 		t.Errorf("%x, %v", got, err)
 	}
 }
@@ -399,7 +408,8 @@ func TestRewrapFaults(t *testing.T) {
 			if got, err := w.read("f"); err != nil || string(got) != "the content" {
 				t.Errorf("%q, %v", got, err)
 			}
-			if done, err := w.v.Recipients().Rewrap(ctx, volume.RewrapOptions{}); err != nil || done.Failed > 0 {
+			if done, err := w.v.Recipients().Rewrap(ctx, volume.RewrapOptions{}); err != nil ||
+				done.Failed > 0 {
 				t.Errorf("afterwards: %+v, %v", done, err)
 			}
 			for uri, n := range w.named() {
@@ -439,7 +449,8 @@ type counting struct {
 
 func (s *counting) Wrap(ctx context.Context, b keystore.Binding, key []byte) (blockcrypt.Recipient, error) {
 	if s.deny.Load() {
-		return blockcrypt.Recipient{}, &keystore.Error{Kind: keystore.Denied, URI: s.URI(), Op: "wrap", Err: errors.New("denied")}
+		return blockcrypt.Recipient{}, &keystore.Error{Kind: keystore.Denied, URI: s.URI(),
+			Op: "wrap", Err: errors.New("denied")}
 	}
 	return s.Store.Wrap(ctx, b, key)
 }
@@ -500,7 +511,8 @@ func TestRemoveLeavesWhatOpens(t *testing.T) {
 	if n := w.named(); n[w.store.URI()] != 2 {
 		t.Errorf("a refused removal has changed what new files get: %v", n)
 	}
-	for _, o := range []volume.RewrapOptions{{From: b.URI(), To: b.URI()}, {From: w.store.URI(), To: w.store.URI()}} {
+	for _, o := range []volume.RewrapOptions{{From: b.URI(), To: b.URI()},
+		{From: w.store.URI(), To: w.store.URI()}} {
 		if _, err := rs.Rewrap(ctx, o); !errors.Is(err, volume.ErrSameRecipient) {
 			t.Errorf("%+v: %v", o, err)
 		}

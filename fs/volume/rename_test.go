@@ -22,16 +22,20 @@ func TestRenames(t *testing.T) {
 	kinds := []string{"none", "file", "empty", "full", "same", "symlink"}
 	for _, plain := range []bool{false, true} {
 		for _, dir := range []string{"d/", "e/"} {
-			for _, names := range [][2]string{{"a", "b"}, {long("a"), "b"}, {"a", long("b")}, {long("a"), long("b")}} {
+			for _, names := range [][2]string{{"a", "b"}, {long("a"), "b"}, {"a", long("b")},
+				{long("a"), long("b")}} {
 				w := newWorldIn(t, t.TempDir(), volume.Options{}, plain)
 				ref := t.TempDir()
 				for _, from := range kinds {
 					for _, to := range kinds {
-						for _, flags := range []uint32{0, unix.RENAME_NOREPLACE, unix.RENAME_EXCHANGE, unix.RENAME_WHITEOUT, unix.RENAME_NOREPLACE | unix.RENAME_WHITEOUT} {
+						for _, flags := range []uint32{0, unix.RENAME_NOREPLACE,
+							unix.RENAME_EXCHANGE, unix.RENAME_WHITEOUT,
+							unix.RENAME_NOREPLACE | unix.RENAME_WHITEOUT} {
 							if flags&unix.RENAME_WHITEOUT != 0 && os.Geteuid() != 0 {
 								continue
 							}
-							what := fmt.Sprintf("plain=%v, %s of %.5s to %s%.5s (%s), flags %d", plain, from, names[0], dir, names[1], to, flags)
+							what := fmt.Sprintf("plain=%v, %s of %.5s to %s%.5s (%s), flags %d",
+								plain, from, names[0], dir, names[1], to, flags)
 							w.renameBoth(what, ref, "d/"+names[0], dir+names[1], from, to, flags)
 							if t.Failed() {
 								return
@@ -59,7 +63,8 @@ func (w *world) renameBoth(what, ref, from, to, fromKind, toKind string, flags u
 	fd, fname := w.parent(from)
 	td, tname := w.parent(to)
 	err := w.v.Rename(fd, fname, td, tname, flags)
-	refErr := unix.Renameat2(unix.AT_FDCWD, filepath.Join(ref, from), unix.AT_FDCWD, filepath.Join(ref, to), uint(flags))
+	refErr := unix.Renameat2(unix.AT_FDCWD, filepath.Join(ref, from), unix.AT_FDCWD,
+		filepath.Join(ref, to), uint(flags))
 	if !errors.Is(err, refErr) {
 		t.Errorf("%s: %v, but %v there", what, err, refErr)
 	}

@@ -202,7 +202,8 @@ func (p *rewrapping) try(ctx context.Context, n *Node) (changed, again bool, err
 // made just now is good, of the others one must open.
 func (p *rewrapping) opens(ctx context.Context, hdr *blockcrypt.Header, rs []blockcrypt.Recipient) error {
 	isNew := func(x blockcrypt.Recipient) bool {
-		return !slices.ContainsFunc(hdr.Recipients, func(y blockcrypt.Recipient) bool { return sameRecipient(x, y) })
+		return !slices.ContainsFunc(hdr.Recipients,
+			func(y blockcrypt.Recipient) bool { return sameRecipient(x, y) })
 	}
 	if slices.ContainsFunc(rs, isNew) {
 		return nil
@@ -225,13 +226,16 @@ func sameRecipient(a, b blockcrypt.Recipient) bool {
 
 // recipients returns those that a file is to have: never others than those that it has and those
 // that the authenticated kmsfs.json names, and never none.
-func (p *rewrapping) recipients(ctx context.Context, hdr *blockcrypt.Header) ([]blockcrypt.Recipient, error) {
+func (p *rewrapping) recipients(ctx context.Context,
+	hdr *blockcrypt.Header) ([]blockcrypt.Recipient, error) {
 	has := func(uri string) int { // the place in the header of a recipient of the volume
 		i := among(p.rs, p.stores, uri)
-		return slices.IndexFunc(hdr.Recipients, func(x blockcrypt.Recipient) bool { return among(p.rs, p.stores, x.URI) == i })
+		return slices.IndexFunc(hdr.Recipients,
+			func(x blockcrypt.Recipient) bool { return among(p.rs, p.stores, x.URI) == i })
 	}
 	if p.o.From != "" {
-		i := slices.IndexFunc(hdr.Recipients, func(x blockcrypt.Recipient) bool { return x.URI == p.o.From })
+		i := slices.IndexFunc(hdr.Recipients,
+			func(x blockcrypt.Recipient) bool { return x.URI == p.o.From })
 		if i < 0 {
 			return hdr.Recipients, nil
 		}
@@ -284,7 +288,8 @@ func (p *rewrapping) absent(uri string) {
 	}
 }
 
-func (p *rewrapping) wrap(ctx context.Context, hdr *blockcrypt.Header, to string) (blockcrypt.Recipient, error) {
+func (p *rewrapping) wrap(ctx context.Context, hdr *blockcrypt.Header,
+	to string) (blockcrypt.Recipient, error) {
 	w, err := p.v.ring.Rewrap(ctx, hdr.File, hdr.Recipients, to, func(key []byte) error {
 		_, err := hdr.Unlock(key)
 		return err
@@ -345,7 +350,8 @@ func (c *content) readOwn(fd int) (*blockcrypt.Header, []byte, error) {
 }
 
 // setRecipients gives the file other recipients, if its header still is what it was.
-func (c *content) setRecipients(was *blockcrypt.Header, rs []blockcrypt.Recipient) (written bool, err error) {
+func (c *content) setRecipients(was *blockcrypt.Header,
+	rs []blockcrypt.Recipient) (written bool, err error) {
 	if f := c.file.Load(); f != nil { // before openMu: it may have to settle others
 		if err := f.wake(); err != nil {
 			return false, err
@@ -359,7 +365,8 @@ func (c *content) setRecipients(was *blockcrypt.Header, rs []blockcrypt.Recipien
 	}
 	c.dropHalf() // calls that wait for its key read the header again
 	still := func(now *blockcrypt.Header) bool {
-		return now != nil && now.File == was.File && slices.EqualFunc(now.Recipients, was.Recipients, sameRecipient)
+		return now != nil && now.File == was.File &&
+			slices.EqualFunc(now.Recipients, was.Recipients, sameRecipient)
 	}
 	if f := c.file.Load(); f != nil {
 		if err := f.needWrite(); err != nil {

@@ -164,7 +164,8 @@ func TestPageRule(t *testing.T) {
 			got = append(got, c.Op)
 		}
 	}
-	if len(got) != 2 || got[0] != "sync_file_range" || got[1] != "pwrite" || calls[len(calls)-1].Off != 0 || calls[len(calls)-1].Len != 8192 {
+	if len(got) != 2 || got[0] != "sync_file_range" || got[1] != "pwrite" ||
+		calls[len(calls)-1].Off != 0 || calls[len(calls)-1].Len != 8192 {
 		t.Errorf("the overwrite made the calls %+v", calls)
 	}
 }

@@ -130,7 +130,8 @@ func (s *space) look() {
 		return
 	}
 	failed := s.failed.Load()
-	s.tight.Store(int64(fs.Bavail)*int64(fs.Frsize) < nearFull || failed != 0 && now.Unix()-failed < int64(tightAfter/time.Second))
+	s.tight.Store(int64(fs.Bavail)*int64(fs.Frsize) < nearFull ||
+		failed != 0 && now.Unix()-failed < int64(tightAfter/time.Second))
 }
 
 // takes is called before n bytes are written.

@@ -64,7 +64,8 @@ func TestPunchAndReserve(t *testing.T) {
 		t.Errorf("settling has freed what is reserved: %d blocks", got)
 	}
 	w.want("f", want)
-	for _, mode := range []uint32{unix.FALLOC_FL_COLLAPSE_RANGE, unix.FALLOC_FL_INSERT_RANGE, unix.FALLOC_FL_UNSHARE_RANGE, unix.FALLOC_FL_PUNCH_HOLE} {
+	for _, mode := range []uint32{unix.FALLOC_FL_COLLAPSE_RANGE, unix.FALLOC_FL_INSERT_RANGE,
+		unix.FALLOC_FL_UNSHARE_RANGE, unix.FALLOC_FL_PUNCH_HOLE} {
 		h := w.opened("f")
 		wantErr(t, fmt.Sprint("mode ", mode), h.Fallocate(ctx, mode, 0, 4096), unix.EOPNOTSUPP)
 		w.do("close", h.Release())

@@ -214,7 +214,8 @@ func TestLoneSparse(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := l.CopyTo(out, func(n int64) error { _, err := out.Seek(n, io.SeekCurrent); return err }); err != nil {
+		if err := l.CopyTo(out,
+			func(n int64) error { _, err := out.Seek(n, io.SeekCurrent); return err }); err != nil {
 			t.Fatal(err)
 		}
 		small(t, out)
@@ -230,7 +231,8 @@ func TestLoneSparse(t *testing.T) {
 			}
 		}
 		found := 0
-		if _, err := check.File(ctx, l, "sealed", stores, check.Options{Found: func(f check.Finding) { found++; t.Log(f) }}); err != nil || found > 0 {
+		if _, err := check.File(ctx, l, "sealed", stores,
+			check.Options{Found: func(f check.Finding) { found++; t.Log(f) }}); err != nil || found > 0 {
 			t.Errorf("fsck finds %d: %v", found, err)
 		}
 		l.Close()

@@ -94,7 +94,8 @@ func (v *Volume) Resume() {
 // RetryKeys asks key services again that were not asked any more.
 func (v *Volume) RetryKeys() { v.ring.Retry() }
 
-var errSuspended = &keystore.Error{Kind: keystore.Credentials, Op: "unwrap", Err: errors.New("the volume is locked"), Hint: "kmsfs unlock MOUNTPOINT"}
+var errSuspended = &keystore.Error{Kind: keystore.Credentials, Op: "unwrap",
+	Err: errors.New("the volume is locked"), Hint: "kmsfs unlock MOUNTPOINT"}
 
 // Suspended returns why nothing at all is answered, nil unless [Volume.Suspend] was called.
 func (v *Volume) Suspended() error {
@@ -136,7 +137,8 @@ func (a *access) changed(verdict error) {
 	if a.v.Suspended() != nil {
 		a.v.log.Info("the volume is locked")
 	} else {
-		a.v.report("keys", "the volume's keys may not be used any more; its files answer with the verdict until they may", verdict)
+		a.v.report("keys",
+			"the volume's keys may not be used any more; its files answer with the verdict until they may", verdict)
 	}
 	err := a.letKernelWrite()
 	a.refusal.Store(&refusal{verdict, true})
@@ -172,7 +174,8 @@ func (a *access) keysForWriters(atMost time.Duration) {
 		slots := make(chan struct{}, renewAtOnce)
 		for _, f := range a.v.nodes.files() {
 			f.mu.RLock()
-			needs, empty := f.writers > 0 && f.Keyless(), f.writers > 0 && f.Header == nil && (f.next == nil || !a.v.ring.Current(f.next))
+			needs, empty := f.writers > 0 && f.Keyless(), f.writers > 0 && f.Header == nil &&
+				(f.next == nil || !a.v.ring.Current(f.next))
 			old := f.next
 			f.mu.RUnlock()
 			if !needs && !empty {

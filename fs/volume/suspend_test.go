@@ -48,7 +48,8 @@ func lockWorld(t *testing.T, o volume.Options) (*world, *service) {
 	w := &world{t: t, dir: t.TempDir(), log: &logBuffer{}, quiet: true}
 	s := &service{Store: hidden{newStore(t)[0]}}
 	w.store = s
-	if _, err := volume.Init(ctx, w.dir, []keystore.Store{s}, blockcrypt.NewID(), volume.InitOptions{}); err != nil {
+	if _, err := volume.Init(ctx, w.dir, []keystore.Store{s}, blockcrypt.NewID(),
+		volume.InitOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	w.open(o)
@@ -322,7 +323,8 @@ func TestLockTellsOfLoss(t *testing.T) {
 // Data that is fsynced while the volume is suspended is confirmed: growth announces itself.
 func TestFsyncWhileLocked(t *testing.T) {
 	var ops []string
-	w, _ := lockWorld(t, volume.Options{}.Hooked(func(c volume.Call) error { ops = append(ops, c.Op); return nil }))
+	w, _ := lockWorld(t,
+		volume.Options{}.Hooked(func(c volume.Call) error { ops = append(ops, c.Op); return nil }))
 	h, err := w.create("f")
 	w.do("create", err)
 	_, err = h.Write(ctx, noise(5000), 0)
@@ -385,7 +387,8 @@ func TestWalkThatCannot(t *testing.T) {
 	}
 	w.do("setxattr", unix.Setxattr(d, "user.foreign", []byte("x"), 0)) // a mount does not show it
 	fs, _ := w.fsck()
-	if got := summary(fs); !strings.Contains(got, "damaged/directory-id") || !strings.Contains(got, "mendable/directory-id") || strings.Contains(got, "value") {
+	if got := summary(fs); !strings.Contains(got, "damaged/directory-id") ||
+		!strings.Contains(got, "mendable/directory-id") || strings.Contains(got, "value") {
 		t.Fatal(got)
 	}
 	w.open(volume.Options{})

@@ -27,24 +27,35 @@ var tampered = []struct {
 	what, shows string
 	cases       func(m *tamperer)
 }{
-	{"A bit or a byte of a file's header, also with its checksum made right", "EIO or ENOKEY at open", (*tamperer).headerFields},
-	{"A part of a header exchanged for another file's, or another volume's", "EIO or ENOKEY at open", (*tamperer).headerSwaps},
-	{"A bit of a block: its length, key number, nonce, content, tag", "EIO when it is read", (*tamperer).blockBits},
-	{"A block emptied, or exchanged for one of another place or file", "EIO when it is read", (*tamperer).blockSwaps},
+	{"A bit or a byte of a file's header, also with its checksum made right",
+		"EIO or ENOKEY at open", (*tamperer).headerFields},
+	{"A part of a header exchanged for another file's, or another volume's",
+		"EIO or ENOKEY at open", (*tamperer).headerSwaps},
+	{"A bit of a block: its length, key number, nonce, content, tag", "EIO when it is read",
+		(*tamperer).blockBits},
+	{"A block emptied, or exchanged for one of another place or file", "EIO when it is read",
+		(*tamperer).blockSwaps},
 	{"A file cut, or made longer", "EIO at open", (*tamperer).lengths},
 	{"A file of another volume, or made by somebody with the right to wrap keys only (GenerateDataKey)", "EIO at open", (*tamperer).planted},
 	{"A file under a key that nobody named", "ENOKEY at open", (*tamperer).foreignKey},
-	{"A recipient planted in a file's header", "it is not used; `kmsfs fsck` lists it, `kmsfs rewrap` takes it out", (*tamperer).plantedRecipient},
-	{"A name altered, or a file moved to another directory", "it is not shown; the log says so", (*tamperer).names},
-	{"The name of a long entry altered or lost", "it is not listed; the log says so", (*tamperer).longNames},
+	{"A recipient planted in a file's header",
+		"it is not used; `kmsfs fsck` lists it, `kmsfs rewrap` takes it out", (*tamperer).plantedRecipient},
+	{"A name altered, or a file moved to another directory", "it is not shown; the log says so",
+		(*tamperer).names},
+	{"The name of a long entry altered or lost", "it is not listed; the log says so",
+		(*tamperer).longNames},
 	{"A directory's ID altered in one place, or lost in both", "EIO for its entries", (*tamperer).dirIDs},
 	{"A symlink's target altered", "EIO at readlink", (*tamperer).targets},
-	{"An extended attribute's value altered, or put under another name", "EIO when it is read", (*tamperer).attrValues},
+	{"An extended attribute's value altered, or put under another name", "EIO when it is read",
+		(*tamperer).attrValues},
 	{"kmsfs.json altered, of another volume, or an older one", "mount refuses", (*tamperer).configs},
 	{"kmsfs.mounted altered, or another volume's", "mount refuses", (*tamperer).markers},
-	{"A file put back to an older version of itself, or blocks or the state of one", "not noticed", (*tamperer).older},
-	{"A file emptied, deleted, or exchanged for another of its directory", "not noticed", (*tamperer).exchanged},
-	{"Targets exchanged between symlinks; values of one attribute between files", "not noticed", (*tamperer).valuesExchanged},
+	{"A file put back to an older version of itself, or blocks or the state of one", "not noticed",
+		(*tamperer).older},
+	{"A file emptied, deleted, or exchanged for another of its directory", "not noticed",
+		(*tamperer).exchanged},
+	{"Targets exchanged between symlinks; values of one attribute between files", "not noticed",
+		(*tamperer).valuesExchanged},
 	{"Modes, owners, times", "not noticed", (*tamperer).modes},
 }
 
@@ -105,7 +116,9 @@ func (v *victim) outcome(name string) string {
 func (v *victim) shows(name string) string {
 	n, err := v.node(name)
 	switch {
-	case errors.Is(err, unix.ENOENT) && !slices.Contains(v.list(filepath.Dir(name)), filepath.Base(name)) && strings.Contains(v.log.String(), "not shown"):
+	case errors.Is(err,
+		unix.ENOENT) && !slices.Contains(v.list(filepath.Dir(name)), filepath.Base(name)) &&
+		strings.Contains(v.log.String(), "not shown"):
 		return "it is not shown; the log says so"
 	case errors.Is(err, unix.EIO):
 		return "EIO for its entries"
@@ -151,7 +164,8 @@ func (m *tamperer) one(what, got string) {
 	m.t.Helper()
 	m.n++
 	m.cases[got]++
-	if got != m.shows && !(m.shows == "EIO or ENOKEY at open" && (got == "EIO at open" || got == "ENOKEY at open")) {
+	if got != m.shows && !(m.shows == "EIO or ENOKEY at open" &&
+		(got == "EIO at open" || got == "ENOKEY at open")) {
 		m.t.Errorf("%s: %s: %s, want %s", m.row, what, got, m.shows)
 	}
 }
@@ -175,9 +189,13 @@ var fields = []struct {
 	name     string
 	from, to int
 }{
-	{"magic", 0, 7}, {"version", 7, 8}, {"H", 8, 10}, {"suite", 10, 11}, {"page size", 11, 12}, {"zeros", 12, 16}, {"volume ID", 16, 32}, {"file ID", 32, 48}, {"directory", 48, 64},
-	{"commitment", 64, 96}, {"origin", 96, 112}, {"features", 112, 120}, {"more zeros", 120, 128}, {"size", 128, 136}, {"floor", 136, 144}, {"session", 144, 152},
-	{"generation", 152, 160}, {"flags", 160, 164}, {"zeros of the state", 164, 176}, {"tag", 176, 192}, {"length of the recipients", 192, 194}, {"yet more zeros", 194, 196}, {"checksum", 196, 200},
+	{"magic", 0, 7}, {"version", 7, 8}, {"H", 8, 10}, {"suite", 10, 11}, {"page size", 11, 12},
+	{"zeros", 12, 16}, {"volume ID", 16, 32}, {"file ID", 32, 48}, {"directory", 48, 64},
+	{"commitment", 64, 96}, {"origin", 96, 112}, {"features", 112, 120}, {"more zeros", 120, 128},
+	{"size", 128, 136}, {"floor", 136, 144}, {"session", 144, 152},
+	{"generation", 152, 160}, {"flags", 160, 164}, {"zeros of the state", 164, 176},
+	{"tag", 176, 192}, {"length of the recipients", 192, 194}, {"yet more zeros", 194, 196},
+	{"checksum", 196, 200},
 	{"a URI", 202, 240}, {"wrapped key", 250, 300}, {"padding", 900, 1024},
 }
 
@@ -206,7 +224,8 @@ func (m *tamperer) headerFields() {
 				if sum && f.name == "checksum" {
 					continue
 				}
-				m.on(v, path, fmt.Sprintf("%s %s, checksum made right %v", f.name, what, sum), func(b []byte) []byte {
+				m.on(v, path, fmt.Sprintf("%s %s, checksum made right %v", f.name, what,
+					sum), func(b []byte) []byte {
 					change(b[f.from:f.to])
 					if sum {
 						right(b)
@@ -228,11 +247,15 @@ func (m *tamperer) headerSwaps() {
 		x, err := os.ReadFile(p)
 		v.do("read", err)
 		for _, f := range fields {
-			m.on(v, path, f.name+" of "+from, func(b []byte) []byte { copy(b[f.from:f.to], x[f.from:f.to]); return right(b) })
+			m.on(v, path, f.name+" of "+from,
+				func(b []byte) []byte { copy(b[f.from:f.to], x[f.from:f.to]); return right(b) })
 		}
-		m.on(v, path, "state and tag of "+from, func(b []byte) []byte { copy(b[128:192], x[128:192]); return b })
-		m.on(v, path, "recipients of "+from, func(b []byte) []byte { copy(b[192:1024], x[192:1024]); return right(b) })
-		m.on(v, path, "all but the IDs of "+from, func(b []byte) []byte { copy(b[64:1024], x[64:1024]); return right(b) })
+		m.on(v, path, "state and tag of "+from,
+			func(b []byte) []byte { copy(b[128:192], x[128:192]); return b })
+		m.on(v, path, "recipients of "+from,
+			func(b []byte) []byte { copy(b[192:1024], x[192:1024]); return right(b) })
+		m.on(v, path, "all but the IDs of "+from,
+			func(b []byte) []byte { copy(b[64:1024], x[64:1024]); return right(b) })
 		m.on(v, path, "header of "+from, func(b []byte) []byte { copy(b[:1024], x[:1024]); return b })
 	}
 }
@@ -246,10 +269,13 @@ func (m *tamperer) blockBits() {
 		if k == 0 {
 			begin = 1024
 		}
-		for what, at := range map[string]int{"length": 1, "length's high bits": 0, "key number": 3, "nonce": 4, "end of the nonce": 15, "content": 16, "more content": 2000} {
-			m.on(v, path, fmt.Sprintf("%s of block %d", what, k), func(b []byte) []byte { b[begin+at] ^= 1; return b })
+		for what, at := range map[string]int{"length": 1, "length's high bits": 0, "key number": 3,
+			"nonce": 4, "end of the nonce": 15, "content": 16, "more content": 2000} {
+			m.on(v, path, fmt.Sprintf("%s of block %d", what, k),
+				func(b []byte) []byte { b[begin+at] ^= 1; return b })
 		}
-		m.on(v, path, fmt.Sprintf("tag of block %d", k), func(b []byte) []byte { b[(k+1)*4096-1] ^= 1; return b })
+		m.on(v, path, fmt.Sprintf("tag of block %d", k),
+			func(b []byte) []byte { b[(k+1)*4096-1] ^= 1; return b })
 	}
 	m.on(v, path, "tag of the last block", func(b []byte) []byte { b[len(b)-1] ^= 1; return b })
 }
@@ -263,10 +289,12 @@ func (m *tamperer) blockSwaps() {
 	for _, k := range []int{1, 2, 3} {
 		page := func(b []byte, k int) []byte { return b[k*4096 : (k+1)*4096] }
 		m.on(v, path, "zeros", func(b []byte) []byte { clear(page(b, k)); return b })
-		m.on(v, path, "ones", func(b []byte) []byte { copy(page(b, k), bytes.Repeat([]byte{0xff}, 4096)); return b })
+		m.on(v, path, "ones",
+			func(b []byte) []byte { copy(page(b, k), bytes.Repeat([]byte{0xff}, 4096)); return b })
 		m.on(v, path, "the neighbour", func(b []byte) []byte { copy(page(b, k), page(b, k%3+1)); return b })
 		m.on(v, path, "another file's", func(b []byte) []byte { copy(page(b, k), page(x, k)); return b })
-		m.on(v, path, "another file's other one", func(b []byte) []byte { copy(page(b, k), page(x, k%3+1)); return b })
+		m.on(v, path, "another file's other one",
+			func(b []byte) []byte { copy(page(b, k), page(x, k%3+1)); return b })
 	}
 	m.on(v, path, "the first block", func(b []byte) []byte { clear(b[1024:4096]); return b })
 }
@@ -292,23 +320,27 @@ func (m *tamperer) planted() {
 	theirs, err := os.ReadFile(other)
 	v.do("read", err)
 	m.on(v, path, "another volume's", func([]byte) []byte { return theirs })
-	m.on(v, path, "another volume's, with this one's ID", func(b []byte) []byte { copy(theirs[16:32], b[16:32]); return right(theirs) })
+	m.on(v, path, "another volume's, with this one's ID",
+		func(b []byte) []byte { copy(theirs[16:32], b[16:32]); return right(theirs) })
 	// With the data key, and a wrapping of it, but no volume key: no origin.
 	for _, origin := range []string{"zero", "another file's"} {
 		m.on(v, path, "forged, origin "+origin, func(b []byte) []byte {
 			old, err := blockcrypt.ParseHeader(b)
 			v.do("parse", err)
 			id := blockcrypt.NewID()
-			dk, err := keystore.New(ctx, []keystore.Store{v.store}, keystore.Binding{Use: keystore.ForFile, Volume: old.Volume, ID: id})
+			dk, err := keystore.New(ctx, []keystore.Store{v.store},
+				keystore.Binding{Use: keystore.ForFile, Volume: old.Volume, ID: id})
 			v.do("generate", err)
-			rs := []blockcrypt.Recipient{{URI: dk.Wrapped[0].URI, Branch: dk.Wrapped[0].Branch, Wrapped: dk.Wrapped[0].Wrapped}}
+			rs := []blockcrypt.Recipient{{URI: dk.Wrapped[0].URI, Branch: dk.Wrapped[0].Branch,
+				Wrapped: dk.Wrapped[0].Wrapped}}
 			return forge(v.t, old, id, dk.Key, rs, origin != "zero")
 		})
 	}
 }
 
 // forge makes a file as somebody can who has a data key, but not the volume's.
-func forge(t testing.TB, like *blockcrypt.Header, id blockcrypt.ID, key []byte, rs []blockcrypt.Recipient, withOrigin bool) []byte {
+func forge(t testing.TB, like *blockcrypt.Header, id blockcrypt.ID, key []byte,
+	rs []blockcrypt.Recipient, withOrigin bool) []byte {
 	t.Helper()
 	fake, err := blockcrypt.NewVolumeKeys(bytes.Repeat([]byte{7}, 32), like.Volume)
 	if err != nil {
@@ -344,7 +376,8 @@ func (m *tamperer) foreignKey() {
 			w := blockcrypt.Recipient{URI: foreign.URI(), Wrapped: noise(60)}
 			old.Recipients = []blockcrypt.Recipient{{URI: w.URI, Wrapped: w.Wrapped}}
 			if both {
-				old.Recipients = append(old.Recipients, blockcrypt.Recipient{URI: "aws-kms:arn:aws:kms:eu-central-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab", Wrapped: noise(100)})
+				old.Recipients = append(old.Recipients,
+					blockcrypt.Recipient{URI: "aws-kms:arn:aws:kms:eu-central-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab", Wrapped: noise(100)})
 			}
 			head, err := old.Encode()
 			v.do("encode", err)
@@ -361,7 +394,8 @@ func (m *tamperer) plantedRecipient() {
 	theirs := newStore(m.t)[0]
 	for what, at := range map[string]int{"before the others": 0, "behind the others": 1} {
 		replaceHeader(m.t, path, func(h *blockcrypt.Header) {
-			h.Recipients = slices.Insert(h.Recipients, at, blockcrypt.Recipient{URI: theirs.URI(), Wrapped: noise(60)})
+			h.Recipients = slices.Insert(h.Recipients, at,
+				blockcrypt.Recipient{URI: theirs.URI(), Wrapped: noise(60)})
 		})
 		got := v.outcome("d/f") // it is opened by the volume's own recipient
 		fs, _ := v.fsck()
@@ -394,7 +428,9 @@ func (m *tamperer) configs() {
 	}
 	theirs, err := os.ReadFile(filepath.Join(w.dir, "kmsfs.json"))
 	v.do("read", err)
-	for what, x := range map[string][]byte{"another volume's": theirs, "cut": b[:len(b)/2], "without its second line": b[:bytes.IndexByte(b, '\n')+1], "empty": nil, "twice": append(bytes.Clone(b), b...)} {
+	for what, x := range map[string][]byte{"another volume's": theirs, "cut": b[:len(b)/2],
+		"without its second line": b[:bytes.IndexByte(b, '\n')+1], "empty": nil,
+		"twice": append(bytes.Clone(b), b...)} {
 		v.do("write", os.WriteFile(path, x, 0o644))
 		m.one(what, v.outcome("d/f"))
 	}
@@ -418,7 +454,9 @@ func (m *tamperer) markers() {
 	v.do("readlink", err)
 	theirs, err := os.Readlink(filepath.Join(w.dir, "kmsfs.mounted"))
 	v.do("readlink", err)
-	for what, now := range map[string]string{"a character": other(target[:1]) + target[1:], "the last": target[:len(target)-1] + other(target[len(target)-1:]), "cut": target[:20], "another volume's": theirs, "readable": "hello"} {
+	for what, now := range map[string]string{"a character": other(target[:1]) + target[1:],
+		"the last": target[:len(target)-1] + other(target[len(target)-1:]), "cut": target[:20],
+		"another volume's": theirs, "readable": "hello"} {
 		if now == target {
 			continue
 		}
@@ -516,7 +554,8 @@ func TestTamperingTable(t *testing.T) {
 				t.Error("no case was made")
 			}
 			total[row.shows] += m.n
-			if line := fmt.Sprintf("| %s | %s |", row.what, row.shows); !strings.Contains(string(page), line) {
+			if line := fmt.Sprintf("| %s | %s |", row.what,
+				row.shows); !strings.Contains(string(page), line) {
 				t.Errorf("docs/security.md lacks the row: %s", line)
 			}
 		})

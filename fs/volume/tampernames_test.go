@@ -74,13 +74,15 @@ func (m *tamperer) longNames() {
 	v.do("readlink", err)
 	listed := func() string {
 		return v.with(func() string {
-			if slices.Contains(v.list("d"), filepath.Base(long)) || !strings.Contains(v.log.String(), "not shown") {
+			if slices.Contains(v.list("d"), filepath.Base(long)) ||
+				!strings.Contains(v.log.String(), "not shown") {
 				return "it is listed"
 			}
 			return "it is not listed; the log says so"
 		})
 	}
-	for what, now := range map[string]string{"a character": other(target[:1]) + target[1:], "cut": target[:100], "longer": target + "AAAA", "nothing of ours": "hello"} {
+	for what, now := range map[string]string{"a character": other(target[:1]) + target[1:],
+		"cut": target[:100], "longer": target + "AAAA", "nothing of ours": "hello"} {
 		v.do("remove", os.Remove(name))
 		v.do("symlink", os.Symlink(now, name))
 		m.one(what, listed())
@@ -108,9 +110,20 @@ func (m *tamperer) dirIDs() {
 		v.do("write", os.WriteFile(d+"/kmsfs.dir."+id, nil, 0o644))
 	}
 	for what, f := range map[string]func(){
-		"a digit of the symlink": func() { os.Remove(d + "/kmsfs.dir"); os.Symlink(other(id[:1])+id[1:], d+"/kmsfs.dir") },
-		"a malformed symlink":    func() { os.Remove(d + "/kmsfs.dir"); os.Symlink("/etc/passwd", d+"/kmsfs.dir") },
-		"a digit of the file":    func() { os.Rename(d+"/kmsfs.dir."+id, d+"/kmsfs.dir."+strings.Repeat("1", 32)) },
+		"a digit of the symlink": func() {
+			os.Remove(d + "/kmsfs.dir")
+			os.Symlink(other(id[:1])+
+				id[1:], d+"/kmsfs.dir")
+		},
+		"a malformed symlink": func() {
+			os.Remove(d + "/kmsfs.dir")
+			os.Symlink("/etc/passwd",
+				d+"/kmsfs.dir")
+		},
+		"a digit of the file": func() {
+			os.Rename(d+"/kmsfs.dir."+id,
+				d+"/kmsfs.dir."+strings.Repeat("1", 32))
+		},
 		"two files and no symlink": func() {
 			os.Remove(d + "/kmsfs.dir")
 			os.WriteFile(d+"/kmsfs.dir."+strings.Repeat("1", 32), nil, 0o644)
@@ -131,7 +144,9 @@ func (m *tamperer) targets() {
 	v.seal()
 	target, err := os.Readlink(path)
 	v.do("readlink", err)
-	for what, now := range map[string]string{"a character": other(target[:1]) + target[1:], "the last": target[:len(target)-2] + other(target[len(target)-2:]), "cut": target[:20], "readable": "/etc/passwd"} {
+	for what, now := range map[string]string{"a character": other(target[:1]) + target[1:],
+		"the last": target[:len(target)-2] + other(target[len(target)-2:]), "cut": target[:20],
+		"readable": "/etc/passwd"} {
 		if now == target {
 			continue
 		}

@@ -17,7 +17,9 @@ func TestNames(t *testing.T) {
 	for _, plain := range []bool{false, true} {
 		t.Run(fmt.Sprintf("plain=%v", plain), func(t *testing.T) {
 			w := newWorldIn(t, t.TempDir(), volume.Options{}, plain)
-			names := []string{"a", " ", "-", "new\nline", "\xff\xfe", "休み", "tab\t", "kmsfs", "x.kmsfs", strings.Repeat("x", 159), strings.Repeat("x", 160), strings.Repeat("x", 161), strings.Repeat("y", 254), strings.Repeat("z", 255)}
+			names := []string{"a", " ", "-", "new\nline", "\xff\xfe", "休み", "tab\t", "kmsfs",
+				"x.kmsfs", strings.Repeat("x", 159), strings.Repeat("x", 160),
+				strings.Repeat("x", 161), strings.Repeat("y", 254), strings.Repeat("z", 255)}
 			if !plain {
 				names = append(names, "kmsfs.json", "kmsfs.dir", "kmsfs.mounted", "kmsfs.long.x")
 			}
@@ -173,7 +175,8 @@ func TestLinks(t *testing.T) {
 		t.Error(st.Nlink, err)
 	}
 	for _, target := range []string{"x", "../a/b", strings.Repeat("t", 3039)} {
-		if _, st, err := w.v.Symlink(ctx, root, "sym", target, volume.Caller{}); err != nil || st.Size != int64(len(target)) {
+		if _, st, err := w.v.Symlink(ctx, root, "sym", target, volume.Caller{}); err != nil ||
+			st.Size != int64(len(target)) {
 			t.Fatalf("symlink of %d bytes: %d, %v", len(target), st.Size, err)
 		}
 		if got, err := w.v.Readlink(w.must("sym")); err != nil || got != target {

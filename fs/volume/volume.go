@@ -319,7 +319,8 @@ func (v *Volume) endSession() error {
 		err = errStuck
 	}
 	if err != nil {
-		v.log.Error("the session could not be ended well; the next mount repairs what is left", "error", err)
+		v.log.Error("the session could not be ended well; the next mount repairs what is left",
+			"error", err)
 		return err
 	}
 	return v.sessions.end()

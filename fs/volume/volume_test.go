@@ -18,7 +18,8 @@ import (
 
 func TestSizesOnDisk(t *testing.T) {
 	w := newWorld(t, volume.Options{})
-	for n, c := range map[int]int64{0: 0, 1: 1057, 3039: 4095, 3040: 4096, 3041: 4129, 4064: 5152, 5000: 6088, 7104: 8192, 7105: 8225} {
+	for n, c := range map[int]int64{0: 0, 1: 1057, 3039: 4095, 3040: 4096, 3041: 4129, 4064: 5152,
+		5000: 6088, 7104: 8192, 7105: 8225} {
 		w.write("f", noise(n))
 		st, err := os.Stat(w.cipherFile())
 		if err != nil || st.Size() != c {
@@ -130,7 +131,8 @@ func TestUnlinkedOpen(t *testing.T) {
 	if err != nil || st.Size != 7 || st.Nlink != 0 || st.Mode&0o777 != 0o600 {
 		t.Error(st.Size, st.Nlink, err)
 	}
-	if err := h.Node().Setxattr("user.x", []byte("y"), 0, false); err != nil && !errors.Is(err, unix.EOPNOTSUPP) {
+	if err := h.Node().Setxattr("user.x", []byte("y"), 0, false); err != nil &&
+		!errors.Is(err, unix.EOPNOTSUPP) {
 		t.Error(err)
 	}
 	if err := errors.Join(h.Fsync(), h.Release()); err != nil {
@@ -242,7 +244,8 @@ func TestModesAndOwners(t *testing.T) {
 	if _, err := w.must("d").SetAttr(ctx, volume.SetAttr{Mode: &sgid}); err != nil {
 		t.Fatal(err)
 	}
-	if _, st, err := w.v.Mknod(ctx, w.must("d"), "p", unix.S_IFIFO|0o600, 0, c); err != nil || st.Gid != 0 || st.Uid != 1234 || st.Mode&unix.S_IFMT != unix.S_IFIFO {
+	if _, st, err := w.v.Mknod(ctx, w.must("d"), "p", unix.S_IFIFO|0o600, 0,
+		c); err != nil || st.Gid != 0 || st.Uid != 1234 || st.Mode&unix.S_IFMT != unix.S_IFIFO {
 		t.Errorf("in a setgid directory: %d:%d %o, %v", st.Uid, st.Gid, st.Mode, err)
 	}
 }
@@ -378,7 +381,9 @@ func TestConcurrentTree(t *testing.T) {
 		})
 	}
 	for range 300 {
-		if err := errors.Join(w.v.Rename(a, "f", b, "g", 0), w.v.Rename(w.v.Root(), "b", w.v.Root(), "c", 0), w.v.Rename(w.v.Root(), "c", w.v.Root(), "b", 0), w.v.Rename(b, "g", a, "f", 0)); err != nil {
+		if err := errors.Join(w.v.Rename(a, "f", b, "g", 0),
+			w.v.Rename(w.v.Root(), "b", w.v.Root(), "c", 0),
+			w.v.Rename(w.v.Root(), "c", w.v.Root(), "b", 0), w.v.Rename(b, "g", a, "f", 0)); err != nil {
 			t.Error(err)
 			break
 		}
@@ -393,7 +398,8 @@ func TestInitBad(t *testing.T) {
 	_, err := volume.Init(ctx, w.dir, []keystore.Store{w.store}, id, volume.InitOptions{})
 	wantErr(t, "a directory that is not empty", err, volume.ErrNotEmpty)
 	for _, dir := range []string{"/nonexistent", "/dev/null"} {
-		if _, err := volume.Init(ctx, dir, []keystore.Store{w.store}, id, volume.InitOptions{}); err == nil {
+		if _, err := volume.Init(ctx, dir, []keystore.Store{w.store}, id,
+			volume.InitOptions{}); err == nil {
 			t.Errorf("%s became a volume", dir)
 		}
 	}

@@ -75,11 +75,18 @@ func TestNothingWaitsForAnother(t *testing.T) {
 		beside  []string // in the same directory
 		grown   bool     // d/a is to settle
 	}{
-		{"rename", op("renameat2"), func(w *world) error { return w.v.Rename(w.must("d"), "a", w.must("d"), "b", 0) }, nil, false},
-		{"rename to another directory", op("renameat2"), func(w *world) error { return w.v.Rename(w.must("d"), "a", w.must("d2"), "b", 0) }, nil, false},
-		{"unlink", op("unlinkat"), func(w *world) error { return w.v.Unlink(w.must("d"), "a") }, nil, false},
-		{"rmdir", op("unlinkat"), func(w *world) error { return w.v.Rmdir(w.must("d"), "sub") }, nil, false},
-		{"create", func(c volume.Call) bool { return c.Op == "openat" && c.Mode&unix.O_CREAT != 0 }, func(w *world) error {
+		{"rename", op("renameat2"),
+			func(w *world) error { return w.v.Rename(w.must("d"), "a", w.must("d"), "b", 0) }, nil, false},
+		{"rename to another directory", op("renameat2"),
+			func(w *world) error { return w.v.Rename(w.must("d"), "a", w.must("d2"), "b", 0) }, nil, false},
+		{"unlink", op("unlinkat"), func(w *world) error { return w.v.Unlink(w.must("d"), "a") },
+			nil, false},
+		{"rmdir", op("unlinkat"), func(w *world) error { return w.v.Rmdir(w.must("d"), "sub") },
+			nil, false},
+		{"create", func(c volume.Call) bool {
+			return c.Op == "openat" &&
+				c.Mode&unix.O_CREAT != 0
+		}, func(w *world) error {
 			h, err := w.create("d/new")
 			if err == nil {
 				err = h.Release()
@@ -90,7 +97,8 @@ func TestNothingWaitsForAnother(t *testing.T) {
 			_, _, err := w.v.Mkdir(ctx, w.must("d"), "newdir", 0o755, volume.Caller{})
 			return err
 		}, []string{"lookup", "attr"}, false},
-		{"open", op("pread"), func(w *world) error { _, err := w.read("d/cold"); return err }, []string{"lookup", "attr", "create"}, false},
+		{"open", op("pread"), func(w *world) error { _, err := w.read("d/cold"); return err },
+			[]string{"lookup", "attr", "create"}, false},
 		{"write", op("pwrite"), func(w *world) error {
 			h := w.opened("d/a")
 			_, err := h.Write(ctx, noise(100000), 0)
@@ -480,7 +488,8 @@ func TestSettlesSideBySide(t *testing.T) {
 		if err := h.Fsync(); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := h.Write(ctx, []byte("more"), int64(len(text))); err != nil { // it has grown: it is to be settled
+		if _, err := h.Write(ctx, []byte("more"),
+			int64(len(text))); err != nil { // it has grown: it is to be settled
 			t.Fatal(err)
 		}
 		if err := h.Release(); err != nil {

@@ -42,7 +42,8 @@ func (w *walker) walk() {
 	switch {
 	case ctx.Err() != nil:
 	case err != nil:
-		w.v.report(".", "the walk after a mount that did not end well failed; it is made again at the next mount", err)
+		w.v.report(".",
+			"the walk after a mount that did not end well failed; it is made again at the next mount", err)
 	case !whole:
 		w.v.log.Warn("some files could not be repaired yet; it is tried again when they are looked up, and at the next mount")
 	default:

@@ -45,7 +45,8 @@ var (
 
 // Named reports whether a name is that of an age recipient.
 func Named(name string) bool {
-	return strings.HasPrefix(name, "age1") || strings.HasPrefix(name, "ssh-ed25519 ") || strings.HasPrefix(name, "ssh-rsa ")
+	return strings.HasPrefix(name, "age1") || strings.HasPrefix(name, "ssh-ed25519 ") ||
+		strings.HasPrefix(name, "ssh-rsa ")
 }
 
 // New returns the store of a recipient, as age-keygen or ssh-keygen prints it. It can only wrap.
@@ -57,7 +58,8 @@ func New(name string) (*Store, error) {
 	}
 	r, err := parse(name)
 	if err != nil {
-		return nil, &keystore.Error{Kind: keystore.Invalid, URI: Scheme, Op: "open", Err: fmt.Errorf("%q is no age recipient: %w", name, err),
+		return nil, &keystore.Error{Kind: keystore.Invalid, URI: Scheme, Op: "open",
+			Err:  fmt.Errorf("%q is no age recipient: %w", name, err),
 			Hint: "age-keygen -y prints the one of an identity file"}
 	}
 	return &Store{uri: uri(name), name: name, recipient: r}, nil
@@ -119,7 +121,8 @@ func bound(b keystore.Binding, key []byte) []byte {
 // key, for those who open the volume later and make files.
 func (s *Store) Wrap(_ context.Context, b keystore.Binding, key []byte) (blockcrypt.Recipient, error) {
 	if s.recipient == nil {
-		return blockcrypt.Recipient{}, &keystore.Error{Kind: keystore.Invalid, URI: s.uri, Op: "wrap", Err: errors.New("its public key is not known")}
+		return blockcrypt.Recipient{}, &keystore.Error{Kind: keystore.Invalid, URI: s.uri,
+			Op: "wrap", Err: errors.New("its public key is not known")}
 	}
 	var out bytes.Buffer
 	w, err := age.Encrypt(&out, s.recipient)
@@ -131,7 +134,8 @@ func (s *Store) Wrap(_ context.Context, b keystore.Binding, key []byte) (blockcr
 		}
 	}
 	if err != nil {
-		return blockcrypt.Recipient{}, &keystore.Error{Kind: keystore.Invalid, URI: s.uri, Op: "wrap", Err: err}
+		return blockcrypt.Recipient{}, &keystore.Error{Kind: keystore.Invalid, URI: s.uri,
+			Op: "wrap", Err: err}
 	}
 	wrapped := blockcrypt.Recipient{URI: s.uri, Wrapped: out.Bytes()}
 	if b.Use == keystore.ForVolume {
@@ -146,7 +150,8 @@ func (s *Store) Unwrap(_ context.Context, b keystore.Binding, w blockcrypt.Recip
 		return nil, &keystore.Error{Kind: kind, URI: s.uri, Op: "unwrap", Err: err, Hint: hint}
 	}
 	if s.OnlySeals() {
-		return fail(keystore.Untrusted, errors.New("its identity is not at hand"), "name it with --identity FILE")
+		return fail(keystore.Untrusted, errors.New("its identity is not at hand"),
+			"name it with --identity FILE")
 	}
 	r, err := age.Decrypt(bytes.NewReader(w.Wrapped), s.ids...)
 	if _, ok := errors.AsType[*age.NoIdentityMatchError](err); ok {
@@ -162,7 +167,8 @@ func (s *Store) Unwrap(_ context.Context, b keystore.Binding, w blockcrypt.Recip
 		}
 	}
 	if err != nil || n != len(prefix)+keystore.KeySize || !bytes.HasPrefix(text, prefix) {
-		return fail(keystore.Damaged, errors.New("the wrapped key was damaged, or is that of another file"), "")
+		return fail(keystore.Damaged,
+			errors.New("the wrapped key was damaged, or is that of another file"), "")
 	}
 	return bytes.Clone(text[len(prefix):n]), nil
 }
@@ -197,7 +203,8 @@ func invalid(path string, err error) error {
 	if e, ok := errors.AsType[*keystore.Error](err); ok {
 		return e
 	}
-	return &keystore.Error{Kind: keystore.Invalid, URI: Scheme, Op: "open", Err: fmt.Errorf("the identity file %s cannot be read: %w", path, err)}
+	return &keystore.Error{Kind: keystore.Invalid, URI: Scheme, Op: "open",
+		Err: fmt.Errorf("the identity file %s cannot be read: %w", path, err)}
 }
 
 func identities(b []byte, passphrase func() ([]byte, error)) (Identities, error) {
@@ -236,7 +243,8 @@ func encrypted(b []byte, passphrase func() ([]byte, error)) (Identities, error) 
 	}
 	r, err := age.Decrypt(bytes.NewReader(b), id)
 	if err != nil {
-		return nil, &keystore.Error{Kind: keystore.Denied, URI: Scheme, Op: "open", Err: errors.New("the passphrase does not open the identity file")}
+		return nil, &keystore.Error{Kind: keystore.Denied, URI: Scheme, Op: "open",
+			Err: errors.New("the passphrase does not open the identity file")}
 	}
 	return age.ParseIdentities(io.LimitReader(r, maxIdentities))
 }

@@ -154,7 +154,9 @@ func TestSuite(t *testing.T) {
 
 func TestRefused(t *testing.T) {
 	x, h := pairs(t)["X25519"], pairs(t)["hybrid"]
-	for _, name := range []string{"", "age1", "age1yubikey1q2w7u3vpya839jxxuq8g0sedh3d740d4xvn639sqhr95ejj8vu3hyfumptt", x.recipient[:40], x.recipient + "x", "ssh-rsa AAAA", "ssh-ed25519 !"} {
+	for _, name := range []string{"", "age1",
+		"age1yubikey1q2w7u3vpya839jxxuq8g0sedh3d740d4xvn639sqhr95ejj8vu3hyfumptt", x.recipient[:40],
+		x.recipient + "x", "ssh-rsa AAAA", "ssh-ed25519 !"} {
 		if _, err := New(name); keystore.KindOf(err) != keystore.Invalid {
 			t.Errorf("%q: %v", name, err)
 		}
@@ -183,7 +185,8 @@ func TestRefused(t *testing.T) {
 		t.Errorf("by another identity: %v", err)
 	}
 	dir := t.TempDir()
-	for name, text := range map[string]string{"nothing": "", "noise": "noise\n", "armor": "-----BEGIN AGE ENCRYPTED FILE-----\n", "ssh": "-----BEGIN OPENSSH PRIVATE KEY-----\n"} {
+	for name, text := range map[string]string{"nothing": "", "noise": "noise\n",
+		"armor": "-----BEGIN AGE ENCRYPTED FILE-----\n", "ssh": "-----BEGIN OPENSSH PRIVATE KEY-----\n"} {
 		path := filepath.Join(dir, name)
 		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
@@ -196,7 +199,8 @@ func TestRefused(t *testing.T) {
 	if err := os.WriteFile(path, []byte(underPassphrase(t, x.identity, false)), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := ReadIdentities(path, func() ([]byte, error) { return []byte("wrong"), nil }); keystore.KindOf(err) != keystore.Denied {
+	if _, err := ReadIdentities(path,
+		func() ([]byte, error) { return []byte("wrong"), nil }); keystore.KindOf(err) != keystore.Denied {
 		t.Errorf("a wrong passphrase: %v", err)
 	}
 	if _, err := ReadIdentities(filepath.Join(dir, "missing"), secret); !errors.Is(err, os.ErrNotExist) {

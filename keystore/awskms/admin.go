@@ -47,9 +47,14 @@ type Key struct {
 
 // What administrators and users may do: neither the other's.
 var (
-	adminActions = []string{"kms:CancelKeyDeletion", "kms:CreateAlias", "kms:DeleteAlias", "kms:DescribeKey", "kms:DisableKey", "kms:EnableKey", "kms:GetKeyPolicy", "kms:GetKeyRotationStatus", "kms:EnableKeyRotation", "kms:DisableKeyRotation",
-		"kms:ListAliases", "kms:ListKeyPolicies", "kms:ListResourceTags", "kms:PutKeyPolicy", "kms:ScheduleKeyDeletion", "kms:TagResource", "kms:UntagResource", "kms:UpdateAlias", "kms:UpdateKeyDescription"}
-	userActions = []string{"kms:Decrypt", "kms:DescribeKey", "kms:Encrypt", "kms:GenerateDataKey", "kms:ReEncryptFrom", "kms:ReEncryptTo"}
+	adminActions = []string{"kms:CancelKeyDeletion", "kms:CreateAlias", "kms:DeleteAlias",
+		"kms:DescribeKey", "kms:DisableKey", "kms:EnableKey", "kms:GetKeyPolicy",
+		"kms:GetKeyRotationStatus", "kms:EnableKeyRotation", "kms:DisableKeyRotation",
+		"kms:ListAliases", "kms:ListKeyPolicies", "kms:ListResourceTags", "kms:PutKeyPolicy",
+		"kms:ScheduleKeyDeletion", "kms:TagResource", "kms:UntagResource", "kms:UpdateAlias",
+		"kms:UpdateKeyDescription"}
+	userActions = []string{"kms:Decrypt", "kms:DescribeKey", "kms:Encrypt", "kms:GenerateDataKey",
+		"kms:ReEncryptFrom", "kms:ReEncryptTo"}
 )
 
 type statement struct {
@@ -84,7 +89,9 @@ func (a *Admin) Policy(ctx context.Context, admins, users []string) (string, err
 		st.Principal.AWS = who
 		return st
 	}
-	b, err := json.MarshalIndent(map[string]any{"Version": "2012-10-17", "Statement": []statement{make("administrators", admins, adminActions), make("users", users, userActions)}}, "", "  ")
+	b, err := json.MarshalIndent(map[string]any{"Version": "2012-10-17",
+		"Statement": []statement{make("administrators", admins, adminActions),
+			make("users", users, userActions)}}, "", "  ")
 	return string(b), err
 }
 
@@ -148,16 +155,22 @@ func (c *Clients) Identity(ctx context.Context) (source, arn string, err error) 
 // key behind if the alias cannot be given to it.
 func (a *Admin) Create(ctx context.Context, alias, policy string) (string, error) {
 	if arn, ok := a.target(ctx, alias); ok {
-		return "", &keystore.Error{Kind: keystore.Invalid, URI: Scheme, Op: "create", Err: fmt.Errorf("there is a key with the alias %q already: %s", alias, arn), Hint: "use it, or choose another alias"}
+		return "", &keystore.Error{Kind: keystore.Invalid, URI: Scheme, Op: "create",
+			Err:  fmt.Errorf("there is a key with the alias %q already: %s", alias, arn),
+			Hint: "use it, or choose another alias"}
 	}
 	out, err := call(ctx, a.s, "create", "CreateKey", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.CreateKeyOutput, error) {
-		return k.CreateKey(ctx, &kms.CreateKeyInput{Policy: &policy, KeySpec: types.KeySpecSymmetricDefault, KeyUsage: types.KeyUsageTypeEncryptDecrypt, Origin: types.OriginTypeAwsKms, Description: aws.String("kmsfs")}, o)
+		return k.CreateKey(ctx,
+			&kms.CreateKeyInput{Policy: &policy, KeySpec: types.KeySpecSymmetricDefault,
+				KeyUsage: types.KeyUsageTypeEncryptDecrypt, Origin: types.OriginTypeAwsKms,
+				Description: aws.String("kmsfs")}, o)
 	})
 	if err != nil {
 		return "", err
 	}
 	if out.KeyMetadata == nil || out.KeyMetadata.Arn == nil {
-		return "", &keystore.Error{Kind: keystore.Outage, URI: Scheme, Op: "create", Err: errors.New("KMS answered without a key")}
+		return "", &keystore.Error{Kind: keystore.Outage, URI: Scheme, Op: "create",
+			Err: errors.New("KMS answered without a key")}
 	}
 	arn := *out.KeyMetadata.Arn
 	_, err = call(ctx, a.s, "create", "CreateAlias", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.CreateAliasOutput, error) {
@@ -205,7 +218,8 @@ func (a *Admin) List(ctx context.Context) ([]Key, error) {
 			return keys, err
 		}
 		for _, x := range out.Aliases {
-			if name := aws.ToString(x.AliasName); x.TargetKeyId != nil && !strings.HasPrefix(name, "alias/aws/") {
+			if name := aws.ToString(x.AliasName); x.TargetKeyId != nil &&
+				!strings.HasPrefix(name, "alias/aws/") {
 				k, err := a.Show(ctx, *x.TargetKeyId)
 				if err != nil {
 					k = Key{ARN: *x.TargetKeyId, State: "?"} // no right to look at it
@@ -232,9 +246,11 @@ func (a *Admin) Show(ctx context.Context, name string) (Key, error) {
 	}
 	md := out.KeyMetadata
 	if md == nil {
-		return Key{}, &keystore.Error{Kind: keystore.Outage, URI: Scheme + name, Op: "describe", Err: errors.New("KMS answered without metadata")}
+		return Key{}, &keystore.Error{Kind: keystore.Outage, URI: Scheme + name, Op: "describe",
+			Err: errors.New("KMS answered without metadata")}
 	}
-	k := Key{ARN: aws.ToString(md.Arn), State: string(md.KeyState), Spec: string(md.KeySpec), Usage: string(md.KeyUsage), Origin: string(md.Origin)}
+	k := Key{ARN: aws.ToString(md.Arn), State: string(md.KeyState), Spec: string(md.KeySpec),
+		Usage: string(md.KeyUsage), Origin: string(md.Origin)}
 	if strings.HasPrefix(name, "alias/") {
 		k.Alias = name
 	}
@@ -266,7 +282,8 @@ func (a *Admin) Disable(ctx context.Context, arn string) error {
 // ScheduleDeletion deletes a key in 7 to 30 days, and returns when.
 func (a *Admin) ScheduleDeletion(ctx context.Context, arn string, days int) (string, error) {
 	out, err := call(ctx, a.s, "delete", "ScheduleKeyDeletion", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.ScheduleKeyDeletionOutput, error) {
-		return k.ScheduleKeyDeletion(ctx, &kms.ScheduleKeyDeletionInput{KeyId: &arn, PendingWindowInDays: aws.Int32(int32(days))}, o)
+		return k.ScheduleKeyDeletion(ctx,
+			&kms.ScheduleKeyDeletionInput{KeyId: &arn, PendingWindowInDays: aws.Int32(int32(days))}, o)
 	})
 	if err != nil || out.DeletionDate == nil {
 		return "", err

@@ -66,7 +66,8 @@ func New(o Options) *Clients {
 	if o.Total == 0 {
 		o.Total = 15 * time.Second
 	}
-	return &Clients{o: o, clients: map[string]*kms.Client{}, configs: map[string]aws.Config{}, gates: map[string]*gate{}}
+	return &Clients{o: o, clients: map[string]*kms.Client{}, configs: map[string]aws.Config{},
+		gates: map[string]*gate{}}
 }
 
 // client returns the client of a Region, "" for the configured one.
@@ -84,7 +85,9 @@ func (c *Clients) client(ctx context.Context, region string) (*kms.Client, strin
 		return nil, "", err
 	}
 	if cfg.Region == "" {
-		return nil, "", &keystore.Error{Kind: keystore.Invalid, URI: Scheme, Op: "open", Err: errors.New("no AWS Region is configured"), Hint: "set AWS_REGION, give --aws-region, or name the key by its ARN"}
+		return nil, "", &keystore.Error{Kind: keystore.Invalid, URI: Scheme, Op: "open",
+			Err:  errors.New("no AWS Region is configured"),
+			Hint: "set AWS_REGION, give --aws-region, or name the key by its ARN"}
 	}
 	if region == "" {
 		region = cfg.Region
@@ -162,7 +165,8 @@ var (
 // Named reports whether name is one that [Clients.Open] takes without the
 // scheme: alias/… or an ARN of KMS.
 func Named(name string) bool {
-	return strings.HasPrefix(name, "alias/") || strings.HasPrefix(name, "arn:aws") && strings.Contains(name, ":kms:")
+	return strings.HasPrefix(name, "alias/") ||
+		strings.HasPrefix(name, "arn:aws") && strings.Contains(name, ":kms:")
 }
 
 // Open returns the store of a key named by alias, key ID, ARN or alias ARN. A
@@ -179,13 +183,15 @@ func (c *Clients) Open(ctx context.Context, name string) (*Store, error) {
 		return nil, badName(name)
 	}
 	if i := strings.Index(name, "alias/aws/"); i == 0 || i > 0 && name[i-1] == ':' {
-		return nil, refused(name, "an AWS-managed key cannot be used: only AWS services may use it", "create a customer managed key: aws kms create-key")
+		return nil, refused(name, "an AWS-managed key cannot be used: only AWS services may use it",
+			"create a customer managed key: aws kms create-key")
 	}
 	_, region, err := c.client(ctx, region)
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{c: c, region: region, arn: name, branches: map[string]branchKey{}, asking: map[string]*asked{}}
+	s := &Store{c: c, region: region, arn: name, branches: map[string]branchKey{},
+		asking: map[string]*asked{}}
 	if !isKey {
 		if s.arn, err = s.resolve(ctx, name, region); err != nil {
 			return s, err
@@ -209,7 +215,8 @@ func (c *Clients) OpenURI(ctx context.Context, uri string) (*Store, error) {
 	if _, own, err := c.client(ctx, ""); err == nil && own != m[2] && strings.HasPrefix(m[5], "mrk-") {
 		ctx, cancel := context.WithTimeout(ctx, c.o.Attempt)
 		defer cancel()
-		if s, err := c.Open(ctx, fmt.Sprintf("arn:%s:kms:%s:%s:key/%s", m[1], own, m[3], m[5])); err == nil {
+		if s, err := c.Open(ctx,
+			fmt.Sprintf("arn:%s:kms:%s:%s:key/%s", m[1], own, m[3], m[5])); err == nil {
 			if _, err := s.describe(ctx, s.arn); err == nil {
 				s.named, err = c.Open(ctx, name)
 				return s, err
@@ -234,7 +241,8 @@ func (s *Store) resolve(ctx context.Context, name, region string) (string, error
 	md, err := s.describe(ctx, name)
 	if e, ok := errors.AsType[*keystore.Error](err); ok {
 		if errors.As(err, new(*types.NotFoundException)) {
-			e.Hint = "there is no such key in Region " + region + "; give --aws-region, or name it by its ARN"
+			e.Hint = "there is no such key in Region " + region +
+				"; give --aws-region, or name it by its ARN"
 		} else if e.Kind == keystore.Denied && deniesAction(err) {
 			e.Hint = "a key that is named by its ARN does without kms:DescribeKey; else see docs/keys.md, \"Key policy\""
 		}
@@ -244,7 +252,8 @@ func (s *Store) resolve(ctx context.Context, name, region string) (string, error
 		return "", err
 	}
 	if m := arnPattern.FindStringSubmatch(aws.ToString(md.Arn)); m == nil || m[4] != "key" {
-		return "", &keystore.Error{Kind: keystore.Outage, URI: Scheme + name, Op: "describe", Err: fmt.Errorf("KMS answered with the ARN %q", aws.ToString(md.Arn))}
+		return "", &keystore.Error{Kind: keystore.Outage, URI: Scheme + name, Op: "describe",
+			Err: fmt.Errorf("KMS answered with the ARN %q", aws.ToString(md.Arn))}
 	}
 	return *md.Arn, nil
 }
@@ -264,18 +273,26 @@ func (s *Store) describe(ctx context.Context, name string) (*types.KeyMetadata, 
 	}
 	md := out.KeyMetadata
 	if md == nil {
-		return nil, &keystore.Error{Kind: keystore.Outage, URI: s.URI(), Op: "describe", Err: errors.New("KMS answered without metadata")}
+		return nil, &keystore.Error{Kind: keystore.Outage, URI: s.URI(), Op: "describe",
+			Err: errors.New("KMS answered without metadata")}
 	}
 	switch {
 	case md.KeyManager == types.KeyManagerTypeAws:
-		return nil, refused(name, "an AWS-managed key cannot be used: only AWS services may use it", "create a customer managed key: aws kms create-key")
+		return nil, refused(name, "an AWS-managed key cannot be used: only AWS services may use it",
+			"create a customer managed key: aws kms create-key")
 	case md.KeySpec != types.KeySpecSymmetricDefault && md.KeySpec != "":
-		return nil, refused(name, fmt.Sprintf("a key of type %s cannot be used: it must be symmetric (SYMMETRIC_DEFAULT)", md.KeySpec), "create one: aws kms create-key")
+		return nil, refused(name,
+			fmt.Sprintf("a key of type %s cannot be used: it must be symmetric (SYMMETRIC_DEFAULT)",
+				md.KeySpec), "create one: aws kms create-key")
 	case md.KeyUsage != types.KeyUsageTypeEncryptDecrypt && md.KeyUsage != "":
-		return nil, refused(name, fmt.Sprintf("a key for %s cannot be used: it must be for ENCRYPT_DECRYPT", md.KeyUsage), "create one: aws kms create-key")
+		return nil, refused(name,
+			fmt.Sprintf("a key for %s cannot be used: it must be for ENCRYPT_DECRYPT", md.KeyUsage),
+			"create one: aws kms create-key")
 	}
 	if kind := stateKind(md.KeyState); kind != 0 {
-		return nil, &keystore.Error{Kind: kind, URI: Scheme + name, Op: "describe", Err: fmt.Errorf("the key's state is %s", md.KeyState), Hint: "enable it: aws kms enable-key, after aws kms cancel-key-deletion where it is pending deletion"}
+		return nil, &keystore.Error{Kind: kind, URI: Scheme + name, Op: "describe",
+			Err:  fmt.Errorf("the key's state is %s", md.KeyState),
+			Hint: "enable it: aws kms enable-key, after aws kms cancel-key-deletion where it is pending deletion"}
 	}
 	return md, nil
 }
@@ -297,7 +314,8 @@ func SameKey(a, b string) bool {
 	a, isA := strings.CutPrefix(a, Scheme)
 	b, isB := strings.CutPrefix(b, Scheme)
 	x, y := arnPattern.FindStringSubmatch(a), arnPattern.FindStringSubmatch(b)
-	return isA && isB && x != nil && y != nil && x[1] == y[1] && x[3] == y[3] && x[4] == "key" && x[5] == y[5] && (x[2] == y[2] || strings.HasPrefix(x[5], "mrk-"))
+	return isA && isB && x != nil && y != nil && x[1] == y[1] && x[3] == y[3] && x[4] == "key" &&
+		x[5] == y[5] && (x[2] == y[2] || strings.HasPrefix(x[5], "mrk-"))
 }
 
 // Context returns the encryption context of a binding, as CloudTrail shows it.
@@ -310,7 +328,8 @@ func Context(b keystore.Binding) map[string]string {
 }
 
 // Generate implements [keystore.Generator] by GenerateDataKey.
-func (s *Store) Generate(ctx context.Context, b keystore.Binding) (key []byte, w blockcrypt.Recipient, err error) {
+func (s *Store) Generate(ctx context.Context,
+	b keystore.Binding) (key []byte, w blockcrypt.Recipient, err error) {
 	w, err = replicas(ctx, s, func(ctx context.Context, s *Store) (w blockcrypt.Recipient, err error) {
 		key, w, err = s.generate(ctx, b)
 		return w, err
@@ -320,9 +339,12 @@ func (s *Store) Generate(ctx context.Context, b keystore.Binding) (key []byte, w
 
 func (s *Store) generate(ctx context.Context, b keystore.Binding) ([]byte, blockcrypt.Recipient, error) {
 	out, err := call(ctx, s, "generate", "GenerateDataKey", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.GenerateDataKeyOutput, error) {
-		out, err := k.GenerateDataKey(ctx, &kms.GenerateDataKeyInput{KeyId: &s.arn, KeySpec: types.DataKeySpecAes256, EncryptionContext: Context(b)}, o)
+		out, err := k.GenerateDataKey(ctx,
+			&kms.GenerateDataKeyInput{KeyId: &s.arn, KeySpec: types.DataKeySpecAes256,
+				EncryptionContext: Context(b)}, o)
 		if err == nil {
-			err = s.checkAnswer("generate", out.KeyId, len(out.Plaintext) == keystore.KeySize && len(out.CiphertextBlob) > 0)
+			err = s.checkAnswer("generate", out.KeyId,
+				len(out.Plaintext) == keystore.KeySize && len(out.CiphertextBlob) > 0)
 		}
 		return out, err
 	})
@@ -336,7 +358,9 @@ func (s *Store) generate(ctx context.Context, b keystore.Binding) ([]byte, block
 // none: KMS is asked with DryRun.
 func (s *Store) MayGenerate(ctx context.Context, b keystore.Binding) error {
 	_, err := call(ctx, s, "generate", "GenerateDataKey", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.GenerateDataKeyOutput, error) {
-		out, err := k.GenerateDataKey(ctx, &kms.GenerateDataKeyInput{KeyId: &s.arn, KeySpec: types.DataKeySpecAes256, EncryptionContext: Context(b), DryRun: aws.Bool(true)}, o)
+		out, err := k.GenerateDataKey(ctx,
+			&kms.GenerateDataKeyInput{KeyId: &s.arn, KeySpec: types.DataKeySpecAes256,
+				EncryptionContext: Context(b), DryRun: aws.Bool(true)}, o)
 		if _, ok := errors.AsType[*types.DryRunOperationException](err); ok {
 			return out, nil // it would have been made
 		}
@@ -347,12 +371,14 @@ func (s *Store) MayGenerate(ctx context.Context, b keystore.Binding) error {
 
 // Wrap implements [keystore.Store] by Encrypt.
 func (s *Store) Wrap(ctx context.Context, b keystore.Binding, key []byte) (blockcrypt.Recipient, error) {
-	return replicas(ctx, s, func(ctx context.Context, s *Store) (blockcrypt.Recipient, error) { return s.wrap(ctx, b, key) })
+	return replicas(ctx, s,
+		func(ctx context.Context, s *Store) (blockcrypt.Recipient, error) { return s.wrap(ctx, b, key) })
 }
 
 func (s *Store) wrap(ctx context.Context, b keystore.Binding, key []byte) (blockcrypt.Recipient, error) {
 	out, err := call(ctx, s, "wrap", "Encrypt", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.EncryptOutput, error) {
-		out, err := k.Encrypt(ctx, &kms.EncryptInput{KeyId: &s.arn, Plaintext: key, EncryptionContext: Context(b)}, o)
+		out, err := k.Encrypt(ctx,
+			&kms.EncryptInput{KeyId: &s.arn, Plaintext: key, EncryptionContext: Context(b)}, o)
 		if err == nil {
 			err = s.checkAnswer("wrap", out.KeyId, len(out.CiphertextBlob) > 0)
 		}
@@ -366,16 +392,21 @@ func (s *Store) wrap(ctx context.Context, b keystore.Binding, key []byte) (block
 
 // Reencrypt implements [keystore.Reencrypter] by ReEncrypt, for two keys of one Region. The
 // encryption context stays.
-func (s *Store) Reencrypt(ctx context.Context, b keystore.Binding, w blockcrypt.Recipient, from keystore.Store) (out blockcrypt.Recipient, ok bool, err error) {
+func (s *Store) Reencrypt(ctx context.Context, b keystore.Binding, w blockcrypt.Recipient,
+	from keystore.Store) (out blockcrypt.Recipient, ok bool, err error) {
 	f, ok := from.(*Store)
-	if !ok || f.region != s.region || f.c != s.c || len(w.Branch) > 0 || len(w.Wrapped) == 0 || len(w.Wrapped) > maxBlob {
+	if !ok || f.region != s.region || f.c != s.c || len(w.Branch) > 0 || len(w.Wrapped) == 0 ||
+		len(w.Wrapped) > maxBlob {
 		return out, false, nil
 	}
 	moved, err := call(ctx, s, "wrap", "ReEncrypt", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.ReEncryptOutput, error) {
-		in := &kms.ReEncryptInput{CiphertextBlob: w.Wrapped, SourceKeyId: &f.arn, DestinationKeyId: &s.arn, SourceEncryptionContext: Context(b), DestinationEncryptionContext: Context(b)}
+		in := &kms.ReEncryptInput{CiphertextBlob: w.Wrapped, SourceKeyId: &f.arn,
+			DestinationKeyId: &s.arn, SourceEncryptionContext: Context(b),
+			DestinationEncryptionContext: Context(b)}
 		out, err := k.ReEncrypt(ctx, in, o)
 		if err == nil {
-			err = errors.Join(f.checkAnswer("wrap", out.SourceKeyId, true), s.checkAnswer("wrap", out.KeyId, len(out.CiphertextBlob) > 0))
+			err = errors.Join(f.checkAnswer("wrap", out.SourceKeyId, true),
+				s.checkAnswer("wrap", out.KeyId, len(out.CiphertextBlob) > 0))
 		}
 		return out, err
 	})
@@ -395,7 +426,8 @@ func (s *Store) Unwrap(ctx context.Context, b keystore.Binding, w blockcrypt.Rec
 		return s.decrypt(ctx, b, w.Wrapped)
 	}
 	if len(w.Branch) <= 16 {
-		return nil, &keystore.Error{Kind: keystore.Damaged, URI: s.URI(), Op: "unwrap", Err: errors.New("the branch is cut short")}
+		return nil, &keystore.Error{Kind: keystore.Damaged, URI: s.URI(), Op: "unwrap",
+			Err: errors.New("the branch is cut short")}
 	}
 	kek, err := s.branchKey(ctx, b.Volume, w.Branch)
 	if err != nil {
@@ -500,15 +532,18 @@ func (s *Store) forget() {
 }
 
 func (s *Store) decrypt(ctx context.Context, b keystore.Binding, blob []byte) ([]byte, error) {
-	return replicas(ctx, s, func(ctx context.Context, s *Store) ([]byte, error) { return s.decryptHere(ctx, b, blob) })
+	return replicas(ctx, s,
+		func(ctx context.Context, s *Store) ([]byte, error) { return s.decryptHere(ctx, b, blob) })
 }
 
 func (s *Store) decryptHere(ctx context.Context, b keystore.Binding, blob []byte) ([]byte, error) {
 	if len(blob) == 0 || len(blob) > maxBlob {
-		return nil, &keystore.Error{Kind: keystore.Damaged, URI: s.URI(), Op: "unwrap", Err: errors.New("the wrapped key has an impossible length")}
+		return nil, &keystore.Error{Kind: keystore.Damaged, URI: s.URI(), Op: "unwrap",
+			Err: errors.New("the wrapped key has an impossible length")}
 	}
 	out, err := call(ctx, s, "unwrap", "Decrypt", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.DecryptOutput, error) {
-		out, err := k.Decrypt(ctx, &kms.DecryptInput{KeyId: &s.arn, CiphertextBlob: blob, EncryptionContext: Context(b)}, o)
+		out, err := k.Decrypt(ctx,
+			&kms.DecryptInput{KeyId: &s.arn, CiphertextBlob: blob, EncryptionContext: Context(b)}, o)
 		if err == nil {
 			err = s.checkAnswer("unwrap", out.KeyId, len(out.Plaintext) > 0)
 		}
@@ -518,7 +553,8 @@ func (s *Store) decryptHere(ctx context.Context, b keystore.Binding, blob []byte
 		return nil, err
 	}
 	if len(out.Plaintext) != keystore.KeySize {
-		return nil, &keystore.Error{Kind: keystore.Damaged, URI: s.URI(), Op: "unwrap", Err: fmt.Errorf("the wrapped key has %d bytes, not %d", len(out.Plaintext), keystore.KeySize)}
+		return nil, &keystore.Error{Kind: keystore.Damaged, URI: s.URI(), Op: "unwrap",
+			Err: fmt.Errorf("the wrapped key has %d bytes, not %d", len(out.Plaintext), keystore.KeySize)}
 	}
 	return out.Plaintext, nil
 }
@@ -526,10 +562,12 @@ func (s *Store) decryptHere(ctx context.Context, b keystore.Binding, blob []byte
 // checkAnswer refuses an answer that names another key or lacks what was asked for.
 func (s *Store) checkAnswer(op string, keyID *string, complete bool) error {
 	if !complete {
-		return &keystore.Error{Kind: keystore.Outage, URI: s.URI(), Op: op, Err: errors.New("KMS answered without a key")}
+		return &keystore.Error{Kind: keystore.Outage, URI: s.URI(), Op: op,
+			Err: errors.New("KMS answered without a key")}
 	}
 	if !s.Matches(Scheme + aws.ToString(keyID)) {
-		return &keystore.Error{Kind: keystore.Damaged, URI: s.URI(), Op: op, Err: fmt.Errorf("KMS answered for another key, %q", aws.ToString(keyID))}
+		return &keystore.Error{Kind: keystore.Damaged, URI: s.URI(), Op: op,
+			Err: fmt.Errorf("KMS answered for another key, %q", aws.ToString(keyID))}
 	}
 	return nil
 }
@@ -539,5 +577,6 @@ func badName(name string) error {
 }
 
 func refused(name, why, hint string) error {
-	return &keystore.Error{Kind: keystore.Invalid, URI: Scheme + name, Op: "open", Err: errors.New(why), Hint: hint}
+	return &keystore.Error{Kind: keystore.Invalid, URI: Scheme + name, Op: "open",
+		Err: errors.New(why), Hint: hint}
 }

@@ -41,7 +41,8 @@ func TestSuite(t *testing.T) {
 	}
 	keystoretest.Suite(t, s, open(t, srv.AddKey("")))
 	for _, c := range srv.Contexts() {
-		if len(c["kmsfs:volume"]) != 32 || c["kmsfs:use"] == "file" && len(c["kmsfs:file"]) != 32 || c["kmsfs:use"] == "volume" && len(c) != 2 || len(c) > 3 {
+		if len(c["kmsfs:volume"]) != 32 || c["kmsfs:use"] == "file" && len(c["kmsfs:file"]) != 32 ||
+			c["kmsfs:use"] == "volume" && len(c) != 2 || len(c) > 3 {
 			t.Fatalf("an encryption context of %v", c)
 		}
 	}
@@ -62,7 +63,8 @@ func TestSuiteMoto(t *testing.T) {
 		}
 		arns = append(arns, *k.KeyMetadata.Arn)
 	}
-	if _, err := c.CreateAlias(t.Context(), &kms.CreateAliasInput{AliasName: aws.String("alias/moto"), TargetKeyId: &arns[0]}); err != nil {
+	if _, err := c.CreateAlias(t.Context(),
+		&kms.CreateAliasInput{AliasName: aws.String("alias/moto"), TargetKeyId: &arns[0]}); err != nil {
 		t.Fatal(err)
 	}
 	o := awskms.Options{Attempt: 10 * time.Second, Total: 30 * time.Second}
@@ -91,7 +93,9 @@ func TestVerdicts(t *testing.T) {
 		t.Fatal(err)
 	}
 	unwrap := func() error { _, err := s.Unwrap(t.Context(), b, w); return err }
-	for state, want := range map[string]keystore.Kind{"Disabled": keystore.Revoked, "PendingDeletion": keystore.Revoked, "PendingImport": keystore.Revoked, "Unavailable": keystore.Outage, "Enabled": 0} {
+	for state, want := range map[string]keystore.Kind{"Disabled": keystore.Revoked,
+		"PendingDeletion": keystore.Revoked, "PendingImport": keystore.Revoked,
+		"Unavailable": keystore.Outage, "Enabled": 0} {
 		srv.SetState(arn, state)
 		if err := unwrap(); keystore.KindOf(err) != want {
 			t.Errorf("a key that is %s: %v", state, err)
@@ -99,21 +103,31 @@ func TestVerdicts(t *testing.T) {
 	}
 	srv.SetState(arn, "Enabled")
 	for code, want := range map[string]keystore.Kind{
-		"AccessDeniedException": keystore.Denied, "UnrecognizedClientException": keystore.Denied, "ExpiredTokenException": keystore.Credentials,
-		"NotFoundException": keystore.Revoked, "InvalidCiphertextException": keystore.Damaged, "IncorrectKeyException": keystore.Damaged,
-		"ThrottlingException": keystore.Outage, "KMSInternalException": keystore.Outage, "DependencyTimeoutException": keystore.Outage,
-		"KeyUnavailableException": keystore.Outage, "InvalidKeyUsageException": keystore.Invalid,
+		"AccessDeniedException": keystore.Denied, "UnrecognizedClientException": keystore.Denied,
+		"ExpiredTokenException": keystore.Credentials,
+		"NotFoundException":     keystore.Revoked, "InvalidCiphertextException": keystore.Damaged,
+		"IncorrectKeyException": keystore.Damaged,
+		"ThrottlingException":   keystore.Outage, "KMSInternalException": keystore.Outage,
+		"DependencyTimeoutException": keystore.Outage,
+		"KeyUnavailableException":    keystore.Outage, "InvalidKeyUsageException": keystore.Invalid,
 	} {
-		srv.Fail(func(string) *keystoretest.Failure { return &keystoretest.Failure{Status: 400, Code: code} })
+		srv.Fail(func(string) *keystoretest.Failure {
+			return &keystoretest.Failure{Status: 400,
+				Code: code}
+		})
 		err := unwrap()
 		if keystore.KindOf(err) != want {
 			t.Errorf("%s: %v", code, err)
 		}
-		if e, ok := errors.AsType[*keystore.Error](err); !ok || !strings.HasPrefix(e.RequestID, "0123-test-") || !strings.Contains(err.Error(), code) || strings.Contains(err.Error(), "\n") {
+		if e, ok := errors.AsType[*keystore.Error](err); !ok ||
+			!strings.HasPrefix(e.RequestID, "0123-test-") || !strings.Contains(err.Error(), code) ||
+			strings.Contains(err.Error(), "\n") {
 			t.Errorf("%s: the error does not say so: %v", code, err)
 		}
 	}
-	for name, f := range map[string]keystoretest.Failure{"500": {Status: 500}, "503 in HTML": {Status: 503, Body: "<html>"}, "200 without JSON": {Body: "<html>"}, "200 without a key": {Body: "{}"}, "429": {Status: 429}} {
+	for name, f := range map[string]keystoretest.Failure{"500": {Status: 500},
+		"503 in HTML": {Status: 503, Body: "<html>"}, "200 without JSON": {Body: "<html>"},
+		"200 without a key": {Body: "{}"}, "429": {Status: 429}} {
 		srv.Fail(func(string) *keystoretest.Failure { return &f })
 		if err := unwrap(); keystore.KindOf(err) != keystore.Outage {
 			t.Errorf("%s: %v", name, err)
@@ -128,7 +142,8 @@ func TestVerdicts(t *testing.T) {
 // A deadline in the middle of an attempt does not hide what the service has said.
 func TestDeadlineTellsWhy(t *testing.T) {
 	srv := keystoretest.NewServer(t)
-	s, err := awskms.New(awskms.Options{Attempt: time.Second, Total: 700 * time.Millisecond}).Open(t.Context(), srv.AddKey(""))
+	s, err := awskms.New(awskms.Options{Attempt: time.Second,
+		Total: 700 * time.Millisecond}).Open(t.Context(), srv.AddKey(""))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -183,7 +198,8 @@ func TestThrottledPauses(t *testing.T) {
 		return &keystoretest.Failure{Status: 400, Code: "ThrottlingException"}
 	})
 	before := srv.Calls("GenerateDataKey")
-	if _, _, err := s.Generate(t.Context(), keystore.Binding{Use: keystore.ForFile}); keystore.KindOf(err) != keystore.Outage {
+	if _, _, err := s.Generate(t.Context(),
+		keystore.Binding{Use: keystore.ForFile}); keystore.KindOf(err) != keystore.Outage {
 		t.Errorf("throttled all the time: %v", err)
 	}
 	// Doubling from the first would make 8 in the 2 s, not doubling at all 80.
@@ -197,7 +213,8 @@ func TestDeadlines(t *testing.T) {
 	s := open(t, srv.AddKey(""))
 	srv.Fail(func(string) *keystoretest.Failure { return &keystoretest.Failure{Hang: true} })
 	begun := time.Now()
-	if _, _, err := s.Generate(t.Context(), keystore.Binding{Use: keystore.ForFile}); keystore.KindOf(err) != keystore.Outage {
+	if _, _, err := s.Generate(t.Context(),
+		keystore.Binding{Use: keystore.ForFile}); keystore.KindOf(err) != keystore.Outage {
 		t.Errorf("a server that hangs: %v", err)
 	}
 	if d := time.Since(begun); d > 10*time.Second {
@@ -205,11 +222,13 @@ func TestDeadlines(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
-	if _, _, err := s.Generate(ctx, keystore.Binding{Use: keystore.ForFile}); keystore.KindOf(err) != keystore.Canceled {
+	if _, _, err := s.Generate(ctx,
+		keystore.Binding{Use: keystore.ForFile}); keystore.KindOf(err) != keystore.Canceled {
 		t.Errorf("a caller that went away: %v", err)
 	}
 	t.Setenv("AWS_ENDPOINT_URL_KMS", "http://127.0.0.1:1") // nobody listens
-	if _, _, err := open(t, s.ARN()).Generate(t.Context(), keystore.Binding{Use: keystore.ForFile}); keystore.KindOf(err) != keystore.Outage {
+	if _, _, err := open(t, s.ARN()).Generate(t.Context(),
+		keystore.Binding{Use: keystore.ForFile}); keystore.KindOf(err) != keystore.Outage {
 		t.Errorf("an unreachable server: %v", err)
 	}
 }
@@ -220,10 +239,12 @@ func TestCredentials(t *testing.T) {
 	for _, c := range []struct {
 		id, secret string
 		want       keystore.Kind
-	}{{"EXPIRED", "s", keystore.Credentials}, {"UNKNOWN", "s", keystore.Denied}, {"", "", keystore.Credentials}} {
+	}{{"EXPIRED", "s", keystore.Credentials}, {"UNKNOWN", "s", keystore.Denied},
+		{"", "", keystore.Credentials}} {
 		t.Setenv("AWS_ACCESS_KEY_ID", c.id)
 		t.Setenv("AWS_SECRET_ACCESS_KEY", c.secret)
-		if _, _, err := open(t, arn).Generate(t.Context(), keystore.Binding{Use: keystore.ForFile}); keystore.KindOf(err) != c.want {
+		if _, _, err := open(t, arn).Generate(t.Context(),
+			keystore.Binding{Use: keystore.ForFile}); keystore.KindOf(err) != c.want {
 			t.Errorf("the credentials %q: %v", c.id, err)
 		}
 	}
@@ -244,8 +265,10 @@ func TestNames(t *testing.T) {
 		}
 	}
 	for name, want := range map[string]string{
-		"alias/rsa": "RSA_2048", "alias/hmac": "HMAC_256", "alias/managed": "AWS-managed", "alias/aws/s3": "AWS-managed", "alias/none": "NotFoundException",
-		"alias/off": "Disabled", "nonsense": "no KMS key", "arn:aws:s3:::bucket": "no KMS key", arn + "/../x": "no KMS key",
+		"alias/rsa": "RSA_2048", "alias/hmac": "HMAC_256", "alias/managed": "AWS-managed",
+		"alias/aws/s3": "AWS-managed", "alias/none": "NotFoundException",
+		"alias/off": "Disabled", "nonsense": "no KMS key", "arn:aws:s3:::bucket": "no KMS key",
+		arn + "/../x": "no KMS key",
 		"arn:aws:kms:evil.example.org/:111122223333:key/" + id: "no KMS key",
 	} {
 		_, err := awskms.New(quick).Open(t.Context(), name)
@@ -268,7 +291,8 @@ func TestNames(t *testing.T) {
 	}
 	t.Setenv("AWS_REGION", "")
 	t.Setenv("AWS_DEFAULT_REGION", "")
-	if _, err := awskms.New(quick).Open(t.Context(), "alias/good"); keystore.KindOf(err) != keystore.Invalid {
+	if _, err := awskms.New(quick).Open(t.Context(),
+		"alias/good"); keystore.KindOf(err) != keystore.Invalid {
 		t.Errorf("without a Region: %v", err)
 	}
 	if _, err := awskms.New(quick).Open(t.Context(), arn); err != nil {
@@ -303,7 +327,8 @@ func TestConnectionsKept(t *testing.T) {
 		var wg sync.WaitGroup
 		for range 100 {
 			wg.Go(func() {
-				if _, _, err := s.Generate(t.Context(), keystore.Binding{Use: keystore.ForFile}); err != nil {
+				if _, _, err := s.Generate(t.Context(),
+					keystore.Binding{Use: keystore.ForFile}); err != nil {
 					t.Error(err)
 				}
 			})
@@ -321,7 +346,8 @@ func TestAnswerOfAnotherKey(t *testing.T) {
 	srv.Fail(func(op string) *keystoretest.Failure {
 		return &keystoretest.Failure{Body: `{"KeyId":"arn:aws:kms:eu-central-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab","Plaintext":"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=","CiphertextBlob":"AAAA"}`}
 	})
-	if _, _, err := s.Generate(t.Context(), keystore.Binding{Use: keystore.ForFile}); keystore.KindOf(err) != keystore.Damaged {
+	if _, _, err := s.Generate(t.Context(),
+		keystore.Binding{Use: keystore.ForFile}); keystore.KindOf(err) != keystore.Damaged {
 		t.Errorf("an answer for another key: %v", err)
 	}
 }
@@ -351,13 +377,15 @@ func TestEmptyAnswer(t *testing.T) {
 		t.Errorf("unwrap: %v", err)
 	}
 	left = 1 << 30
-	if _, err := s.Unwrap(t.Context(), keystore.Binding{Use: keystore.ForFile}, w); keystore.KindOf(err) != keystore.Outage {
+	if _, err := s.Unwrap(t.Context(), keystore.Binding{Use: keystore.ForFile},
+		w); keystore.KindOf(err) != keystore.Outage {
 		t.Errorf("never a key: %v", err)
 	}
 	srv.Fail(func(string) *keystoretest.Failure {
 		return &keystoretest.Failure{Body: fmt.Sprintf(`{"KeyId":%q,"Plaintext":"AAAA"}`, s.ARN())}
 	})
-	if _, err := s.Unwrap(t.Context(), keystore.Binding{Use: keystore.ForFile}, w); keystore.KindOf(err) != keystore.Damaged {
+	if _, err := s.Unwrap(t.Context(), keystore.Binding{Use: keystore.ForFile},
+		w); keystore.KindOf(err) != keystore.Damaged {
 		t.Errorf("a key of 3 bytes: %v", err)
 	}
 }
@@ -369,7 +397,8 @@ func TestPendingDeletion(t *testing.T) {
 	s := open(t, arn)
 	srv.SetState(arn, "PendingDeletion")
 	srv.Deny("DescribeKey")
-	if _, _, err := s.Generate(t.Context(), keystore.Binding{Use: keystore.ForFile}); keystore.KindOf(err) != keystore.Revoked {
+	if _, _, err := s.Generate(t.Context(),
+		keystore.Binding{Use: keystore.ForFile}); keystore.KindOf(err) != keystore.Revoked {
 		t.Errorf("%v", err)
 	}
 }

@@ -94,7 +94,8 @@ func operationOf(err error) (op *smithy.OperationError) {
 // plain is an error of the SDK without its own chain around it.
 func plain(err error) string {
 	switch {
-	case errors.As(err, new(*aws.RequestCanceledError)), isTimeout(err), errors.Is(err, context.DeadlineExceeded):
+	case errors.As(err, new(*aws.RequestCanceledError)), isTimeout(err), errors.Is(err,
+		context.DeadlineExceeded):
 		return "no answer in time"
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
 		return "the connection was cut off"
@@ -145,7 +146,8 @@ func (o origin) passing(err error) bool {
 	if op := operationOf(err); op != nil && op.Service() == "ec2imds" {
 		return false
 	}
-	return errors.As(err, new(*aws.RequestCanceledError)) || isTimeout(err) || errors.As(err, new(*net.OpError)) && misplaced(err) == ""
+	return errors.As(err, new(*aws.RequestCanceledError)) || isTimeout(err) ||
+		errors.As(err, new(*net.OpError)) && misplaced(err) == ""
 }
 
 func isTimeout(err error) bool {
@@ -169,15 +171,20 @@ func misplaced(err error) string {
 	switch {
 	case errors.As(err, new(x509.CertificateInvalidError)):
 		return "the certificate is not valid now: check this machine's clock, or the proxy"
-	case errors.As(err, new(x509.UnknownAuthorityError)), errors.As(err, new(x509.HostnameError)), errors.As(err, new(*tls.CertificateVerificationError)), errors.As(err, new(x509.SystemRootsError)):
+	case errors.As(err, new(x509.UnknownAuthorityError)), errors.As(err,
+		new(x509.HostnameError)), errors.As(err,
+		new(*tls.CertificateVerificationError)), errors.As(err, new(x509.SystemRootsError)):
 		return "the certificate is not trusted: name the file of its CA by AWS_CA_BUNDLE, or check the endpoint and the proxy"
 	case errors.As(err, new(tls.RecordHeaderError)), errors.Is(err, http.ErrSchemeMismatch):
 		return "the endpoint does not speak TLS, or only TLS: check http:// and https:// in AWS_ENDPOINT_URL_KMS"
-	case !errors.As(err, new(*smithyhttp.RequestSendError)) && !isTimeout(err) && !errors.As(err, new(*net.OpError)) && !errors.As(err, new(*smithyhttp.ResponseError)):
+	case !errors.As(err, new(*smithyhttp.RequestSendError)) && !isTimeout(err) &&
+		!errors.As(err, new(*net.OpError)) && !errors.As(err, new(*smithyhttp.ResponseError)):
 		return "check the AWS configuration: AWS_ENDPOINT_URL_KMS, --aws-endpoint and --aws-region"
 	}
 	if u, ok := errors.AsType[*url.Error](err); ok && !isTimeout(err) {
-		if _, network := errors.AsType[*net.OpError](u.Err); !network && (u.Op == "parse" || strings.HasPrefix(u.Err.Error(), "unsupported protocol scheme") || strings.HasPrefix(u.Err.Error(), "http: no Host in request URL")) {
+		if _, network := errors.AsType[*net.OpError](u.Err); !network &&
+			(u.Op == "parse" || strings.HasPrefix(u.Err.Error(), "unsupported protocol scheme") ||
+				strings.HasPrefix(u.Err.Error(), "http: no Host in request URL")) {
 			return "check AWS_ENDPOINT_URL_KMS, --aws-endpoint and HTTPS_PROXY: an endpoint is like https://host"
 		}
 	}
@@ -217,7 +224,8 @@ func foreign(err error) *foreignAnswer {
 	c, named := errors.AsType[coded](err)
 	named = named && c.ErrorCode() != "" && c.ErrorCode() != unknownCode
 	status := h.HTTPStatusCode()
-	if requestID(err) != "" || named && status != http.StatusForbidden && status != http.StatusUnauthorized {
+	if requestID(err) != "" || named && status != http.StatusForbidden &&
+		status != http.StatusUnauthorized {
 		return nil
 	}
 	f := &foreignAnswer{status: status, err: err}
@@ -255,7 +263,8 @@ func (b brief) Error() string {
 		return c.ErrorCode() + ": " + c.ErrorMessage()
 	}
 	if h, ok := errors.AsType[httpCoded](b.error); ok && h.HTTPStatusCode() != 0 {
-		return fmt.Sprintf("HTTP %d %s, without a reason", h.HTTPStatusCode(), http.StatusText(h.HTTPStatusCode()))
+		return fmt.Sprintf("HTTP %d %s, without a reason", h.HTTPStatusCode(),
+			http.StatusText(h.HTTPStatusCode()))
 	}
 	if n, ok := errors.AsType[*net.OpError](b.error); ok {
 		return n.Error()

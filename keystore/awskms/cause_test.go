@@ -32,7 +32,8 @@ func configured(t *testing.T, text string) {
 	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for k, v := range map[string]string{"AWS_CONFIG_FILE": path, "AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "HOME": filepath.Dir(path)} {
+	for k, v := range map[string]string{"AWS_CONFIG_FILE": path, "AWS_ACCESS_KEY_ID": "",
+		"AWS_SECRET_ACCESS_KEY": "", "HOME": filepath.Dir(path)} {
 		t.Setenv(k, v)
 	}
 }
@@ -40,7 +41,8 @@ func configured(t *testing.T, text string) {
 func wantError(t *testing.T, err error, kind keystore.Kind, says, hint string) {
 	t.Helper()
 	e, ok := errors.AsType[*keystore.Error](err)
-	if !ok || e.Kind != kind || !strings.Contains(err.Error(), says) || !strings.Contains(e.Hint, hint) || strings.Contains(err.Error(), "\n") {
+	if !ok || e.Kind != kind || !strings.Contains(err.Error(), says) ||
+		!strings.Contains(e.Hint, hint) || strings.Contains(err.Error(), "\n") {
 		if ok {
 			hint = e.Hint + ", want " + hint
 		}
@@ -55,7 +57,9 @@ func TestWhyNoCredentials(t *testing.T) {
 			if !strings.HasPrefix(op, "AssumeRole") {
 				return nil
 			}
-			return &keystoretest.Failure{Status: 403, Body: "<ErrorResponse><Error><Code>" + code + "</Code><Message>" + message + "</Message></Error></ErrorResponse>"}
+			return &keystoretest.Failure{Status: 403,
+				Body: "<ErrorResponse><Error><Code>" + code + "</Code><Message>" + message +
+					"</Message></Error></ErrorResponse>"}
 		}
 	}
 	for name, c := range map[string]struct {
@@ -66,15 +70,20 @@ func TestWhyNoCredentials(t *testing.T) {
 	}{
 		"none": {says: "none are configured", hint: "aws configure"},
 		"a role that is denied": {config: "[profile base]\naws_access_key_id=A\naws_secret_access_key=s\n[profile r]\nrole_arn=" + testRole + "\nsource_profile=base\n", profile: "r",
-			fail: sts("AccessDenied", "base may not sts:AssumeRole"), says: "AssumeRole: AccessDenied: base may not"},
+			fail: sts("AccessDenied", "base may not sts:AssumeRole"),
+			says: "AssumeRole: AccessDenied: base may not"},
 		"an SSO session that is not there": {config: "[sso-session corp]\nsso_region=eu-central-1\nsso_start_url=https://corp.example/start\n[profile s]\nsso_session=corp\nsso_account_id=111122223333\nsso_role_name=x\n", profile: "s",
 			says: "the SSO session of profile \"s\"", hint: "aws sso login --profile s"},
-		"a process that fails": {config: "[profile p]\ncredential_process = sh -c 'exit 7'\n", profile: "p", says: "exit status 7", hint: "sh -c"},
+		"a process that fails": {config: "[profile p]\ncredential_process = sh -c 'exit 7'\n",
+			profile: "p", says: "exit status 7", hint: "sh -c"},
 		"a process that prints more than credentials": {config: "[profile p]\ncredential_process = sh -c 'echo {\\\"Version\\\":1,\\\"AccessKeyId\\\":\\\"AKP\\\",\\\"SecretAccessKey\\\":\\\"TOPSECRET\\\"}; echo renew'\n", profile: "p",
 			says: "its output is not the JSON of credentials"},
-		"half a pair of keys":     {env: map[string]string{"AWS_ACCESS_KEY_ID": "AKIDTEST"}, says: "AWS_SECRET_ACCESS_KEY is not", hint: "aws configure"},
-		"a role without a source": {config: "[profile r]\nrole_arn=" + testRole + "\n", profile: "r", says: "the role of profile \"r\"", hint: "source_profile"},
-		"a token that is missing": {env: map[string]string{"AWS_ROLE_ARN": testRole, "AWS_WEB_IDENTITY_TOKEN_FILE": "/no/such-token"},
+		"half a pair of keys": {env: map[string]string{"AWS_ACCESS_KEY_ID": "AKIDTEST"},
+			says: "AWS_SECRET_ACCESS_KEY is not", hint: "aws configure"},
+		"a role without a source": {config: "[profile r]\nrole_arn=" + testRole + "\n",
+			profile: "r", says: "the role of profile \"r\"", hint: "source_profile"},
+		"a token that is missing": {env: map[string]string{"AWS_ROLE_ARN": testRole,
+			"AWS_WEB_IDENTITY_TOKEN_FILE": "/no/such-token"},
 			says: "/no/such-token: no such file", hint: "token file"},
 		"a container's agent that has none": {env: map[string]string{"AWS_CONTAINER_CREDENTIALS_FULL_URI": "http://127.0.0.1:1/creds"}, says: "the container's credential service"},
 	} {
@@ -119,7 +128,8 @@ func TestWhyNoCredentials(t *testing.T) {
 func TestProcessRunsOnce(t *testing.T) {
 	srv := keystoretest.NewServer(t)
 	arn := srv.AddKey("alias/x")
-	dir := process(t, `echo >>$DIR/runs; sleep $(cat $DIR/takes); test -e $DIR/fails && exit 1; echo '{"Version":1,"AccessKeyId":"AKIDTEST","SecretAccessKey":"s"}'`)
+	dir := process(t,
+		`echo >>$DIR/runs; sleep $(cat $DIR/takes); test -e $DIR/fails && exit 1; echo '{"Version":1,"AccessKeyId":"AKIDTEST","SecretAccessKey":"s"}'`)
 	for _, takes := range []string{"3", "0"} { // longer than Options.Total
 		if err := os.WriteFile(dir+"/takes", []byte(takes), 0o600); err != nil {
 			t.Fatal(err)
@@ -172,7 +182,9 @@ func TestAgentRestarts(t *testing.T) {
 				w.WriteHeader(http.StatusServiceUnavailable)
 				return
 			}
-			fmt.Fprintf(w, `{"AccessKeyId":"AKIDAGENT","SecretAccessKey":"s","Token":"t","Expiration":%q}`, time.Now().Add(time.Hour).UTC().Format(time.RFC3339))
+			fmt.Fprintf(w,
+				`{"AccessKeyId":"AKIDAGENT","SecretAccessKey":"s","Token":"t","Expiration":%q}`,
+				time.Now().Add(time.Hour).UTC().Format(time.RFC3339))
 		})}}
 		agent.Start()
 		t.Cleanup(agent.Close)
@@ -203,7 +215,8 @@ func TestRoleWithWrongClock(t *testing.T) {
 // An answer that is not one of KMS is told as such, and is neither a denial nor an outage of
 // long: a proxy has no say about keys.
 func TestForeignAnswers(t *testing.T) {
-	for status, again := range map[int]bool{302: false, 403: false, 407: false, 429: true, 500: true, 502: true} {
+	for status, again := range map[int]bool{302: false, 403: false, 407: false, 429: true,
+		500: true, 502: true} {
 		var calls atomic.Int32
 		proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			calls.Add(1)
@@ -217,7 +230,8 @@ func TestForeignAnswers(t *testing.T) {
 		o.Endpoint = proxy.URL
 		o.Meter = &keystore.Meter{}
 		_, err := awskms.New(o).Open(t.Context(), "alias/x")
-		wantError(t, err, keystore.Outage, fmt.Sprintf("HTTP %d", status), "a proxy answered instead of KMS")
+		wantError(t, err, keystore.Outage, fmt.Sprintf("HTTP %d", status),
+			"a proxy answered instead of KMS")
 		if n := calls.Load(); again != (n > 1) {
 			t.Errorf("%d: %d calls", status, n)
 		}
@@ -239,7 +253,8 @@ func TestForeignAnswers(t *testing.T) {
 
 // A gateway's denial in JSON has no number of a request of KMS: it takes no keys away.
 func TestGatewayDenials(t *testing.T) {
-	for _, body := range []string{`{"code":"blocked","message":"x"}`, `{"__type":"AccessDeniedException","message":"x"}`, `{"message":"Forbidden"}`} {
+	for _, body := range []string{`{"code":"blocked","message":"x"}`,
+		`{"__type":"AccessDeniedException","message":"x"}`, `{"message":"Forbidden"}`} {
 		gateway := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Content-Type", "application/json")
 			w.WriteHeader(http.StatusForbidden)
@@ -260,7 +275,8 @@ func TestProxyRefuses(t *testing.T) {
 		proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(http.StatusProxyAuthRequired) }))
 		defer proxy.Close()
 		c := exec.Command(os.Args[0], "-test.run", "^TestProxyRefuses$", "-test.v")
-		c.Env = append(os.Environ(), "KMSFS_TEST_PROXY=1", "HTTPS_PROXY="+proxy.URL, "NO_PROXY=", "no_proxy=")
+		c.Env = append(os.Environ(), "KMSFS_TEST_PROXY=1", "HTTPS_PROXY="+proxy.URL, "NO_PROXY=",
+			"no_proxy=")
 		if out, err := c.CombinedOutput(); err != nil || !strings.Contains(string(out), "--- PASS") {
 			t.Errorf("%v\n%s", err, out)
 		}
@@ -302,9 +318,13 @@ func TestUnknownRefusals(t *testing.T) {
 	srv := keystoretest.NewServer(t)
 	s := open(t, srv.AddKey(""))
 	for code, want := range map[string]keystore.Kind{"MalformedPolicyDocumentException": keystore.Invalid, "TagException": keystore.Invalid, "SerializationException": keystore.Invalid,
-		"AccessDenied": keystore.Denied, "LimitExceededException": keystore.Invalid, "SomethingNewException": keystore.Invalid} {
+		"AccessDenied": keystore.Denied, "LimitExceededException": keystore.Invalid,
+		"SomethingNewException": keystore.Invalid} {
 		before := srv.Calls("GenerateDataKey")
-		srv.Fail(func(string) *keystoretest.Failure { return &keystoretest.Failure{Status: 400, Code: code} })
+		srv.Fail(func(string) *keystoretest.Failure {
+			return &keystoretest.Failure{Status: 400,
+				Code: code}
+		})
 		if _, _, err := s.Generate(t.Context(), fileKey); keystore.KindOf(err) != want {
 			t.Errorf("%s: %v", code, err)
 		}
@@ -320,9 +340,12 @@ func TestPassingAnswers(t *testing.T) {
 	srv := keystoretest.NewServer(t)
 	s := open(t, srv.AddKey(""))
 	for _, f := range []keystoretest.Failure{
-		{Status: 400, Code: "InvalidSignatureException"}, {Status: 400, Code: "NotFoundException"}, {Status: 400, Code: "DependencyTimeoutException"},
-		{Status: 400, Code: "KMSInvalidStateException", Body: `{"__type":"KMSInvalidStateException","message":"The external key store proxy did not respond within the timeout interval."}`},
-		{Status: 400, Code: "KMSInvalidStateException", Body: `{"__type":"KMSInvalidStateException","message":"the key is Creating."}`},
+		{Status: 400, Code: "InvalidSignatureException"}, {Status: 400, Code: "NotFoundException"},
+		{Status: 400, Code: "DependencyTimeoutException"},
+		{Status: 400, Code: "KMSInvalidStateException",
+			Body: `{"__type":"KMSInvalidStateException","message":"The external key store proxy did not respond within the timeout interval."}`},
+		{Status: 400, Code: "KMSInvalidStateException",
+			Body: `{"__type":"KMSInvalidStateException","message":"the key is Creating."}`},
 	} {
 		n := 0
 		srv.Fail(func(op string) *keystoretest.Failure {
@@ -372,7 +395,9 @@ func TestMisplaced(t *testing.T) {
 	}
 	// With the CA named, it is used.
 	ca := filepath.Join(t.TempDir(), "ca.pem")
-	if err := os.WriteFile(ca, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: secret.Certificate().Raw}), 0o600); err != nil {
+	if err := os.WriteFile(ca,
+		pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: secret.Certificate().Raw}),
+		0o600); err != nil {
 		t.Fatal(err)
 	}
 	t.Setenv("AWS_CA_BUNDLE", ca)
@@ -392,7 +417,8 @@ func TestBrokenReload(t *testing.T) {
 	srv := keystoretest.NewServer(t)
 	path := filepath.Join(t.TempDir(), "credentials")
 	good := []byte("[default]\naws_access_key_id=AKIDTEST\naws_secret_access_key=s\n")
-	for k, v := range map[string]string{"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "AWS_SHARED_CREDENTIALS_FILE": path, "AWS_EC2_METADATA_DISABLED": "true"} {
+	for k, v := range map[string]string{"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "",
+		"AWS_SHARED_CREDENTIALS_FILE": path, "AWS_EC2_METADATA_DISABLED": "true"} {
 		t.Setenv(k, v)
 	}
 	if err := os.WriteFile(path, good, 0o600); err != nil {
@@ -407,7 +433,8 @@ func TestBrokenReload(t *testing.T) {
 	if err := generate(); err != nil {
 		t.Fatal(err)
 	}
-	for _, broken := range []string{"", "[default\n", "[default]\naws_access_key_id=\n", "[default]\ncredential_process = false\n"} {
+	for _, broken := range []string{"", "[default\n", "[default]\naws_access_key_id=\n",
+		"[default]\ncredential_process = false\n"} {
 		if err := os.WriteFile(path, []byte(broken), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -418,7 +445,8 @@ func TestBrokenReload(t *testing.T) {
 			t.Errorf("%q: the old ones: %v", broken, err)
 		}
 	}
-	if err := os.WriteFile(path, []byte("[default]\naws_access_key_id=SECOND\naws_secret_access_key=s\n"), 0o600); err != nil {
+	if err := os.WriteFile(path,
+		[]byte("[default]\naws_access_key_id=SECOND\naws_secret_access_key=s\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	srv.Refuse("SECOND", "UnrecognizedClientException") // they are not known to KMS (yet)
@@ -471,7 +499,8 @@ func TestCreateLeavesNothing(t *testing.T) {
 	if n := srv.Calls("CreateKey") - before; n != 1 {
 		t.Errorf("a slow answer: made %d times", n)
 	}
-	for _, f := range []keystoretest.Failure{{Status: 500, Code: "KMSInternalException"}, {Hang: true}, {Status: 502, Body: "<html>"}} {
+	for _, f := range []keystoretest.Failure{{Status: 500, Code: "KMSInternalException"},
+		{Hang: true}, {Status: 502, Body: "<html>"}} {
 		before = srv.Calls("CreateKey")
 		srv.Fail(func(op string) *keystoretest.Failure {
 			if op == "CreateKey" {

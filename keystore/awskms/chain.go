@@ -68,7 +68,8 @@ func (c *Clients) load(ctx context.Context, region string) (aws.Config, error) {
 	client := sts.NewFromConfig(cfg)
 	late.client.Store(client)
 	if c.o.RoleARN != "" {
-		cfg.Credentials = aws.NewCredentialsCache(stscreds.NewAssumeRoleProvider(roleClient{client, late}, c.o.RoleARN, session), early)
+		cfg.Credentials = aws.NewCredentialsCache(stscreds.NewAssumeRoleProvider(roleClient{client,
+			late}, c.o.RoleARN, session), early)
 	}
 	return cfg, nil
 }
@@ -83,7 +84,9 @@ func checkBundle(path string) error {
 		err = fmt.Errorf("%s has no certificate", path)
 	}
 	if err != nil {
-		return &keystore.Error{Kind: keystore.Invalid, URI: Scheme, Op: "open", Err: fmt.Errorf("AWS_CA_BUNDLE: %w", err), Hint: "name a PEM file of the CA's certificates, or unset AWS_CA_BUNDLE"}
+		return &keystore.Error{Kind: keystore.Invalid, URI: Scheme, Op: "open",
+			Err:  fmt.Errorf("AWS_CA_BUNDLE: %w", err),
+			Hint: "name a PEM file of the CA's certificates, or unset AWS_CA_BUNDLE"}
 	}
 	return nil
 }
@@ -146,7 +149,9 @@ func sessionName(s string) string {
 type lateSTS struct{ client atomic.Pointer[sts.Client] }
 
 // AssumeRoleWithWebIdentity implements [stscreds.AssumeRoleWithWebIdentityAPIClient].
-func (l *lateSTS) AssumeRoleWithWebIdentity(ctx context.Context, in *sts.AssumeRoleWithWebIdentityInput, o ...func(*sts.Options)) (*sts.AssumeRoleWithWebIdentityOutput, error) {
+func (l *lateSTS) AssumeRoleWithWebIdentity(ctx context.Context,
+	in *sts.AssumeRoleWithWebIdentityInput,
+	o ...func(*sts.Options)) (*sts.AssumeRoleWithWebIdentityOutput, error) {
 	return l.client.Load().AssumeRoleWithWebIdentity(ctx, in, o...)
 }
 
@@ -165,7 +170,8 @@ type roleClient struct {
 }
 
 // AssumeRole implements [stscreds.AssumeRoleAPIClient].
-func (c roleClient) AssumeRole(ctx context.Context, in *sts.AssumeRoleInput, o ...func(*sts.Options)) (*sts.AssumeRoleOutput, error) {
+func (c roleClient) AssumeRole(ctx context.Context, in *sts.AssumeRoleInput,
+	o ...func(*sts.Options)) (*sts.AssumeRoleOutput, error) {
 	o = append(o, c.late.endpoint)
 	out, err := c.AssumeRoleAPIClient.AssumeRole(ctx, in, o...)
 	if err != nil && skewed(err) {
@@ -204,7 +210,8 @@ func (c *Clients) sourceOf(cfg aws.Config) origin {
 	case env && os.Getenv("AWS_ACCESS_KEY_ID") != "" && os.Getenv("AWS_SECRET_ACCESS_KEY") != "":
 		return origin{name: "the environment", hint: credentialsHint}
 	case env && os.Getenv("AWS_WEB_IDENTITY_TOKEN_FILE") != "":
-		return origin{name: "the web identity of AWS_WEB_IDENTITY_TOKEN_FILE", hint: "check the token file, AWS_ROLE_ARN and the role's trust policy"}
+		return origin{name: "the web identity of AWS_WEB_IDENTITY_TOKEN_FILE",
+			hint: "check the token file, AWS_ROLE_ARN and the role's trust policy"}
 	case shared == nil:
 		return machineOrigin()
 	}
@@ -220,11 +227,14 @@ func profileOrigin(p *config.SharedConfig) (o origin) {
 	case p.Credentials.HasKeys():
 		o = origin{name: fmt.Sprintf("profile %q", p.Profile), hint: credentialsHint}
 	case p.WebIdentityTokenFile != "":
-		return origin{name: fmt.Sprintf("the web identity of profile %q", p.Profile), hint: "check web_identity_token_file, role_arn and the role's trust policy"}
+		return origin{name: fmt.Sprintf("the web identity of profile %q", p.Profile),
+			hint: "check web_identity_token_file, role_arn and the role's trust policy"}
 	case p.SSOSession != nil || p.SSOAccountID != "" || p.SSOStartURL != "":
-		o = origin{name: fmt.Sprintf("the SSO session of profile %q", p.Profile), hint: "aws sso login --profile " + p.Profile}
+		o = origin{name: fmt.Sprintf("the SSO session of profile %q", p.Profile),
+			hint: "aws sso login --profile " + p.Profile}
 	case p.CredentialProcess != "":
-		o = origin{name: fmt.Sprintf("the credential_process of profile %q", p.Profile), hint: "run it by hand: " + p.CredentialProcess, process: true}
+		o = origin{name: fmt.Sprintf("the credential_process of profile %q", p.Profile),
+			hint: "run it by hand: " + p.CredentialProcess, process: true}
 	default:
 		o = machineOrigin()
 	}
@@ -232,7 +242,8 @@ func profileOrigin(p *config.SharedConfig) (o origin) {
 		if p.Source == nil && p.CredentialSource == "" && o.name == "" {
 			o.hint = fmt.Sprintf("name source_profile or credential_source in profile %q", p.Profile)
 		}
-		o.name = fmt.Sprintf("the role of profile %q, by %s", p.Profile, cmp.Or(o.name, "this machine's role"))
+		o.name = fmt.Sprintf("the role of profile %q, by %s", p.Profile,
+			cmp.Or(o.name, "this machine's role"))
 	}
 	return o
 }
@@ -240,8 +251,10 @@ func profileOrigin(p *config.SharedConfig) (o origin) {
 // machineOrigin is the origin where no profile names one: a container's agent, or the
 // machine's instance role.
 func machineOrigin() origin {
-	if os.Getenv("AWS_CONTAINER_CREDENTIALS_FULL_URI") != "" || os.Getenv("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI") != "" {
-		return origin{name: "the container's credential service", hint: "check the task's or the pod's role"}
+	if os.Getenv("AWS_CONTAINER_CREDENTIALS_FULL_URI") != "" ||
+		os.Getenv("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI") != "" {
+		return origin{name: "the container's credential service",
+			hint: "check the task's or the pod's role"}
 	}
 	return origin{hint: credentialsHint}
 }
@@ -259,7 +272,8 @@ func (c *Clients) NeedsDirectory(ctx context.Context) bool {
 		shared, ok := s.(config.SharedConfig)
 		for p := &shared; ok && p != nil; p = p.Source {
 			command := strings.Fields(p.CredentialProcess)
-			process := len(command) > 1 || len(command) == 1 && strings.Contains(command[0], "/") && relative(command[0])
+			process := len(command) > 1 || len(command) == 1 && strings.Contains(command[0], "/") &&
+				relative(command[0])
 			if relative(p.WebIdentityTokenFile) || relative(p.CustomCABundle) || process {
 				return true
 			}
@@ -271,8 +285,10 @@ func (c *Clients) NeedsDirectory(ctx context.Context) bool {
 // AbsoluteEnvironment makes the paths absolute that the SDK takes from the environment, so
 // that they mean the same from any directory.
 func AbsoluteEnvironment() {
-	for _, name := range []string{"AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_CA_BUNDLE", "AWS_WEB_IDENTITY_TOKEN_FILE",
-		"AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", "AWS_LOGIN_CACHE_DIRECTORY", "SSL_CERT_FILE", "SSL_CERT_DIR", "HOME"} {
+	for _, name := range []string{"AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_CA_BUNDLE",
+		"AWS_WEB_IDENTITY_TOKEN_FILE",
+		"AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", "AWS_LOGIN_CACHE_DIRECTORY", "SSL_CERT_FILE",
+		"SSL_CERT_DIR", "HOME"} {
 		if path := os.Getenv(name); path != "" && !filepath.IsAbs(path) {
 			if abs, err := filepath.Abs(path); err == nil {
 				os.Setenv(name, abs)

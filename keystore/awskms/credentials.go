@@ -45,7 +45,8 @@ type source struct {
 }
 
 func (c *Clients) newSource(region string, cfg aws.Config) *source {
-	s := &source{origin: c.originOf(cfg), chain: cfg.Credentials, atMost: c.o.Attempt * 2 / 3, silence: c.o.Attempt * 30, refused: c.reloaded, renewed: true}
+	s := &source{origin: c.originOf(cfg), chain: cfg.Credentials, atMost: c.o.Attempt * 2 / 3,
+		silence: c.o.Attempt * 30, refused: c.reloaded, renewed: true}
 	s.load = func() (aws.CredentialsProvider, error) {
 		cfg, err := c.load(context.Background(), region)
 		return cfg.Credentials, err
@@ -202,7 +203,8 @@ func (s *source) renew(r *renewal) {
 
 // badConfig says what is wrong with the configuration that the SDK loads.
 func badConfig(err error) error {
-	e := &keystore.Error{Kind: keystore.Credentials, URI: Scheme, Op: "open", Err: err, Hint: "check the AWS configuration files and --aws-profile"}
+	e := &keystore.Error{Kind: keystore.Credentials, URI: Scheme, Op: "open", Err: err,
+		Hint: "check the AWS configuration files and --aws-profile"}
 	if _, mfa := errors.AsType[config.AssumeRoleTokenProviderNotSetError](err); mfa {
 		e.Err = errors.New("the profile's role asks for a multi-factor code, which a mount cannot give")
 		e.Hint = "name a role without mfa_serial, or get a session first: aws sts get-session-token"
@@ -224,7 +226,8 @@ func (c *Clients) Reload(ctx context.Context) error {
 		return err
 	}
 	if cfg.Credentials == nil {
-		return &keystore.Error{Kind: keystore.Credentials, URI: Scheme, Op: "reload", Err: errors.New("no AWS credentials are configured"), Hint: credentialsHint}
+		return &keystore.Error{Kind: keystore.Credentials, URI: Scheme, Op: "reload",
+			Err: errors.New("no AWS credentials are configured"), Hint: credentialsHint}
 	}
 	s := c.newSource(region, cfg)
 	ctx, cancel := context.WithTimeout(ctx, s.silence)
@@ -233,7 +236,8 @@ func (c *Clients) Reload(ctx context.Context) error {
 	if err != nil {
 		failed := &credentialsError{}
 		errors.As(s.failed(err), &failed)
-		return &keystore.Error{Kind: keystore.Credentials, URI: Scheme, Op: "reload", Err: failed, Hint: failed.hint}
+		return &keystore.Error{Kind: keystore.Credentials, URI: Scheme, Op: "reload", Err: failed,
+			Hint: failed.hint}
 	}
 	if err := c.known(ctx, cfg, region); err != nil {
 		return err
@@ -268,7 +272,8 @@ func (c *Clients) known(ctx context.Context, cfg aws.Config, region string) erro
 	_, err := call(ctx, s, "reload", "DescribeKey", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.DescribeKeyOutput, error) {
 		return k.DescribeKey(ctx, &kms.DescribeKeyInput{KeyId: &key}, o)
 	})
-	if e, ok := errors.AsType[*keystore.Error](err); ok && (e.Kind == keystore.Credentials || e.Kind == keystore.Denied && !deniesAction(err)) {
+	if e, ok := errors.AsType[*keystore.Error](err); ok &&
+		(e.Kind == keystore.Credentials || e.Kind == keystore.Denied && !deniesAction(err)) {
 		return e
 	}
 	return nil
@@ -312,7 +317,8 @@ const justMade = time.Second
 // secondLook reports whether a refusal is to be tried again: with the clock that the service
 // has told, then with credentials that were loaded again, or after a moment if it did not
 // find the key; each once. Credentials that could not be had are no refusal.
-func (s *Store) secondLook(ctx context.Context, k *kms.Client, begun time.Time, v *keystore.Error, err error, once map[second]bool) bool {
+func (s *Store) secondLook(ctx context.Context, k *kms.Client, begun time.Time, v *keystore.Error,
+	err error, once map[second]bool) bool {
 	if ctx.Err() != nil || errors.As(err, new(*credentialsError)) {
 		return false
 	}
@@ -346,7 +352,8 @@ func (s *Store) secondLook(ctx context.Context, k *kms.Client, begun time.Time, 
 // because they did not before.
 func unsigned(err error) bool {
 	c, ok := errors.AsType[coded](err)
-	return ok && slices.Contains([]string{"InvalidSignatureException", "SignatureDoesNotMatch", "RequestExpired"}, c.ErrorCode())
+	return ok && slices.Contains([]string{"InvalidSignatureException", "SignatureDoesNotMatch",
+		"RequestExpired"}, c.ErrorCode())
 }
 
 // TemporaryEnvironment reports whether the environment holds credentials that

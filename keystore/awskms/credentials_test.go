@@ -55,7 +55,9 @@ func TestReload(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "credentials")
 	put := func(id string) {
 		t.Helper()
-		if err := os.WriteFile(path, fmt.Appendf(nil, "[default]\naws_access_key_id=%s\naws_secret_access_key=s\n", id), 0o600); err != nil {
+		if err := os.WriteFile(path,
+			fmt.Appendf(nil, "[default]\naws_access_key_id=%s\naws_secret_access_key=s\n", id),
+			0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -113,7 +115,8 @@ func asRole(t *testing.T, test func(*testing.T, *keystoretest.Server, awskms.Opt
 	t.Run("Profile", func(t *testing.T) {
 		srv, o := keystoretest.NewServer(t), quick
 		path := filepath.Join(t.TempDir(), "config")
-		if err := os.WriteFile(path, []byte("[profile base]\naws_access_key_id=AKIDTEST\naws_secret_access_key=s\n[profile role]\nrole_arn="+arn+"\nsource_profile=base\n"), 0o600); err != nil {
+		if err := os.WriteFile(path,
+			[]byte("[profile base]\naws_access_key_id=AKIDTEST\naws_secret_access_key=s\n[profile role]\nrole_arn="+arn+"\nsource_profile=base\n"), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		t.Setenv("AWS_CONFIG_FILE", path)
@@ -140,7 +143,10 @@ func TestRole(t *testing.T) {
 		if n := srv.Calls("AssumeRole"); n != 1 {
 			t.Errorf("the role was assumed %d times", n)
 		}
-		named := func(a string) bool { return strings.HasPrefix(a, "session kmsfs-") && strings.HasSuffix(a, " 3600") }
+		named := func(a string) bool {
+			return strings.HasPrefix(a, "session kmsfs-") &&
+				strings.HasSuffix(a, " 3600")
+		}
 		if !slices.ContainsFunc(srv.Agents(), named) {
 			t.Errorf("no session is named after this machine, for an hour: %q", srv.Agents())
 		}
@@ -169,7 +175,8 @@ func testRoleRenewal(t *testing.T, srv *keystoretest.Server, o awskms.Options) {
 			return nil
 		}
 	}
-	away, silent := sts(keystoretest.Failure{Status: 503, Body: "<html>away</html>"}), sts(keystoretest.Failure{Hang: true})
+	away, silent := sts(keystoretest.Failure{Status: 503,
+		Body: "<html>away</html>"}), sts(keystoretest.Failure{Hang: true})
 	for _, how := range []func(string) *keystoretest.Failure{away, silent} {
 		srv.Fail(nil)
 		srv.SetSession(5*time.Minute + 2*time.Second) // to be renewed after 2 s
@@ -203,7 +210,8 @@ func testRoleRenewal(t *testing.T, srv *keystoretest.Server, o awskms.Options) {
 			t.Errorf("STS came back: %v", err)
 		}
 	}
-	srv.Fail(sts(keystoretest.Failure{Status: 403, Body: `<ErrorResponse><Error><Code>AccessDenied</Code><Message>no</Message></Error></ErrorResponse>`}))
+	srv.Fail(sts(keystoretest.Failure{Status: 403,
+		Body: `<ErrorResponse><Error><Code>AccessDenied</Code><Message>no</Message></Error></ErrorResponse>`}))
 	if err := open()(); keystore.KindOf(err) != keystore.Credentials {
 		t.Errorf("a role that may not be assumed: %v", err)
 	}
@@ -212,12 +220,14 @@ func testRoleRenewal(t *testing.T, srv *keystoretest.Server, o awskms.Options) {
 // process makes a credential_process the only source of credentials, a shell script.
 func process(t *testing.T, script string) (dir string) {
 	dir = t.TempDir()
-	for name, text := range map[string]string{"script": script, "config": "[default]\ncredential_process = sh " + dir + "/script\n"} {
+	for name, text := range map[string]string{"script": script,
+		"config": "[default]\ncredential_process = sh " + dir + "/script\n"} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
-	for k, v := range map[string]string{"AWS_CONFIG_FILE": dir + "/config", "AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "DIR": dir} {
+	for k, v := range map[string]string{"AWS_CONFIG_FILE": dir + "/config", "AWS_ACCESS_KEY_ID": "",
+		"AWS_SECRET_ACCESS_KEY": "", "DIR": dir} {
 		t.Setenv(k, v)
 	}
 	return dir
@@ -226,7 +236,8 @@ func process(t *testing.T, script string) (dir string) {
 // A source whose credentials all last less than 5 minutes is not asked at each call.
 func TestShortCredentials(t *testing.T) {
 	srv := keystoretest.NewServer(t)
-	dir := process(t, `echo >>$DIR/asked; printf '{"Version":1,"AccessKeyId":"AKIDTEST","SecretAccessKey":"s","SessionToken":"t","Expiration":"%s"}' $(date -u -d "$(cat $DIR/lasts)" +%FT%TZ)`)
+	dir := process(t,
+		`echo >>$DIR/asked; printf '{"Version":1,"AccessKeyId":"AKIDTEST","SecretAccessKey":"s","SessionToken":"t","Expiration":"%s"}' $(date -u -d "$(cat $DIR/lasts)" +%FT%TZ)`)
 	for lasts, want := range map[string]int{"4 minutes": 1, "3 hours": 1} {
 		if err := os.WriteFile(dir+"/lasts", []byte(lasts), 0o600); err != nil {
 			t.Fatal(err)
@@ -247,7 +258,8 @@ func TestShortCredentials(t *testing.T) {
 // One who gives credentials and is silent for ever is not waited for for ever.
 func TestSilentCredentials(t *testing.T) {
 	srv := keystoretest.NewServer(t)
-	dir := process(t, `if test -e $DIR/silent; then echo $$ >>$DIR/pids; exec sleep 600; fi; echo '{"Version":1,"AccessKeyId":"AKIDTEST","SecretAccessKey":"s"}'`)
+	dir := process(t,
+		`if test -e $DIR/silent; then echo $$ >>$DIR/pids; exec sleep 600; fi; echo '{"Version":1,"AccessKeyId":"AKIDTEST","SecretAccessKey":"s"}'`)
 	t.Cleanup(func() {
 		b, _ := os.ReadFile(dir + "/pids")
 		for _, s := range strings.Fields(string(b)) {
@@ -280,7 +292,8 @@ func TestSilentCredentials(t *testing.T) {
 // New credentials that take longer to come than a call waits are used when they have.
 func TestSlowRotation(t *testing.T) {
 	srv := keystoretest.NewServer(t)
-	dir := process(t, `if test -e $DIR/rotated; then sleep 1; printf '{"Version":1,"AccessKeyId":"SECOND","SecretAccessKey":"s"}'; else printf '{"Version":1,"AccessKeyId":"FIRST","SecretAccessKey":"s"}'; fi`)
+	dir := process(t,
+		`if test -e $DIR/rotated; then sleep 1; printf '{"Version":1,"AccessKeyId":"SECOND","SecretAccessKey":"s"}'; else printf '{"Version":1,"AccessKeyId":"FIRST","SecretAccessKey":"s"}'; fi`)
 	s := open(t, srv.AddKey(""))
 	generate := func() error { _, _, err := s.Generate(t.Context(), fileKey); return err }
 	if err := generate(); err != nil {
@@ -307,10 +320,13 @@ func TestSilentAgent(t *testing.T) {
 			<-r.Context().Done()
 			return
 		}
-		fmt.Fprintf(w, `{"AccessKeyId":"AKIDAGENT","SecretAccessKey":"s","Token":"t","Expiration":%q}`, time.Now().Add(time.Hour).UTC().Format(time.RFC3339))
+		fmt.Fprintf(w,
+			`{"AccessKeyId":"AKIDAGENT","SecretAccessKey":"s","Token":"t","Expiration":%q}`,
+			time.Now().Add(time.Hour).UTC().Format(time.RFC3339))
 	}))
 	defer agent.Close()
-	for k, v := range map[string]string{"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "AWS_CONTAINER_CREDENTIALS_FULL_URI": agent.URL} {
+	for k, v := range map[string]string{"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "",
+		"AWS_CONTAINER_CREDENTIALS_FULL_URI": agent.URL} {
 		t.Setenv(k, v)
 	}
 	o := quick
@@ -360,10 +376,12 @@ func TestRefusalWithoutSTS(t *testing.T) {
 func TestMFA(t *testing.T) {
 	srv := keystoretest.NewServer(t)
 	path := filepath.Join(t.TempDir(), "config")
-	if err := os.WriteFile(path, []byte("[profile base]\naws_access_key_id=AKIDTEST\naws_secret_access_key=s\n[profile mfa]\nrole_arn=arn:aws:iam::111122223333:role/r\nsource_profile=base\nmfa_serial=arn:aws:iam::111122223333:mfa/x\n"), 0o600); err != nil {
+	if err := os.WriteFile(path,
+		[]byte("[profile base]\naws_access_key_id=AKIDTEST\naws_secret_access_key=s\n[profile mfa]\nrole_arn=arn:aws:iam::111122223333:role/r\nsource_profile=base\nmfa_serial=arn:aws:iam::111122223333:mfa/x\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for k, v := range map[string]string{"AWS_CONFIG_FILE": path, "AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""} {
+	for k, v := range map[string]string{"AWS_CONFIG_FILE": path, "AWS_ACCESS_KEY_ID": "",
+		"AWS_SECRET_ACCESS_KEY": ""} {
 		t.Setenv(k, v)
 	}
 	o := quick
@@ -417,7 +435,8 @@ func TestBrokenAnswers(t *testing.T) {
 		t.Errorf("an answer that is cut off is tried again: %v", err)
 	}
 	calls := o.Meter.Calls()
-	if len(calls) != 2 || calls[0].Verdict != "ok" || calls[1].Verdict != "outage" || calls[0].Op != "GenerateDataKey" || calls[0].Purpose != "open" {
+	if len(calls) != 2 || calls[0].Verdict != "ok" || calls[1].Verdict != "outage" ||
+		calls[0].Op != "GenerateDataKey" || calls[0].Purpose != "open" {
 		t.Errorf("counted %v", calls)
 	}
 	if q := o.Meter.Quantile(0.5); q <= 0 || q > time.Minute {
@@ -483,7 +502,8 @@ func TestAdmin(t *testing.T) {
 		}
 		state(step.want)
 	}
-	if ks, err := a.List(t.Context()); err != nil || len(ks) != 1 || ks[0].Alias != "alias/new" || ks[0].ARN != arn {
+	if ks, err := a.List(t.Context()); err != nil || len(ks) != 1 || ks[0].Alias != "alias/new" ||
+		ks[0].ARN != arn {
 		t.Errorf("%+v, %v", ks, err)
 	}
 }

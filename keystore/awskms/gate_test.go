@@ -22,7 +22,8 @@ func TestGateOrder(t *testing.T) {
 		}
 		var mu sync.Mutex
 		var order []keystore.Purpose
-		for _, p := range []keystore.Purpose{keystore.ForRewrap, keystore.ForPrefetch, keystore.ForPool, keystore.ForCreate, keystore.ForOpen, keystore.ForLease} {
+		for _, p := range []keystore.Purpose{keystore.ForRewrap, keystore.ForPrefetch,
+			keystore.ForPool, keystore.ForCreate, keystore.ForOpen, keystore.ForLease} {
 			go func() {
 				if g.enter(keystore.WithPurpose(ctx, p)) == nil {
 					mu.Lock()
@@ -68,7 +69,9 @@ func TestGateOrder(t *testing.T) {
 			g.leave(false)
 			synctest.Wait()
 		}
-		want := []keystore.Purpose{keystore.ForLease, keystore.ForOpen, keystore.ForCreate, keystore.ForPool, keystore.ForPrefetch, keystore.ForRewrap, keystore.ForOpen, keystore.ForCreate}
+		want := []keystore.Purpose{keystore.ForLease, keystore.ForOpen, keystore.ForCreate,
+			keystore.ForPool, keystore.ForPrefetch, keystore.ForRewrap, keystore.ForOpen,
+			keystore.ForCreate}
 		for i, p := range want {
 			if i >= len(order) || order[i] != p {
 				t.Fatalf("let in %v, want %v", order, want)
@@ -123,7 +126,8 @@ func TestGateThrottled(t *testing.T) {
 }
 
 func TestSessionName(t *testing.T) {
-	for in, want := range map[string]string{"kmsfs-host.example.org": "kmsfs-host.example.org", "kmsfs-ein Rechner/ü": "kmsfs-ein-Rechner---"} {
+	for in, want := range map[string]string{"kmsfs-host.example.org": "kmsfs-host.example.org",
+		"kmsfs-ein Rechner/ü": "kmsfs-ein-Rechner---"} {
 		if got := sessionName(in); got != want {
 			t.Errorf("%q became %q", in, got)
 		}

@@ -75,7 +75,8 @@ func replicas[T any](ctx context.Context, s *Store, f func(context.Context, *Sto
 	if is || keystore.KindOf(oerr) == keystore.Denied || ctx.Err() != nil {
 		return out, oerr
 	}
-	return out, &keystore.Error{Kind: keystore.Outage, URI: s.URI(), Op: "ask the replicas", Err: fmt.Errorf("its Region does not answer, and the replica that was named refuses: %v", err)}
+	return out, &keystore.Error{Kind: keystore.Outage, URI: s.URI(), Op: "ask the replicas",
+		Err: fmt.Errorf("its Region does not answer, and the replica that was named refuses: %v", err)}
 }
 
 // next returns whether the named replica is asked for good, whether the own Region is

@@ -18,7 +18,8 @@ func TestOwnRegionFirst(t *testing.T) {
 	here := srv.AddMultiRegion()
 	there := strings.Replace(here, keystoretest.Region, "us-east-1", 1)
 	c := awskms.New(quick)
-	if s, err := c.OpenURI(t.Context(), "aws-kms:"+there); err != nil || s.ARN() != here || !s.Matches("aws-kms:"+there) {
+	if s, err := c.OpenURI(t.Context(), "aws-kms:"+there); err != nil || s.ARN() != here ||
+		!s.Matches("aws-kms:"+there) {
 		t.Errorf("%v, %v", s, err)
 	}
 	// It has a policy of its own.
@@ -63,7 +64,8 @@ func regions(t *testing.T) (srv *keystoretest.Server, s *awskms.Store, here, the
 	srv = keystoretest.NewServer(t)
 	here = srv.AddMultiRegion()
 	there = strings.Replace(here, keystoretest.Region, farRegion, 1)
-	s, err := awskms.New(awskms.Options{Attempt: time.Second, Total: time.Second}).OpenURI(t.Context(), "aws-kms:"+there)
+	s, err := awskms.New(awskms.Options{Attempt: time.Second,
+		Total: time.Second}).OpenURI(t.Context(), "aws-kms:"+there)
 	if err != nil || s.ARN() != here {
 		t.Fatal(s, err)
 	}
@@ -203,7 +205,8 @@ func TestRegionsComeAndGo(t *testing.T) {
 					return
 				default:
 				}
-				if _, _, err := s.Generate(t.Context(), fileKey); err != nil && keystore.KindOf(err) != keystore.Outage {
+				if _, _, err := s.Generate(t.Context(), fileKey); err != nil &&
+					keystore.KindOf(err) != keystore.Outage {
 					t.Error(err)
 					return
 				}

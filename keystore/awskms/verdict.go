@@ -38,7 +38,8 @@ const (
 // call makes one call with its retries: those that a repetition can help, with jittered
 // pauses, which grow unless only some calls are throttled, until Options.Total is over. Each
 // attempt ends after Options.Attempt. The error is a verdict.
-func call[T any](ctx context.Context, s *Store, op, name string, f func(context.Context, *kms.Client, func(*kms.Options)) (T, error)) (T, error) {
+func call[T any](ctx context.Context, s *Store, op, name string,
+	f func(context.Context, *kms.Client, func(*kms.Options)) (T, error)) (T, error) {
 	var out T
 	if err := s.c.awaitCredentials(ctx, s.region); err != nil {
 		v, _ := s.verdict(ctx, op, err)
@@ -123,7 +124,8 @@ func (s *Store) enter(ctx context.Context) (*gate, error) {
 }
 
 // attempt makes a call once.
-func attempt[T any](ctx context.Context, s *Store, name string, f func(context.Context, *kms.Client, func(*kms.Options)) (T, error)) (out T, err error) {
+func attempt[T any](ctx context.Context, s *Store, name string,
+	f func(context.Context, *kms.Client, func(*kms.Options)) (T, error)) (out T, err error) {
 	gate, err := s.enter(ctx)
 	if err != nil {
 		return out, err
@@ -134,7 +136,8 @@ func attempt[T any](ctx context.Context, s *Store, name string, f func(context.C
 
 // try makes one attempt, for which the gate was entered, and counts it. It returns the client
 // that was used, and whether most calls are throttled.
-func try[T any](ctx context.Context, s *Store, gate *gate, name string, f func(context.Context, *kms.Client, func(*kms.Options)) (T, error)) (out T, k *kms.Client, crowded bool, err error) {
+func try[T any](ctx context.Context, s *Store, gate *gate, name string,
+	f func(context.Context, *kms.Client, func(*kms.Options)) (T, error)) (out T, k *kms.Client, crowded bool, err error) {
 	if k, _, err = s.c.client(ctx, s.region); err != nil { // now, or it may be an old one
 		gate.leave(false)
 		return out, nil, false, err
@@ -192,57 +195,77 @@ var verdicts = map[string]struct {
 	again bool
 	hint  string
 }{
-	"DisabledException":                   {keystore.Revoked, false, "the key is disabled; its administrator enables it with aws kms enable-key"},
-	"NotFoundException":                   {keystore.Revoked, false, "the key does not exist (any more) in this Region"},
-	"AccessDeniedException":               {keystore.Denied, false, "the key policy or IAM policy does not allow this; see docs/keys.md, \"Key policy\""},
-	"UnrecognizedClientException":         {keystore.Denied, false, "these credentials are not known to AWS"},
-	"InvalidClientTokenId":                {keystore.Denied, false, "these credentials are not known to AWS"},
-	"InvalidSignatureException":           {keystore.Denied, false, "check the secret key and this machine's clock"},
-	"SignatureDoesNotMatch":               {keystore.Denied, false, "check the secret key and this machine's clock"},
+	"DisabledException": {keystore.Revoked, false,
+		"the key is disabled; its administrator enables it with aws kms enable-key"},
+	"NotFoundException": {keystore.Revoked, false,
+		"the key does not exist (any more) in this Region"},
+	"AccessDeniedException": {keystore.Denied, false,
+		"the key policy or IAM policy does not allow this; see docs/keys.md, \"Key policy\""},
+	"UnrecognizedClientException": {keystore.Denied, false,
+		"these credentials are not known to AWS"},
+	"InvalidClientTokenId": {keystore.Denied, false,
+		"these credentials are not known to AWS"},
+	"InvalidSignatureException": {keystore.Denied, false,
+		"check the secret key and this machine's clock"},
+	"SignatureDoesNotMatch": {keystore.Denied, false,
+		"check the secret key and this machine's clock"},
 	"IncompleteSignature":                 {keystore.Denied, false, ""},
 	"MissingAuthenticationTokenException": {keystore.Credentials, false, credentialsHint},
 	"IncompleteSignatureException":        {keystore.Denied, false, ""},
 	"MissingAuthenticationToken":          {keystore.Credentials, false, credentialsHint},
-	"ExpiredTokenException":               {keystore.Credentials, false, "the credentials have expired; renew them (aws sso login, or new keys)"},
-	"ExpiredToken":                        {keystore.Credentials, false, "the credentials have expired; renew them (aws sso login, or new keys)"},
-	"InvalidCiphertextException":          {keystore.Damaged, false, ""},
-	"IncorrectKeyException":               {keystore.Damaged, false, ""},
-	"InvalidKeyUsageException":            {keystore.Invalid, false, "the key must be symmetric and for ENCRYPT_DECRYPT"},
-	"InvalidArnException":                 {keystore.Invalid, false, ""},
-	"ValidationException":                 {keystore.Invalid, false, ""},
-	"InvalidGrantTokenException":          {keystore.Denied, false, ""},
-	"KeyUnavailableException":             {keystore.Outage, true, ""},
-	"KMSInternalException":                {keystore.Outage, true, ""},
-	"DependencyTimeoutException":          {keystore.Outage, true, ""},
-	"ThrottlingException":                 {keystore.Outage, true, "KMS throttles this account; see its request quota"},
-	"Throttling":                          {keystore.Outage, true, "KMS throttles this account; see its request quota"},
-	"TooManyRequestsException":            {keystore.Outage, true, "KMS throttles this account; see its request quota"},
-	"RequestLimitExceeded":                {keystore.Outage, true, "KMS throttles this account; see its request quota"},
-	"ThrottledException":                  {keystore.Outage, true, "KMS throttles this account; see its request quota"},
-	"RequestThrottled":                    {keystore.Outage, true, "KMS throttles this account; see its request quota"},
-	"LimitExceededException":              {keystore.Invalid, false, "a resource quota of the account is reached"},
-	"AccessDenied":                        {keystore.Denied, false, "the key policy or IAM policy does not allow this; see docs/keys.md, \"Key policy\""},
-	"ServiceUnavailable":                  {keystore.Outage, true, ""},
-	"ServiceUnavailableException":         {keystore.Outage, true, ""},
-	"InternalServerError":                 {keystore.Outage, true, ""},
-	"RequestTimeout":                      {keystore.Outage, true, ""},
-	"RequestTimeoutException":             {keystore.Outage, true, ""},
-	"InternalFailure":                     {keystore.Outage, true, ""},
-	"RequestExpired":                      {keystore.Denied, false, "check this machine's clock"},
-	"KMSInvalidStateException":            {0, false, ""}, // the key's state decides
-	"KMSInvalidMacException":              {keystore.Damaged, false, ""},
-	"UnsupportedOperationException":       {keystore.Invalid, false, ""},
-	"DryRunOperationException":            {keystore.Invalid, false, ""}, // a dry run would have been allowed; none is made
-	"NotAuthorized":                       {keystore.Denied, false, ""},
-	"OptInRequired":                       {keystore.Denied, false, ""},
-	"CloudHsmClusterInvalidException":     {keystore.Outage, true, ""},
+	"ExpiredTokenException": {keystore.Credentials, false,
+		"the credentials have expired; renew them (aws sso login, or new keys)"},
+	"ExpiredToken": {keystore.Credentials, false,
+		"the credentials have expired; renew them (aws sso login, or new keys)"},
+	"InvalidCiphertextException": {keystore.Damaged, false, ""},
+	"IncorrectKeyException":      {keystore.Damaged, false, ""},
+	"InvalidKeyUsageException": {keystore.Invalid, false,
+		"the key must be symmetric and for ENCRYPT_DECRYPT"},
+	"InvalidArnException":        {keystore.Invalid, false, ""},
+	"ValidationException":        {keystore.Invalid, false, ""},
+	"InvalidGrantTokenException": {keystore.Denied, false, ""},
+	"KeyUnavailableException":    {keystore.Outage, true, ""},
+	"KMSInternalException":       {keystore.Outage, true, ""},
+	"DependencyTimeoutException": {keystore.Outage, true, ""},
+	"ThrottlingException": {keystore.Outage, true,
+		"KMS throttles this account; see its request quota"},
+	"Throttling": {keystore.Outage, true,
+		"KMS throttles this account; see its request quota"},
+	"TooManyRequestsException": {keystore.Outage, true,
+		"KMS throttles this account; see its request quota"},
+	"RequestLimitExceeded": {keystore.Outage, true,
+		"KMS throttles this account; see its request quota"},
+	"ThrottledException": {keystore.Outage, true,
+		"KMS throttles this account; see its request quota"},
+	"RequestThrottled": {keystore.Outage, true,
+		"KMS throttles this account; see its request quota"},
+	"LimitExceededException": {keystore.Invalid, false,
+		"a resource quota of the account is reached"},
+	"AccessDenied": {keystore.Denied, false,
+		"the key policy or IAM policy does not allow this; see docs/keys.md, \"Key policy\""},
+	"ServiceUnavailable":            {keystore.Outage, true, ""},
+	"ServiceUnavailableException":   {keystore.Outage, true, ""},
+	"InternalServerError":           {keystore.Outage, true, ""},
+	"RequestTimeout":                {keystore.Outage, true, ""},
+	"RequestTimeoutException":       {keystore.Outage, true, ""},
+	"InternalFailure":               {keystore.Outage, true, ""},
+	"RequestExpired":                {keystore.Denied, false, "check this machine's clock"},
+	"KMSInvalidStateException":      {0, false, ""}, // the key's state decides
+	"KMSInvalidMacException":        {keystore.Damaged, false, ""},
+	"UnsupportedOperationException": {keystore.Invalid, false, ""},
+	"DryRunOperationException": {keystore.Invalid, false,
+		""}, // a dry run would have been allowed; none is made
+	"NotAuthorized":                   {keystore.Denied, false, ""},
+	"OptInRequired":                   {keystore.Denied, false, ""},
+	"CloudHsmClusterInvalidException": {keystore.Outage, true, ""},
 }
 
 const credentialsHint = "give AWS credentials: aws configure, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or --aws-profile"
 
 // verdict sorts an error; again says whether a repetition can help.
 func (s *Store) verdict(ctx context.Context, op string, err error) (e *keystore.Error, again bool) {
-	e = &keystore.Error{Kind: keystore.Outage, URI: s.URI(), Op: op, Err: brief{err}, RequestID: requestID(err), Answered: throttled(err)}
+	e = &keystore.Error{Kind: keystore.Outage, URI: s.URI(), Op: op, Err: brief{err},
+		RequestID: requestID(err), Answered: throttled(err)}
 	if ctx.Err() != nil {
 		e.Kind = keystore.Canceled
 		return e, false
@@ -265,7 +288,8 @@ func (s *Store) verdict(ctx context.Context, op string, err error) (e *keystore.
 	}
 	if f := foreign(err); f != nil {
 		e.Err, e.Hint = f, foreignHint
-		return e, f.status >= 500 || f.status < 300 || f.status == http.StatusTooManyRequests // 200: an answer that does not parse
+		return e, f.status >= 500 || f.status < 300 ||
+			f.status == http.StatusTooManyRequests // 200: an answer that does not parse
 	}
 	if c, ok := errors.AsType[coded](err); ok {
 		if v, known := verdicts[c.ErrorCode()]; known {
@@ -292,7 +316,8 @@ func (s *Store) verdict(ctx context.Context, op string, err error) (e *keystore.
 		return e, false
 	}
 	e.Hint = "check the network, AWS_ENDPOINT_URL_KMS and --aws-region"
-	if n, ok := errors.AsType[*net.OpError](err); ok && n.Op == "proxyconnect" || errors.As(err, new(*proxyError)) {
+	if n, ok := errors.AsType[*net.OpError](err); ok && n.Op == "proxyconnect" ||
+		errors.As(err, new(*proxyError)) {
 		e.Hint = proxyHint
 	}
 	return e, true
@@ -302,7 +327,8 @@ func (s *Store) verdict(ctx context.Context, op string, err error) (e *keystore.
 // waiting for deletion or import, else an outage. The message says it ("… is pending
 // deletion."); if it does not, KMS is asked.
 func (s *Store) invalidState(ctx context.Context, err error) keystore.Kind {
-	for _, state := range []string{"pending deletion", "pending import", "pending replica deletion", "disabled"} {
+	for _, state := range []string{"pending deletion", "pending import", "pending replica deletion",
+		"disabled"} {
 		if strings.Contains(strings.ToLower(err.Error()), state) {
 			return keystore.Revoked
 		}

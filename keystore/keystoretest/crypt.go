@@ -14,19 +14,25 @@ import (
 // reencrypt is Decrypt by one key and Encrypt by another, each with its own right.
 func (s *Server) reencrypt(credential string, q *request) (any, error) {
 	if s.denied["ReEncrypt"] {
-		return nil, &kmsError{"AccessDeniedException", "User: arn:aws:iam::" + Account + ":user/test is not authorized to perform: kms:ReEncryptFrom"}
+		return nil, &kmsError{"AccessDeniedException",
+			"User: arn:aws:iam::" + Account + ":user/test is not authorized to perform: kms:ReEncryptFrom"}
 	}
-	from, err := s.withKey("ReEncryptFrom", credential, &request{KeyId: q.SourceKeyId, CiphertextBlob: q.CiphertextBlob, EncryptionContext: q.SourceEncryptionContext})
+	from, err := s.withKey("ReEncryptFrom", credential,
+		&request{KeyId: q.SourceKeyId, CiphertextBlob: q.CiphertextBlob,
+			EncryptionContext: q.SourceEncryptionContext})
 	if err != nil {
 		return nil, err
 	}
 	in := from.(map[string]any)
-	to, err := s.withKey("ReEncryptTo", credential, &request{KeyId: q.DestinationKeyId, Plaintext: in["Plaintext"].([]byte), EncryptionContext: q.DestinationEncryptionContext})
+	to, err := s.withKey("ReEncryptTo", credential,
+		&request{KeyId: q.DestinationKeyId, Plaintext: in["Plaintext"].([]byte),
+			EncryptionContext: q.DestinationEncryptionContext})
 	if err != nil {
 		return nil, err
 	}
 	out := to.(map[string]any)
-	return map[string]any{"SourceKeyId": in["KeyId"], "KeyId": out["KeyId"], "CiphertextBlob": out["CiphertextBlob"]}, nil
+	return map[string]any{"SourceKeyId": in["KeyId"], "KeyId": out["KeyId"],
+		"CiphertextBlob": out["CiphertextBlob"]}, nil
 }
 
 func (s *Server) crypt(op string, k *key, q *request) (any, error) {
@@ -37,9 +43,11 @@ func (s *Server) crypt(op string, k *key, q *request) (any, error) {
 		if s.keep {
 			s.made = append(s.made, slices.Clone(plain))
 		}
-		return map[string]any{"KeyId": arn(k.id), "Plaintext": plain, "CiphertextBlob": k.wrap(plain, q.EncryptionContext)}, nil
+		return map[string]any{"KeyId": arn(k.id), "Plaintext": plain,
+			"CiphertextBlob": k.wrap(plain, q.EncryptionContext)}, nil
 	case "Encrypt", "ReEncryptTo":
-		return map[string]any{"KeyId": arn(k.id), "CiphertextBlob": k.wrap(q.Plaintext, q.EncryptionContext)}, nil
+		return map[string]any{"KeyId": arn(k.id),
+			"CiphertextBlob": k.wrap(q.Plaintext, q.EncryptionContext)}, nil
 	case "Decrypt", "ReEncryptFrom":
 		if len(q.CiphertextBlob) < 36+12+16 {
 			return nil, &kmsError{"InvalidCiphertextException", ""}
@@ -48,9 +56,11 @@ func (s *Server) crypt(op string, k *key, q *request) (any, error) {
 			if s.keys[id] == nil {
 				return nil, &kmsError{"InvalidCiphertextException", ""}
 			}
-			return nil, &kmsError{"IncorrectKeyException", "The key ID in the request does not identify a CMK that can perform this operation."}
+			return nil, &kmsError{"IncorrectKeyException",
+				"The key ID in the request does not identify a CMK that can perform this operation."}
 		}
-		plain, err := k.aead().Open(nil, q.CiphertextBlob[36:48], q.CiphertextBlob[48:], canonical(q.EncryptionContext))
+		plain, err := k.aead().Open(nil, q.CiphertextBlob[36:48], q.CiphertextBlob[48:],
+			canonical(q.EncryptionContext))
 		if err != nil {
 			return nil, &kmsError{"InvalidCiphertextException", ""}
 		}
@@ -81,7 +91,8 @@ func (k *key) wrap(plain []byte, context map[string]string) []byte {
 func canonical(context map[string]string) []byte {
 	var pairs []string
 	for k, v := range context {
-		pairs = append(pairs, base64.StdEncoding.EncodeToString([]byte(k))+"="+base64.StdEncoding.EncodeToString([]byte(v)))
+		pairs = append(pairs,
+			base64.StdEncoding.EncodeToString([]byte(k))+"="+base64.StdEncoding.EncodeToString([]byte(v)))
 	}
 	slices.Sort(pairs)
 	return []byte(strings.Join(pairs, ","))

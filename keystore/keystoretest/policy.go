@@ -36,7 +36,8 @@ func (l *list) UnmarshalJSON(b []byte) error {
 // about the encryption context lets nobody.
 func (p *policy) allows(who, action string, context map[string]string) bool {
 	for _, s := range p.Statement {
-		ok := s.Effect == "Allow" && slices.Contains(s.Principal.AWS, who) && slices.Contains(s.Action, action)
+		ok := s.Effect == "Allow" && slices.Contains(s.Principal.AWS, who) &&
+			slices.Contains(s.Action, action)
 		for key, values := range s.Condition.StringEquals {
 			name, about := strings.CutPrefix(key, "kms:EncryptionContext:")
 			ok = ok && about && slices.Contains(values, context[name])

@@ -129,9 +129,11 @@ func (s *Server) Restart(t testing.TB, pause time.Duration) {
 // server at this URL and to nothing else.
 func Env(url string) map[string]string {
 	return map[string]string{
-		"AWS_ENDPOINT_URL_KMS": url, "AWS_ENDPOINT_URL_STS": url, "AWS_REGION": Region, "AWS_DEFAULT_REGION": Region,
-		"AWS_ACCESS_KEY_ID": "AKIDTEST", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_SESSION_TOKEN": "",
-		"AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "/dev/null", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+		"AWS_ENDPOINT_URL_KMS": url, "AWS_ENDPOINT_URL_STS": url, "AWS_REGION": Region,
+		"AWS_DEFAULT_REGION": Region,
+		"AWS_ACCESS_KEY_ID":  "AKIDTEST", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_SESSION_TOKEN": "",
+		"AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "/dev/null",
+		"AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
 	}
 }
 
@@ -162,7 +164,8 @@ func (s *Server) newKey(alias, spec, usage, manager string) *key {
 	var b [16]byte
 	rand.Read(b[:])
 	h := hex.EncodeToString(b[:])
-	k := &key{id: strings.Join([]string{h[:8], h[8:12], h[12:16], h[16:20], h[20:]}, "-"), state: "Enabled", spec: spec, usage: usage, manager: manager}
+	k := &key{id: strings.Join([]string{h[:8], h[8:12], h[12:16], h[16:20], h[20:]}, "-"),
+		state: "Enabled", spec: spec, usage: usage, manager: manager}
 	rand.Read(k.material[:])
 	s.keys[k.id] = k
 	if alias != "" {
@@ -373,7 +376,8 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Content-Type", "application/x-amz-json-1.1")
 	w.Header().Set("X-Amzn-RequestId", id)
-	if signed, err := time.Parse("20060102T150405Z", r.Header.Get("X-Amz-Date")); err == nil && now.Sub(signed).Abs() > 5*time.Minute {
+	if signed, err := time.Parse("20060102T150405Z", r.Header.Get("X-Amz-Date")); err == nil &&
+		now.Sub(signed).Abs() > 5*time.Minute {
 		s.answerFailure(w, r, &Failure{Status: 400, Code: "InvalidSignatureException"})
 		return
 	}
@@ -394,7 +398,9 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	}
 	out, err := s.operate(op, credential(r), &q)
 	if e, ok := err.(*kmsError); ok {
-		s.answerFailure(w, r, &Failure{Status: 400, Code: e.code, Body: fmt.Sprintf(`{"__type":%q,"message":%q}`, e.code, e.message)})
+		s.answerFailure(w, r,
+			&Failure{Status: 400, Code: e.code,
+				Body: fmt.Sprintf(`{"__type":%q,"message":%q}`, e.code, e.message)})
 		return
 	}
 	json.NewEncoder(w).Encode(out)
@@ -426,9 +432,11 @@ func (s *Server) operate(op, credential string, q *request) (any, error) {
 	case "":
 		return nil, &kmsError{"MissingAuthenticationToken", "Request is missing Authentication Token"}
 	case "EXPIRED":
-		return nil, &kmsError{"ExpiredTokenException", "The security token included in the request is expired"}
+		return nil, &kmsError{"ExpiredTokenException",
+			"The security token included in the request is expired"}
 	case "UNKNOWN":
-		return nil, &kmsError{"UnrecognizedClientException", "The security token included in the request is invalid."}
+		return nil, &kmsError{"UnrecognizedClientException",
+			"The security token included in the request is invalid."}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -451,7 +459,8 @@ func (s *Server) operate(op, credential string, q *request) (any, error) {
 		return map[string]any{"KeyMetadata": s.metadata(k)}, nil
 	case "CreateAlias":
 		if _, there := s.aliases[q.AliasName]; there {
-			return nil, &kmsError{"AlreadyExistsException", "An alias with the name " + q.AliasName + " already exists"}
+			return nil, &kmsError{"AlreadyExistsException",
+				"An alias with the name " + q.AliasName + " already exists"}
 		}
 		s.aliases[q.AliasName] = q.TargetKeyId[strings.LastIndex(q.TargetKeyId, "/")+1:]
 		return map[string]any{}, nil
@@ -470,11 +479,15 @@ func (s *Server) withKey(op, credential string, q *request) (any, error) {
 	} else {
 		k = s.find(q.KeyId)
 	}
-	if s.denied[op] || op != "DescribeKey" && q.KeyId == s.noARN && q.KeyId != "" || s.noFile != "" && q.EncryptionContext["kmsfs:file"] == s.noFile {
-		return nil, &kmsError{"AccessDeniedException", "User: arn:aws:iam::" + Account + ":user/test is not authorized to perform: kms:" + op}
+	if s.denied[op] || op != "DescribeKey" && q.KeyId == s.noARN && q.KeyId != "" ||
+		s.noFile != "" && q.EncryptionContext["kmsfs:file"] == s.noFile {
+		return nil, &kmsError{"AccessDeniedException",
+			"User: arn:aws:iam::" + Account + ":user/test is not authorized to perform: kms:" + op}
 	}
 	if s.policy != nil && !s.policy.allows(s.roles[credential], "kms:"+op, q.EncryptionContext) {
-		return nil, &kmsError{"AccessDeniedException", "User: " + s.roles[credential] + " is not authorized to perform: kms:" + op + " because no resource-based policy allows the action"}
+		return nil, &kmsError{"AccessDeniedException",
+			"User: " + s.roles[credential] + " is not authorized to perform: kms:" + op +
+				" because no resource-based policy allows the action"}
 	}
 	if k == nil {
 		return nil, &kmsError{"NotFoundException", "Key '" + arn(q.KeyId) + "' does not exist"}
@@ -490,7 +503,8 @@ func (s *Server) withKey(op, credential string, q *request) (any, error) {
 		return map[string]any{}, nil
 	case "ScheduleKeyDeletion":
 		k.state = "PendingDeletion"
-		return map[string]any{"KeyId": arn(k.id), "DeletionDate": time.Now().Add(7 * 24 * time.Hour).Unix()}, nil
+		return map[string]any{"KeyId": arn(k.id),
+			"DeletionDate": time.Now().Add(7 * 24 * time.Hour).Unix()}, nil
 	case "CancelKeyDeletion":
 		k.state = "Disabled"
 		return map[string]any{"KeyId": arn(k.id)}, nil
@@ -500,14 +514,16 @@ func (s *Server) withKey(op, credential string, q *request) (any, error) {
 	case "Disabled":
 		return nil, &kmsError{"DisabledException", arn(k.id) + " is disabled."}
 	default:
-		said := map[string]string{"PendingDeletion": "pending deletion", "PendingImport": "pending import"}[k.state]
+		said := map[string]string{"PendingDeletion": "pending deletion",
+			"PendingImport": "pending import"}[k.state]
 		return nil, &kmsError{"KMSInvalidStateException", arn(k.id) + " is " + cmp.Or(said, k.state) + "."}
 	}
 	if k.spec != "SYMMETRIC_DEFAULT" {
 		return nil, &kmsError{"InvalidKeyUsageException", "the key is of type " + k.spec}
 	}
 	if q.DryRun {
-		return nil, &kmsError{"DryRunOperationException", "The request would have succeeded, but the DryRun option is set."}
+		return nil, &kmsError{"DryRunOperationException",
+			"The request would have succeeded, but the DryRun option is set."}
 	}
 	return s.crypt(op, k, q)
 }
@@ -524,6 +540,8 @@ func (s *Server) find(name string) *key {
 }
 
 func (s *Server) metadata(k *key) map[string]any {
-	return map[string]any{"KeyId": k.id, "Arn": arn(k.id), "AWSAccountId": Account, "Enabled": k.state == "Enabled", "KeyState": k.state,
-		"KeyUsage": k.usage, "KeySpec": k.spec, "CustomerMasterKeySpec": k.spec, "KeyManager": k.manager, "CreationDate": 1.7e9, "Description": "", "Origin": "AWS_KMS"}
+	return map[string]any{"KeyId": k.id, "Arn": arn(k.id), "AWSAccountId": Account,
+		"Enabled": k.state == "Enabled", "KeyState": k.state,
+		"KeyUsage": k.usage, "KeySpec": k.spec, "CustomerMasterKeySpec": k.spec,
+		"KeyManager": k.manager, "CreationDate": 1.7e9, "Description": "", "Origin": "AWS_KMS"}
 }

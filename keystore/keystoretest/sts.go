@@ -23,8 +23,11 @@ func (s *Server) serveSTS(w http.ResponseWriter, r *http.Request, body string) {
 	s.mu.Unlock()
 	now := time.Now().Add(clock)
 	w.Header().Set("Date", now.UTC().Format(http.TimeFormat))
-	if signed, err := time.Parse("20060102T150405Z", r.Header.Get("X-Amz-Date")); err == nil && now.Sub(signed).Abs() > 5*time.Minute {
-		s.answerFailure(w, r, &Failure{Status: 403, Body: `<ErrorResponse><Error><Code>SignatureDoesNotMatch</Code><Message>Signature expired</Message></Error></ErrorResponse>`})
+	if signed, err := time.Parse("20060102T150405Z", r.Header.Get("X-Amz-Date")); err == nil &&
+		now.Sub(signed).Abs() > 5*time.Minute {
+		s.answerFailure(w, r,
+			&Failure{Status: 403,
+				Body: `<ErrorResponse><Error><Code>SignatureDoesNotMatch</Code><Message>Signature expired</Message></Error></ErrorResponse>`})
 		return
 	}
 	if fail != nil {
@@ -35,9 +38,11 @@ func (s *Server) serveSTS(w http.ResponseWriter, r *http.Request, body string) {
 	}
 	switch op {
 	case "GetCallerIdentity":
-		fmt.Fprintf(w, `<GetCallerIdentityResponse><GetCallerIdentityResult><Arn>arn:aws:iam::%s:user/test</Arn><UserId>X</UserId><Account>%[1]s</Account></GetCallerIdentityResult></GetCallerIdentityResponse>`, Account)
+		fmt.Fprintf(w,
+			`<GetCallerIdentityResponse><GetCallerIdentityResult><Arn>arn:aws:iam::%s:user/test</Arn><UserId>X</UserId><Account>%[1]s</Account></GetCallerIdentityResult></GetCallerIdentityResponse>`, Account)
 	case "AssumeRole":
-		fmt.Fprintf(w, `<AssumeRoleResponse><AssumeRoleResult><Credentials><AccessKeyId>SESSION%d</AccessKeyId><SecretAccessKey>s</SecretAccessKey><SessionToken>t</SessionToken><Expiration>%s</Expiration></Credentials></AssumeRoleResult></AssumeRoleResponse>`,
+		fmt.Fprintf(w,
+			`<AssumeRoleResponse><AssumeRoleResult><Credentials><AccessKeyId>SESSION%d</AccessKeyId><SecretAccessKey>s</SecretAccessKey><SessionToken>t</SessionToken><Expiration>%s</Expiration></Credentials></AssumeRoleResult></AssumeRoleResponse>`,
 			n, time.Now().Add(lasts).UTC().Format(time.RFC3339))
 	default:
 		w.WriteHeader(http.StatusBadRequest)

@@ -100,7 +100,8 @@ func Suite(t *testing.T, s, other keystore.Store, also ...keystore.Kind) {
 func suiteRing(t *testing.T, s, other keystore.Store) {
 	var volume [16]byte
 	rand.Read(volume[:])
-	r := keystore.NewRing(volume, []keystore.Store{s, other}, keystore.RingOptions{Pool: 4, Report: func(err error) { t.Error(err) }})
+	r := keystore.NewRing(volume, []keystore.Store{s, other},
+		keystore.RingOptions{Pool: 4, Report: func(err error) { t.Error(err) }})
 	defer r.Close()
 	var wg sync.WaitGroup
 	for range 8 {
@@ -124,7 +125,9 @@ func suiteRing(t *testing.T, s, other keystore.Store) {
 	only := keystore.NewRing(volume, []keystore.Store{other}, keystore.RingOptions{})
 	defer only.Close()
 	b := keystore.Binding{Use: keystore.ForFile, Volume: volume}
-	if _, err := only.Unwrap(t.Context(), b.ID, []blockcrypt.Recipient{wrap(t, s, b, make([]byte, 32))}); keystore.KindOf(err) != keystore.Untrusted {
+	if _, err := only.Unwrap(t.Context(), b.ID,
+		[]blockcrypt.Recipient{wrap(t, s, b,
+			make([]byte, 32))}); keystore.KindOf(err) != keystore.Untrusted {
 		t.Errorf("a recipient that nobody named: %v", err)
 	}
 }

@@ -48,7 +48,8 @@ var (
 // New returns the store of a 32-byte local key; its URI is derived from the key.
 func New(key []byte) (*Store, error) {
 	if len(key) != keystore.KeySize {
-		return nil, invalid(Scheme, fmt.Errorf("a local key has %d bytes, not %d", keystore.KeySize, len(key)))
+		return nil, invalid(Scheme,
+			fmt.Errorf("a local key has %d bytes, not %d", keystore.KeySize, len(key)))
 	}
 	id, err := hkdf.Key(sha256.New, key, nil, "kmsfs v1 key id", keystore.KeySize)
 	if err != nil {
@@ -67,7 +68,8 @@ func (s *Store) URI() string { return s.uri }
 func (s *Store) Wrap(_ context.Context, b keystore.Binding, key []byte) (blockcrypt.Recipient, error) {
 	blob, err := keystore.WrapLocal(s.key[:], b, [16]byte{}, key)
 	if err != nil {
-		return blockcrypt.Recipient{}, &keystore.Error{Kind: keystore.Invalid, URI: s.uri, Op: "wrap", Err: err}
+		return blockcrypt.Recipient{}, &keystore.Error{Kind: keystore.Invalid, URI: s.uri,
+			Op: "wrap", Err: err}
 	}
 	return blockcrypt.Recipient{URI: s.uri, Branch: s.branch, Wrapped: blob}, nil
 }
@@ -88,7 +90,8 @@ func (s *Store) Unwrap(_ context.Context, b keystore.Binding, w blockcrypt.Recip
 func OpenFile(path string) (*Store, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, hinted(fmt.Errorf("the key file %s does not exist", path), "restore it from its backup, or name the place it moved to with --key local:PATH")
+		return nil, hinted(fmt.Errorf("the key file %s does not exist", path),
+			"restore it from its backup, or name the place it moved to with --key local:PATH")
 	}
 	if err != nil {
 		return nil, invalid(Scheme, err)
@@ -102,7 +105,8 @@ func OpenFile(path string) (*Store, error) {
 		return nil, invalid(Scheme, fmt.Errorf("the key file %s is not a regular file", path))
 	}
 	if st.Mode().Perm()&0o077 != 0 {
-		return nil, hinted(fmt.Errorf("the key file %s is open to others (mode %04o)", path, st.Mode().Perm()), "chmod 600 "+path)
+		return nil, hinted(fmt.Errorf("the key file %s is open to others (mode %04o)", path,
+			st.Mode().Perm()), "chmod 600 "+path)
 	}
 	b, err := io.ReadAll(io.LimitReader(f, keystore.KeySize+1))
 	if err != nil {
@@ -110,7 +114,8 @@ func OpenFile(path string) (*Store, error) {
 	}
 	defer clear(b)
 	if len(b) != keystore.KeySize || st.Size() != keystore.KeySize {
-		return nil, invalid(Scheme, fmt.Errorf("the key file %s has %d bytes, not %d", path, st.Size(), keystore.KeySize))
+		return nil, invalid(Scheme,
+			fmt.Errorf("the key file %s has %d bytes, not %d", path, st.Size(), keystore.KeySize))
 	}
 	return New(b)
 }
@@ -203,7 +208,8 @@ func NewPassphrase(passphrase []byte) (*Store, error) {
 // passphrase is of kind [keystore.Denied].
 func OpenPassphrase(uri string, branch, passphrase []byte) (*Store, error) {
 	if len(branch) != branchSize {
-		return nil, &keystore.Error{Kind: keystore.Damaged, URI: uri, Op: "unwrap", Err: errors.New("the passphrase's parameters were damaged")}
+		return nil, &keystore.Error{Kind: keystore.Damaged, URI: uri, Op: "unwrap",
+			Err: errors.New("the passphrase's parameters were damaged")}
 	}
 	a, err := passphraseCipher(branch[:branchFixed], passphrase)
 	if err != nil {
@@ -211,7 +217,8 @@ func OpenPassphrase(uri string, branch, passphrase []byte) (*Store, error) {
 	}
 	key, err := a.Open(nil, nil, branch[branchFixed:], passphraseAD(branch[:branchFixed]))
 	if err != nil {
-		return nil, &keystore.Error{Kind: keystore.Denied, URI: uri, Op: "unwrap", Err: errors.New("wrong passphrase")}
+		return nil, &keystore.Error{Kind: keystore.Denied, URI: uri, Op: "unwrap",
+			Err: errors.New("wrong passphrase")}
 	}
 	defer clear(key)
 	return &Store{uri: uri, branch: bytes.Clone(branch), key: [keystore.KeySize]byte(key)}, nil
@@ -221,7 +228,8 @@ func OpenPassphrase(uri string, branch, passphrase []byte) (*Store, error) {
 // be weak, too much a way to stop the reader.
 func passphraseCipher(b, passphrase []byte) (cipher.AEAD, error) {
 	lanes, passes, kib := b[1], binary.BigEndian.Uint32(b[4:]), binary.BigEndian.Uint32(b[8:])
-	if b[0] != argon2.Version || lanes < 1 || lanes > 16 || b[2] != 0 || b[3] != 0 || passes < 1 || passes > 64 || kib < 8<<10 || kib > 4<<20 {
+	if b[0] != argon2.Version || lanes < 1 || lanes > 16 || b[2] != 0 || b[3] != 0 || passes < 1 ||
+		passes > 64 || kib < 8<<10 || kib > 4<<20 {
 		return nil, errors.New("the passphrase's parameters are out of bounds")
 	}
 	key := argon2.IDKey(passphrase, b[12:branchFixed], passes, kib, lanes, keystore.KeySize)

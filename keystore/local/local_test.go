@@ -53,17 +53,20 @@ func TestPassphrase(t *testing.T) {
 	if _, err := again.Unwrap(t.Context(), b, w); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := local.OpenPassphrase(w.URI, w.Branch, []byte("Correct horse")); keystore.KindOf(err) != keystore.Denied {
+	if _, err := local.OpenPassphrase(w.URI, w.Branch,
+		[]byte("Correct horse")); keystore.KindOf(err) != keystore.Denied {
 		t.Errorf("a wrong passphrase: %v", err)
 	}
-	for _, at := range []int{0, 1, 2, 4, 8, 12, 28, 40, 87} { // version, lanes, zero, passes, KiB, salt, nonce, key, tag
+	for _, at := range []int{0, 1, 2, 4, 8, 12, 28, 40,
+		87} { // version, lanes, zero, passes, KiB, salt, nonce, key, tag
 		x := bytes.Clone(w.Branch)
 		x[at] ^= 0x40
 		if _, err := local.OpenPassphrase(w.URI, x, []byte("correct horse")); err == nil {
 			t.Errorf("byte %d of the branch changed, and it opens", at)
 		}
 	}
-	if _, err := local.OpenPassphrase(w.URI, w.Branch[:87], []byte("correct horse")); keystore.KindOf(err) != keystore.Damaged {
+	if _, err := local.OpenPassphrase(w.URI, w.Branch[:87],
+		[]byte("correct horse")); keystore.KindOf(err) != keystore.Damaged {
 		t.Errorf("a branch cut short: %v", err)
 	}
 }
@@ -86,7 +89,8 @@ func TestKeyFiles(t *testing.T) {
 		size int
 		mode os.FileMode
 		want string
-	}{"short": {31, 0o600, "31 bytes"}, "long": {33, 0o600, "33 bytes"}, "open": {32, 0o640, "open to others"}, "empty": {0, 0o600, "0 bytes"}} {
+	}{"short": {31, 0o600, "31 bytes"}, "long": {33, 0o600, "33 bytes"},
+		"open": {32, 0o640, "open to others"}, "empty": {0, 0o600, "0 bytes"}} {
 		p := filepath.Join(dir, name)
 		if err := os.WriteFile(p, make([]byte, c.size), c.mode); err != nil {
 			t.Fatal(err)

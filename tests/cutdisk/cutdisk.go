@@ -29,7 +29,8 @@ type Disk struct {
 
 // New makes one, which the end of the test takes away. It needs root.
 func New(t testing.TB, kind string) *Disk {
-	d := &Disk{t: t, Kind: kind, Dir: filepath.Join(t.TempDir(), "mnt"), img: filepath.Join(t.TempDir(), "disk")}
+	d := &Disk{t: t, Kind: kind, Dir: filepath.Join(t.TempDir(), "mnt"),
+		img: filepath.Join(t.TempDir(), "disk")}
 	d.run("truncate", "-s", "512M", d.img)
 	switch fs, _, _ := strings.Cut(kind, "-"); fs {
 	case "ext4":
@@ -65,7 +66,8 @@ func (d *Disk) run(args ...string) string {
 
 // Stable makes the disk one that wants pages to stay as they are while it writes them.
 func (d *Disk) Stable() {
-	if err := os.WriteFile(filepath.Join("/sys/block", filepath.Base(d.loop), "queue/stable_writes"), []byte("1"), 0); err != nil {
+	if err := os.WriteFile(filepath.Join("/sys/block", filepath.Base(d.loop),
+		"queue/stable_writes"), []byte("1"), 0); err != nil {
 		d.t.Fatal(err)
 	}
 }

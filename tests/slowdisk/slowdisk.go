@@ -119,8 +119,10 @@ func serve(arg string) error {
 		return err
 	}
 	second := time.Second
-	o := fuse.MountOptions{AllowOther: true, DirectMount: true, MaxBackground: 256, MaxWrite: 1 << 20, DisabledCapabilities: fuse.CAP_PASSTHROUGH, FsName: "slowdisk", Name: "slowdisk"}
-	s := &slow{RawFileSystem: fs.NewNodeFS(root, &fs.Options{AttrTimeout: &second, EntryTimeout: &second, NullPermissions: true, MountOptions: o})}
+	o := fuse.MountOptions{AllowOther: true, DirectMount: true, MaxBackground: 256,
+		MaxWrite: 1 << 20, DisabledCapabilities: fuse.CAP_PASSTHROUGH, FsName: "slowdisk", Name: "slowdisk"}
+	s := &slow{RawFileSystem: fs.NewNodeFS(root,
+		&fs.Options{AttrTimeout: &second, EntryTimeout: &second, NullPermissions: true, MountOptions: o})}
 	s.latency.Store(&Latency{})
 	server, err := fuse.NewServer(s, dirs[0], &o)
 	if err != nil {

@@ -145,8 +145,10 @@ func (c *checker) run(ctx context.Context) (Counts, error) {
 		})
 	}
 	var st unix.Stat_t
-	if err := c.Disk.Stat(c.Root, layout.LockName, &st); err == nil && (st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink > 1) {
-		c.found(Finding{Path: layout.LockName, Grade: Damaged, What: FoundForeign, Detail: "it is not a regular file with one name, so the volume cannot be mounted for writing",
+	if err := c.Disk.Stat(c.Root, layout.LockName, &st); err == nil &&
+		(st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink > 1) {
+		c.found(Finding{Path: layout.LockName, Grade: Damaged, What: FoundForeign,
+			Detail: "it is not a regular file with one name, so the volume cannot be mounted for writing",
 			Advice: "if the volume is mounted nowhere, remove it: the next mount makes it again"})
 	}
 	if layout.LacksLinks(c.Disk, c.Root) {
@@ -198,14 +200,18 @@ func (c *checker) readMarker() error {
 		return err
 	}
 	if err != nil {
-		c.found(Finding{Path: layout.MarkerName, Grade: Damaged, What: string(blockcrypt.BadMarker), Detail: err.Error(), Advice: "nothing can be mounted for writing until it is restored, or removed by hand"})
+		c.found(Finding{Path: layout.MarkerName, Grade: Damaged, What: string(blockcrypt.BadMarker),
+			Detail: err.Error(),
+			Advice: "nothing can be mounted for writing until it is restored, or removed by hand"})
 		return nil
 	}
 	for _, s := range sessions {
 		c.bad[s] = true
 	}
 	if len(sessions) > 0 && !c.hasWriter() {
-		c.found(Finding{Path: layout.MarkerName, Grade: Mendable, What: FoundSession, Detail: fmt.Sprintf("the last mount did not end well (%d sessions)", len(sessions)), Advice: "the next mount repairs what it was writing"})
+		c.found(Finding{Path: layout.MarkerName, Grade: Mendable, What: FoundSession,
+			Detail: fmt.Sprintf("the last mount did not end well (%d sessions)", len(sessions)),
+			Advice: "the next mount repairs what it was writing"})
 	}
 	return nil
 }
@@ -227,7 +233,8 @@ func (c *checker) walk(ctx context.Context, cpath, ppath string, id *blockcrypt.
 		return
 	}
 	var entries []disk.Dirent
-	if err := c.Disk.Scan(fd, func(e disk.Dirent) error { entries = append(entries, e); return nil }); err != nil {
+	if err := c.Disk.Scan(fd,
+		func(e disk.Dirent) error { entries = append(entries, e); return nil }); err != nil {
 		c.found(Finding{Path: cpath, Name: ppath, Grade: Unchecked, What: FoundIO, Detail: err.Error()})
 	}
 	plain := c.Config.Names == blockcrypt.NamesPlain
@@ -301,7 +308,8 @@ func (c *checker) dirID(fd int, cpath, ppath string, entries []disk.Dirent) *blo
 
 // entryName returns the plaintext path of an entry; show is false for entries that are
 // kmsfs' own, which is checked here.
-func (c *checker) entryName(fd int, cpath, ppath string, id *blockcrypt.ID, e disk.Dirent, all map[string]bool) (name string, show bool) {
+func (c *checker) entryName(fd int, cpath, ppath string, id *blockcrypt.ID, e disk.Dirent,
+	all map[string]bool) (name string, show bool) {
 	plain := c.Config.Names == blockcrypt.NamesPlain
 	f := Finding{Path: path.Join(cpath, e.Name)}
 	encoded := e.Name
@@ -316,7 +324,8 @@ func (c *checker) entryName(fd int, cpath, ppath string, id *blockcrypt.ID, e di
 			f.Grade, f.What, f.Advice = Damaged, string(blockcrypt.BadName), "its content can be read: kmsfs cat"
 			if f.Detail = layout.ErrNameAltered.Error(); errors.Is(err, layout.ErrNameLost) {
 				f.Detail = layout.ErrNameLost.Error()
-				f.Advice += "; or restore " + blockcrypt.LongName + strings.TrimPrefix(e.Name, blockcrypt.LongPrefix) + " from a backup"
+				f.Advice += "; or restore " + blockcrypt.LongName +
+					strings.TrimPrefix(e.Name, blockcrypt.LongPrefix) + " from a backup"
 			}
 			c.found(f)
 			return "", true
@@ -339,7 +348,8 @@ func (c *checker) entryName(fd int, cpath, ppath string, id *blockcrypt.ID, e di
 		return "", false
 	}
 	if c.Keys == nil || id == nil {
-		if raw, err := base64.RawURLEncoding.DecodeString(encoded); err != nil || len(raw) < 32 || len(raw)%16 != 0 {
+		if raw, err := base64.RawURLEncoding.DecodeString(encoded); err != nil || len(raw) < 32 ||
+			len(raw)%16 != 0 {
 			f.Grade, f.What, f.Detail, f.Advice = Damaged, string(blockcrypt.BadName), "no encoded name looks like this", "a mount does not show it"
 			c.found(f)
 		}
@@ -373,7 +383,9 @@ func (c *checker) checkTarget(fd int, e disk.Dirent, j checkJob) {
 		_, err = c.Keys.OpenTarget(t)
 	}
 	if err != nil {
-		c.found(Finding{Path: j.cpath, Name: j.ppath, Grade: Damaged, What: string(blockcrypt.BadValue), Detail: "the symlink's target cannot be read", Advice: "make it again, or restore it from a backup"})
+		c.found(Finding{Path: j.cpath, Name: j.ppath, Grade: Damaged,
+			What: string(blockcrypt.BadValue), Detail: "the symlink's target cannot be read",
+			Advice: "make it again, or restore it from a backup"})
 	}
 }
 
@@ -392,10 +404,13 @@ func (c *checker) checkAttrs(fd int, e disk.Dirent, j checkJob) {
 		return
 	}
 	for name := range strings.SplitSeq(string(raw), "\x00") {
-		if _, rest, _ := strings.Cut(name, "."); !strings.HasPrefix(rest, blockcrypt.Reserved) { // a mount does not show it
+		if _, rest, _ := strings.Cut(name, "."); !strings.HasPrefix(rest,
+			blockcrypt.Reserved) { // a mount does not show it
 			continue
 		}
-		f := Finding{Path: j.cpath, Name: j.ppath, Grade: Damaged, What: string(blockcrypt.BadValue), Advice: "set the attribute again, or remove it with setfattr"}
+		f := Finding{Path: j.cpath, Name: j.ppath, Grade: Damaged,
+			What:   string(blockcrypt.BadValue),
+			Advice: "set the attribute again, or remove it with setfattr"}
 		attr, err := c.Keys.DecodeAttr(name)
 		if err != nil {
 			f.Detail = "the name of an extended attribute does not decode"
@@ -415,7 +430,8 @@ func (c *checker) checkAttrs(fd int, e disk.Dirent, j checkJob) {
 
 // File checks one ciphertext file by itself, wherever it lies; stores may be none, then only its
 // structure is. Its origin needs its volume.
-func File(ctx context.Context, l *volume.Lone, name string, stores []keystore.Store, o Options) (Counts, error) {
+func File(ctx context.Context, l *volume.Lone, name string, stores []keystore.Store,
+	o Options) (Counts, error) {
 	c := &checker{o: o, geo: l.Header.Geometry, lone: true, bad: map[uint64]bool{}}
 	var fd int
 	c.Disk, fd = l.Ciphertext()

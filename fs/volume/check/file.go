@@ -78,7 +78,8 @@ func (k *fileCheck) check(ctx context.Context) error {
 	}
 	hdr, _, err := layout.ReadHeader(k.Disk, k.fd, k.geo.Header())
 	if errors.Is(err, layout.ErrUnwritten) && len(k.bad) > 0 {
-		k.unconfirmed(FoundSession, "it was never written before the power failed", "the next mount makes it empty")
+		k.unconfirmed(FoundSession, "it was never written before the power failed",
+			"the next mount makes it empty")
 		return nil
 	}
 	if err != nil {
@@ -122,10 +123,13 @@ func (k *fileCheck) checkLength() error {
 	if k.bad[s.Session] && s.Floor < s.Size {
 		return nil // closed, and not on the disk when the power failed
 	}
-	err := &blockcrypt.DamageError{Class: blockcrypt.BadSize, Pos: -1, Detail: fmt.Sprintf("the file is %d bytes long, not the %d of %d bytes of plaintext", k.length, k.geo.Exact(s.Size), s.Size)}
+	err := &blockcrypt.DamageError{Class: blockcrypt.BadSize, Pos: -1,
+		Detail: fmt.Sprintf("the file is %d bytes long, not the %d of %d bytes of plaintext",
+			k.length, k.geo.Exact(s.Size), s.Size)}
 	if k.length < k.geo.Exact(s.Size) {
 		f := k.f
-		f.Grade, f.What, f.Detail, f.Floor = Damaged, string(blockcrypt.BadSize), err.Detail+": it was cut short", true
+		f.Grade, f.What, f.Detail, f.Floor = Damaged, string(blockcrypt.BadSize), err.Detail+
+			": it was cut short", true
 		f.From, f.To = k.geo.Start(k.wholeBlocks()), s.Size
 		f.Advice = "restore it from a backup; fsck --repair keeps the readable part as a copy beside it"
 		k.found(f)
@@ -146,7 +150,8 @@ func (k *fileCheck) wholeBlocks() int64 {
 // checkRecipients compares the file's recipients with the volume's.
 func (k *fileCheck) checkRecipients() {
 	in := func(uri string, list []string) bool {
-		return slices.ContainsFunc(list, func(u string) bool { return u == uri || k.Ring != nil && k.Ring.Same(u, uri) })
+		return slices.ContainsFunc(list,
+			func(u string) bool { return u == uri || k.Ring != nil && k.Ring.Same(u, uri) })
 	}
 	var have, want []string
 	for _, r := range k.hdr.Recipients {
@@ -159,13 +164,15 @@ func (k *fileCheck) checkRecipients() {
 	f.Grade, f.What = Note, FoundRecipient
 	for _, u := range want {
 		if !in(u, have) {
-			f.Detail, f.Advice = "the recipient "+u+" is missing: it is newer than the file, or could not be reached when the file was made", "kmsfs rewrap --missing gives it to the file"
+			f.Detail, f.Advice = "the recipient "+u+
+				" is missing: it is newer than the file, or could not be reached when the file was made", "kmsfs rewrap --missing gives it to the file"
 			k.found(f)
 		}
 	}
 	for _, u := range have {
 		if !in(u, want) {
-			f.Detail, f.Advice = "it also names the recipient "+u+", which kmsfs.json does not", "kmsfs rewrap takes it out"
+			f.Detail, f.Advice = "it also names the recipient "+u+
+				", which kmsfs.json does not", "kmsfs rewrap takes it out"
 			k.found(f)
 		}
 	}
@@ -190,7 +197,10 @@ func (k *fileCheck) checkPages(keys *blockcrypt.FileKeys) error {
 			var text [blockcrypt.PageSize]byte
 			return f.OpenBlock(text[:0], b, page, size) == nil
 		}
-		return f.IsHole(b, page) || blockcrypt.BlockLen(page) == size && len(page) >= blockcrypt.SealedSize(size) && blockcrypt.IsHole(page[blockcrypt.SealedSize(size):])
+		return f.IsHole(b,
+			page) || blockcrypt.BlockLen(page) == size &&
+			len(page) >= blockcrypt.SealedSize(size) &&
+			blockcrypt.IsHole(page[blockcrypt.SealedSize(size):])
 	})
 }
 
@@ -278,6 +288,7 @@ func (k *fileCheck) sayWritten(size int64) {
 	case k.bad[s.Session]:
 		k.unconfirmed(FoundSession, detail, "the next mount repairs it")
 	default:
-		k.unconfirmed(FoundCopied, detail, "kmsfs cat gives what opens; a mount refuses it; fsck --repair keeps it as a copy beside it")
+		k.unconfirmed(FoundCopied, detail,
+			"kmsfs cat gives what opens; a mount refuses it; fsck --repair keeps it as a copy beside it")
 	}
 }

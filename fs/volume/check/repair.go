@@ -94,7 +94,8 @@ func (r *repairer) mendDirID(cpath string) (string, error) {
 	}
 	defer r.Disk.Close(fd)
 	var entries []disk.Dirent
-	if err := r.Disk.Scan(fd, func(e disk.Dirent) error { entries = append(entries, e); return nil }); err != nil {
+	if err := r.Disk.Scan(fd,
+		func(e disk.Dirent) error { entries = append(entries, e); return nil }); err != nil {
 		return "", err
 	}
 	x := layout.DirIDOf(r.Disk, fd, entries)
@@ -188,7 +189,8 @@ func (r *repairer) keepRest(ctx context.Context, cpath string) (done string, err
 		return "", err
 	}
 	name = name[:min(len(name), 255-len(RestSuffix))] + RestSuffix
-	_, _, h, err := r.v.Create(ctx, dir, name, st.Mode&0o7777, volume.Caller{UID: st.Uid, GID: st.Gid}, true, true)
+	_, _, h, err := r.v.Create(ctx, dir, name, st.Mode&0o7777,
+		volume.Caller{UID: st.Uid, GID: st.Gid}, true, true)
 	if err != nil {
 		return "", fmt.Errorf("the copy beside it: %w", err)
 	}
@@ -202,7 +204,8 @@ func (r *repairer) keepRest(ctx context.Context, cpath string) (done string, err
 	return fmt.Sprintf("%d bytes that can be read were kept in %q beside it", kept, name), nil
 }
 
-func (r *repairer) copyBlocks(ctx context.Context, h *volume.Handle, fd int, keys *blockcrypt.FileKeys, length int64) (kept int64, err error) {
+func (r *repairer) copyBlocks(ctx context.Context, h *volume.Handle, fd int,
+	keys *blockcrypt.FileKeys, length int64) (kept int64, err error) {
 	var page [blockcrypt.PageSize]byte
 	text := make([]byte, 0, blockcrypt.BlockSize)
 	for k := int64(0); k <= r.geo.Last(length); k++ {

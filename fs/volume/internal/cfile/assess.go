@@ -71,7 +71,8 @@ func (c *Content) Assess(length int64, stop func() error) (r Findings, err error
 		out, err := c.Keys.Open(text[:0], k, p, g.Capacity(k))
 		if err != nil {
 			if k < must {
-				return r, &blockcrypt.DamageError{Class: blockcrypt.BadBlock, Pos: g.PageOff(k), Detail: "a confirmed block does not open"}
+				return r, &blockcrypt.DamageError{Class: blockcrypt.BadBlock, Pos: g.PageOff(k),
+					Detail: "a confirmed block does not open"}
 			}
 			break
 		}
@@ -84,7 +85,8 @@ func (c *Content) Assess(length int64, stop func() error) (r Findings, err error
 		tail, heldPages, endsInHole = int64(len(out)), k+1, false
 	}
 	if k < must {
-		return r, &blockcrypt.DamageError{Class: blockcrypt.BadSize, Pos: length, Detail: "confirmed blocks are missing"}
+		return r, &blockcrypt.DamageError{Class: blockcrypt.BadSize, Pos: length,
+			Detail: "confirmed blocks are missing"}
 	}
 	r.Pages = k
 	if endsInHole { // holes at the end beyond the floor go
@@ -100,12 +102,14 @@ func (c *Content) Assess(length int64, stop func() error) (r Findings, err error
 	}
 	if hole || s.Flags&blockcrypt.Cut != 0 {
 		if !hole && r.Size < s.Floor {
-			return r, &blockcrypt.DamageError{Class: blockcrypt.BadSize, Pos: -1, Detail: "the file is shorter than its confirmed length"}
+			return r, &blockcrypt.DamageError{Class: blockcrypt.BadSize, Pos: -1,
+				Detail: "the file is shorter than its confirmed length"}
 		}
 		r.Size, r.Last = s.Floor, true
 	}
 	if r.Size < s.Floor {
-		return r, &blockcrypt.DamageError{Class: blockcrypt.BadSize, Pos: -1, Detail: "the file is shorter than its confirmed length"}
+		return r, &blockcrypt.DamageError{Class: blockcrypt.BadSize, Pos: -1,
+			Detail: "the file is shorter than its confirmed length"}
 	}
 	return r, nil
 }

@@ -53,7 +53,8 @@ func (c *Content) Accept(length int64) (empty bool, err error) {
 		if s.Size == 0 && length == int64(c.Geo.Header()) {
 			return true, nil
 		}
-		detail := fmt.Sprintf("the file is %d bytes long, not the %d of %d bytes of plaintext", length, c.Geo.Exact(s.Size), s.Size)
+		detail := fmt.Sprintf("the file is %d bytes long, not the %d of %d bytes of plaintext",
+			length, c.Geo.Exact(s.Size), s.Size)
 		if s.Generation == 1 && s.Floor == 0 && length < c.Geo.Exact(s.Size) {
 			detail += "; if it is a copy, it may have been copied while it was first written: copy it again"
 		}

@@ -23,7 +23,8 @@ func sealed(t *testing.T, n int, state blockcrypt.State) (c *Content, text []byt
 		t.Fatal(err)
 	}
 	key := make([]byte, 32)
-	hdr, keys, err := blockcrypt.NewFile(g, nil, blockcrypt.NewID(), blockcrypt.ID{}, key, []blockcrypt.Recipient{{URI: "local:x", Wrapped: key}})
+	hdr, keys, err := blockcrypt.NewFile(g, nil, blockcrypt.NewID(), blockcrypt.ID{}, key,
+		[]blockcrypt.Recipient{{URI: "local:x", Wrapped: key}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -72,7 +73,8 @@ func flip(t *testing.T, c *Content, k int64) {
 
 func TestRead(t *testing.T) {
 	c, text := sealed(t, 20000, blockcrypt.State{Floor: 20000, Generation: 1})
-	for _, r := range [][2]int{{0, 1}, {0, 20000}, {4000, 200}, {19999, 1}, {19990, 100}, {20000, 1}, {4046, 4064}} {
+	for _, r := range [][2]int{{0, 1}, {0, 20000}, {4000, 200}, {19999, 1}, {19990, 100},
+		{20000, 1}, {4046, 4064}} {
 		b := make([]byte, r[1])
 		n, err := c.Read(nil, b, int64(r[0]))
 		if want := text[r[0]:min(len(text), r[0]+r[1])]; err != nil || !bytes.Equal(b[:n], want) {
@@ -94,7 +96,8 @@ func TestRead(t *testing.T) {
 func TestAccept(t *testing.T) {
 	c, _ := sealed(t, 10000, blockcrypt.State{Floor: 10000, Generation: 2})
 	exact, whole := c.Geo.Exact(10000), c.Geo.Whole(10000)
-	for length, ok := range map[int64]bool{exact: true, whole: true, exact - 1: false, whole + 1: false, 0: false, int64(c.Geo.Header()): false} {
+	for length, ok := range map[int64]bool{exact: true, whole: true, exact - 1: false,
+		whole + 1: false, 0: false, int64(c.Geo.Header()): false} {
 		c.Size, c.Whole = 0, false
 		empty, err := c.Accept(length)
 		if (err == nil) != ok || empty || ok && (c.Size != 10000 || c.Whole != (length == whole)) {

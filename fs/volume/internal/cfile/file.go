@@ -91,7 +91,8 @@ func (f *File) Believe(length int64, past Past, unsynced bool) error {
 	}
 	if unsynced {
 		d.durable, d.synced = s.Floor, -1
-		if same && !past.born.IsZero() && time.Since(past.born) < freshFor && s.Floor == 0 && s.Session == f.host.Session() {
+		if same && !past.born.IsZero() && time.Since(past.born) < freshFor && s.Floor == 0 &&
+			s.Session == f.host.Session() {
 			d.confirmed, d.born = 0, past.born
 			f.enter(Fresh)
 			return nil

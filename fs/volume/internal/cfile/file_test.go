@@ -125,7 +125,8 @@ func (b *bench) inOrder(f *File) {
 		ok = b.broke > 0
 	}
 	if !ok || f.durable > f.Size {
-		b.t.Fatalf("%s: %d bytes, length %d (exact %v, whole %v), flags %#x, %+v, faults %q", f.Phase(), f.Size, n, exact, whole, f.Flags(), f.durability, b.faults)
+		b.t.Fatalf("%s: %d bytes, length %d (exact %v, whole %v), flags %#x, %+v, faults %q",
+			f.Phase(), f.Size, n, exact, whole, f.Flags(), f.durability, b.faults)
 	}
 }
 
@@ -148,7 +149,10 @@ func TestAnyOrderOfChanges(t *testing.T) {
 	for seed := range uint64(5) {
 		b, r := newBench(t), rand.New(rand.NewPCG(seed, 7))
 		f, want := b.open(Past{}, false), []byte{}
-		size := func() int64 { return r.Int64N([]int64{100, 5000, 40_000, 40_000, 40_000, 3 << 20}[r.IntN(6)]) }
+		size := func() int64 {
+			return r.Int64N([]int64{100, 5000, 40_000, 40_000, 40_000,
+				3 << 20}[r.IntN(6)])
+		}
 		for step := range 120 {
 			var err error
 			op := r.IntN(11)
@@ -232,7 +236,8 @@ func TestErrorAtAnyCall(t *testing.T) {
 			for at := -1; ; at++ {
 				b := newBench(t)
 				f := b.open(Past{}, false)
-				if err := errors.Join(f.Write(before, 0, int64(len(before))), f.Sync(unlocked), f.Write([]byte("B"), 0, 1), f.Sync(unlocked)); err != nil {
+				if err := errors.Join(f.Write(before, 0, int64(len(before))), f.Sync(unlocked),
+					f.Write([]byte("B"), 0, 1), f.Sync(unlocked)); err != nil {
 					t.Fatal(err)
 				}
 				old, calls := b.content(f), 0
@@ -258,7 +263,8 @@ func TestErrorAtAnyCall(t *testing.T) {
 					f = b.open(Past{}, true)
 				}
 				b.inOrder(f)
-				if got := b.content(f); !bytes.Equal(got, old) && !bytes.Equal(got, after) && !bytes.Equal(got, zeroed(got, old)) {
+				if got := b.content(f); !bytes.Equal(got, old) && !bytes.Equal(got, after) &&
+					!bytes.Equal(got, zeroed(got, old)) {
 					t.Fatalf("call %d: %v: %d bytes where there were %d", at, err, len(got), len(old))
 				}
 				if err := errors.Join(f.Write([]byte("goes on"), 3, 7), f.SettleNow()); err != nil {
@@ -302,7 +308,8 @@ func TestTransitions(t *testing.T) {
 			case allowed && (f.phase != to || len(b.faults) > 0):
 				t.Errorf("from %s to %s: %s, %q", from, to, f.phase, b.faults)
 			case !allowed && (f.phase != Broken || len(b.faults) != 1):
-				t.Errorf("from %s to %s, which the table does not have: %s, %q", from, to, f.phase, b.faults)
+				t.Errorf("from %s to %s, which the table does not have: %s, %q", from, to, f.phase,
+					b.faults)
 			case from != Broken && f.phase == Broken && b.broke == 0:
 				t.Errorf("from %s to %s: nobody was told", from, to)
 			}

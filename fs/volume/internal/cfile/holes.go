@@ -38,7 +38,11 @@ func (f *File) Reserve(off, n int64, grow bool) error {
 		from = 0 // with the header
 	}
 	to := g.PageOff(g.Block(end-1) + 1)
-	if err := f.host.TakeSpace(n, func() error { return f.Disk.Allocate(f.FD, unix.FALLOC_FL_KEEP_SIZE, from, to-from) }); err != nil {
+	if err := f.host.TakeSpace(n,
+		func() error {
+			return f.Disk.Allocate(f.FD, unix.FALLOC_FL_KEEP_SIZE, from,
+				to-from)
+		}); err != nil {
 		return err
 	}
 	f.reserved = max(f.reserved, to)
@@ -115,7 +119,8 @@ func (f *File) punch(first, last int64) error {
 	}
 	f.touch()
 	from, to := g.PageOff(first), g.PageOff(last+1)
-	if err := f.Disk.Allocate(f.FD, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, from, to-from); err != nil {
+	if err := f.Disk.Allocate(f.FD, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, from,
+		to-from); err != nil {
 		return err
 	}
 	if first <= f.tail.k && f.tail.k <= last {

@@ -70,7 +70,8 @@ func (p *pages) put(first, last, size int64, b []byte, off, end int64) error {
 	buf := Runs.Get().(*[]byte)
 	defer Runs.Put(buf)
 	for first <= last {
-		final := min(last, first+RunPages-1-p.Geo.PageOff(0)/blockcrypt.PageSize) // with the header's own pages
+		final := min(last,
+			first+RunPages-1-p.Geo.PageOff(0)/blockcrypt.PageSize) // with the header's own pages
 		if err := p.putRun(*buf, first, final, size, b, off, end); err != nil {
 			return err
 		}

@@ -20,7 +20,8 @@ const (
 )
 
 func (p Phase) String() string {
-	return [...]string{"unread", "partial", "empty", "fresh", "settled", "dirty", "growing", "cutting", "broken"}[p]
+	return [...]string{"unread", "partial", "empty", "fresh", "settled", "dirty", "growing",
+		"cutting", "broken"}[p]
 }
 
 // transitions are all ways from one phase to another, each with the sentence of FORMAT.md,
@@ -29,7 +30,8 @@ var transitions = []struct {
 	from, to Phase
 	rule     string
 }{
-	{Unread, Partial, "a dirty file whose session is not in the marker was copied while it was being written: kmsfs cat gives what opens"},
+	{Unread, Partial,
+		"a dirty file whose session is not in the marker was copied while it was being written: kmsfs cat gives what opens"},
 	{Unread, Empty, "a first page of zeros is an empty file"},
 	{Unread, Fresh, "fresh: nothing in the file is confirmed; this mount has closed it, and remembers"},
 	{Unread, Settled, "a clean file has the exact length of its size, or that rounded up to a page"},
@@ -39,12 +41,14 @@ var transitions = []struct {
 	{Empty, Fresh, "header and block 0 go together"},
 	{Empty, Broken, "the part of a first run that was written cannot be cut off again"},
 	{Fresh, Empty, "truncation to nothing, or the first run could not be written"},
-	{Fresh, Settled, "close, and the first fsync, write a clean state with floor 0; confirmed by fsync, or older than 30 s"},
+	{Fresh, Settled,
+		"close, and the first fsync, write a clean state with floor 0; confirmed by fsync, or older than 30 s"},
 	{Fresh, Dirty, "older than 30 s: it is fresh no longer"},
 	{Fresh, Broken, "a sync that failed is not made good by a later one"},
 
 	{Settled, Empty, "truncation to nothing"},
-	{Settled, Dirty, "dirty and sparse are durable before the length or the map changes: the state is written"},
+	{Settled, Dirty,
+		"dirty and sparse are durable before the length or the map changes: the state is written"},
 	{Settled, Cutting, "truncation: dirty and a lower floor; with cut where a page is sealed again"},
 	{Settled, Broken, "a sync that failed is not made good by a later one"},
 	{Dirty, Empty, "truncation to nothing, or a repair that finds nothing"},

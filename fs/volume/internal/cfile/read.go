@@ -81,7 +81,8 @@ func (c *Content) Pages(waits func(), buf []byte, first, last int64) ([]byte, er
 		buf = buf[:max(0, min(int64(len(buf)), c.Length(c.Size)-at))]
 	}
 	n := 0
-	if ahead := c.Ahead.Load(); ahead != nil && at < int64(len(*ahead)) && (c.AheadUntil.IsZero() || time.Now().Before(c.AheadUntil)) {
+	if ahead := c.Ahead.Load(); ahead != nil && at < int64(len(*ahead)) &&
+		(c.AheadUntil.IsZero() || time.Now().Before(c.AheadUntil)) {
 		if n = copy(buf, (*ahead)[at:]); first == 0 {
 			c.Ahead.Store(nil) // from here on the kernel has it
 		}
@@ -124,13 +125,15 @@ func (c *Content) OpenBlock(dst []byte, k int64, page []byte, size int) error {
 		return err
 	}
 	if len(out) != size {
-		return &blockcrypt.DamageError{Class: blockcrypt.BadBlock, Pos: c.Geo.PageOff(k), Detail: "a block of another length"}
+		return &blockcrypt.DamageError{Class: blockcrypt.BadBlock, Pos: c.Geo.PageOff(k),
+			Detail: "a block of another length"}
 	}
 	return nil
 }
 
 func (c *Content) IsHole(k int64, page []byte) bool {
-	return c.Flags()&blockcrypt.Sparse != 0 && k > 0 && (k < c.Geo.Block(c.Size-1) || c.Partial) && len(page) > 0 && page[0] == 0 && page[1] == 0 && blockcrypt.IsHole(page)
+	return c.Flags()&blockcrypt.Sparse != 0 && k > 0 && (k < c.Geo.Block(c.Size-1) || c.Partial) &&
+		len(page) > 0 && page[0] == 0 && page[1] == 0 && blockcrypt.IsHole(page)
 }
 
 // Length returns how long the ciphertext file is at this size.

@@ -28,7 +28,8 @@ func (e SyncError) Unwrap() error { return e.error }
 // the disk, and hdr is what they say; it returns what they are then. The bytes [192, H) of the first
 // page are written under the page rule by one pwrite: after a power cut the file has the old
 // recipients or the new ones. Mode, time of modification and capabilities stay.
-func replaceRecipients(d *disk.Disk, fd int, raw []byte, hdr *blockcrypt.Header, rs []blockcrypt.Recipient, calm bool) ([]byte, error) {
+func replaceRecipients(d *disk.Disk, fd int, raw []byte, hdr *blockcrypt.Header,
+	rs []blockcrypt.Recipient, calm bool) ([]byte, error) {
 	next := *hdr
 	next.Recipients = rs
 	b, err := next.Encode()
@@ -73,7 +74,8 @@ func replaceRecipients(d *disk.Disk, fd int, raw []byte, hdr *blockcrypt.Header,
 }
 
 // ReplaceRecipients writes other recipients into the header of a file that nothing has open.
-func ReplaceRecipients(d *disk.Disk, fd int, raw []byte, hdr *blockcrypt.Header, rs []blockcrypt.Recipient, calm bool) error {
+func ReplaceRecipients(d *disk.Disk, fd int, raw []byte, hdr *blockcrypt.Header,
+	rs []blockcrypt.Recipient, calm bool) error {
 	_, err := replaceRecipients(d, fd, raw, hdr, rs, calm)
 	return err
 }

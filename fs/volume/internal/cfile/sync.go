@@ -157,7 +157,8 @@ func (f *File) SettleWhole(changes uint64) error {
 // Restamp writes the state again, if another session than the present one wrote it and it says
 // that something may not be on the disk.
 func (f *File) Restamp() error {
-	if f.phase == Broken || f.Header == nil || f.Keyless() || f.Header.State.Session == f.host.Session() || !f.Unconfirmed() {
+	if f.phase == Broken || f.Header == nil || f.Keyless() ||
+		f.Header.State.Session == f.host.Session() || !f.Unconfirmed() {
 		return nil
 	}
 	return f.writeState(f.Flags())

@@ -106,15 +106,20 @@ func (d *Disk) SettlePages(fd int, off, n int64) error {
 
 // SendPages makes the kernel begin to write these pages, and waits for nothing.
 func (d *Disk) SendPages(fd int, off, n int64) error {
-	return d.do(Call{Op: "sync_file_range", FD: fd, Off: off, Len: n, Mode: unix.SYNC_FILE_RANGE_WRITE}, func() error {
+	return d.do(Call{Op: "sync_file_range", FD: fd, Off: off, Len: n,
+		Mode: unix.SYNC_FILE_RANGE_WRITE}, func() error {
 		return again(func() error { return unix.SyncFileRange(fd, off, n, unix.SYNC_FILE_RANGE_WRITE) })
 	})
 }
 
 // WaitPages waits until these pages are not being written.
 func (d *Disk) WaitPages(fd int, off, n int64) error {
-	return d.do(Call{Op: "sync_file_range", FD: fd, Off: off, Len: n, Mode: unix.SYNC_FILE_RANGE_WAIT_BEFORE}, func() error {
-		return again(func() error { return unix.SyncFileRange(fd, off, n, unix.SYNC_FILE_RANGE_WAIT_BEFORE) })
+	return d.do(Call{Op: "sync_file_range", FD: fd, Off: off, Len: n,
+		Mode: unix.SYNC_FILE_RANGE_WAIT_BEFORE}, func() error {
+		return again(func() error {
+			return unix.SyncFileRange(fd, off, n,
+				unix.SYNC_FILE_RANGE_WAIT_BEFORE)
+		})
 	})
 }
 

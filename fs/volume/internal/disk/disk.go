@@ -124,7 +124,8 @@ func (d *Disk) take(c Call, f func() error) error {
 			return err
 		}
 		end := time.Now().Add(freedWithin)
-		for pause := time.Millisecond; NoSpace(err) && waits && time.Now().Before(end); pause = min(2*pause, freedPause) {
+		for pause := time.Millisecond; NoSpace(err) && waits &&
+			time.Now().Before(end); pause = min(2*pause, freedPause) {
 			if waits = d.leaving.Load() > 0; waits {
 				time.Sleep(pause)
 			}

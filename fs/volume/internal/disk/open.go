@@ -58,7 +58,8 @@ func (d *Disk) OpenBelow(dir int, path string, flags int) (fd int, err error) {
 		path = "."
 	}
 	fd = -1
-	how := unix.OpenHow{Flags: uint64(flags | FileFlags), Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS}
+	how := unix.OpenHow{Flags: uint64(flags | FileFlags),
+		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS}
 	err = d.do(Call{Op: "openat2", FD: dir, Name: path, Mode: uint32(flags)}, func() error {
 		return d.opens(func() error {
 			fd, err = unix.Openat2(dir, path, &how)

@@ -142,7 +142,8 @@ func backingNotes(d *disk.Disk, fd int) (notes []string) {
 func TimeGranularity(d *disk.Disk, fd int) uint32 {
 	probe := unix.Timespec{Sec: 1e9, Nsec: 123456789}
 	var was, st unix.Stat_t
-	if d.Fstat(fd, &was) != nil || d.Utimens(fd, unix.Timespec{Nsec: unix.UTIME_OMIT}, probe) != nil || d.Fstat(fd, &st) != nil {
+	if d.Fstat(fd, &was) != nil || d.Utimens(fd, unix.Timespec{Nsec: unix.UTIME_OMIT},
+		probe) != nil || d.Fstat(fd, &st) != nil {
 		return 1
 	}
 	d.Utimens(fd, unix.Timespec{Nsec: unix.UTIME_OMIT}, unix.NsecToTimespec(time.Now().UnixNano()))

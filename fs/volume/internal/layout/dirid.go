@@ -60,7 +60,8 @@ func ReadDirID(d *disk.Disk, fd int) (x DirID, err error) {
 		return x, err
 	}
 	var entries []disk.Dirent
-	if err := d.Scan(fd, func(e disk.Dirent) error { entries = append(entries, e); return nil }); err != nil {
+	if err := d.Scan(fd,
+		func(e disk.Dirent) error { entries = append(entries, e); return nil }); err != nil {
 		return x, err
 	}
 	return DirIDOf(d, fd, entries), nil

@@ -35,12 +35,15 @@ func ReadHeader(d *disk.Disk, fd, n int) (*blockcrypt.Header, []byte, error) {
 
 // CheckHeader checks that a file belongs to a volume: the header's length, the volume's ID and,
 // if vk is not nil, that the file was made in it.
-func CheckHeader(hdr *blockcrypt.Header, g blockcrypt.Geometry, volume blockcrypt.ID, vk *blockcrypt.VolumeKeys) error {
+func CheckHeader(hdr *blockcrypt.Header, g blockcrypt.Geometry, volume blockcrypt.ID,
+	vk *blockcrypt.VolumeKeys) error {
 	if hdr.Geometry != g {
-		return &blockcrypt.DamageError{Class: blockcrypt.BadHeader, Pos: 8, Detail: "the header has another size than the volume's"}
+		return &blockcrypt.DamageError{Class: blockcrypt.BadHeader, Pos: 8,
+			Detail: "the header has another size than the volume's"}
 	}
 	if hdr.Volume != volume {
-		return &blockcrypt.DamageError{Class: blockcrypt.BadVolume, Pos: 16, Detail: "the file is of another volume"}
+		return &blockcrypt.DamageError{Class: blockcrypt.BadVolume, Pos: 16,
+			Detail: "the file is of another volume"}
 	}
 	if vk != nil {
 		return vk.CheckOrigin(hdr)

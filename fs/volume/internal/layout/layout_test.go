@@ -58,9 +58,11 @@ func TestDirID(t *testing.T) {
 		{"only names of long entries are left", []string{"kmsfs.name.x>y"}, false, false, ""},
 		{"they differ", []string{"kmsfs.dir>" + a, "kmsfs.dir." + b}, false, false, "differ"},
 		{"two files", []string{"kmsfs.dir." + a, "kmsfs.dir." + b}, false, false, "differ"},
-		{"the symlink is malformed", []string{"kmsfs.dir>x", "kmsfs.dir." + a}, false, false, "kmsfs.dir is malformed"},
+		{"the symlink is malformed", []string{"kmsfs.dir>x", "kmsfs.dir." + a}, false, false,
+			"kmsfs.dir is malformed"},
 		{"the file is malformed", []string{"kmsfs.dir.x"}, false, false, "kmsfs.dir.x is malformed"},
-		{"the symlink is a file", []string{"kmsfs.dir", "kmsfs.dir." + a}, false, false, "kmsfs.dir is malformed"},
+		{"the symlink is a file", []string{"kmsfs.dir", "kmsfs.dir." + a}, false, false,
+			"kmsfs.dir is malformed"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			d, fd, path := directory(t, c.entries...)
@@ -69,13 +71,15 @@ func TestDirID(t *testing.T) {
 				t.Fatal(err)
 			}
 			var entries []disk.Dirent
-			if err := d.Scan(fd, func(e disk.Dirent) error { entries = append(entries, e); return nil }); err != nil {
+			if err := d.Scan(fd,
+				func(e disk.Dirent) error { entries = append(entries, e); return nil }); err != nil {
 				t.Fatal(err)
 			}
 			listed := DirIDOf(d, fd, entries)
 			for how, x := range map[string]DirID{"read": read, "listed": listed} {
 				id, ok, lost, err := x.Resolve()
-				if ok != c.ok || lost != c.lost || (err != nil) != (c.fault != "") || err != nil && !strings.Contains(err.Error(), c.fault) {
+				if ok != c.ok || lost != c.lost || (err != nil) != (c.fault != "") ||
+					err != nil && !strings.Contains(err.Error(), c.fault) {
 					t.Errorf("%s: ok %v, lost %v, %v", how, ok, lost, err)
 				}
 				if ok && id.String() != a {
@@ -104,7 +108,8 @@ func TestEncodedName(t *testing.T) {
 	}
 	entry, symlink := blockcrypt.LongPrefix+hash, blockcrypt.LongName+hash
 	d, fd, path := directory(t, entry, symlink+">"+encoded)
-	for cname, want := range map[string]string{"short": "short", entry: encoded, symlink: "", "kmsfs.dir": ""} {
+	for cname, want := range map[string]string{"short": "short", entry: encoded, symlink: "",
+		"kmsfs.dir": ""} {
 		if got, err := EncodedName(d, fd, cname); got != want || err != nil {
 			t.Errorf("%s: %q, %v", cname, got, err)
 		}
@@ -156,7 +161,8 @@ func TestReadHeader(t *testing.T) {
 		}
 		hdr, b, err := ReadHeader(d, fd, g.Header())
 		d.Close(fd)
-		if hdr != nil || errors.Is(err, ErrUnwritten) != c.unwritten || blockcrypt.ClassOf(err) != blockcrypt.BadHeader {
+		if hdr != nil || errors.Is(err, ErrUnwritten) != c.unwritten ||
+			blockcrypt.ClassOf(err) != blockcrypt.BadHeader {
 			t.Errorf("%s: %v", name, err)
 		}
 		if !slices.Equal(b, c.content[:min(len(c.content), g.Header())]) {

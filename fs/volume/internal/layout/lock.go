@@ -51,7 +51,8 @@ func (e *LockedError) Error() string {
 	if !e.known {
 		return ErrLocked.Error()
 	}
-	return fmt.Sprintf("process %d on host %q is writing to this volume, since %s", e.PID, e.Host, e.Since.Local().Format(time.DateTime))
+	return fmt.Sprintf("process %d on host %q is writing to this volume, since %s", e.PID, e.Host,
+		e.Since.Local().Format(time.DateTime))
 }
 
 // Is makes the error one that errors.Is takes for [ErrLocked].
@@ -167,7 +168,8 @@ func makeLock(d *disk.Disk, root int) error {
 // cannot name the holder, or names the one before.
 func signLock(d *disk.Disk, fd int) {
 	host, _ := os.Hostname()
-	b, err := json.Marshal(LockedError{Host: host, PID: os.Getpid(), Since: time.Now().Truncate(time.Second), Boot: bootID()})
+	b, err := json.Marshal(LockedError{Host: host, PID: os.Getpid(),
+		Since: time.Now().Truncate(time.Second), Boot: bootID()})
 	if err != nil || len(b) >= lockSize {
 		return
 	}

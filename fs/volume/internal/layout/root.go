@@ -77,7 +77,8 @@ func ReadConfig(d *disk.Disk, root int) (*blockcrypt.Config, error) {
 		return nil, err
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Size > 4<<20 {
-		return nil, &blockcrypt.DamageError{Class: blockcrypt.BadConfig, Pos: -1, Detail: "kmsfs.json is no file of a sensible size"}
+		return nil, &blockcrypt.DamageError{Class: blockcrypt.BadConfig, Pos: -1,
+			Detail: "kmsfs.json is no file of a sensible size"}
 	}
 	b := make([]byte, st.Size)
 	n, err := d.Pread(fd, b, 0)
