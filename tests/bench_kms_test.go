@@ -2,11 +2,9 @@ package tests
 
 import (
 	"fmt"
-	"math/rand/v2"
 	"os"
 	"os/exec"
 	"slices"
-	"sync"
 	"testing"
 	"time"
 
@@ -144,20 +142,6 @@ func medians(rounds []map[string]time.Duration) map[string]time.Duration {
 		out[what] = ds[len(ds)/2]
 	}
 	return out
-}
-
-// throttle lets a part of the calls fail as throttled.
-func throttle(part float64) func(string) *keystoretest.Failure {
-	var mu sync.Mutex
-	r := rand.New(rand.NewPCG(3, 4))
-	return func(string) *keystoretest.Failure {
-		mu.Lock()
-		defer mu.Unlock()
-		if r.Float64() < part {
-			return &keystoretest.Failure{Status: 400, Code: "ThrottlingException"}
-		}
-		return nil
-	}
 }
 
 // readOver reads a file again and again, past the kernel's cache.

@@ -7,7 +7,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -129,32 +128,4 @@ func TestBackingChanged(t *testing.T) {
 	m.remount()
 	write(t, m.path("f"), b[:100])
 	want(t, m.path("f"), b[:100])
-}
-
-func glob(t testing.TB, pattern string) []string {
-	t.Helper()
-	out, err := filepath.Glob(pattern)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return out
-}
-
-func ino(st os.FileInfo) uint64 { return st.Sys().(*syscall.Stat_t).Ino }
-
-// overwrite writes a file in its place, or makes it.
-func overwrite(path string, b []byte) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE, 0o644)
-	if err != nil {
-		return err
-	}
-	_, err = f.WriteAt(b, 0)
-	return errors.Join(err, f.Truncate(int64(len(b))), f.Close())
-}
-
-func dropCaches(t testing.TB, m *mounted) {
-	t.Helper()
-	if os.Geteuid() == 0 {
-		m.run(`echo 3 >/proc/sys/vm/drop_caches`)
-	}
 }

@@ -22,58 +22,6 @@ import (
 	"kmsfs/keystore/keystoretest"
 )
 
-// kmsVolume is a volume under a key of a KMS server of the test's own.
-type kmsVolume struct {
-	*mounted
-	srv *keystoretest.Server
-	arn string
-}
-
-func newKMSVolume(t testing.TB, options ...string) *kmsVolume {
-	t.Helper()
-	needFUSE(t)
-	base := t.TempDir()
-	srv := keystoretest.Start(t)
-	v := &kmsVolume{&mounted{t: t, base: base, cipher: filepath.Join(base, "cipher"),
-		dir: filepath.Join(base, "mnt"), options: options}, srv, srv.AddKey("alias/k")}
-	v.env = append(os.Environ(), "XDG_STATE_HOME="+filepath.Join(base, "state"),
-		"XDG_CONFIG_HOME="+filepath.Join(base, "config"), "XDG_RUNTIME_DIR="+filepath.Join(base, "run"))
-	for k, x := range keystoretest.Env(srv.URL) {
-		v.env = append(v.env, k+"="+x)
-	}
-	for _, d := range []string{v.cipher, v.dir} {
-		if err := os.Mkdir(d, 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-	t.Cleanup(v.cleanup)
-	v.kmsfs("init", "--key", "alias/k", v.cipher)
-	v.mount()
-	return v
-}
-
-// eventually wants f to succeed within some seconds.
-func eventually(t testing.TB, what string, f func() error) {
-	t.Helper()
-	var err error
-	for until := time.Now().Add(20 * time.Second); time.Now().Before(until); time.Sleep(20 * time.Millisecond) {
-		if err = f(); err == nil {
-			return
-		}
-	}
-	t.Fatalf("%s: %v", what, err)
-}
-
-func readErr(path string, want error) func() error {
-	return func() error {
-		_, err := os.ReadFile(path)
-		if want == nil && err == nil || want != nil && errors.Is(err, want) {
-			return nil
-		}
-		return fmt.Errorf("%s: %v, want %v", filepath.Base(path), err, want)
-	}
-}
-
 // A key that is switched off makes open files unreadable too, and what the
 // kernel knows of them; data that was written before is there when it is on again.
 func TestRevocation(t *testing.T) {
@@ -201,9 +149,6 @@ func TestLock(t *testing.T) {
 		return err
 	})
 }
-
-func statErr(path string) error { _, err := os.Stat(path); return err }
-func listErr(path string) error { _, err := os.ReadDir(path); return err }
 
 // inMemory counts which of the keys stand in a process's memory.
 func inMemory(t testing.TB, pid int, keys [][]byte) (n int) {

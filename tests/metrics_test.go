@@ -205,10 +205,6 @@ func damage(t *testing.T, cipher string, size int64) {
 	}
 }
 
-func grep(text, pattern string) string {
-	return strings.Join(regexp.MustCompile(`(?m)^.*(`+pattern+`).*$`).FindAllString(text, -1), "\n")
-}
-
 // A mount that nobody uses is unmounted; not while something of it is open, or asked for.
 func TestIdle(t *testing.T) {
 	v := newVolume(t, "--idle", "700ms")

@@ -197,26 +197,6 @@ func (x *treeModel) step() error {
 	return nil
 }
 
-func errno(err error) unix.Errno {
-	if e, ok := errors.AsType[unix.Errno](err); ok {
-		return e
-	}
-	if err != nil {
-		return unix.EIO
-	}
-	return 0
-}
-
-// on calls f with an open file.
-func on(path string, flags int, f func(*os.File) ([]byte, error)) ([]byte, error) {
-	fd, err := os.OpenFile(path, flags, 0o644)
-	if err != nil {
-		return nil, err
-	}
-	out, err := f(fd)
-	return out, errors.Join(err, fd.Close())
-}
-
 // mapped writes data through a shared map of the file.
 func mapped(f *os.File, data []byte) ([]byte, error) {
 	st, err := f.Stat()

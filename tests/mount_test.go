@@ -2,16 +2,13 @@ package tests
 
 import (
 	"bytes"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	mrand "math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -22,12 +19,6 @@ import (
 
 	"kmsfs/keystore/keystoretest"
 )
-
-func noise(n int) []byte {
-	b := make([]byte, n)
-	rand.Read(b)
-	return b
-}
 
 // A source tree copied in, compared after a remount, and the daemon's memory.
 func TestSourceTree(t *testing.T) {
@@ -45,19 +36,6 @@ func TestSourceTree(t *testing.T) {
 		# nothing of it stands in the ciphertext
 		! grep -rqF 'Copyright 2009 The Go Authors' "$C"
 		! ls -R "$C" | grep -q 'net'"$"`)
-}
-
-func rss(t testing.TB, pid int) int {
-	t.Helper()
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		t.Fatal(err)
-	}
-	kib, err := strconv.Atoi(string(regexp.MustCompile(`VmRSS:\s+(\d+)`).FindSubmatch(b)[1]))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return kib
 }
 
 func TestGoBuild(t *testing.T) {

@@ -13,64 +13,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// loopDisk makes a filesystem in a file and mounts it, for what a test does to
-// the ciphertext's own filesystem. It needs root.
-func loopDisk(t *testing.T, base, size string, mkfs ...string) (dir string) {
-	t.Helper()
-	needRoot(t)
-	needTool(t, mkfs[0])
-	img := filepath.Join(base, "disk")
-	dir = filepath.Join(base, "disk.mnt")
-	for _, c := range [][]string{{"truncate", "-s", size, img}, append(mkfs, img), {"mkdir", dir},
-		{"mount", "-o", "loop", img, dir}} {
-		if out, err := exec.Command(c[0], c[1:]...).CombinedOutput(); err != nil {
-			t.Fatalf("%v: %v\n%s", c, err, out)
-		}
-	}
-	t.Cleanup(func() {
-		if out, err := exec.Command("umount", dir).CombinedOutput(); err != nil {
-			t.Errorf("umount: %v\n%s", err, out)
-		}
-	})
-	return dir
-}
-
-// newVolumeOn is newVolumeIn with the ciphertext in another directory.
-func newVolumeOn(t testing.TB, base, cipherIn string, options ...string) *mounted {
-	t.Helper()
-	if err := os.Mkdir(filepath.Join(cipherIn, "cipher"), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink(filepath.Join(cipherIn, "cipher"), filepath.Join(base, "cipher")); err != nil {
-		t.Fatal(err)
-	}
-	return newVolumeIn(t, base, options...)
-}
-
-// openBase is a directory that other users may look into.
-func openBase(t testing.TB) string {
-	t.Helper()
-	base, err := os.MkdirTemp("", "kmsfs-posix-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(base) })
-	if err := os.Chmod(base, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	return base
-}
-
-func open(t testing.TB, path string, flags int) *os.File {
-	t.Helper()
-	f, err := os.OpenFile(path, flags, 0o644)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { f.Close() })
-	return f
-}
-
 // Holes are where they are said to be, also of what the kernel has not written
 // yet, and sparse copies stay sparse.
 func TestHoles(t *testing.T) {
@@ -160,31 +102,6 @@ func TestDelayedErrors(t *testing.T) {
 	want(t, m.path("f"), b)
 	m.remount()
 	want(t, m.path("f"), b)
-}
-
-// runs runs a shell script, which may fail.
-func (m *mounted) runs(script string) error {
-	c := exec.Command("bash", "-c", script)
-	c.Env = append(m.env, "M="+m.dir, "B="+m.base, "C="+m.cipher)
-	return c.Run()
-}
-
-// fill takes all the space that there is.
-func fill(t testing.TB, path string) {
-	t.Helper()
-	f, err := os.Create(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	for n := 1 << 20; n >= 512; {
-		if _, err := f.Write(make([]byte, n)); err != nil {
-			n /= 2
-		}
-	}
-	if err := f.Sync(); err != nil && !errors.Is(err, unix.ENOSPC) {
-		t.Fatal(err)
-	}
 }
 
 // A daemon that root runs gives nobody what the filesystem keeps for root, nor

@@ -17,6 +17,7 @@ import (
 const (
 	mostMethods = 30 // of a type
 	mostFields  = 20 // of a struct
+	mostParams  = 5  // of a function
 	mostShare   = 35 // per cent of the code that one package has
 )
 
@@ -52,6 +53,10 @@ func TestNothingIsTooLarge(t *testing.T) {
 			case *ast.FuncDecl:
 				if n.Recv != nil {
 					methods[pkg+"."+strings.TrimLeft(typeName(n.Recv.List[0].Type), "*")]++
+				}
+				if n.Type.Params.NumFields() > mostParams {
+					t.Errorf("%s: %s has %d parameters, more than %d", path, n.Name.Name,
+						n.Type.Params.NumFields(), mostParams)
 				}
 			case *ast.TypeSpec:
 				if s, ok := n.Type.(*ast.StructType); ok && fieldsOf(s) > mostFields {

@@ -3,7 +3,6 @@ package tests
 import (
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -26,16 +25,6 @@ func newSlowVolume(t testing.TB, l slowdisk.Latency) (*mounted, *slowdisk.Disk) 
 	needFUSE(t)
 	d := slowdisk.New(t, shmDir(t), l)
 	return newVolumeOn(t, t.TempDir(), d.Dir), d
-}
-
-// shmDir returns a new directory on a filesystem in memory.
-func shmDir(t testing.TB) string {
-	dir, err := os.MkdirTemp("/dev/shm", "kmsfs-tests-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	return dir
 }
 
 // While the disk is busy for seconds with one request, every other one is answered.
@@ -121,57 +110,6 @@ func TestNothingWaitsMounted(t *testing.T) {
 			t.Errorf("%s took %v only: nothing was tested", c.what, took)
 		}
 	}
-}
-
-// system is what a benchmark runs on.
-type system struct {
-	name string
-	dir  string
-	stop func()
-}
-
-// slowSystems mounts the disk itself, the peers that are there, and kmsfs, each on a slow disk
-// of its own.
-func slowSystems(b *testing.B) (out []system) {
-	disk := func() string { return slowdisk.New(b, shmDir(b), cloud).Dir }
-	out = append(out, system{"raw", disk(), func() {}})
-	if _, err := exec.LookPath("gocryptfs"); err == nil {
-		g := newGocryptfs(b, disk())
-		out = append(out, system{"gocryptfs", g.dir, g.kill})
-	}
-	if _, err := exec.LookPath("securefs"); err == nil {
-		out = append(out, newSecurefs(b, disk()))
-	}
-	m := newVolumeOn(b, b.TempDir(), disk())
-	return append(out, system{"kmsfs", m.dir, func() {}})
-}
-
-func newSecurefs(b *testing.B, cipher string) system {
-	dir := filepath.Join(b.TempDir(), "mnt")
-	if err := os.Mkdir(dir, 0o755); err != nil {
-		b.Fatal(err)
-	}
-	if out, err := exec.Command("securefs", "create", "--pass", "x", cipher).CombinedOutput(); err != nil {
-		b.Fatalf("securefs create: %v\n%s", err, out)
-	}
-	c := exec.Command("securefs", "mount", "--pass", "x", cipher, dir)
-	if err := c.Start(); err != nil {
-		b.Fatal(err)
-	}
-	var up, s unix.Stat_t
-	unix.Stat(filepath.Dir(dir), &up)
-	for range 1000 {
-		if unix.Stat(dir, &s) == nil && s.Dev != up.Dev {
-			break
-		}
-		time.Sleep(5 * time.Millisecond)
-	}
-	stop := func() {
-		unix.Unmount(dir, unix.MNT_DETACH)
-		c.Wait()
-	}
-	b.Cleanup(sync.OnceFunc(stop))
-	return system{"securefs", dir, stop}
 }
 
 // slowRate calls step in a number of threads for two seconds and returns calls a second.

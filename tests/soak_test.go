@@ -8,14 +8,6 @@ import (
 	"testing"
 )
 
-// Long runs of other people's programs: part of make soak.
-func needSoak(t *testing.T) {
-	t.Helper()
-	if os.Getenv("KMSFS_SOAK") == "" {
-		t.Skip("KMSFS_SOAK is not set; make soak sets it")
-	}
-}
-
 // PostgreSQL under load, stopped in the middle, recovered, and every index
 // compared with its table.
 func TestPostgres(t *testing.T) {
