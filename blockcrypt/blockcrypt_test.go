@@ -91,7 +91,7 @@ func TestHeaderRoundTrip(t *testing.T) {
 	}
 	g, _ := blockcrypt.NewGeometry(512)
 	long := blockcrypt.Recipient{URI: "x:y", Wrapped: make([]byte, 400)}
-	hdr, _, err := blockcrypt.NewFile(g, vk, fixedID(1), fixedID(1), fixedKey(1),
+	hdr, _, err := blockcrypt.NewFile(g, vk, blockcrypt.FileIDs{File: fixedID(1), Dir: fixedID(1)}, fixedKey(1),
 		[]blockcrypt.Recipient{long})
 	if err != nil {
 		t.Fatal(err)
@@ -121,7 +121,7 @@ func TestSealIsRandomized(t *testing.T) {
 
 func TestOpenRefusesOtherCapacity(t *testing.T) {
 	g, _ := blockcrypt.NewGeometry(1024)
-	_, fk, err := blockcrypt.NewFile(g, volumeKeys(t), fixedID(1), fixedID(1), fixedKey(1),
+	_, fk, err := blockcrypt.NewFile(g, volumeKeys(t), blockcrypt.FileIDs{File: fixedID(1), Dir: fixedID(1)}, fixedKey(1),
 		[]blockcrypt.Recipient{{URI: "x:y"}})
 	if err != nil {
 		t.Fatal(err)
@@ -242,7 +242,7 @@ func FuzzOpenValue(f *testing.F) {
 
 func BenchmarkSeal(b *testing.B) {
 	g, _ := blockcrypt.NewGeometry(1024)
-	_, fk, err := blockcrypt.NewFile(g, nil, fixedID(1), fixedID(1), fixedKey(1),
+	_, fk, err := blockcrypt.NewFile(g, nil, blockcrypt.FileIDs{File: fixedID(1), Dir: fixedID(1)}, fixedKey(1),
 		[]blockcrypt.Recipient{{URI: "x:y"}})
 	if err != nil {
 		b.Fatal(err)

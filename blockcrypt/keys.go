@@ -81,16 +81,19 @@ func (h *Header) Unlock(dataKey []byte) (*FileKeys, error) {
 	return k, nil
 }
 
+// FileIDs are the ID of a file and that of the directory in which it is made, zero outside a volume.
+type FileIDs struct{ File, Dir ID }
+
 // NewFile makes the keys and the header of a file with new content: commitment
 // and, inside a volume, origin. The caller sets the state with [FileKeys.SetState].
 // vk is nil outside a volume; volume is then zero.
-func NewFile(g Geometry, vk *VolumeKeys, file, dir ID, dataKey []byte,
+func NewFile(g Geometry, vk *VolumeKeys, ids FileIDs, dataKey []byte,
 	rs []Recipient) (*Header, *FileKeys, error) {
-	h := &Header{Geometry: g, File: file, Dir: dir, Recipients: rs}
+	h := &Header{Geometry: g, File: ids.File, Dir: ids.Dir, Recipients: rs}
 	if vk != nil {
 		h.Volume = vk.volume
 	}
-	k, commitment, err := deriveFileKeys(dataKey, h.Volume, file)
+	k, commitment, err := deriveFileKeys(dataKey, h.Volume, ids.File)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -82,7 +82,7 @@ func seal(t testing.TB, h int, vk *blockcrypt.VolumeKeys, dataKey, plain []byte)
 	if len(plain) == 0 {
 		return nil
 	}
-	hdr, fk, err := blockcrypt.NewFile(g, vk, fixedID(2), fixedID(3), dataKey, []blockcrypt.Recipient{
+	hdr, fk, err := blockcrypt.NewFile(g, vk, blockcrypt.FileIDs{File: fixedID(2), Dir: fixedID(3)}, dataKey, []blockcrypt.Recipient{
 		{URI: "aws-kms:arn:aws:kms:eu-central-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab", Wrapped: bytes.Repeat([]byte{5}, 184)},
 		{URI: "local:00112233445566778899aabbccddeeff", Wrapped: bytes.Repeat([]byte{6}, 60)},
 	})

@@ -47,8 +47,9 @@ func (f *fileSystem) Create(cancel <-chan struct{}, in *fuse.CreateIn, name stri
 	if !s.Ok() {
 		return s
 	}
-	n, st, h, err := f.v.Create(f.with(cancel, &in.InHeader), dir, name, in.Mode,
-		caller(&in.InHeader, in.Umask), in.Flags&syscall.O_EXCL != 0, writes(in.Flags))
+	n, st, h, err := f.v.Create(f.with(cancel, &in.InHeader), dir, name, volume.NewFile{
+		NewNode: volume.NewNode{Mode: in.Mode, Caller: caller(&in.InHeader, in.Umask)},
+		Excl:    in.Flags&syscall.O_EXCL != 0, Write: writes(in.Flags)})
 	if err != nil {
 		return status(err)
 	}

@@ -283,8 +283,8 @@ func caller(h *fuse.InHeader, umask uint32) volume.Caller {
 func (f *fileSystem) Mknod(cancel <-chan struct{}, in *fuse.MknodIn, name string,
 	out *fuse.EntryOut) fuse.Status {
 	return f.made(in.NodeId, out, func(dir *volume.Node) (*volume.Node, volume.Attr, error) {
-		return f.v.Mknod(f.with(cancel, &in.InHeader), dir, name, in.Mode, in.Rdev,
-			caller(&in.InHeader, in.Umask))
+		return f.v.Mknod(f.with(cancel, &in.InHeader), dir, name,
+			volume.NewNode{Mode: in.Mode, Rdev: in.Rdev, Caller: caller(&in.InHeader, in.Umask)})
 	})
 }
 

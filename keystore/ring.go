@@ -58,6 +58,11 @@ const maxCached = 16384
 
 // call is one unwrapping that several may wait for.
 type call struct {
+	store *standing
+	b     Binding
+	w     blockcrypt.Recipient
+	ahead bool // before a program asked
+
 	done  chan struct{}
 	raise func() // tells that a program waits; nil where one did from the start
 	err   error
@@ -374,11 +379,11 @@ func (r *Ring) Prefetch(file [16]byte, ws []blockcrypt.Recipient) (began bool) {
 	}
 	r.counts.Prefetched++
 	ctx, raise := WithRaise(r.ctx, ForPrefetch)
-	x := &call{done: make(chan struct{}), raise: raise}
+	x := &call{store: c.s, b: b, w: c.w, ahead: true, done: make(chan struct{}), raise: raise}
 	r.calls[id] = x
 	r.wg.Go(func() {
 		key, err := watched{r, c.s}.Unwrap(ctx, b, c.w)
-		r.finish(c.s, id, b, c.w, x, key, err, true)
+		r.finish(id, x, key, err)
 		clear(key)
 	})
 	return true
@@ -541,7 +546,7 @@ func (r *Ring) unwrap(ctx context.Context, s *standing, b Binding, w blockcrypt.
 				r.mu.Unlock()
 				return nil, e
 			}
-			c = &call{done: make(chan struct{})}
+			c = &call{store: s, b: b, w: w, done: make(chan struct{})}
 			r.calls[id] = c
 			r.counts.Misses++
 		}
@@ -552,7 +557,7 @@ func (r *Ring) unwrap(ctx context.Context, s *standing, b Binding, w blockcrypt.
 		}
 		if mine {
 			key, err := watched{r, s}.Unwrap(ctx, b, w)
-			r.finish(s, id, b, w, c, key, err, false)
+			r.finish(id, c, key, err)
 			r.mu.Lock()
 			e := r.unusable(s) // it may be suspended by now
 			r.mu.Unlock()
@@ -583,15 +588,15 @@ func (r *Ring) unwrap(ctx context.Context, s *standing, b Binding, w blockcrypt.
 	}
 }
 
-func (r *Ring) finish(s *standing, id [32]byte, b Binding, w blockcrypt.Recipient, c *call,
-	key []byte, err error, ahead bool) {
+// finish ends a call with its outcome.
+func (r *Ring) finish(id [32]byte, c *call, key []byte, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	delete(r.calls, id)
 	c.err = err
 	if err == nil {
-		r.insert(id, key, ahead)
-		s.learn(b, w)
+		r.insert(id, key, c.ahead)
+		c.store.learn(c.b, c.w)
 	}
 	close(c.done)
 }

@@ -255,7 +255,7 @@ func (d *mountDaemon) ask(ctx context.Context, method, what string, body any, te
 		return err
 	}
 	defer clear(b) // it can have a passphrase
-	err = converse(ctx, d.dev, method, what, bytes.NewReader(b), func(r io.Reader) error {
+	err = converse(ctx, d.dev, question{method, what, bytes.NewReader(b)}, func(r io.Reader) error {
 		for dec := json.NewDecoder(r); ; {
 			var n news
 			switch err := dec.Decode(&n); {

@@ -186,7 +186,7 @@ var errNoAnswer = errors.New("the daemon does not answer")
 
 // askMount is ask of the mount with a device number.
 func askMount(ctx context.Context, dev, method, what string, out any) error {
-	return converse(ctx, dev, method, what, nil, func(r io.Reader) error {
+	return converse(ctx, dev, question{method: method, path: what}, func(r io.Reader) error {
 		b, err := io.ReadAll(r)
 		if err == nil && out != nil {
 			err = json.Unmarshal(b, out)
@@ -195,9 +195,14 @@ func askMount(ctx context.Context, dev, method, what string, out any) error {
 	})
 }
 
-// converse sends a request to the daemon of a mount, and reads its answer with read.
-func converse(ctx context.Context, dev, method, what string, body io.Reader,
-	read func(io.Reader) error) error {
+// question is a request to the daemon of a mount.
+type question struct {
+	method, path string
+	body         io.Reader // nil: none
+}
+
+// converse sends a question to the daemon of a mount, and reads its answer with read.
+func converse(ctx context.Context, dev string, q question, read func(io.Reader) error) error {
 	path, err := socketPath(dev)
 	if err != nil {
 		return err
@@ -210,7 +215,7 @@ func converse(ctx context.Context, dev, method, what string, body io.Reader,
 		return c, errors.Join(verr, err)
 	}}}
 	defer client.CloseIdleConnections()
-	req, err := http.NewRequestWithContext(ctx, method, "http://kmsfs/"+what, body)
+	req, err := http.NewRequestWithContext(ctx, q.method, "http://kmsfs/"+q.path, q.body)
 	if err != nil {
 		return err
 	}
@@ -386,7 +391,7 @@ func printMetrics(dir string) error {
 	if err != nil {
 		return err
 	}
-	return converse(context.Background(), m.dev, http.MethodGet, "metrics", nil, func(r io.Reader) error {
+	return converse(context.Background(), m.dev, question{method: http.MethodGet, path: "metrics"}, func(r io.Reader) error {
 		_, err := io.Copy(os.Stdout, r)
 		return err
 	})

@@ -111,7 +111,7 @@ func TestCalls(t *testing.T) {
 		want("close "+f.name, "")
 	}
 
-	n, _, h, err := w.v.Create(ctx, d, "new", 0o644, volume.Caller{}, false, true)
+	n, _, h, err := w.v.Create(ctx, d, "new", volume.NewFile{NewNode: volume.NewNode{Mode: 0o644}, Write: true})
 	w.do("create", err)
 	want("create", "openat fstat")
 	w.do("write", h.WriteDelayed(ctx, noise(4096), 0))

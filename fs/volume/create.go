@@ -10,10 +10,23 @@ import (
 	"kmsfs/keystore"
 )
 
-// Create makes a regular file, or opens the one that is there unless excl is
-// set, and opens it for writing, or reading only.
-func (ns *namespace) Create(ctx context.Context, dir *Node, name string, mode uint32, c Caller,
-	excl, write bool) (*Node, Attr, *Handle, error) {
+// NewNode says how an entry of a directory is made. Mode has a type, if it is not for a regular file
+// or a directory.
+type NewNode struct {
+	Mode, Rdev uint32
+	Caller     Caller
+}
+
+// NewFile says how a regular file is made and opened.
+type NewFile struct {
+	NewNode
+	Excl  bool // it is an error that there is one
+	Write bool // it is opened for writing, else for reading only
+}
+
+// Create makes a regular file, or opens the one that is there, and opens it.
+func (ns *namespace) Create(ctx context.Context, dir *Node, name string,
+	f NewFile) (*Node, Attr, *Handle, error) {
 	if ns.v.o.ReadOnly {
 		return nil, Attr{}, nil, unix.EROFS
 	}
@@ -30,8 +43,8 @@ func (ns *namespace) Create(ctx context.Context, dir *Node, name string, mode ui
 		var n *Node
 		var st Attr
 		var h *Handle
-		if n, st, h, err = ns.create(ctx, dir, name, mode, c, excl, write,
-			&key); !errors.Is(err, unix.ENOENT) || excl {
+		n, st, h, err = ns.create(ctx, dir, name, f, &key)
+		if !errors.Is(err, unix.ENOENT) || f.Excl {
 			return n, st, h, err
 		}
 		// Somebody had made it, and it went before it was opened.
@@ -59,23 +72,24 @@ const maxRaces = 100
 
 // create is one attempt of Create. It uses the data key, or gives it back and
 // leaves nil.
-func (ns *namespace) create(ctx context.Context, dir *Node, name string, mode uint32, c Caller,
-	excl, write bool, k **keystore.DataKey) (*Node, Attr, *Handle, error) {
+func (ns *namespace) create(ctx context.Context, dir *Node, name string, f NewFile,
+	k **keystore.DataKey) (*Node, Attr, *Handle, error) {
 	key := *k
 	*k = nil
 	created := -1
-	n, st, err := ns.make(dir, name, c, mode|unix.S_IFREG, func(fd int, cname string, mode uint32) (_ int, err error) {
+	open := func(fd int, cname string, mode uint32) (_ int, err error) {
 		created, err = ns.v.disk.Open(fd, cname,
 			unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|disk.FileFlags, mode&^unix.S_IFMT)
 		return created, err
-	})
-	if errors.Is(err, unix.EEXIST) && !excl && created < 0 {
+	}
+	n, st, err := ns.make(dir, name, f.Caller, f.Mode|unix.S_IFREG, open)
+	if errors.Is(err, unix.EEXIST) && !f.Excl && created < 0 {
 		ns.v.ring.PutBack(key)
 		n, _, _, err = ns.Lookup(ctx, dir, name)
 		if err != nil {
 			return nil, Attr{}, nil, err
 		}
-		h, err := n.Open(ctx, write)
+		h, err := n.Open(ctx, f.Write)
 		if err == nil {
 			if st, err = n.Attr(); err != nil {
 				h.Release()
@@ -94,7 +108,7 @@ func (ns *namespace) create(ctx context.Context, dir *Node, name string, mode ui
 		ns.v.ring.PutBack(key)
 		return nil, Attr{}, nil, err
 	}
-	return n, st, n.adopt(created, &st, key, write), nil
+	return n, st, n.adopt(created, &st, key, f.Write), nil
 }
 
 // Tmpfile makes a regular file in dir that has no name, and opens it; see [Volume.Link].

@@ -148,10 +148,10 @@ func (ns *namespace) Mkdir(ctx context.Context, dir *Node, name string, mode uin
 }
 
 // Mknod makes a file, device, pipe or socket.
-func (ns *namespace) Mknod(ctx context.Context, dir *Node, name string, mode, rdev uint32,
-	c Caller) (*Node, Attr, error) {
-	return ns.make(dir, name, c, mode, func(fd int, cname string, mode uint32) (int, error) {
-		return nothing(ns.v.disk.Mknod(fd, cname, mode, int(rdev)))
+func (ns *namespace) Mknod(ctx context.Context, dir *Node, name string,
+	n NewNode) (*Node, Attr, error) {
+	return ns.make(dir, name, n.Caller, n.Mode, func(fd int, cname string, mode uint32) (int, error) {
+		return nothing(ns.v.disk.Mknod(fd, cname, mode, int(n.Rdev)))
 	})
 }
 

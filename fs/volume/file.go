@@ -349,7 +349,7 @@ func (c *content) Open(ctx context.Context, write bool) (*Handle, error) {
 func (c *content) newFile(fd int, rw bool, st *Attr) *file {
 	f := &file{n: c.n, v: c.v, rw: rw}
 	rules := cfile.Rules{Calm: c.v.calm, KernelTimes: c.v.o.KernelTimes}
-	f.File = cfile.New(&c.v.disk, c.v.geo, fd, st.Mtim, rules, host{f})
+	f.File = cfile.New(&c.v.disk, c.v.geo, cfile.Opened{FD: fd, Mtime: st.Mtim}, rules, host{f})
 	if c.v.o.ReadOnly {
 		f.AheadUntil = time.Now().Add(aheadFor)
 	}

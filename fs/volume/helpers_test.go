@@ -189,7 +189,7 @@ func (w *world) mkdir(path string) {
 func (w *world) create(path string) (*volume.Handle, error) {
 	w.t.Helper()
 	d, name := w.parent(path)
-	_, _, h, err := w.v.Create(ctx, d, name, 0o644, volume.Caller{}, false, true)
+	_, _, h, err := w.v.Create(ctx, d, name, volume.NewFile{NewNode: volume.NewNode{Mode: 0o644}, Write: true})
 	return h, err
 }
 

@@ -125,7 +125,8 @@ func (l *Lone) SetRecipients(rs []blockcrypt.Recipient) error {
 	if _, err := l.disk.Pread(fd, raw, 0); err != nil {
 		return err
 	}
-	if err := cfile.ReplaceRecipients(&l.disk, fd, raw, l.Header, rs, false); err != nil {
+	head := cfile.Head{Disk: &l.disk, FD: fd, Raw: raw, Header: l.Header}
+	if _, err := head.SetRecipients(rs); err != nil {
 		return err
 	}
 	l.Header.Recipients = rs
@@ -153,7 +154,7 @@ func Encrypt(ctx context.Context, w *os.File, r io.Reader, stores []keystore.Sto
 	if err != nil {
 		return err
 	}
-	hdr, keys, err := blockcrypt.NewFile(g, nil, id, blockcrypt.ID{}, key.Key, rs)
+	hdr, keys, err := blockcrypt.NewFile(g, nil, blockcrypt.FileIDs{File: id}, key.Key, rs)
 	if err != nil {
 		return err
 	}

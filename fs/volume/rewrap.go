@@ -388,7 +388,7 @@ func (c *content) setRecipients(was *blockcrypt.Header,
 	if err != nil || !still(hdr) {
 		return false, err
 	}
-	err = cfile.ReplaceRecipients(&c.v.disk, fd, raw, hdr, rs, c.v.calm)
+	_, err = cfile.Head{Disk: &c.v.disk, FD: fd, Raw: raw, Header: hdr, Calm: c.v.calm}.SetRecipients(rs)
 	if _, ok := errors.AsType[cfile.SyncError](err); ok {
 		c.v.doubts.begin(c.n)
 		c.v.sessions.stuck.Store(true)

@@ -346,7 +346,7 @@ func forge(t testing.TB, like *blockcrypt.Header, id blockcrypt.ID, key []byte,
 	if err != nil {
 		t.Fatal(err)
 	}
-	hdr, keys, err := blockcrypt.NewFile(like.Geometry, fake, id, like.Dir, key, rs)
+	hdr, keys, err := blockcrypt.NewFile(like.Geometry, fake, blockcrypt.FileIDs{File: id, Dir: like.Dir}, key, rs)
 	if err != nil {
 		t.Fatal(err)
 	}

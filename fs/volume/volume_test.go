@@ -230,7 +230,7 @@ func TestModesAndOwners(t *testing.T) {
 	}
 	keystoretest.Need(t, "root, for owners", os.Getuid() == 0)
 	c := volume.Caller{UID: 1234, GID: 5678}
-	n, st, h, err := w.v.Create(ctx, root, "f", 0o4755, c, true, true)
+	n, st, h, err := w.v.Create(ctx, root, "f", volume.NewFile{NewNode: volume.NewNode{Mode: 0o4755, Caller: c}, Excl: true, Write: true})
 	if err != nil || st.Uid != 1234 || st.Gid != 5678 || st.Mode&0o7777 != 0o4755 {
 		t.Fatalf("%d:%d %o, %v", st.Uid, st.Gid, st.Mode, err)
 	}
@@ -244,8 +244,8 @@ func TestModesAndOwners(t *testing.T) {
 	if _, err := w.must("d").SetAttr(ctx, volume.SetAttr{Mode: &sgid}); err != nil {
 		t.Fatal(err)
 	}
-	if _, st, err := w.v.Mknod(ctx, w.must("d"), "p", unix.S_IFIFO|0o600, 0,
-		c); err != nil || st.Gid != 0 || st.Uid != 1234 || st.Mode&unix.S_IFMT != unix.S_IFIFO {
+	if _, st, err := w.v.Mknod(ctx, w.must("d"), "p",
+		volume.NewNode{Mode: unix.S_IFIFO | 0o600, Caller: c}); err != nil || st.Gid != 0 || st.Uid != 1234 || st.Mode&unix.S_IFMT != unix.S_IFIFO {
 		t.Errorf("in a setgid directory: %d:%d %o, %v", st.Uid, st.Gid, st.Mode, err)
 	}
 }

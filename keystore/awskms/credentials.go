@@ -314,15 +314,22 @@ const (
 // justMade is how long KMS is given to find a key that it did not find at first.
 const justMade = time.Second
 
+// refusal is a call that the service has refused.
+type refusal struct {
+	client *kms.Client
+	begun  time.Time
+	kind   keystore.Kind
+	err    error
+}
+
 // secondLook reports whether a refusal is to be tried again: with the clock that the service
 // has told, then with credentials that were loaded again, or after a moment if it did not
 // find the key; each once. Credentials that could not be had are no refusal.
-func (s *Store) secondLook(ctx context.Context, k *kms.Client, begun time.Time, v *keystore.Error,
-	err error, once map[second]bool) bool {
-	if ctx.Err() != nil || errors.As(err, new(*credentialsError)) {
+func (s *Store) secondLook(ctx context.Context, r refusal, once map[second]bool) bool {
+	if ctx.Err() != nil || errors.As(r.err, new(*credentialsError)) {
 		return false
 	}
-	if errors.As(err, new(*types.NotFoundException)) && !once[notFound] {
+	if errors.As(r.err, new(*types.NotFoundException)) && !once[notFound] {
 		once[notFound] = true
 		select {
 		case <-time.After(min(justMade, s.c.o.Total/10)):
@@ -331,17 +338,17 @@ func (s *Store) secondLook(ctx context.Context, k *kms.Client, begun time.Time, 
 			return false
 		}
 	}
-	if v.Kind != keystore.Denied && v.Kind != keystore.Credentials {
+	if r.kind != keystore.Denied && r.kind != keystore.Credentials {
 		return false
 	}
-	if !once[clockSkew] && (skewed(err) || unsigned(err)) {
+	if !once[clockSkew] && (skewed(r.err) || unsigned(r.err)) {
 		once[clockSkew] = true
-		if !skewed(err) {
-			s.c.replace(k, s.region) // with what the SDK knew of another clock
+		if !skewed(r.err) {
+			s.c.replace(r.client, s.region) // with what the SDK knew of another clock
 		}
 		return true
 	}
-	if once[reload] || !s.c.refresh(ctx, begun) {
+	if once[reload] || !s.c.refresh(ctx, r.begun) {
 		return false
 	}
 	once[reload], once[clockSkew] = true, false

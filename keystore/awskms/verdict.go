@@ -79,7 +79,7 @@ func call[T any](ctx context.Context, s *Store, op, name string,
 		if makes[name] && v.Kind == keystore.Outage && sent(err) && !throttled(err) {
 			return out, unsure(v)
 		}
-		if s.secondLook(ctx, k, begun, v, err, once) {
+		if s.secondLook(ctx, refusal{k, begun, v.Kind, err}, once) {
 			continue
 		}
 		if !again || total.Err() != nil {

@@ -241,13 +241,13 @@ func (c *checker) walk(ctx context.Context, cpath, ppath string, id *blockcrypt.
 	if id == nil && !plain {
 		id = c.dirID(fd, cpath, ppath, entries)
 	}
-	names := make(map[string]bool, len(entries))
+	d := directory{fd: fd, cpath: cpath, ppath: ppath, id: id, names: make(map[string]bool, len(entries))}
 	for _, e := range entries {
-		names[e.Name] = true
+		d.names[e.Name] = true
 	}
 	var subdirs []checkJob
 	for _, e := range entries {
-		name, show := c.entryName(fd, cpath, ppath, id, e, names)
+		name, show := c.entryName(d, e)
 		if !show {
 			continue
 		}
@@ -306,21 +306,28 @@ func (c *checker) dirID(fd int, cpath, ppath string, entries []disk.Dirent) *blo
 	return nil
 }
 
+// directory is one that is being checked.
+type directory struct {
+	fd           int
+	cpath, ppath string         // paths below the volume, of ciphertext and of plaintext
+	id           *blockcrypt.ID // nil: not known
+	names        map[string]bool
+}
+
 // entryName returns the plaintext path of an entry; show is false for entries that are
 // kmsfs' own, which is checked here.
-func (c *checker) entryName(fd int, cpath, ppath string, id *blockcrypt.ID, e disk.Dirent,
-	all map[string]bool) (name string, show bool) {
+func (c *checker) entryName(d directory, e disk.Dirent) (name string, show bool) {
 	plain := c.Config.Names == blockcrypt.NamesPlain
-	f := Finding{Path: path.Join(cpath, e.Name)}
+	f := Finding{Path: path.Join(d.cpath, e.Name)}
 	encoded := e.Name
 	entry, isName := layout.EntryOf(e.Name)
 	switch {
-	case plain && (cpath != "" || !layout.IsOwn(e.Name)):
-		return under(cpath, ppath, e.Name), true
+	case plain && (d.cpath != "" || !layout.IsOwn(e.Name)):
+		return under(d.cpath, d.ppath, e.Name), true
 	case !layout.IsOwn(e.Name):
 	case strings.HasPrefix(e.Name, blockcrypt.LongPrefix) && !plain:
 		var err error
-		if encoded, err = layout.EncodedName(c.Disk, fd, e.Name); err != nil {
+		if encoded, err = layout.EncodedName(c.Disk, d.fd, e.Name); err != nil {
 			f.Grade, f.What, f.Advice = Damaged, string(blockcrypt.BadName), "its content can be read: kmsfs cat"
 			if f.Detail = layout.ErrNameAltered.Error(); errors.Is(err, layout.ErrNameLost) {
 				f.Detail = layout.ErrNameLost.Error()
@@ -330,14 +337,14 @@ func (c *checker) entryName(fd int, cpath, ppath string, id *blockcrypt.ID, e di
 			c.found(f)
 			return "", true
 		}
-	case layout.IsDirID(e.Name) && !plain, cpath == "" && slices.Contains(layout.RootNames, e.Name):
+	case layout.IsDirID(e.Name) && !plain, d.cpath == "" && slices.Contains(layout.RootNames, e.Name):
 		return "", false
-	case cpath == "" && (e.Name == blockcrypt.ConfigName+".new" || e.Name == layout.MarkerName+".new"):
+	case d.cpath == "" && (e.Name == blockcrypt.ConfigName+".new" || e.Name == layout.MarkerName+".new"):
 		f.Grade, f.What, f.Detail, f.Advice = Mendable, FoundLeftover, "left behind by an interrupted replacement", "fsck --repair removes it"
 		c.found(f)
 		return "", false
 	case isName && !plain:
-		if !all[entry] {
+		if !d.names[entry] {
 			f.Grade, f.What, f.Detail, f.Advice = Mendable, FoundOrphan, "the name of a long entry that is not there", "fsck --repair removes it"
 			c.found(f)
 		}
@@ -347,7 +354,7 @@ func (c *checker) entryName(fd int, cpath, ppath string, id *blockcrypt.ID, e di
 		c.found(f)
 		return "", false
 	}
-	if c.Keys == nil || id == nil {
+	if c.Keys == nil || d.id == nil {
 		if raw, err := base64.RawURLEncoding.DecodeString(encoded); err != nil || len(raw) < 32 ||
 			len(raw)%16 != 0 {
 			f.Grade, f.What, f.Detail, f.Advice = Damaged, string(blockcrypt.BadName), "no encoded name looks like this", "a mount does not show it"
@@ -355,13 +362,13 @@ func (c *checker) entryName(fd int, cpath, ppath string, id *blockcrypt.ID, e di
 		}
 		return "", true
 	}
-	p, err := c.Keys.DecodeName(*id, encoded)
+	p, err := c.Keys.DecodeName(*d.id, encoded)
 	if err != nil {
 		f.Grade, f.What, f.Detail, f.Advice = Damaged, string(blockcrypt.BadName), "the name does not decode: it was altered, or moved here from another directory", "a mount does not show it; its content can be read: kmsfs cat"
 		c.found(f)
 		return "", true
 	}
-	return under(cpath, ppath, p), true
+	return under(d.cpath, d.ppath, p), true
 }
 
 // under returns the plaintext path of an entry of a directory, "" where the directory's is not

@@ -189,8 +189,8 @@ func (r *repairer) keepRest(ctx context.Context, cpath string) (done string, err
 		return "", err
 	}
 	name = name[:min(len(name), 255-len(RestSuffix))] + RestSuffix
-	_, _, h, err := r.v.Create(ctx, dir, name, st.Mode&0o7777,
-		volume.Caller{UID: st.Uid, GID: st.Gid}, true, true)
+	_, _, h, err := r.v.Create(ctx, dir, name, volume.NewFile{Excl: true, Write: true,
+		NewNode: volume.NewNode{Mode: st.Mode & 0o7777, Caller: volume.Caller{UID: st.Uid, GID: st.Gid}}})
 	if err != nil {
 		return "", fmt.Errorf("the copy beside it: %w", err)
 	}

@@ -23,7 +23,7 @@ func sealed(t *testing.T, n int, state blockcrypt.State) (c *Content, text []byt
 		t.Fatal(err)
 	}
 	key := make([]byte, 32)
-	hdr, keys, err := blockcrypt.NewFile(g, nil, blockcrypt.NewID(), blockcrypt.ID{}, key,
+	hdr, keys, err := blockcrypt.NewFile(g, nil, blockcrypt.FileIDs{File: blockcrypt.NewID()}, key,
 		[]blockcrypt.Recipient{{URI: "local:x", Wrapped: key}})
 	if err != nil {
 		t.Fatal(err)

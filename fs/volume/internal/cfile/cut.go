@@ -87,7 +87,7 @@ func (c cut) shrink(size int64) error {
 		// To the end of its page: nothing of the old block may stay behind it.
 		whole := f.Whole
 		f.Whole = true
-		err := f.put(k, k, size, text, g.Start(k), size)
+		err := f.put(k, k, change{size, text, g.Start(k), size})
 		f.Whole = whole
 		if err != nil {
 			c.takeBack(c.flags|blockcrypt.Dirty, c.durable)

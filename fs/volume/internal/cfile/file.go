@@ -46,14 +46,20 @@ type File struct {
 // freshFor is how long nothing of a new file counts as confirmed without fsync.
 const freshFor = 30 * time.Second
 
+// Opened is a ciphertext file that was opened.
+type Opened struct {
+	FD    int
+	Mtime unix.Timespec
+}
+
 // New returns an open file whose header was not read yet, of a tree on d.
-func New(d *disk.Disk, g blockcrypt.Geometry, fd int, mtime unix.Timespec, r Rules, h Host) *File {
+func New(d *disk.Disk, g blockcrypt.Geometry, o Opened, r Rules, h Host) *File {
 	f := &File{}
-	f.Disk, f.Geo, f.FD = d, g, fd
+	f.Disk, f.Geo, f.FD = d, g, o.FD
 	f.rules, f.host = r, h
 	f.tail.k = -1
 	f.born = time.Now()
-	f.times.Mtime = mtime
+	f.times.Mtime = o.Mtime
 	return f
 }
 

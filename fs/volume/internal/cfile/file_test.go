@@ -43,7 +43,7 @@ func (b *bench) Session() uint64 { return b.session }
 
 func (b *bench) NewFile() (*blockcrypt.Header, *blockcrypt.FileKeys, error) {
 	rs := []blockcrypt.Recipient{{URI: "local:x", Wrapped: b.key[:]}}
-	return blockcrypt.NewFile(b.g, nil, blockcrypt.NewID(), blockcrypt.ID{}, b.key[:], rs)
+	return blockcrypt.NewFile(b.g, nil, blockcrypt.FileIDs{File: blockcrypt.NewID()}, b.key[:], rs)
 }
 
 func (b *bench) TakeSpace(_ int64, take func() error) error { return take() }
@@ -69,7 +69,7 @@ func (b *bench) length() int64 {
 // open opens the file; bad says that the session that wrote it ended badly.
 func (b *bench) open(past Past, bad bool) *File {
 	b.t.Helper()
-	f := New(&b.d, b.g, b.fd, unix.Timespec{}, Rules{}, b)
+	f := New(&b.d, b.g, Opened{FD: b.fd}, Rules{}, b)
 	n := b.length()
 	if n == 0 {
 		f.BelieveEmpty()
@@ -301,7 +301,7 @@ func TestTransitions(t *testing.T) {
 	for from := Unread; from <= Broken; from++ {
 		for to := Unread; to <= Broken; to++ {
 			b := newBench(t)
-			f := New(&b.d, b.g, b.fd, unix.Timespec{}, Rules{}, b)
+			f := New(&b.d, b.g, Opened{FD: b.fd}, Rules{}, b)
 			f.phase = from
 			f.enter(to)
 			switch allowed := from == to || has[[2]Phase{from, to}]; {

@@ -84,14 +84,14 @@ func (f *File) writeRuns(b []byte, off, end int64, sparse bool) error {
 			first = min(first, tail)
 		case tail < first:
 			// The old last block is sealed full; the blocks between are holes.
-			if err := f.put(tail, tail, g.Start(tail+1), nil, old, old); err != nil {
+			if err := f.put(tail, tail, change{g.Start(tail + 1), nil, old, old}); err != nil {
 				return err
 			}
 			f.holes.add(tail+1, first-1)
 		}
 	}
 	size := max(old, end)
-	if err := f.put(first, last, size, b, off, end); err != nil {
+	if err := f.put(first, last, change{size, b, off, end}); err != nil {
 		return err
 	}
 	f.Size = size
@@ -167,7 +167,7 @@ func (g *growth) undo() {
 	f := g.f
 	var err error
 	if g.text != nil && !f.holds(g.k, g.text) { // on a full disk even putting it back may fail
-		err = f.put(g.k, g.k, g.size, g.text, f.Geo.Start(g.k), g.size)
+		err = f.put(g.k, g.k, change{g.size, g.text, f.Geo.Start(g.k), g.size})
 		if err != nil && g.keep() {
 			err = nil
 		}

@@ -59,11 +59,17 @@ func (p *pages) holds(k int64, text []byte) bool {
 	return err == nil && bytes.Equal(got, text)
 }
 
-// put seals blocks first to last of a file of size bytes and writes them: the
-// bytes [off, end) are b, or zeros where b is nil, the others those that the
-// file has now, or zeros. One S and one pwrite for each run; header and block 0
-// go together.
-func (p *pages) put(first, last, size int64, b []byte, off, end int64) error {
+// change is a change of a file's content: it then has size bytes, of which [off, end) are b, or
+// zeros if b is nil. The others are those that the file has now, or zeros.
+type change struct {
+	size     int64
+	b        []byte
+	off, end int64
+}
+
+// put seals blocks first to last of the file after a change, and writes them. One S and one pwrite
+// for each run; header and block 0 go together.
+func (p *pages) put(first, last int64, c change) error {
 	if p.key.blocks > blockcrypt.EpochBlocks || !p.key.drawn {
 		p.key = contentKey{epoch: blockcrypt.NewEpoch(), drawn: true}
 	}
@@ -72,7 +78,7 @@ func (p *pages) put(first, last, size int64, b []byte, off, end int64) error {
 	for first <= last {
 		final := min(last,
 			first+RunPages-1-p.Geo.PageOff(0)/blockcrypt.PageSize) // with the header's own pages
-		if err := p.putRun(*buf, first, final, size, b, off, end); err != nil {
+		if err := p.putRun(*buf, first, final, c); err != nil {
 			return err
 		}
 		first = final + 1
@@ -80,7 +86,7 @@ func (p *pages) put(first, last, size int64, b []byte, off, end int64) error {
 	return nil
 }
 
-func (p *pages) putRun(buf []byte, first, last, size int64, b []byte, off, end int64) error {
+func (p *pages) putRun(buf []byte, first, last int64, c change) error {
 	g := p.Geo
 	at, used := g.PageOff(first), 0
 	if first == 0 {
@@ -92,7 +98,7 @@ func (p *pages) putRun(buf []byte, first, last, size int64, b []byte, off, end i
 	var text []byte
 	for k := first; k <= last; k++ {
 		var err error
-		if text, err = p.blockAfter(scratch[:blockcrypt.BlockSize], k, size, b, off, end); err != nil {
+		if text, err = p.blockAfter(scratch[:blockcrypt.BlockSize], k, c); err != nil {
 			return err
 		}
 		p.Keys.Seal(buf[used:], k, p.key.epoch, text)
@@ -102,8 +108,8 @@ func (p *pages) putRun(buf []byte, first, last, size int64, b []byte, off, end i
 		used = next
 	}
 	p.key.blocks += last - first + 1
-	if last == g.Block(size-1) && !p.Whole {
-		used = int(g.Exact(size) - at)
+	if last == g.Block(c.size-1) && !p.Whole {
+		used = int(g.Exact(c.size) - at)
 	}
 	if err := p.guard(at, first, last); err != nil {
 		return err
@@ -117,14 +123,14 @@ func (p *pages) putRun(buf []byte, first, last, size int64, b []byte, off, end i
 }
 
 // blockAfter returns the plaintext of block k of the file after the change.
-func (p *pages) blockAfter(scratch []byte, k, size int64, b []byte, off, end int64) ([]byte, error) {
+func (p *pages) blockAfter(scratch []byte, k int64, c change) ([]byte, error) {
 	start := p.Geo.Start(k)
-	stop := min(p.Geo.Start(k+1), size)
-	if off <= start && stop <= end {
-		if b == nil {
+	stop := min(p.Geo.Start(k+1), c.size)
+	if c.off <= start && stop <= c.end {
+		if c.b == nil {
 			return zeroBlock[:stop-start], nil
 		}
-		return b[start-off : stop-off], nil
+		return c.b[start-c.off : stop-c.off], nil
 	}
 	text := scratch[:stop-start]
 	n := 0
@@ -136,11 +142,11 @@ func (p *pages) blockAfter(scratch []byte, k, size int64, b []byte, off, end int
 		n = copy(text, old)
 	}
 	clear(text[n:])
-	if from, to := max(start, off), min(stop, end); from < to {
-		if b == nil {
+	if from, to := max(start, c.off), min(stop, c.end); from < to {
+		if c.b == nil {
 			clear(text[from-start : to-start])
 		} else {
-			copy(text[from-start:to-start], b[from-off:to-off])
+			copy(text[from-start:to-start], c.b[from-c.off:to-c.off])
 		}
 	}
 	return text, nil

@@ -24,12 +24,21 @@ type SyncError struct{ error }
 // Unwrap returns the error itself.
 func (e SyncError) Unwrap() error { return e.error }
 
-// replaceRecipients writes other recipients into a header. raw are the header's bytes as they are on
-// the disk, and hdr is what they say; it returns what they are then. The bytes [192, H) of the first
-// page are written under the page rule by one pwrite: after a power cut the file has the old
+// Head is the header of a file as it is on the disk.
+type Head struct {
+	Disk   *disk.Disk
+	FD     int
+	Raw    []byte             // its bytes
+	Header *blockcrypt.Header // their meaning
+	Calm   bool               // see [Rules]
+}
+
+// SetRecipients writes other recipients into a header, of a file that nothing else writes to. It
+// returns the header's bytes then, which are Raw if nothing was written. The bytes [192, H) of the
+// first page are written under the page rule by one pwrite: after a power cut the file has the old
 // recipients or the new ones. Mode, time of modification and capabilities stay.
-func replaceRecipients(d *disk.Disk, fd int, raw []byte, hdr *blockcrypt.Header,
-	rs []blockcrypt.Recipient, calm bool) ([]byte, error) {
+func (h Head) SetRecipients(rs []blockcrypt.Recipient) ([]byte, error) {
+	d, fd, raw, hdr := h.Disk, h.FD, h.Raw, h.Header
 	next := *hdr
 	next.Recipients = rs
 	b, err := next.Encode()
@@ -56,7 +65,7 @@ func replaceRecipients(d *disk.Disk, fd int, raw []byte, hdr *blockcrypt.Header,
 	if err != nil {
 		return raw, err
 	}
-	if !calm {
+	if !h.Calm {
 		if err := d.SettlePages(fd, 0, blockcrypt.PageSize); err != nil {
 			return raw, SyncError{err}
 		}
@@ -73,19 +82,12 @@ func replaceRecipients(d *disk.Disk, fd int, raw []byte, hdr *blockcrypt.Header,
 	return b, errors.Join(err, d.Utimens(fd, unix.Timespec{Nsec: unix.UTIME_OMIT}, st.Mtim))
 }
 
-// ReplaceRecipients writes other recipients into the header of a file that nothing has open.
-func ReplaceRecipients(d *disk.Disk, fd int, raw []byte, hdr *blockcrypt.Header,
-	rs []blockcrypt.Recipient, calm bool) error {
-	_, err := replaceRecipients(d, fd, raw, hdr, rs, calm)
-	return err
-}
-
-// SetRecipients is [ReplaceRecipients] of an open file, whose key need not be at hand.
+// SetRecipients is [Head.SetRecipients] of an open file, whose key need not be at hand.
 func (p *pages) SetRecipients(rs []blockcrypt.Recipient) error {
 	if p.phase == Broken {
 		return unix.EIO
 	}
-	raw, err := replaceRecipients(p.Disk, p.FD, p.head, p.Header, rs, p.rules.Calm)
+	raw, err := Head{p.Disk, p.FD, p.head, p.Header, p.rules.Calm}.SetRecipients(rs)
 	if _, ok := errors.AsType[SyncError](err); ok {
 		p.SyncFailed(err)
 	}

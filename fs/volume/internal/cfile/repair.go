@@ -85,7 +85,7 @@ func (p *pages) resealShort(k int64) error {
 		copy(text, out)
 	}
 	end := min(g.Start(k+1), p.Size)
-	return p.put(k, k, p.Size, text[:end-g.Start(k)], g.Start(k), end)
+	return p.put(k, k, change{p.Size, text[:end-g.Start(k)], g.Start(k), end})
 }
 
 // settleRepaired writes the clean state of a repaired file, which is durable,
