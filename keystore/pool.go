@@ -131,8 +131,8 @@ func (p *pool) wants(now time.Duration) bool {
 	return p.filling
 }
 
-// NewKeyNow returns a data key for a new file where no service has to be waited for; ok is false
-// where one has to be.
+// NewKeyNow returns a data key for a new file if no service has to be waited for; ok is false
+// if one has to be.
 func (m *maker) NewKeyNow() (k *DataKey, ok bool, err error) {
 	m.r.mu.Lock()
 	p := &m.pool

@@ -295,7 +295,7 @@ func (r *Ring) Unlock(ctx context.Context, h *blockcrypt.Header) (*blockcrypt.Fi
 	return h.Unlock(key)
 }
 
-// UnlockNow is Unlock where no service has to be waited for; ok is false where one has to be.
+// UnlockNow is Unlock if no service has to be waited for; ok is false if one has to be.
 func (r *Ring) UnlockNow(h *blockcrypt.Header) (keys *blockcrypt.FileKeys, ok bool, err error) {
 	key, ok, err := r.UnwrapNow(h.File, h.Recipients)
 	if err != nil || !ok {

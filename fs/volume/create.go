@@ -57,16 +57,6 @@ func (ns *namespace) Create(ctx context.Context, dir *Node, name string,
 	return nil, Attr{}, nil, unix.ENOENT
 }
 
-// newKey returns a data key for a new file, and tells if it waits for a key service.
-func (ns *namespace) newKey(ctx context.Context) (*keystore.DataKey, error) {
-	key, ok, err := ns.v.ring.NewKeyNow()
-	if !ok {
-		waitsOf(ctx).ForKey()
-		key, err = ns.v.ring.NewKey(ctx)
-	}
-	return key, err
-}
-
 // maxRaces is how often making a file begins again while others remove it.
 const maxRaces = 100
 

@@ -4,8 +4,6 @@ import (
 	"container/list"
 	"sync"
 
-	"golang.org/x/sys/unix"
-
 	"kmsfs/fs/volume/internal/disk"
 )
 
@@ -26,48 +24,6 @@ func (l *dirFDs) closeAll() {
 		l.d.Close(e.Value.(*Node).dirFD)
 	}
 	l.list.Init()
-}
-
-// enter returns a descriptor of a directory, good until leave is called.
-func (d *directory) enter() (int, error) {
-	v := d.v
-	if d.n == v.root {
-		return v.rootD, nil
-	}
-	v.dirFDs.mu.Lock()
-	if d.dirFD >= 0 {
-		d.dirRefs++
-		v.dirFDs.list.MoveToFront(d.dirElem)
-		v.dirFDs.mu.Unlock()
-		return d.dirFD, nil
-	}
-	v.dirFDs.mu.Unlock()
-	fd, err := d.n.open(unix.O_PATH | unix.O_DIRECTORY)
-	if err != nil {
-		return -1, err
-	}
-	v.dirFDs.mu.Lock()
-	d.dirRefs++
-	unneeded := []int{fd}
-	if d.dirFD < 0 { // or another was faster
-		d.dirFD, d.dirElem = fd, v.dirFDs.list.PushFront(d.n)
-		unneeded = v.dirFDs.takeDownTo(v.dirFDs.most)
-	}
-	fd = d.dirFD
-	v.dirFDs.mu.Unlock()
-	for _, fd := range unneeded {
-		v.disk.Close(fd)
-	}
-	return fd, nil
-}
-
-func (d *directory) leave() {
-	if d.n == d.v.root {
-		return
-	}
-	d.v.dirFDs.mu.Lock()
-	d.dirRefs--
-	d.v.dirFDs.mu.Unlock()
 }
 
 // take takes the descriptor of a directory away, -1 if it has none or it is in use.

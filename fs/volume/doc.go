@@ -23,12 +23,16 @@
 //
 // The package, from top to bottom; calls go down:
 //
-//	Volume, Node, Handle, Dir     what a mount calls: names (dir.go), content (io.go), attributes
-//	file                          an open file: users, lock, descriptors, keys (file.go, load.go)
-//	access, settler, walker,      what goes on beside requests
-//	prefetcher
-//	sessions, doubts, space,      what is known of this mount, of the disk, of lost bytes,
-//	lost, nodeTable, dirFDs       of nodes and of their descriptors
+//	volume.go                     Open and Close of a volume
+//	walk, recipients, rewrap,     what goes on beside requests: repair, changes of keys, and keys
+//	inventory, suspend, prefetch  that are wiped or unwrapped ahead
+//	create, dir, attr, truncate   requests for names and attributes
+//	handle, io, load              requests for content: open, read, write
+//	access                        whether content may be used, and its key
+//	descriptors, settler          which files are kept open, and their final form
+//	doubts, sessions, space, lost what is known of syncs, of this mount, of the disk, of lost bytes
+//	file                          an open file: users, lock, descriptors, keys
+//	nodes, node, dirfds           what the kernel knows, and where it is now
 //	internal/cfile                one ciphertext file: pages, state, phases
 //	internal/layout               names, directory IDs, marker, headers
 //	internal/disk                 every syscall on the tree

@@ -26,6 +26,7 @@ func (v *Volume) Crash() {
 		f.mu.Unlock()
 	}
 	v.dirFDs.closeAll()
+	v.nodes.closeRemoved()
 	v.unlockWriter()
 	unix.Close(v.rootD)
 }

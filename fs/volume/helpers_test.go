@@ -133,6 +133,9 @@ func (w *world) close() {
 	if err := w.v.Close(); err != nil && !w.quiet {
 		w.t.Error(err)
 	}
+	if n := w.v.Descriptors(); n != 0 {
+		w.t.Errorf("%d descriptors are open after the volume was closed", n)
+	}
 	w.v = nil
 }
 

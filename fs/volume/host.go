@@ -1,7 +1,6 @@
 package volume
 
 import (
-	"errors"
 	"runtime"
 
 	"golang.org/x/sys/unix"
@@ -67,14 +66,4 @@ func (h host) Broke(bySync bool) {
 		h.f.v.doubts.begin(h.f.n)
 	}
 	h.f.v.sessions.stuck.Store(true)
-}
-
-// failed logs that an operation on the file failed, unless what was asked for
-// cannot be.
-func (f *file) failed(op string, err error) error {
-	asked := errors.Is(err, unix.EFBIG) || errors.Is(err, unix.EPERM) && f.n.immutable.Load()
-	if err != nil && !asked {
-		f.v.report(f.n.where(), op+" failed", err)
-	}
-	return err
 }

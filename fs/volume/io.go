@@ -2,45 +2,19 @@ package volume
 
 import (
 	"context"
+	"errors"
 
 	"golang.org/x/sys/unix"
 
+	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume/internal/cfile"
+	"kmsfs/fs/volume/internal/ranges"
 	"kmsfs/keystore"
 )
-
-// Waits is told when a call is about to wait, so that who handles requests can let somebody else
-// go on with the next one.
-type Waits interface {
-	ForKey()  // for a key service
-	ForDisk() // perhaps for the disk: a read of data that is not in the page cache
-	Behind()  // for another call of the same file: how long it takes says nothing about the disk
-}
-
-// WaitsKey is the key of a context value of type [Waits].
-type WaitsKey struct{}
-
-// waitsOf returns the Waits of a context, which may have none.
-func waitsOf(ctx context.Context) Waits {
-	if w, ok := ctx.Value(WaitsKey{}).(Waits); ok {
-		return w
-	}
-	return nobody{}
-}
-
-type nobody struct{}
 
 func (nobody) ForKey()  {}
 func (nobody) ForDisk() {}
 func (nobody) Behind()  {}
-
-// rlock takes mu for reading, and tells if it waits for another call.
-func (f *file) rlock(ctx context.Context) {
-	if !f.mu.TryRLock() {
-		waitsOf(ctx).Behind()
-		f.mu.RLock()
-	}
-}
 
 // Read fills b from offset off; less is read only at the end of the file.
 func (h *Handle) Read(ctx context.Context, b []byte, off int64) (int, error) {
@@ -250,4 +224,167 @@ func (f *file) lockForContent(ctx context.Context, delayedWrite bool) (unlock fu
 			return nil, err
 		}
 	}
+}
+
+// Fallocate is fallocate(2) with one of these modes: 0, KEEP_SIZE (both reserve
+// space), PUNCH_HOLE|KEEP_SIZE, ZERO_RANGE with or without KEEP_SIZE. Others are
+// EOPNOTSUPP. On an error the file keeps its content, but for parts of the range
+// that are zeros already.
+func (h *Handle) Fallocate(ctx context.Context, mode uint32, off, n int64) error {
+	if !h.write {
+		return unix.EBADF
+	}
+	if off < 0 || n <= 0 {
+		return unix.EINVAL
+	}
+	if n > blockcrypt.MaxPlain-off {
+		return unix.EFBIG
+	}
+	f := h.f
+	unlock, err := f.lockForContent(ctx, false)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	const keep = unix.FALLOC_FL_KEEP_SIZE
+	size := f.Size
+	switch mode {
+	case 0, keep:
+		err = f.Reserve(off, n, mode == 0)
+	case unix.FALLOC_FL_PUNCH_HOLE | keep:
+		err = f.zero(off, n, 0)
+	case unix.FALLOC_FL_ZERO_RANGE, unix.FALLOC_FL_ZERO_RANGE | keep:
+		if err = f.zero(off, n, cfile.MaxGap); err == nil {
+			err = f.Reserve(off, n, mode&keep == 0)
+		}
+	default:
+		return unix.EOPNOTSUPP
+	}
+	if f.Size > size {
+		f.n.lost.found(size, f.Size)
+	}
+	return f.failed("fallocate", err)
+}
+
+// zero makes the part of [off, off+n) that the file has read as zeros, see [cfile.File.Zero].
+func (f *file) zero(off, n, least int64) error {
+	err := f.Zero(off, n, least)
+	if err == nil {
+		f.n.lost.found(off, min(off+n, f.Size))
+	}
+	return err
+}
+
+// Seek is lseek(2) with SEEK_DATA or SEEK_HOLE: the next byte at or behind off
+// that lies in a block, or in a hole. The end of the file is a hole. Reserved
+// space counts as data where the backing filesystem says so.
+func (h *Handle) Seek(off int64, whence int) (int64, error) {
+	f := h.f
+	unlock, err := f.awake()
+	if err != nil {
+		return 0, err
+	}
+	defer unlock()
+	if off < 0 || off >= f.Size {
+		return 0, unix.ENXIO
+	}
+	if f.n.lost.any.Load() { // bytes that were lost are no hole
+		if whence == unix.SEEK_HOLE {
+			return f.Size, nil
+		}
+		return off, nil
+	}
+	for off < f.Size {
+		hole, n, err := f.Extent(off)
+		if err != nil || hole == (whence == unix.SEEK_HOLE) {
+			return off, err
+		}
+		off += n
+	}
+	return f.Size, nil
+}
+
+// readAround reads b at off from a file some of whose bytes there are lost: pages that are
+// kept come from memory. It fails if others are lost. mu is held.
+func (f *file) readAround(b []byte, off int64) (n int, err error) {
+	l := &f.n.lost
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for len(b) > 0 {
+		page := off / kernelPage
+		part := b[:min(int64(len(b)), (page+1)*kernelPage-off)]
+		m := 0
+		if kept := l.pages[page]; kept != nil {
+			m = copy(part, kept[min(int64(len(kept)), off-page*kernelPage):])
+		} else if l.bytes.Touches(off, off+int64(len(part))-1) {
+			return 0, unix.EIO // the log said why when they were lost
+		} else if m, err = f.Read(nil, part, off); err != nil {
+			return 0, err
+		}
+		n, off, b = n+m, off+int64(m), b[m:]
+		if m < len(part) {
+			break
+		}
+	}
+	return n, nil
+}
+
+// WriteDelayed is Write of data that the kernel's cache accepted before. If it fails, the
+// bytes that the file does not have are EIO for readers, and an error at each flush and
+// fsync, until they are written again or the file is cut.
+func (h *Handle) WriteDelayed(ctx context.Context, b []byte, off int64) error {
+	_, err := h.put(ctx, b, off, writeDelayed)
+	if err != nil {
+		h.f.lose(b, off, err)
+	}
+	return err
+}
+
+// lose notes that b could not be written at off. The kernel writes whole pages: what the
+// file has already, as around a few bytes that changed, is not lost.
+func (f *file) lose(b []byte, off int64, err error) {
+	n := f.n
+	f.wake() // if it fails, all of b counts as lost
+	f.mu.RLock()
+	lost := lacks(f.File, b, off, errors.Is(err, unix.EPERM) && n.immutable.Load())
+	f.mu.RUnlock()
+	if len(lost) > 0 {
+		n.lost.add(lost, b, off, err)
+	}
+}
+
+// leastEqual is how many bytes in the middle of a write must be those of the file to count
+// as not lost: random content has equal bytes by chance.
+const leastEqual = 64
+
+// lacks returns the bytes of the file at which it differs from b at off, or ends before.
+// A file that is immutable keeps its bytes: only bytes behind its end are lacking. mu is
+// held.
+func lacks(f *cfile.File, b []byte, off int64, immutable bool) (out ranges.Set) {
+	end := off + int64(len(b))
+	has := b[:min(int64(len(b)), max(0, f.Size-off))]
+	if len(has) < len(b) {
+		out = out.With(off+int64(len(has)), end-1)
+	}
+	if immutable || len(has) == 0 {
+		return out
+	}
+	old := make([]byte, blockcrypt.BlockSize)
+	for at := 0; at < len(has); {
+		m := min(len(has)-at, len(old))
+		part := has[at : at+m]
+		if f.Keyless() || f.Broken() {
+			out = out.With(off+int64(at), off+int64(at+m)-1)
+		} else if _, err := f.Read(nil, old[:m], off+int64(at)); err != nil {
+			out = out.With(off+int64(at), off+int64(at+m)-1)
+		} else {
+			for i := range part {
+				if part[i] != old[i] {
+					out = out.With(off+int64(at+i), off+int64(at+i))
+				}
+			}
+		}
+		at += m
+	}
+	return out.Joined(leastEqual)
 }

@@ -211,33 +211,6 @@ func (c *content) openFile() (*file, unix.Stat_t, error) {
 	return c.newFile(fd, rw, &st), st, nil
 }
 
-// openForced opens a file whose mode does not let its own owner: what a
-// program may do was decided before, this is for writing parts of blocks and
-// for repair. The mode is another for that moment, and in now.
-func (c *content) openForced(flags int, now *unix.Stat_t) (fd int, err error) {
-	p, err := c.n.open(unix.O_PATH)
-	if err != nil {
-		return -1, err
-	}
-	defer c.v.disk.Close(p)
-	var st unix.Stat_t
-	if err := c.v.disk.Fstat(p, &st); err != nil {
-		return -1, err
-	}
-	if int(st.Uid) != unix.Geteuid() {
-		return -1, unix.EACCES
-	}
-	if err := c.v.disk.Chmod(p, st.Mode&0o7777|0o600); err != nil {
-		return -1, err
-	}
-	fd, err = c.n.openStat(flags, now)
-	if cerr := c.v.disk.Chmod(p, st.Mode&0o7777); cerr != nil && err == nil {
-		c.v.disk.Close(fd)
-		return -1, cerr
-	}
-	return fd, err
-}
-
 // aheadFor is how long a read-only mount, beside which another may write, uses the data that
 // it read with the header.
 const aheadFor = time.Second

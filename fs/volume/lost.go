@@ -2,15 +2,9 @@ package volume
 
 import (
 	"bytes"
-	"context"
-	"errors"
 	"sync"
 	"sync/atomic"
 
-	"golang.org/x/sys/unix"
-
-	"kmsfs/blockcrypt"
-	"kmsfs/fs/volume/internal/cfile"
 	"kmsfs/fs/volume/internal/ranges"
 )
 
@@ -77,91 +71,6 @@ func (l *lost) prune() {
 			delete(l.pages, page)
 		}
 	}
-}
-
-// readAround reads b at off from a file some of whose bytes there are lost: pages that are
-// kept come from memory. It fails if others are lost. mu is held.
-func (f *file) readAround(b []byte, off int64) (n int, err error) {
-	l := &f.n.lost
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for len(b) > 0 {
-		page := off / kernelPage
-		part := b[:min(int64(len(b)), (page+1)*kernelPage-off)]
-		m := 0
-		if kept := l.pages[page]; kept != nil {
-			m = copy(part, kept[min(int64(len(kept)), off-page*kernelPage):])
-		} else if l.bytes.Touches(off, off+int64(len(part))-1) {
-			return 0, unix.EIO // the log said why when they were lost
-		} else if m, err = f.Read(nil, part, off); err != nil {
-			return 0, err
-		}
-		n, off, b = n+m, off+int64(m), b[m:]
-		if m < len(part) {
-			break
-		}
-	}
-	return n, nil
-}
-
-// WriteDelayed is Write of data that the kernel's cache accepted before. If it fails, the
-// bytes that the file does not have are EIO for readers, and an error at each flush and
-// fsync, until they are written again or the file is cut.
-func (h *Handle) WriteDelayed(ctx context.Context, b []byte, off int64) error {
-	_, err := h.put(ctx, b, off, writeDelayed)
-	if err != nil {
-		h.f.lose(b, off, err)
-	}
-	return err
-}
-
-// lose notes that b could not be written at off. The kernel writes whole pages: what the
-// file has already, as around a few bytes that changed, is not lost.
-func (f *file) lose(b []byte, off int64, err error) {
-	n := f.n
-	f.wake() // if it fails, all of b counts as lost
-	f.mu.RLock()
-	lost := lacks(f.File, b, off, errors.Is(err, unix.EPERM) && n.immutable.Load())
-	f.mu.RUnlock()
-	if len(lost) > 0 {
-		n.lost.add(lost, b, off, err)
-	}
-}
-
-// leastEqual is how many bytes in the middle of a write must be those of the file to count
-// as not lost: random content has equal bytes by chance.
-const leastEqual = 64
-
-// lacks returns the bytes of the file at which it differs from b at off, or ends before.
-// A file that is immutable keeps its bytes: only bytes behind its end are lacking. mu is
-// held.
-func lacks(f *cfile.File, b []byte, off int64, immutable bool) (out ranges.Set) {
-	end := off + int64(len(b))
-	has := b[:min(int64(len(b)), max(0, f.Size-off))]
-	if len(has) < len(b) {
-		out = out.With(off+int64(len(has)), end-1)
-	}
-	if immutable || len(has) == 0 {
-		return out
-	}
-	old := make([]byte, blockcrypt.BlockSize)
-	for at := 0; at < len(has); {
-		m := min(len(has)-at, len(old))
-		part := has[at : at+m]
-		if f.Keyless() || f.Broken() {
-			out = out.With(off+int64(at), off+int64(at+m)-1)
-		} else if _, err := f.Read(nil, old[:m], off+int64(at)); err != nil {
-			out = out.With(off+int64(at), off+int64(at+m)-1)
-		} else {
-			for i := range part {
-				if part[i] != old[i] {
-					out = out.With(off+int64(at+i), off+int64(at+i))
-				}
-			}
-		}
-		at += m
-	}
-	return out.Joined(leastEqual)
 }
 
 // found notes that the file has the right bytes in [off, end) again.

@@ -118,18 +118,6 @@ func (n *Node) Gone() bool {
 	return n.gone
 }
 
-// Writing reports whether somebody has the file open for writing: the kernel may
-// hold something back.
-func (n *Node) Writing() bool {
-	f := n.file.Load()
-	if f == nil {
-		return false
-	}
-	f.mu.RLock()
-	defer f.mu.RUnlock()
-	return f.writers > 0
-}
-
 // setNamed notes that what was made without a name gets its first one, or does not
 // after all. The descriptor stays: somebody may be using it.
 func (n *Node) setNamed(named bool) {
@@ -148,20 +136,6 @@ func (n *Node) kept() (fd int, ok bool) {
 	n.v.nodes.mu.Lock()
 	defer n.v.nodes.mu.Unlock()
 	return n.last, n.last >= 0 && len(n.links) == 0
-}
-
-// dropIfGone closes the file of a node that has lost its last name, if no program has it
-// open: a removed file needs no settling. It waits for no lock: the holder of the lock will
-// see that the file is gone.
-func (n *Node) dropIfGone() {
-	if n == nil || !n.openMu.TryLock() {
-		return
-	}
-	defer n.openMu.Unlock()
-	if f := n.file.Load(); f != nil && f.mu.TryLock() {
-		defer f.unlock()
-		f.dropIfIdleLocked()
-	}
 }
 
 // find calls f with a place of the node: a directory's descriptor and a name in
@@ -254,29 +228,6 @@ func (n *Node) openNamed(flags int, st *unix.Stat_t) (fd int, err error) {
 	return fd, nil
 }
 
-// withFD calls f with a descriptor of the object, O_PATH perhaps.
-func (n *Node) withFD(f func(fd int) error) error {
-	if n.IsDir() {
-		fd, err := n.enter()
-		if err != nil {
-			return err
-		}
-		defer n.leave()
-		return f(fd)
-	}
-	if o := n.file.Load(); o != nil {
-		if done, err := o.borrow(f); done {
-			return err
-		}
-	}
-	fd, err := n.open(unix.O_PATH)
-	if err != nil {
-		return err
-	}
-	defer n.v.disk.Close(fd)
-	return f(fd)
-}
-
 // parentID returns the ID of a directory that the node is in, zero if there is none.
 func (n *Node) parentID() (id blockcrypt.ID) {
 	n.v.nodes.mu.Lock()
@@ -313,4 +264,52 @@ func (n *Node) whereLocked() string {
 		return "."
 	}
 	return p
+}
+
+// foldIno folds the device into the inode number, if the tree spans several.
+func (v *Volume) foldIno(dev, ino uint64) uint64 {
+	x := dev ^ v.root.dev
+	return ino ^ (x<<40 | x>>24)
+}
+
+// enter returns a descriptor of a directory, good until leave is called.
+func (d *directory) enter() (int, error) {
+	v := d.v
+	if d.n == v.root {
+		return v.rootD, nil
+	}
+	v.dirFDs.mu.Lock()
+	if d.dirFD >= 0 {
+		d.dirRefs++
+		v.dirFDs.list.MoveToFront(d.dirElem)
+		v.dirFDs.mu.Unlock()
+		return d.dirFD, nil
+	}
+	v.dirFDs.mu.Unlock()
+	fd, err := d.n.open(unix.O_PATH | unix.O_DIRECTORY)
+	if err != nil {
+		return -1, err
+	}
+	v.dirFDs.mu.Lock()
+	d.dirRefs++
+	unneeded := []int{fd}
+	if d.dirFD < 0 { // or another was faster
+		d.dirFD, d.dirElem = fd, v.dirFDs.list.PushFront(d.n)
+		unneeded = v.dirFDs.takeDownTo(v.dirFDs.most)
+	}
+	fd = d.dirFD
+	v.dirFDs.mu.Unlock()
+	for _, fd := range unneeded {
+		v.disk.Close(fd)
+	}
+	return fd, nil
+}
+
+func (d *directory) leave() {
+	if d.n == d.v.root {
+		return
+	}
+	d.v.dirFDs.mu.Lock()
+	d.dirRefs--
+	d.v.dirFDs.mu.Unlock()
 }

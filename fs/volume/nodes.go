@@ -48,6 +48,16 @@ func (t *nodeTable) all() []*Node {
 	return slices.Collect(maps.Values(t.byID))
 }
 
+// closeRemoved closes the descriptors of what lost its last name while the kernel knew it.
+func (t *nodeTable) closeRemoved() {
+	for _, n := range t.all() {
+		if n.last >= 0 {
+			t.v.disk.Close(n.last)
+			n.last = -1
+		}
+	}
+}
+
 // again counts a lookup of a node, if it is still known.
 func (t *nodeTable) again(n *Node) bool {
 	t.mu.Lock()
@@ -215,3 +225,13 @@ func (t *nodeTable) files() []*file {
 	}
 	return out
 }
+
+// Forget takes back count lookups of a node.
+func (v *Volume) Forget(id, count uint64) { v.nodes.forget(id, count) }
+
+// Node returns the node with a number that Lookup or Create gave out, nil if
+// the kernel has forgotten it.
+func (v *Volume) Node(id uint64) *Node { return v.nodes.get(id) }
+
+// Root returns the root's node, whose number is 1.
+func (v *Volume) Root() *Node { return v.root }

@@ -31,12 +31,6 @@ type prefetcher struct {
 	scans  []*scan      // the most recent first
 }
 
-// event is an open that waits for a key, or one while there are predictions.
-type event struct {
-	n    *Node // held
-	cold bool
-}
-
 const (
 	maxScans    = 8
 	firstWindow = 4
@@ -86,19 +80,6 @@ type scanEntry struct {
 func (p *prefetcher) start(v *Volume) {
 	p.v, p.events = v, make(chan event, 256)
 	v.bg.Go(p.loop)
-}
-
-// opened notes that a file is being opened.
-func (p *prefetcher) opened(n *Node, cold bool) {
-	if p.events == nil || !cold && p.active.Load() == 0 {
-		return
-	}
-	n.hold()
-	select {
-	case p.events <- event{n, cold}:
-	default: // it has enough to do
-		n.release()
-	}
 }
 
 func (p *prefetcher) loop() {

@@ -3,7 +3,6 @@ package volume
 import (
 	"errors"
 	"log/slog"
-	"maps"
 	"sync"
 	"time"
 
@@ -68,28 +67,5 @@ func kindOf(err error) string {
 	return "other"
 }
 
-// Vitals are what monitoring asks of a volume.
-type Vitals struct {
-	// Err says why the volume is not well, nil if it is: its keys may not be used any more, or an error
-	// left a file that the next mount has to repair. A volume that is suspended is well.
-	Err error
-	// Faults are how many were logged, by their kind: "damage-" and the class, "key-" and the kind of
-	// a key service's failure, "other".
-	Faults      map[string]uint64
-	Descriptors int64 // of the ciphertext, that are open
-}
-
-// Vitals returns them.
-func (v *Volume) Vitals() Vitals {
-	out := Vitals{Descriptors: v.disk.Descriptors()}
-	if r := v.access.refusal.Load(); r != nil && v.Suspended() == nil {
-		out.Err = r.err
-	}
-	if v.sessions.stuck.Load() {
-		out.Err = errors.Join(out.Err, errStuck)
-	}
-	v.reports.mu.Lock()
-	defer v.reports.mu.Unlock()
-	out.Faults = maps.Clone(v.reports.kinds)
-	return out
-}
+// report logs a fault, see [reports.fault].
+func (v *Volume) report(what, msg string, err error) { v.reports.fault(what, msg, err) }

@@ -150,3 +150,24 @@ func (s *sessions) anyBad() bool {
 	defer s.mu.Unlock()
 	return len(s.bad) > 0
 }
+
+// repairs reports whether files of earlier sessions may need repair, by this mount.
+func (v *Volume) repairs() bool { return !v.o.ReadOnly && v.sessions.anyBad() }
+
+// ending returns errEnding while the volume is being closed.
+func (v *Volume) ending() error {
+	select {
+	case <-v.quit:
+		return errEnding
+	default:
+		return nil
+	}
+}
+
+func (v *Volume) beginSession() error {
+	bad, err := v.sessions.begin()
+	if bad > 0 {
+		v.log.Warn("the last mount did not end well; files that it was writing are repaired when they are looked up", "sessions", bad)
+	}
+	return err
+}

@@ -137,3 +137,83 @@ func (f *file) settleNow() error {
 	}
 	return f.SettleNow()
 }
+
+// nextSession begins a new session: the states of open files are written again, and all is
+// synced.
+func (v *Volume) nextSession() error {
+	return v.sessions.next(func() error {
+		for _, f := range v.nodes.files() {
+			f.mu.Lock()
+			err := error(nil)
+			if f.rw && !f.closed {
+				err = f.Restamp()
+			}
+			f.unlock()
+			if err != nil {
+				return f.failed("beginning a session", err)
+			}
+		}
+		return v.syncAll()
+	})
+}
+
+// release takes a handle back.
+func (f *file) release(write bool) {
+	f.n.openMu.Lock()
+	defer f.n.openMu.Unlock()
+	f.mu.Lock()
+	f.handles--
+	if write {
+		f.writers--
+	}
+	if f.writers == 0 && f.next != nil {
+		f.v.ring.PutBack(f.next)
+		f.next = nil
+	}
+	f.unlock()
+	f.dropIfIdle()
+}
+
+// dropIfIdle closes the file where nothing has it open, or hands it to the
+// settler. openMu is held.
+func (f *file) dropIfIdle() {
+	f.mu.Lock()
+	defer f.unlock()
+	f.dropIfIdleLocked()
+}
+
+// dropIfIdleLocked is dropIfIdle; mu is held too.
+func (f *file) dropIfIdleLocked() {
+	if f.handles > 0 || f.closed {
+		return
+	}
+	if f.rw && !f.n.Gone() && f.Unsettled() {
+		f.v.settler.add(f)
+		return
+	}
+	if f.rw && f.FD >= 0 && !f.Broken() && !f.n.Gone() { // a time came after the last close
+		f.failed("close", f.PutMtime())
+	}
+	f.n.past = f.Past()
+	if f.Broken() {
+		f.n.believed = f.Size
+	}
+	f.closed = true
+	f.closeFDs()
+	f.n.file.Store(nil)
+	f.n.release()
+}
+
+// dropIfGone closes the file of a node that has lost its last name, if no program has it
+// open: a removed file needs no settling. It waits for no lock: the holder of the lock will
+// see that the file is gone.
+func (n *Node) dropIfGone() {
+	if n == nil || !n.openMu.TryLock() {
+		return
+	}
+	defer n.openMu.Unlock()
+	if f := n.file.Load(); f != nil && f.mu.TryLock() {
+		defer f.unlock()
+		f.dropIfIdleLocked()
+	}
+}

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"kmsfs/blockcrypt"
@@ -20,32 +19,6 @@ type Kernel interface {
 
 // AttachKernel is called by a mount before it serves.
 func (v *Volume) AttachKernel(k Kernel) { v.access.kernel.Store(&k) }
-
-// letGo makes the kernel write what it holds back of a file, and forget the rest.
-func (a *access) letGo(node uint64) error {
-	if k := a.kernel.Load(); k != nil {
-		return (*k).WriteBack(node)
-	}
-	return nil
-}
-
-// access says whether content may be read and written, and wipes the keys if it may not.
-type access struct {
-	v           *Volume
-	kernel      atomic.Pointer[Kernel] // nil without a mount
-	suspended   atomic.Bool            // by Suspend
-	refusal     atomic.Pointer[refusal]
-	mu          sync.Mutex    // held by suspend and resume
-	writeWithin time.Duration // see the constant
-	renewing    sync.Once
-	unwritten   atomic.Pointer[error] // the error of writing or settling when keys were wiped last
-}
-
-// refusal is why no content can be read or written: the keys may not be used.
-type refusal struct {
-	err     error
-	flushed bool // what the kernel held back is written; its writes are refused too
-}
 
 const (
 	writeWithin = 30 * time.Second       // in which the kernel writes what it holds back, and the disk takes it
@@ -94,34 +67,32 @@ func (v *Volume) Resume() {
 // RetryKeys asks key services again that were not asked any more.
 func (v *Volume) RetryKeys() { v.ring.Retry() }
 
-var errSuspended = &keystore.Error{Kind: keystore.Credentials, Op: "unwrap",
-	Err: errors.New("the volume is locked"), Hint: "kmsfs unlock MOUNTPOINT"}
+// settleAndWipe settles the file, if it is as it was, and wipes its keys.
+func (f *file) settleAndWipe(settle bool, changes uint64) (err error) {
+	f.mu.Lock()
+	defer f.unlock()
+	if f.refuses(false) == nil {
+		return nil // it took so long that it may be used again
+	}
+	if settle && f.rw && !f.closed && !f.Broken() {
+		err = errors.Join(f.Rest(), f.Settle(changes))
+	}
+	if f.Header != nil && f.rw && f.Unfinished() {
+		f.v.sessions.stuck.Store(true) // it cannot be settled without its key: the next mount does
+	}
+	f.wipe()
+	return err
+}
 
-// Suspended returns why nothing at all is answered, nil unless [Volume.Suspend] was called.
-func (v *Volume) Suspended() error {
-	if v.access.suspended.Load() {
-		return errSuspended
+// renewAtOnce is how many keys are asked for at the same time.
+const renewAtOnce = 32
+
+// letGo makes the kernel write what it holds back of a file, and forget the rest.
+func (a *access) letGo(node uint64) error {
+	if k := a.kernel.Load(); k != nil {
+		return (*k).WriteBack(node)
 	}
 	return nil
-}
-
-// of returns why content is not read or written now.
-func (r *refusal) of(delayedWrite bool) error {
-	if r == nil || delayedWrite && !r.flushed {
-		return nil
-	}
-	return r.err
-}
-
-// refuses returns why no content of the volume is read or written now.
-func (a *access) refuses(delayedWrite bool) error { return a.refusal.Load().of(delayedWrite) }
-
-// refuses returns why the file's content is not.
-func (f *file) refuses(delayedWrite bool) error {
-	if err := f.v.access.refuses(delayedWrite); err != nil {
-		return err
-	}
-	return f.refusal.Load().of(delayedWrite)
 }
 
 // changed is told by the ring when keys may not be used any more, and when
@@ -260,23 +231,6 @@ func (a *access) dropKeys(files []*file) error {
 	return err
 }
 
-// settleAndWipe settles the file, if it is as it was, and wipes its keys.
-func (f *file) settleAndWipe(settle bool, changes uint64) (err error) {
-	f.mu.Lock()
-	defer f.unlock()
-	if f.refuses(false) == nil {
-		return nil // it took so long that it may be used again
-	}
-	if settle && f.rw && !f.closed && !f.Broken() {
-		err = errors.Join(f.Rest(), f.Settle(changes))
-	}
-	if f.Header != nil && f.rw && f.Unfinished() {
-		f.v.sessions.stuck.Store(true) // it cannot be settled without its key: the next mount does
-	}
-	f.wipe()
-	return err
-}
-
 // syncWithin is syncAll for at most d: a disk that does not answer does not
 // keep the keys alive.
 func (a *access) syncWithin(d time.Duration) error {
@@ -297,58 +251,6 @@ func (a *access) dropKey(f *file, hdr *blockcrypt.Header, verdict error) error {
 	err = errors.Join(err, a.dropKeys([]*file{f}), a.letGo(f.n.id)) // somebody may have read it meanwhile
 	f.refusal.Store(nil)                                            // from here on its key is asked for
 	return err
-}
-
-// wipe forgets the file's keys and all that is in memory of its content. mu is held.
-func (f *file) wipe() {
-	f.Wipe()
-	if f.next != nil {
-		f.v.ring.PutBack(f.next)
-		f.next = nil
-	}
-}
-
-// ready makes sure that the file's content can be read and written: it was not
-// forbidden, and its key is there, which may have to be unwrapped again.
-func (f *file) ready(ctx context.Context, delayedWrite bool) error {
-	if err := f.wake(); err != nil {
-		return err
-	}
-	for {
-		if err := f.refuses(delayedWrite); err != nil {
-			return err
-		}
-		if !delayedWrite {
-			known, err := f.v.ring.ProveNow()
-			if !known {
-				waitsOf(ctx).ForKey()
-				err = f.v.ring.Prove(ctx)
-			}
-			if err != nil {
-				return err
-			}
-		}
-		f.rlock(ctx)
-		hdr, has := f.Header, f.Keys != nil
-		f.mu.RUnlock()
-		if hdr == nil || has {
-			return nil
-		}
-		waitsOf(ctx).ForKey()
-		keys, err := f.v.ring.Unlock(ctx, hdr)
-		if err != nil {
-			return f.failed("opening it again", err)
-		}
-		f.mu.Lock()
-		err = f.refuses(delayedWrite) // it may be suspended by now
-		if err == nil && f.Header == hdr && f.Keys == nil {
-			f.Keys = keys
-		}
-		f.unlock()
-		if err != nil {
-			return err
-		}
-	}
 }
 
 // renewKeys begins the lease of single files, if that is asked for and a service has to be asked.
@@ -388,9 +290,6 @@ func (a *access) renewer() {
 		wg.Wait()
 	}
 }
-
-// renewAtOnce is how many keys are asked for at the same time.
-const renewAtOnce = 32
 
 func (a *access) renew(ctx context.Context, f *file) {
 	f.mu.RLock()

@@ -45,28 +45,3 @@ func (a *attributes) change() {
 		}
 	}
 }
-
-// KeepMtime is [Node.SetAttr] of the modification time as the kernel writes it back, where
-// nothing has to be done for it now: ok is false if something has to. Attributes are as they
-// were told last.
-func (a *attributes) KeepMtime(t unix.Timespec) (st Attr, ok bool) {
-	told := a.told.Load()
-	if told == nil || told.st.Mode&(unix.S_ISUID|unix.S_ISGID) != 0 { // a write may have taken these
-		return st, false
-	}
-	st = told.st
-	f := a.n.file.Load()
-	if f == nil {
-		return st, t == st.Mtim && a.changed.Load() <= told.clock
-	}
-	if !f.mu.TryLock() {
-		return st, false
-	}
-	defer f.unlock()
-	if times := f.Times(); f.closed || times.Mtime != t && (f.writers == 0 || !times.Near(t)) {
-		return st, false
-	}
-	f.Times().Keep(t)
-	f.current().fill(&st)
-	return st, true
-}

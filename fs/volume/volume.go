@@ -2,10 +2,10 @@ package volume
 
 import (
 	"cmp"
-	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -185,6 +185,7 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 	v.recipients.v = v
 	v.recipients.now.Store(&listed{u.Config, u.stores})
 	u.root = -1
+	v.disk.Adopt()
 	if !v.ring.MemoryLocked() {
 		v.log.Info("data keys can be swapped out: RLIMIT_MEMLOCK is too low to lock their memory, 1 MiB is enough")
 	}
@@ -227,19 +228,6 @@ func (v *Volume) KeyCounts() keystore.Counts { return v.ring.Counts() }
 // KeyStates returns what is known of the recipients that are trusted.
 func (v *Volume) KeyStates() []keystore.StoreState { return v.ring.States() }
 
-// Node returns the node with a number that Lookup or Create gave out, nil if
-// the kernel has forgotten it.
-func (v *Volume) Node(id uint64) *Node { return v.nodes.get(id) }
-
-// Forget takes back count lookups of a node.
-func (v *Volume) Forget(id, count uint64) { v.nodes.forget(id, count) }
-
-// report logs a fault, see [reports.fault].
-func (v *Volume) report(what, msg string, err error) { v.reports.fault(what, msg, err) }
-
-// Root returns the root's node, whose number is 1.
-func (v *Volume) Root() *Node { return v.root }
-
 // ReadOnly reports whether the tree can be changed.
 func (v *Volume) ReadOnly() bool { return v.o.ReadOnly }
 
@@ -268,37 +256,17 @@ func (v *Volume) Close() error {
 		err = v.endSession()
 	}
 	v.ring.Close()
+	for _, f := range v.nodes.files() { // that could not be settled
+		f.mu.Lock()
+		f.closed = true
+		f.closeFDs()
+		f.unlock()
+	}
 	v.dirFDs.closeAll()
+	v.nodes.closeRemoved()
 	v.unlockWriter()
 	v.disk.Close(v.rootD)
 	return err
-}
-
-func (v *Volume) beginSession() error {
-	bad, err := v.sessions.begin()
-	if bad > 0 {
-		v.log.Warn("the last mount did not end well; files that it was writing are repaired when they are looked up", "sessions", bad)
-	}
-	return err
-}
-
-// nextSession begins a new session: the states of open files are written again, and all is
-// synced.
-func (v *Volume) nextSession() error {
-	return v.sessions.next(func() error {
-		for _, f := range v.nodes.files() {
-			f.mu.Lock()
-			err := error(nil)
-			if f.rw && !f.closed {
-				err = f.Restamp()
-			}
-			f.unlock()
-			if err != nil {
-				return f.failed("beginning a session", err)
-			}
-		}
-		return v.syncAll()
-	})
 }
 
 func (v *Volume) endSession() error {
@@ -326,37 +294,28 @@ func (v *Volume) endSession() error {
 	return v.sessions.end()
 }
 
-// repairs reports whether files of earlier sessions may need repair, by this mount.
-func (v *Volume) repairs() bool { return !v.o.ReadOnly && v.sessions.anyBad() }
-
-// cleaned forgets the sessions that ended badly: the walk has been everywhere.
-func (v *Volume) cleaned() error {
-	if err := v.syncAll(); err != nil {
-		return err
-	}
-	return v.sessions.cleaned()
+// Vitals are what monitoring asks of a volume.
+type Vitals struct {
+	// Err says why the volume is not well, nil if it is: its keys may not be used any more, or an error
+	// left a file that the next mount has to repair. A volume that is suspended is well.
+	Err error
+	// Faults are how many were logged, by their kind: "damage-" and the class, "key-" and the kind of
+	// a key service's failure, "other".
+	Faults      map[string]uint64
+	Descriptors int64 // of the ciphertext, that are open
 }
 
-// ending returns errEnding while the volume is being closed.
-func (v *Volume) ending() error {
-	select {
-	case <-v.quit:
-		return errEnding
-	default:
-		return nil
+// Vitals returns them.
+func (v *Volume) Vitals() Vitals {
+	out := Vitals{Descriptors: v.disk.Descriptors()}
+	if r := v.access.refusal.Load(); r != nil && v.Suspended() == nil {
+		out.Err = r.err
 	}
-}
-
-// Wait returns when the background walk after a bad end is over, for tests and tools.
-func (v *Volume) Wait(ctx context.Context) error {
-	for v.repairs() {
-		select {
-		case <-v.walker.done:
-			return nil // the rest is tried at the next mount
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(5 * time.Millisecond):
-		}
+	if v.sessions.stuck.Load() {
+		out.Err = errors.Join(out.Err, errStuck)
 	}
-	return nil
+	v.reports.mu.Lock()
+	defer v.reports.mu.Unlock()
+	out.Faults = maps.Clone(v.reports.kinds)
+	return out
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -82,4 +83,26 @@ func (w *walker) dir(ctx context.Context, n *Node) (whole bool, err error) {
 		return false, ctx.Err()
 	}
 	return whole, err
+}
+
+// cleaned forgets the sessions that ended badly: the walk has been everywhere.
+func (v *Volume) cleaned() error {
+	if err := v.syncAll(); err != nil {
+		return err
+	}
+	return v.sessions.cleaned()
+}
+
+// Wait returns when the background walk after a bad end is over, for tests and tools.
+func (v *Volume) Wait(ctx context.Context) error {
+	for v.repairs() {
+		select {
+		case <-v.walker.done:
+			return nil // the rest is tried at the next mount
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+	return nil
 }

@@ -68,6 +68,9 @@ func (d *Disk) opens(f func() error) error {
 // NeverWaits says that the filesystem is in memory: PreadOr need not ask.
 func (d *Disk) NeverWaits() { d.blind.Store(true) }
 
+// Adopt counts a descriptor that another Disk has opened, and this one will close.
+func (d *Disk) Adopt() { d.fds.Add(1) }
+
 // Descriptors returns how many are open.
 func (d *Disk) Descriptors() int64 { return d.fds.Load() }
 
