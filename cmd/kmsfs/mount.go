@@ -11,7 +11,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"runtime"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"time"
@@ -282,6 +282,10 @@ func realDir(dir string) (string, error) {
 	return filepath.EvalSymlinks(dir)
 }
 
+// gcPercent is GOGC of a daemon. Requests leave little garbage and little lives, so that with Go's
+// 100 the collector takes 8 % of the processor for copying a source tree; with 200 it takes 4 %.
+const gcPercent = 200
+
 // serve opens the volume, mounts it, and returns after it was unmounted.
 func (f *mountFlags) serve(ctx context.Context, cipherDir, mountPoint string) error {
 	ignorePipe()
@@ -300,11 +304,9 @@ func (f *mountFlags) serve(ctx context.Context, cipherDir, mountPoint string) er
 	}
 	defer log.Close()
 	logger := slog.New(slog.NewTextHandler(log, nil))
-	// What lives is small, and what a request leaves behind smaller. These bytes,
-	// which are never touched and so take no memory, let as many gather before
-	// they are collected: that gives a tenth of the processor back.
-	ballast := make([]byte, 48<<20)
-	defer runtime.KeepAlive(ballast)
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(gcPercent)
+	}
 	unix.Umask(0)
 	grace := f.grace
 	if grace == 0 {
