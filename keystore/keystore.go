@@ -83,6 +83,12 @@ type Reencrypter interface {
 	Reencrypt(ctx context.Context, b Binding, w blockcrypt.Recipient, from Store) (out blockcrypt.Recipient, ok bool, err error)
 }
 
+// A Prover is a Store whose service can tell that it still unwraps a key, without giving it to
+// anybody. Of a key under a branch key it is the branch key that is proven.
+type Prover interface {
+	Prove(ctx context.Context, b Binding, w blockcrypt.Recipient) error
+}
+
 // A Keeper is a Store that keeps branch keys in memory for a short time.
 type Keeper interface {
 	// Known unwraps a key that is under a branch key in memory, and asks no service. ok is false

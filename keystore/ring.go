@@ -451,15 +451,12 @@ func (r *Ring) Opens(ws []blockcrypt.Recipient) bool {
 }
 
 // Good reports whether the service of a recipient still takes a wrapped key, without the right to
-// see it: it wraps it once more for the same recipient.
+// see it.
 func (r *Ring) Good(ctx context.Context, file [16]byte, ws []blockcrypt.Recipient) bool {
 	ctx = WithPurpose(ctx, ForRewrap)
 	for _, c := range r.candidates(ws) {
-		if re, ok := c.s.Store.(Reencrypter); ok {
-			if _, ok, err := re.Reencrypt(ctx, Binding{ForFile, r.volume, file}, c.w,
-				c.s.Store); ok && err == nil {
-				return true
-			}
+		if p, ok := c.s.Store.(Prover); ok && p.Prove(ctx, Binding{ForFile, r.volume, file}, c.w) == nil {
+			return true
 		}
 	}
 	return false

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path"
 	"slices"
 	"strings"
 
@@ -20,28 +21,41 @@ type inventoryFlags struct {
 	keyFlags
 	also   []string
 	needs  string
+	list   string
+	prove  bool
 	asJSON bool
 }
 
 func inventoryCommand() *cobra.Command {
 	var f inventoryFlags
 	c := &cobra.Command{
-		Use:   "inventory [--also DIR]... [--needs KEY] CIPHERDIR",
+		Use:   "inventory [--also DIR]... [--needs KEY] [--prove] [--list FILE] CIPHERDIR",
 		Short: "Count files and bytes by the keys that open them; needs no key",
 		Long: `Count the files and bytes of a volume, and of copies of it, by the keys that open them.
 The headers are read as they are: nothing is authenticated, and no key is needed.
 
 --needs KEY answers whether the key can be deleted: the command fails if a file has no other
 one. Also a key that no file needs should be disabled for as long as backups are kept, while
-CloudTrail is watched for DisabledException, before its deletion is scheduled.`,
+CloudTrail is watched for DisabledException, before its deletion is scheduled.
+
+--prove asks KMS for each wrapped key whether it still unwraps it, by ReEncrypt for the same
+key: that needs the right to rewrap, not the right to read. Of files under a branch key it is
+the branch key that is proven. The key file of a local key unwraps each. Keys are asked that
+--key names, or the trust record of the volume.
+
+--list FILE writes the IDs of all files, as CloudTrail has them, with their paths, as CSV. It
+opens the volume, for the names.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(c *cobra.Command, args []string) error { return f.run(contextOf(c), args[0]) },
 	}
 	fl := c.Flags()
 	fl.StringArrayVar(&f.also, "also", nil, "count this `DIR` too, such as a backup (repeatable)")
 	fl.StringVar(&f.needs, "needs", "", "fail if a file can be opened by no other than this `KEY`")
+	fl.BoolVar(&f.prove, "prove", false, "ask KMS whether each wrapped key is still good")
+	fl.StringVar(&f.list, "list", "", "write file IDs and paths as CSV to this `FILE`")
 	fl.BoolVar(&f.asJSON, "json", false, "print JSON")
-	f.addAWS(c)
+	f.add(c, openVolumeUsage)
+	fl.Float64Var(&f.aws.RPS, "kms-rps", 2000, "calls a second to KMS at most")
 	return c
 }
 
@@ -56,6 +70,7 @@ type inventory struct {
 	Unreadable []string         `json:"unreadable"` // the first of them
 	Unread     int64            `json:"unreadable_files"`
 	Keys       []inventoriedKey `json:"keys"`
+	Failed     []failedFile     `json:"failed,omitempty"` // wrapped keys that --prove did not prove
 }
 
 // volumeOf is a tree that is a volume, with the keys that its new files get.
@@ -69,18 +84,19 @@ type inventoriedKey struct {
 	Files int64  `json:"files"`
 	Bytes int64  `json:"bytes"`
 	Only  int64  `json:"only"` // files that have no other
+	*proof
 }
 
 func (f *inventoryFlags) run(ctx context.Context, dir string) error {
-	out, err := takeInventory(ctx, append([]string{dir}, f.also...))
+	out, proven, err := f.take(ctx, dir)
 	if err != nil {
 		return err
 	}
 	if err := f.show(out); err != nil {
 		return err
 	}
-	if f.needs == "" {
-		return nil
+	if f.needs == "" || proven != nil {
+		return proven
 	}
 	list := []string{}
 	for _, k := range out.Keys {
@@ -98,8 +114,51 @@ func (f *inventoryFlags) run(ctx context.Context, dir string) error {
 	return out.needs(uri)
 }
 
-// takeInventory counts the files of these trees.
-func takeInventory(ctx context.Context, trees []string) (*inventory, error) {
+// take counts the files, proves their keys and lists them, as far as the flags say. proven says
+// which keys were not.
+func (f *inventoryFlags) take(ctx context.Context, dir string) (out *inventory, proven, err error) {
+	var p *prover
+	var l *fileList
+	if f.list != "" {
+		if l, err = f.newList(ctx, dir); err != nil {
+			return nil, nil, err
+		}
+		defer func() { err = errors.Join(err, l.close(err == nil)) }()
+	}
+	if f.prove {
+		p = f.newProver(ctx)
+	}
+	each := func(tree string, e volume.Inventoried) error {
+		if e.Header == nil {
+			return nil
+		}
+		if l != nil && tree == dir {
+			if err := l.add(e); err != nil {
+				return err
+			}
+		}
+		if p != nil {
+			return p.add(ctx, path.Join(tree, e.Path), e.Header)
+		}
+		return nil
+	}
+	out, err = takeInventory(ctx, append([]string{dir}, f.also...), each)
+	if p == nil {
+		return out, nil, err
+	}
+	p.done()
+	if err == nil {
+		for i, k := range out.Keys {
+			out.Keys[i].proof = p.byURI[k.URI]
+		}
+		out.Failed = p.failed
+	}
+	return out, p.verdict(), errors.Join(err, ctx.Err())
+}
+
+// takeInventory counts the files of these trees, and calls each for all of them, one at a time.
+func takeInventory(ctx context.Context, trees []string,
+	each func(tree string, e volume.Inventoried) error) (*inventory, error) {
 	out := &inventory{Trees: trees, Volumes: []volumeOf{}, Unreadable: []string{}, Keys: []inventoriedKey{}}
 	byURI := map[string]*inventoriedKey{}
 	var line progressLine
@@ -107,12 +166,20 @@ func takeInventory(ctx context.Context, trees []string) (*inventory, error) {
 		if err := out.addVolume(tree); err != nil {
 			return nil, fmt.Errorf("%s: %w", tree, err)
 		}
+		ctx, stop := context.WithCancelCause(ctx)
 		err := volume.Inventory(ctx, tree, func(e volume.Inventoried) {
 			out.add(tree, e, byURI)
+			if err := each(tree, e); err != nil {
+				stop(err)
+			}
 			if out.Files%1000 == 0 {
 				line.show("%d files", out.Files)
 			}
 		})
+		if cause := context.Cause(ctx); cause != nil { // of each, or the user's
+			err = cause
+		}
+		stop(nil)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", tree, err)
 		}
@@ -183,6 +250,12 @@ func (f *inventoryFlags) show(out *inventory) error {
 		out.Files, out.Bytes, out.Empty, out.Unfinished, out.Unread)
 	for _, k := range out.Keys {
 		fmt.Printf("%12d files  %16d bytes  %12d with no other key  %s\n", k.Files, k.Bytes, k.Only, k.URI)
+		if p := k.proof; p != nil {
+			fmt.Printf("%12d proven %12d refused %12d unproven\n", p.Proven, p.Refused, p.Unproven)
+		}
+	}
+	for _, x := range out.Failed {
+		say("%s: %s", x.Path, x.Error)
 	}
 	for _, x := range out.Unreadable {
 		say("%s", x)

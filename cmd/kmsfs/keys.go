@@ -60,6 +60,8 @@ func (k *keyFlags) addAWS(c *cobra.Command) {
 	f.StringVar(&k.aws.Profile, "aws-profile", "", "`PROFILE` of the AWS configuration")
 	f.StringVar(&k.aws.Region, "aws-region", "", "`REGION` of keys that are named by alias or ID")
 	f.StringVar(&k.aws.RoleARN, "aws-role-arn", "", "assume the role `ARN` for all calls")
+	f.StringArrayVar(&k.aws.GrantTokens, "grant-token", nil,
+		"`TOKEN` of a new grant that KMS may not know everywhere yet (repeatable)")
 }
 
 func (k *keyFlags) kms() *awskms.Clients {

@@ -149,7 +149,7 @@ var kernelOptions = []string{"user_id", "group_id", "max_read", "blksize", "root
 
 // Options of fstab that are flags of the command: "key_max_age=1m" is --key-max-age 1m.
 var flagOptions = []string{"ro", "allow_other", "key", "passphrase_file", "identity", "aws_profile",
-	"aws_region", "aws_endpoint", "aws_role_arn",
+	"aws_region", "aws_endpoint", "aws_role_arn", "grant_token",
 	"key_max_age", "key_grace", "key_lease", "audit", "kms_rps", "metrics_addr", "idle"}
 
 // Options that go to the kernel as they are.

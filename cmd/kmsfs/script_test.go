@@ -60,6 +60,8 @@ func TestScripts(t *testing.T) {
 			"kmsalias": func(ts *testscript.TestScript, _ bool, args []string) { server(ts).AddKey(args[0]) },
 			// kmsdeny [OP...]: makes operations be denied
 			"kmsdeny": func(ts *testscript.TestScript, _ bool, args []string) { server(ts).Deny(args...) },
+			// kmsgrant TOKEN: keys can be used only with this grant token, '' for all
+			"kmsgrant": func(ts *testscript.TestScript, _ bool, args []string) { server(ts).NeedGrant(args[0]) },
 			// eventually COMMAND...: it succeeds within some seconds
 			"eventually": func(ts *testscript.TestScript, _ bool, args []string) {
 				for until := time.Now().Add(15 * time.Second); ; time.Sleep(100 * time.Millisecond) {

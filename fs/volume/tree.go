@@ -77,3 +77,68 @@ func (dir *Node) PlainName(cname string) (string, error) {
 	}
 	return name, err
 }
+
+// Names gives the plaintext paths of ciphertext paths. It remembers directories; it is for one
+// goroutine.
+type Names struct {
+	t    Tree
+	dirs map[string]namedDir // by ciphertext path
+}
+
+type namedDir struct {
+	id   blockcrypt.ID
+	path string // of plaintext
+	err  error
+}
+
+// Names begins one. The volume must stay open.
+func (u *Unlocked) Names() *Names {
+	return &Names{u.Tree(), map[string]namedDir{".": {id: u.Config.Volume}}}
+}
+
+// Path returns the plaintext path of a ciphertext path below the volume.
+func (n *Names) Path(cpath string) (string, error) {
+	dir, cname := path.Split(cpath)
+	d := n.dir(path.Clean(dir))
+	if d.err != nil {
+		return "", d.err
+	}
+	if n.t.Config.Names == blockcrypt.NamesPlain {
+		return path.Join(d.path, cname), nil
+	}
+	fd, err := n.t.Disk.OpenBelow(n.t.Root, path.Clean(dir), unix.O_RDONLY|unix.O_DIRECTORY)
+	if err != nil {
+		return "", err
+	}
+	defer n.t.Disk.Close(fd)
+	encoded, err := layout.EncodedName(n.t.Disk, fd, cname)
+	if err != nil {
+		return "", err
+	}
+	name, err := n.t.Keys.DecodeName(d.id, encoded)
+	return path.Join(d.path, name), err
+}
+
+// dir returns a directory's ID and its plaintext path.
+func (n *Names) dir(cpath string) (d namedDir) {
+	d, known := n.dirs[cpath]
+	if known {
+		return d
+	}
+	defer func() { n.dirs[cpath] = d }()
+	if d.path, d.err = n.Path(cpath); d.err != nil || n.t.Config.Names == blockcrypt.NamesPlain {
+		return d
+	}
+	fd, err := n.t.Disk.OpenBelow(n.t.Root, cpath, unix.O_RDONLY|unix.O_DIRECTORY)
+	if err != nil {
+		d.err = err
+		return d
+	}
+	defer n.t.Disk.Close(fd)
+	x, err := layout.ReadDirID(n.t.Disk, fd)
+	if err == nil {
+		d.id, _, _, err = x.Resolve()
+	}
+	d.err = err
+	return d
+}

@@ -36,6 +36,8 @@ type Options struct {
 	Region   string // for keys named by alias or ID
 	RoleARN  string // assumed for all calls, in sessions of an hour
 
+	GrantTokens []string // of grants that KMS may not know everywhere yet, at most 10
+
 	RPS   float64         // calls a second and Region at most, 2,000 if zero: the quota is shared
 	Meter *keystore.Meter // counts the calls
 
@@ -154,6 +156,7 @@ var (
 	_ keystore.Matcher     = (*Store)(nil)
 	_ keystore.Keeper      = (*Store)(nil)
 	_ keystore.Reencrypter = (*Store)(nil)
+	_ keystore.Prover      = (*Store)(nil)
 )
 
 // Partition, Region, account and key are checked before they choose an endpoint.
@@ -266,7 +269,7 @@ func deniesAction(err error) bool {
 
 func (s *Store) describe(ctx context.Context, name string) (*types.KeyMetadata, error) {
 	out, err := call(ctx, s, "describe", "DescribeKey", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.DescribeKeyOutput, error) {
-		return k.DescribeKey(ctx, &kms.DescribeKeyInput{KeyId: &name}, o)
+		return k.DescribeKey(ctx, &kms.DescribeKeyInput{KeyId: &name, GrantTokens: s.c.o.GrantTokens}, o)
 	})
 	if err != nil {
 		return nil, err
@@ -340,7 +343,8 @@ func (s *Store) Generate(ctx context.Context,
 func (s *Store) generate(ctx context.Context, b keystore.Binding) ([]byte, blockcrypt.Recipient, error) {
 	out, err := call(ctx, s, "generate", "GenerateDataKey", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.GenerateDataKeyOutput, error) {
 		out, err := k.GenerateDataKey(ctx,
-			&kms.GenerateDataKeyInput{KeyId: &s.arn, KeySpec: types.DataKeySpecAes256,
+			&kms.GenerateDataKeyInput{GrantTokens: s.c.o.GrantTokens, KeyId: &s.arn,
+				KeySpec:           types.DataKeySpecAes256,
 				EncryptionContext: Context(b)}, o)
 		if err == nil {
 			err = s.checkAnswer("generate", out.KeyId,
@@ -359,7 +363,8 @@ func (s *Store) generate(ctx context.Context, b keystore.Binding) ([]byte, block
 func (s *Store) MayGenerate(ctx context.Context, b keystore.Binding) error {
 	_, err := call(ctx, s, "generate", "GenerateDataKey", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.GenerateDataKeyOutput, error) {
 		out, err := k.GenerateDataKey(ctx,
-			&kms.GenerateDataKeyInput{KeyId: &s.arn, KeySpec: types.DataKeySpecAes256,
+			&kms.GenerateDataKeyInput{GrantTokens: s.c.o.GrantTokens, KeyId: &s.arn,
+				KeySpec:           types.DataKeySpecAes256,
 				EncryptionContext: Context(b), DryRun: aws.Bool(true)}, o)
 		if _, ok := errors.AsType[*types.DryRunOperationException](err); ok {
 			return out, nil // it would have been made
@@ -378,7 +383,8 @@ func (s *Store) Wrap(ctx context.Context, b keystore.Binding, key []byte) (block
 func (s *Store) wrap(ctx context.Context, b keystore.Binding, key []byte) (blockcrypt.Recipient, error) {
 	out, err := call(ctx, s, "wrap", "Encrypt", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.EncryptOutput, error) {
 		out, err := k.Encrypt(ctx,
-			&kms.EncryptInput{KeyId: &s.arn, Plaintext: key, EncryptionContext: Context(b)}, o)
+			&kms.EncryptInput{GrantTokens: s.c.o.GrantTokens, KeyId: &s.arn, Plaintext: key,
+				EncryptionContext: Context(b)}, o)
 		if err == nil {
 			err = s.checkAnswer("wrap", out.KeyId, len(out.CiphertextBlob) > 0)
 		}
@@ -395,26 +401,52 @@ func (s *Store) wrap(ctx context.Context, b keystore.Binding, key []byte) (block
 func (s *Store) Reencrypt(ctx context.Context, b keystore.Binding, w blockcrypt.Recipient,
 	from keystore.Store) (out blockcrypt.Recipient, ok bool, err error) {
 	f, ok := from.(*Store)
-	if !ok || f.region != s.region || f.c != s.c || len(w.Branch) > 0 || len(w.Wrapped) == 0 ||
-		len(w.Wrapped) > maxBlob {
+	if !ok || f.region != s.region || f.c != s.c || len(w.Branch) > 0 || !isBlob(w.Wrapped) {
 		return out, false, nil
 	}
-	moved, err := call(ctx, s, "wrap", "ReEncrypt", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.ReEncryptOutput, error) {
-		in := &kms.ReEncryptInput{CiphertextBlob: w.Wrapped, SourceKeyId: &f.arn,
-			DestinationKeyId: &s.arn, SourceEncryptionContext: Context(b),
-			DestinationEncryptionContext: Context(b)}
+	blob, err := s.reencrypt(ctx, b, w.Wrapped, f)
+	if err != nil {
+		return out, true, err
+	}
+	return blockcrypt.Recipient{URI: s.URI(), Wrapped: blob}, true, nil
+}
+
+func (s *Store) reencrypt(ctx context.Context, b keystore.Binding, blob []byte, from *Store) ([]byte, error) {
+	in := &kms.ReEncryptInput{GrantTokens: s.c.o.GrantTokens, CiphertextBlob: blob,
+		SourceKeyId: &from.arn, SourceEncryptionContext: Context(b),
+		DestinationKeyId: &s.arn, DestinationEncryptionContext: Context(b)}
+	out, err := call(ctx, s, "wrap", "ReEncrypt", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.ReEncryptOutput, error) {
 		out, err := k.ReEncrypt(ctx, in, o)
 		if err == nil {
-			err = errors.Join(f.checkAnswer("wrap", out.SourceKeyId, true),
+			err = errors.Join(from.checkAnswer("wrap", out.SourceKeyId, true),
 				s.checkAnswer("wrap", out.KeyId, len(out.CiphertextBlob) > 0))
 		}
 		return out, err
 	})
 	if err != nil {
-		return out, true, err
+		return nil, err
 	}
-	return blockcrypt.Recipient{URI: s.URI(), Wrapped: moved.CiphertextBlob}, true, nil
+	return out.CiphertextBlob, nil
 }
+
+// Prove implements [keystore.Prover] by ReEncrypt for the same key, whose answer is dropped: KMS
+// decrypts what it is given, and the caller need not be allowed to.
+func (s *Store) Prove(ctx context.Context, b keystore.Binding, w blockcrypt.Recipient) error {
+	blob := w.Wrapped
+	if len(w.Branch) > 16 {
+		b = keystore.Binding{Use: keystore.ForBranch, Volume: b.Volume, ID: [16]byte(w.Branch)}
+		blob = w.Branch[16:]
+	}
+	if !isBlob(blob) {
+		return &keystore.Error{Kind: keystore.Damaged, URI: s.URI(), Op: "unwrap",
+			Err: errors.New("the wrapped key has a length that none has")}
+	}
+	_, err := s.reencrypt(ctx, b, blob, s)
+	return err
+}
+
+// isBlob reports whether KMS can have made a wrapped key of this length.
+func isBlob(b []byte) bool { return len(b) > 0 && len(b) <= maxBlob }
 
 // maxBlob is how long a wrapped key may be, in bytes: the bound of the API.
 const maxBlob = 6144
@@ -543,7 +575,8 @@ func (s *Store) decryptHere(ctx context.Context, b keystore.Binding, blob []byte
 	}
 	out, err := call(ctx, s, "unwrap", "Decrypt", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.DecryptOutput, error) {
 		out, err := k.Decrypt(ctx,
-			&kms.DecryptInput{KeyId: &s.arn, CiphertextBlob: blob, EncryptionContext: Context(b)}, o)
+			&kms.DecryptInput{GrantTokens: s.c.o.GrantTokens, KeyId: &s.arn, CiphertextBlob: blob,
+				EncryptionContext: Context(b)}, o)
 		if err == nil {
 			err = s.checkAnswer("unwrap", out.KeyId, len(out.Plaintext) > 0)
 		}

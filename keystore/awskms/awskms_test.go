@@ -488,3 +488,45 @@ func TestBranch(t *testing.T) {
 		t.Errorf("%d of 50 failed, %d calls", failed, n-2)
 	}
 }
+
+// A wrapped key is proven without the right to see it: not one of another binding, nor another blob.
+func TestProve(t *testing.T) {
+	srv := keystoretest.NewServer(t)
+	s := open(t, srv.AddKey(""))
+	file := keystore.Binding{Use: keystore.ForFile, Volume: [16]byte{1}, ID: [16]byte{2}}
+	branch := keystore.Binding{Use: keystore.ForBranch, Volume: [16]byte{1}, ID: [16]byte{3}}
+	_, w, err := s.Generate(t.Context(), file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, kek, err := s.Generate(t.Context(), branch)
+	if err != nil {
+		t.Fatal(err)
+	}
+	under := blockcrypt.Recipient{Branch: append(branch.ID[:], kek.Wrapped...), Wrapped: []byte("any")}
+	srv.Deny("Decrypt", "Encrypt", "GenerateDataKey")
+	altered := blockcrypt.Recipient{Wrapped: append([]byte{}, w.Wrapped...)}
+	altered.Wrapped[len(altered.Wrapped)-1] ^= 1
+	other := file
+	other.ID[0]++
+	for what, c := range map[string]struct {
+		b    keystore.Binding
+		w    blockcrypt.Recipient
+		want keystore.Kind
+	}{
+		"right":           {file, w, 0},
+		"another file's":  {other, w, keystore.Damaged},
+		"altered":         {file, altered, keystore.Damaged},
+		"empty":           {file, blockcrypt.Recipient{}, keystore.Damaged},
+		"under a branch":  {file, under, 0},
+		"of another part": {keystore.Binding{Use: keystore.ForFile}, under, keystore.Damaged},
+	} {
+		if err := s.Prove(t.Context(), c.b, c.w); keystore.KindOf(err) != c.want || (err == nil) != (c.want == 0) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	srv.Deny("ReEncrypt")
+	if err := s.Prove(t.Context(), file, w); keystore.KindOf(err) != keystore.Denied {
+		t.Errorf("denied: %v", err)
+	}
+}

@@ -270,7 +270,7 @@ func (c *Clients) known(ctx context.Context, cfg aws.Config, region string) erro
 	probe.clients[region], probe.configs[region], probe.gates[region] = c.newClient(cfg), cfg, newGate(c.o.RPS)
 	s := &Store{c: probe, region: region, arn: key, branches: map[string]branchKey{}}
 	_, err := call(ctx, s, "reload", "DescribeKey", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.DescribeKeyOutput, error) {
-		return k.DescribeKey(ctx, &kms.DescribeKeyInput{KeyId: &key}, o)
+		return k.DescribeKey(ctx, &kms.DescribeKeyInput{KeyId: &key, GrantTokens: c.o.GrantTokens}, o)
 	})
 	if e, ok := errors.AsType[*keystore.Error](err); ok &&
 		(e.Kind == keystore.Credentials || e.Kind == keystore.Denied && !deniesAction(err)) {

@@ -336,7 +336,7 @@ func (s *Store) invalidState(ctx context.Context, err error) keystore.Kind {
 	ctx, cancel := context.WithTimeout(ctx, s.c.o.Attempt)
 	defer cancel()
 	out, err := attempt(ctx, s, "DescribeKey", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.DescribeKeyOutput, error) {
-		return k.DescribeKey(ctx, &kms.DescribeKeyInput{KeyId: &s.arn}, o)
+		return k.DescribeKey(ctx, &kms.DescribeKeyInput{KeyId: &s.arn, GrantTokens: s.c.o.GrantTokens}, o)
 	})
 	if err != nil || out.KeyMetadata == nil {
 		return keystore.Outage

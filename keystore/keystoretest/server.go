@@ -66,6 +66,7 @@ type knobs struct {
 	away    string            // a Region whose calls fail
 	clock   time.Duration     // how wrong the client's clock is, as the server sees it
 	session time.Duration     // of a role, an hour if zero
+	token   string            // of the grant without which keys cannot be used
 }
 
 // Failure is an answer that a test asks for: an error code of KMS, or any body.
@@ -296,6 +297,13 @@ func (s *Server) SetSession(d time.Duration) {
 	s.session = d
 }
 
+// NeedGrant makes keys usable only in calls with this grant token.
+func (s *Server) NeedGrant(token string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.token = token
+}
+
 // KeepKeys makes the server remember the data keys that it makes, for [Server.Keys].
 func (s *Server) KeepKeys() {
 	s.mu.Lock()
@@ -329,6 +337,7 @@ type request struct {
 	PendingWindowInDays int
 	Policy              string
 	DryRun              bool
+	GrantTokens         []string
 
 	SourceKeyId, DestinationKeyId                         string
 	SourceEncryptionContext, DestinationEncryptionContext map[string]string
@@ -488,6 +497,11 @@ func (s *Server) withKey(op, credential string, q *request) (any, error) {
 		return nil, &kmsError{"AccessDeniedException",
 			"User: " + s.roles[credential] + " is not authorized to perform: kms:" + op +
 				" because no resource-based policy allows the action"}
+	}
+	if s.token != "" && !slices.Contains(q.GrantTokens, s.token) {
+		return nil, &kmsError{"AccessDeniedException",
+			"User: " + s.roles[credential] + " is not authorized to perform: kms:" + op +
+				" because no grant allows the action"}
 	}
 	if k == nil {
 		return nil, &kmsError{"NotFoundException", "Key '" + arn(q.KeyId) + "' does not exist"}
