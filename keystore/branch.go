@@ -42,6 +42,9 @@ type brancher struct {
 
 func (b brancher) URI() string { return b.s.URI() }
 
+// Matches implements [Matcher].
+func (b brancher) Matches(uri string) bool { return Serves(b.s.Store, uri) }
+
 func (b brancher) Unwrap(ctx context.Context, x Binding, w blockcrypt.Recipient) ([]byte, error) {
 	return watched(b).Unwrap(ctx, x, w)
 }

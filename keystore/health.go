@@ -6,7 +6,7 @@ import "time"
 // that its key may be used, and whether it can be used now. It makes no calls and knows no clock;
 // all times are those of the ring's clock.
 //
-// A data key that was unwrapped or generated proves that the KMS key may be used, for all files
+// A data key that was unwrapped or generated proves that the store's key may be used, for all files
 // under it. Without traffic a probe proves it, twice in the time for which a proof is good: it
 // unwraps a key of this volume's.
 //
@@ -14,7 +14,7 @@ import "time"
 //	good      "revoked"                    bad
 //	good      "denied" of an unwrapping    good, suspect: a probe is due at once
 //	good      an outage, no credentials    down, but for an unlucky call that is no probe
-//	good      another error of a probe     down: its key must be one that can be unwrapped
+//	good      another error of a probe     down: what a probe unwraps is known to be good
 //	any       "denied" of a probe          bad
 //	bad       an unwrapping that succeeds  good
 //	down      any success but of wrapping  good
@@ -118,8 +118,9 @@ func (h *health) note(now time.Duration, o outcome, random func(time.Duration) t
 	return failed
 }
 
-// succeeded is note of a success. Wrapping proves nothing, since it needs another right than
-// unwrapping; so does generating, but a key that was generated can be used.
+// succeeded is note of a success. Wrapping proves nothing: it needs another right than unwrapping.
+// Generating needs another right too, but it shows that the key is enabled: it counts as a proof,
+// and lifts no verdict.
 func (h *health) succeeded(now time.Duration, o outcome) (c change) {
 	if o.op == "wrap" {
 		return unchanged

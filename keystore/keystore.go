@@ -1,7 +1,7 @@
 // Package keystore makes, wraps and unwraps data keys. It knows no files.
 //
-// A [Store] holds one recipient's end: a local key, a KMS key. Backends live
-// one level below: keystore/local, keystore/awskms. [Ring] puts the stores that
+// A [Store] wraps and unwraps for one recipient: a local key, a KMS key, a key of age. The stores
+// are in keystore/local, keystore/awskms and keystore/agestore. [Ring] puts the stores that
 // a volume trusts together, with a pool of keys made ahead and a cache of
 // unwrapped ones. No key is used because somebody's bytes name it: a Ring
 // unwraps only through the stores that it was given.
@@ -77,8 +77,8 @@ func OnlySeals(s Store) bool {
 	return ok && x.OnlySeals()
 }
 
-// A Reencrypter is a Store whose service wraps a key for it that another of the service's keys has
-// wrapped, and gives it to nobody meanwhile. ok is false if it does not do that for this other one.
+// A Reencrypter is a Store whose service rewraps a data key from another of its keys to this one,
+// without showing it to anybody (ReEncrypt of KMS). ok is false if it does not do that for this pair.
 type Reencrypter interface {
 	Reencrypt(ctx context.Context, b Binding, w blockcrypt.Recipient, from Store) (out blockcrypt.Recipient, ok bool, err error)
 }
@@ -104,13 +104,13 @@ type Kind int
 // The kinds, and the errno in which a mounted volume shows each.
 const (
 	Revoked     Kind = iota + 1 // the key is disabled, deleted or waiting for it: EKEYREVOKED
-	Denied                      // the service does not let these credentials: EKEYREJECTED
+	Denied                      // the service does not let these credentials use it: EKEYREJECTED
 	Credentials                 // expired, or none found: EKEYEXPIRED
 	Outage                      // no answer in time, or none that makes sense: ETIMEDOUT
 	Untrusted                   // the recipient is one that nobody named: ENOKEY
 	Damaged                     // the wrapped key does not unwrap: EIO
 	Canceled                    // the caller went away: EINTR
-	Invalid                     // the request itself is wrong: a key of another type, a malformed name
+	Invalid                     // the request itself is wrong, such as a key of another type: EIO
 )
 
 func (k Kind) String() string {
@@ -122,7 +122,7 @@ func (k Kind) String() string {
 type Error struct {
 	Kind      Kind
 	URI       string // the recipient
-	Op        string // "generate", "wrap", "unwrap", "describe"
+	Op        string // such as "generate", "wrap", "unwrap", "describe"
 	RequestID string // the service's, if it gave one
 	Hint      string // what to do about it, if that is known
 	Answered  bool   // of an outage: the service did answer, and only asks for fewer calls

@@ -115,12 +115,12 @@ func (l *lease) note(s *standing, op string, probe bool, err error) {
 	case restored:
 		l.r.pool.failing = false
 	case failed:
-		s.branch.wipe()
+		s.forget()
 		l.giveUp(s, s.wrong()) // waiting callers need not wait for their own deadlines
 	}
 }
 
-// giveUp ends the calls to a store that are under way, with a verdict. mu is held.
+// giveUp ends the waiting for calls to a store that are under way, with a verdict. mu is held.
 func (l *lease) giveUp(s *standing, verdict *Error) {
 	if s.giveUp != nil {
 		s.giveUp(verdict)
@@ -276,7 +276,7 @@ func (l *lease) tellChange() {
 	changed := (v == nil) != (l.told == nil) ||
 		v != nil && (v.Kind != l.told.Kind || (v == l.suspended) != l.toldSuspended)
 	l.told, l.toldSuspended = v, v != nil && v == l.suspended
-	reached := l.newlyReached()
+	reached := l.reachChanges()
 	l.r.mu.Unlock()
 	for _, s := range reached {
 		l.r.o.Reach(s.URI, s.Error)
@@ -296,9 +296,9 @@ func (l *lease) tellChange() {
 	}
 }
 
-// newlyReached returns the stores that cannot be reached since the last look, and those that
-// can again. mu is held.
-func (l *lease) newlyReached() (out []StoreState) {
+// reachChanges returns the stores that became unreachable since the last look, and those that
+// can be reached again. mu is held.
+func (l *lease) reachChanges() (out []StoreState) {
 	for _, s := range l.stores {
 		if away := s.down != nil && s.bad == nil; away != s.away {
 			s.away = away
@@ -357,7 +357,7 @@ func (l *lease) Retry() {
 	l.kick()
 }
 
-// wipe wipes pool and cache. mu is held.
+// wipe wipes all keys that the ring and its stores hold. mu is held.
 func (l *lease) wipe() {
 	for _, k := range l.r.pool.keys {
 		l.r.waste(k)
@@ -369,8 +369,8 @@ func (l *lease) wipe() {
 	}
 }
 
-// creates returns why no new key can be made, nil if one can. mu is held.
-func (l *lease) creates() error {
+// cannotCreate returns why no new key can be made, nil if one can. mu is held.
+func (l *lease) cannotCreate() error {
 	if l.suspended != nil {
 		return l.suspended
 	}
@@ -408,6 +408,9 @@ type watched struct {
 
 func (w watched) URI() string { return w.s.URI() }
 
+// Matches implements [Matcher].
+func (w watched) Matches(uri string) bool { return Serves(w.s.Store, uri) }
+
 // answer is what a call to a service has returned.
 type answer struct {
 	key []byte
@@ -432,6 +435,9 @@ func (w watched) call(ctx context.Context, op string, f func(context.Context) an
 		r.mu.Unlock()
 		defer r.mu.Lock()
 		return f(ctx)
+	}
+	if e := w.s.wrong(); e != nil { // by now: an answer from memory would count as a proof
+		return answer{err: e}
 	}
 	c, calls := make(chan answer), w.s.calls
 	r.flying++

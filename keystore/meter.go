@@ -15,7 +15,6 @@ type Meter struct {
 	calls   map[Calls]uint64 // Count is 0 in the keys
 	buckets [64]uint64       // by duration: each is a quarter longer than the one before
 	took    time.Duration    // all together
-	since   time.Time
 }
 
 // Calls is how often one kind of call was made.
@@ -38,14 +37,13 @@ func (m *Meter) Record(op string, p Purpose, verdict Kind, d time.Duration) {
 		v = verdict.String()
 	}
 	b := 0
-	if ms := float64(d) / float64(time.Millisecond) * 10; ms > 1 { // from 0.1 ms
-		b = min(len(m.buckets)-1, 1+int(math.Log(ms)/math.Log(bucketGrowth)))
+	if n := float64(d) / float64(100*time.Microsecond); n > 1 {
+		b = min(len(m.buckets)-1, 1+int(math.Log(n)/math.Log(bucketGrowth)))
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.calls == nil {
 		m.calls = map[Calls]uint64{}
-		m.since = time.Now()
 	}
 	m.calls[Calls{Op: op, Purpose: p.String(), Verdict: v}]++
 	m.buckets[b]++

@@ -45,7 +45,7 @@ const (
 
 	burstQuiet = 250 * time.Millisecond // after which the pool is filled
 	burstPause = 2 * time.Second        // creations further apart are not of one burst
-	poolDecay  = 10 * time.Minute       // in which the target sinks to its first value
+	poolDecay  = 10 * time.Minute       // in which the target sinks to the pool's base
 )
 
 // maker makes data keys for new files, some of them ahead. Ring.mu guards its pool.
@@ -168,7 +168,7 @@ func (m *maker) NewKey(ctx context.Context) (*DataKey, error) {
 	}
 	m.r.mu.Lock()
 	p := &m.pool
-	if err := m.r.creates(); err != nil {
+	if err := m.r.cannotCreate(); err != nil {
 		m.r.mu.Unlock()
 		return nil, err
 	}
@@ -235,7 +235,7 @@ func (m *maker) refill() {
 		purpose := ForCreate
 		if p.making >= len(p.waiting) {
 			purpose = ForPool
-			if p.failing || m.r.o.now() < p.pause || m.r.suspended != nil || m.r.creates() != nil ||
+			if p.failing || m.r.o.now() < p.pause || m.r.suspended != nil || m.r.cannotCreate() != nil ||
 				!p.wants(m.r.o.now()) {
 				return
 			}
@@ -285,7 +285,7 @@ func (m *maker) arrived(k *DataKey, err error, begun time.Duration) (told error)
 		if !p.failing && m.r.ctx.Err() == nil && m.r.suspended == nil {
 			told = err
 		}
-		unlucky := KindOf(err) == Outage && m.r.creates() == nil // keys can be made, as far as is known
+		unlucky := KindOf(err) == Outage && m.r.cannotCreate() == nil // keys can be made, as far as is known
 		p.failing = m.r.suspended == nil && (p.failing || !unlucky)
 		p.pause = m.r.o.now() + firstRetry
 	default:
@@ -376,9 +376,13 @@ func (m *maker) wrapForAll(ctx context.Context, b Binding) (k *DataKey, missing 
 	if err == nil && !opens(usable, k.Wrapped) {
 		// Only recipients that wrap got it: nobody here could open the file.
 		clear(k.Key)
-		k, err = nil, missing[0]
+		k, err = nil, &Error{Kind: Invalid, Op: "generate",
+			Err: errors.New("no key that unwraps has wrapped the new data key")}
+		if len(missing) > 0 {
+			err = missing[0]
+		}
 	}
-	if err != nil && KindOf(err) != Canceled {
+	if err != nil && len(missing) > 0 && KindOf(err) != Canceled {
 		err = missing[0]
 	}
 	return k, missing, err
@@ -388,7 +392,7 @@ func (m *maker) wrapForAll(ctx context.Context, b Binding) (k *DataKey, missing 
 func opens(stores []Store, ws []blockcrypt.Recipient) bool {
 	return slices.ContainsFunc(ws, func(w blockcrypt.Recipient) bool {
 		return slices.ContainsFunc(stores,
-			func(s Store) bool { return s.URI() == w.URI || Serves(s, w.URI) })
+			func(s Store) bool { return Serves(s, w.URI) })
 	})
 }
 

@@ -30,7 +30,8 @@ type Ring struct {
 	stop   context.CancelFunc
 	wg     sync.WaitGroup
 
-	// mu guards the fields below, and those of lease and maker. No key service is called under it.
+	// mu guards the fields below, and those of lease and maker that say so. No key service is
+	// called under it.
 	mu     sync.Mutex
 	slab   *slab
 	cache  *cache
@@ -138,7 +139,8 @@ func (r *Ring) SetStores(stores []Store, sample []blockcrypt.Recipient) {
 	r.waits.Store(waits)
 }
 
-// Retire wraps no new key for a store any more, which still unwraps. [Ring.SetStores] ends that.
+// Retire makes the ring wrap no new key for a store. The store still unwraps, if it can.
+// [Ring.SetStores] ends that.
 func (r *Ring) Retire(s Store) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -323,7 +325,7 @@ func (r *Ring) UnwrapNow(file [16]byte, ws []blockcrypt.Recipient) (key []byte, 
 			}
 		}
 	}
-	if refused > 0 && refused == len(cs) { // one that can be asked suffices
+	if refused > 0 && refused == len(cs) { // every recipient refuses
 		return nil, true, first
 	}
 	err = untrusted(ws)
@@ -390,7 +392,7 @@ func (r *Ring) Prefetch(file [16]byte, ws []blockcrypt.Recipient) (began bool) {
 }
 
 // Renew unwraps a file's key again, though it is known, to see whether that is
-// still allowed.
+// still allowed. For a file under a branch key the service is asked at most once a minute.
 func (r *Ring) Renew(ctx context.Context, file [16]byte, ws []blockcrypt.Recipient) error {
 	err := untrusted(ws)
 	for _, c := range r.candidates(ws) {
@@ -423,7 +425,7 @@ func (r *Ring) Rewrap(ctx context.Context, file [16]byte, ws []blockcrypt.Recipi
 			for _, c := range r.candidates(ws) {
 				w, ok, err := re.Reencrypt(ctx, Binding{ForFile, r.volume, file}, c.w, c.s.Store)
 				if ok && (err == nil || KindOf(err) == Canceled) {
-					return w, err // else to decrypt and to encrypt may be allowed, or another recipient helps
+					return w, err // else Decrypt and Encrypt may be allowed, or another recipient may work
 				}
 			}
 		}
@@ -607,7 +609,7 @@ func (r *Ring) Waits() bool { return r.waits.Load() }
 
 // Counts are the totals of a ring's work so far, and its contents.
 type Counts struct {
-	Hits, Misses             uint64 // unwrappings that the cache answered, and others
+	Hits, Misses             uint64 // unwrappings that were answered from memory, and others
 	Prefetched, PrefetchUsed uint64
 	Made, Wasted             uint64 // new keys, and those that were wiped without being used
 	Cached, Pool, PoolTarget int

@@ -3,7 +3,7 @@ package keystore
 import "golang.org/x/sys/unix" // memory that is locked, and in no core dump
 
 // slab holds raw keys in slots of [KeySize] bytes that are neither swapped out
-// nor dumped, nor moved by the garbage collector. Its owner locks.
+// nor dumped, nor moved by the garbage collector, as far as newSlab gets such memory. Its owner's mutex guards it.
 type slab struct {
 	mem    []byte
 	mapped bool

@@ -238,7 +238,7 @@ func printFinding(x check.Finding) {
 	if x.To > x.From {
 		s += fmt.Sprintf("; bytes %d to %d are lost", x.From, x.To)
 	}
-	if x.Grade == check.Damaged && x.Floor {
+	if x.Grade == check.Damaged && x.Confirmed {
 		s += ", which were confirmed"
 	}
 	fmt.Println(s)

@@ -3,12 +3,14 @@ package volume
 import (
 	"context"
 	"errors"
-	"kmsfs/keystore"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"kmsfs/keystore"
 )
 
+// errSuspended is the answer while the volume is suspended, which users call locked.
 var errSuspended = &keystore.Error{Kind: keystore.Credentials, Op: "unwrap",
 	Err: errors.New("the volume is locked"), Hint: "kmsfs unlock MOUNTPOINT"}
 
@@ -19,7 +21,7 @@ type access struct {
 	suspended   atomic.Bool            // by Suspend
 	refusal     atomic.Pointer[refusal]
 	mu          sync.Mutex    // held by suspend and resume
-	writeWithin time.Duration // see the constant
+	writeWithin time.Duration // the constant of this name, but in tests
 	renewing    sync.Once
 	unwritten   atomic.Pointer[error] // the error of writing or settling when keys were wiped last
 }
@@ -30,10 +32,11 @@ func (a *access) refuses(delayedWrite bool) error { return a.refusal.Load().of(d
 // refusal is why no content can be read or written: the keys may not be used.
 type refusal struct {
 	err     error
-	flushed bool // what the kernel held back is written; its writes are refused too
+	flushed bool // the kernel has written what it held back: from now on delayed writes are refused too
 }
 
-// of returns why content is not read or written now.
+// of returns why content is not read or written now. A delayed write is one that the kernel has
+// accepted before, and held back.
 func (r *refusal) of(delayedWrite bool) error {
 	if r == nil || delayedWrite && !r.flushed {
 		return nil
@@ -41,7 +44,8 @@ func (r *refusal) of(delayedWrite bool) error {
 	return r.err
 }
 
-// Suspended returns why nothing at all is answered, nil unless [Volume.Suspend] was called.
+// Suspended returns why nothing at all is answered, from [Volume.Suspend] to [Volume.Resume]; else
+// nil.
 func (v *Volume) Suspended() error {
 	if v.access.suspended.Load() {
 		return errSuspended
@@ -49,7 +53,7 @@ func (v *Volume) Suspended() error {
 	return nil
 }
 
-// refuses returns why the file's content is not.
+// refuses returns why the file's content is not read or written now.
 func (f *file) refuses(delayedWrite bool) error {
 	if err := f.v.access.refuses(delayedWrite); err != nil {
 		return err
@@ -60,6 +64,7 @@ func (f *file) refuses(delayedWrite bool) error {
 // wipe forgets the file's keys and all that is in memory of its content. mu is held.
 func (f *file) wipe() {
 	f.Wipe()
+	f.n.lost.wipe()
 	if f.next != nil {
 		f.v.ring.PutBack(f.next)
 		f.next = nil
@@ -95,7 +100,7 @@ func (f *file) ready(ctx context.Context, delayedWrite bool) error {
 		waitsOf(ctx).ForKey()
 		keys, err := f.v.ring.Unlock(ctx, hdr)
 		if err != nil {
-			return f.failed("opening it again", err)
+			return f.failed("unwrapping its key again", err)
 		}
 		f.mu.Lock()
 		err = f.refuses(delayedWrite) // it may be suspended by now
@@ -119,9 +124,9 @@ func (ns *namespace) newKey(ctx context.Context) (*keystore.DataKey, error) {
 	return key, err
 }
 
-// renewKey takes a data key in the place of one that was made for other recipients, or of none. If
-// none can be had, it returns the old one, provided that one of its recipients still is one of the volume:
-// accepted writes are not to be lost for that.
+// renewKey replaces old, the data key that an empty file has taken (nil: none), by a new one. If
+// none can be had, and old opens for a recipient that the volume still has, old is kept: accepted
+// writes are not to be lost for that.
 func (f *file) renewKey(ctx context.Context, old *keystore.DataKey) (kept *keystore.DataKey, err error) {
 	k, err := f.v.newKey(ctx)
 	if err != nil {
@@ -140,33 +145,4 @@ func (f *file) renewKey(ctx context.Context, old *keystore.DataKey) (kept *keyst
 		f.v.ring.PutBack(k)
 	}
 	return nil, nil
-}
-
-// Waits is told when a call is about to wait, so that who handles requests can let somebody else
-// go on with the next one.
-type Waits interface {
-	ForKey()  // for a key service
-	ForDisk() // perhaps for the disk: a read of data that is not in the page cache
-	Behind()  // for another call of the same file: how long it takes says nothing about the disk
-}
-
-// WaitsKey is the key of a context value of type [Waits].
-type WaitsKey struct{}
-
-// waitsOf returns the Waits of a context, which may have none.
-func waitsOf(ctx context.Context) Waits {
-	if w, ok := ctx.Value(WaitsKey{}).(Waits); ok {
-		return w
-	}
-	return nobody{}
-}
-
-type nobody struct{}
-
-// rlock takes mu for reading, and tells if it waits for another call.
-func (f *file) rlock(ctx context.Context) {
-	if !f.mu.TryRLock() {
-		waitsOf(ctx).Behind()
-		f.mu.RLock()
-	}
 }

@@ -197,7 +197,11 @@ func (f *file) lockAwake() error {
 		if f.FD >= 0 {
 			return nil
 		}
+		closed := f.closed
 		f.unlock() // just now
+		if closed {
+			return errClosed
+		}
 	}
 }
 

@@ -38,7 +38,7 @@
 //	internal/disk                 every syscall on the tree
 //
 // Locks, from the first to be taken to the last. No call to a key service is made under any but
-// Recipients.mu.
+// Recipients.mu, and access.mu for 5 s at most.
 //
 //	lock                held across syscalls?   who waits
 //	Recipients.mu       yes, and across calls   the next change of the recipients; no request
@@ -59,7 +59,8 @@
 //	                    rewrapped, closed
 //	file.mu             shared by reads; alone  requests for this file's content; not those for its
 //	                    for writes, truncation, attributes. A program's fsync does not hold it, but a
-//	                    settling                sync that a write must wait for does (FORMAT.md, 4)
+//	                    settling                sync that a write must wait for does (FORMAT.md, 4),
+//	                                            and that of a file that was cut or has no key
 //	lost.mu             while a file is read    the same for this file
 //	                    of which bytes were
 //	                    lost

@@ -30,7 +30,8 @@ type file struct {
 	shown   shown
 
 	// mu guards the fields below, and the ciphertext file. It is held across reads and writes of
-	// the file, and shared by readers; not across an fsync by a program or a call to a key service.
+	// the file, and shared by readers; not across a call to a key service, nor across the fsync by a
+	// program but of a file that was cut, or whose key was wiped.
 	mu          sync.RWMutex
 	*cfile.File        // FD is -1 while park has closed it
 	moves       uint64 // of its times, as far as the node was told
@@ -76,6 +77,9 @@ func (f *file) needWrite() error {
 	f.parked.Store(false)
 	return nil
 }
+
+// errClosed is the answer to a handle that is used after the volume was closed.
+var errClosed = unix.EBADF
 
 // closeFDs closes the file's descriptors.
 func (f *file) closeFDs() {

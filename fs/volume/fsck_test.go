@@ -95,7 +95,7 @@ func TestFsckDamage(t *testing.T) {
 			7] ^= 1
 		return b
 	})
-	if len(fs) != 2 || fs[0].Grade != check.Damaged || fs[0].Name != "f" || !fs[0].Floor ||
+	if len(fs) != 2 || fs[0].Grade != check.Damaged || fs[0].Name != "f" || !fs[0].Confirmed ||
 		fs[0].What != string(blockcrypt.BadBlock) ||
 		fs[0].From != 5*4064-1024 || fs[0].To != 7*4064-1024 || fs[1].From != 9*4064-1024 ||
 		fs[1].To != 10*4064-1024 {
@@ -195,6 +195,45 @@ func TestFsckDirID(t *testing.T) {
 			t.Errorf("%s: the ID is %s now", what, now)
 		}
 	}
+}
+
+// A directory's ID is found again though one of the names in it was altered.
+func TestFsckDirIDBesideAlteredName(t *testing.T) {
+	w := newWorld(t, volume.Options{})
+	w.quiet = true
+	w.mkdir("dir")
+	for _, name := range []string{"a", "b", "c"} {
+		w.write("dir/"+name, []byte("content"))
+	}
+	dir := filepath.Join(w.dir, w.v.CipherName(w.v.Root(), "dir"))
+	cname := w.v.CipherName(w.must("dir"), "b")
+	w.close()
+	for _, place := range append(globbed(t, filepath.Join(dir, "kmsfs.dir*")), filepath.Join(dir, cname)) {
+		to := filepath.Join(w.dir, "..", filepath.Base(place))
+		if strings.HasSuffix(place, cname) {
+			to = filepath.Join(dir, "zz"+cname[2:]) // the last one in most orders
+		}
+		w.do("rename", os.Rename(place, to))
+	}
+	fs, _ := w.fsck()
+	w.open(volume.Options{})
+	for _, r := range check.Repair(ctx, w.v, fs, func(check.Finding) bool { return false }) {
+		if r.Err != nil {
+			t.Error(r.Err)
+		}
+	}
+	if got := w.list("dir"); len(got) != 2 {
+		t.Errorf("%q", got)
+	}
+}
+
+func globbed(t *testing.T, pattern string) []string {
+	t.Helper()
+	names, err := filepath.Glob(pattern)
+	if err != nil || len(names) == 0 {
+		t.Fatalf("%s: %v, %v", pattern, names, err)
+	}
+	return names
 }
 
 // Below a directory whose name does not decode no plaintext path is told: the rest of it would look

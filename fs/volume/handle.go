@@ -2,12 +2,13 @@ package volume
 
 import (
 	"context"
-	"kmsfs/blockcrypt"
-	"kmsfs/keystore"
 	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+	"kmsfs/keystore"
 )
 
 // acquire returns the node's open file, loading it if need be; write opens it
@@ -110,8 +111,8 @@ type Handle struct {
 	write bool
 }
 
-// Reread reports, once, whether the file was loaded after a sync that failed: then what the
-// kernel can have other bytes in its cache than the disk has.
+// Reread reports, once, whether the file was loaded after a sync that failed. If so, the kernel's
+// cache may hold other bytes than the disk.
 func (h *Handle) Reread() bool {
 	h.f.mu.Lock()
 	defer h.f.unlock()
@@ -149,8 +150,8 @@ func (h *Handle) Fsync() error {
 	if h.f.v.o.ReadOnly {
 		return nil
 	}
-	// First what leads to it: the fsync of a file can make a name of it durable
-	// that cannot be read without.
+	// First the IDs of the directories and the long name: the fsync of the file can make its name
+	// durable, and without them that cannot be decoded.
 	if err := h.f.syncPath(); err != nil {
 		return h.f.failed("fsync", err)
 	}
@@ -160,7 +161,7 @@ func (h *Handle) Fsync() error {
 	return h.f.n.lost.tell()
 }
 
-// fsync makes the content durable. mu is not held while the disk works.
+// fsync makes the content durable. mu is not held during the fsync itself.
 func (h *Handle) fsync() error {
 	f := h.f
 	if err := f.lockAwake(); err != nil {
@@ -191,7 +192,7 @@ func (c *content) Open(ctx context.Context, write bool) (*Handle, error) {
 // directory where its name is a long one: once for each change of its names.
 func (f *file) syncPath() error {
 	n := f.n
-	names := n.moves.Load() + 1
+	moves := n.moves.Load() + 1
 	n.v.nodes.mu.Lock()
 	links := slices.Clone(n.links)
 	n.v.nodes.mu.Unlock()
@@ -199,12 +200,12 @@ func (f *file) syncPath() error {
 		if err := l.dir.syncIDs(); err != nil {
 			return err
 		}
-		if f.namesSynced.Load() != names && strings.HasPrefix(l.cname, blockcrypt.LongPrefix) {
+		if f.namesSynced.Load() != moves && strings.HasPrefix(l.cname, blockcrypt.LongPrefix) {
 			if err := l.dir.syncDir(); err != nil {
 				return err
 			}
 		}
 	}
-	f.namesSynced.Store(names)
+	f.namesSynced.Store(moves)
 	return nil
 }

@@ -12,10 +12,6 @@ import (
 	"kmsfs/keystore"
 )
 
-func (nobody) ForKey()  {}
-func (nobody) ForDisk() {}
-func (nobody) Behind()  {}
-
 // Read fills b from offset off; less is read only at the end of the file.
 func (h *Handle) Read(ctx context.Context, b []byte, off int64) (int, error) {
 	f := h.f
@@ -27,7 +23,11 @@ func (h *Handle) Read(ctx context.Context, b []byte, off int64) (int, error) {
 		if f.FD >= 0 && !f.Keyless() && f.refuses(false) == nil {
 			break
 		}
+		closed := f.closed
 		f.mu.RUnlock() // just now
+		if closed {
+			return 0, errClosed
+		}
 	}
 	defer f.mu.RUnlock()
 	var n int
@@ -196,6 +196,10 @@ func (f *file) lockForContent(ctx context.Context, delayedWrite bool) (unlock fu
 		if f.Broken() {
 			f.unlock()
 			return nil, unix.EIO
+		}
+		if f.closed {
+			f.unlock()
+			return nil, errClosed
 		}
 		if f.FD < 0 || f.Keyless() || f.refuses(delayedWrite) != nil { // just now
 			f.unlock()

@@ -56,7 +56,6 @@ func (c *content) withFile(ctx context.Context, waits func(), use func(*file) er
 		keys, known, err := h.keysNow()
 		if err == nil && !known {
 			waits()
-			waitsOf(ctx).ForKey()
 			resumed = true
 			keys, err = c.await(ctx, h)
 		}
@@ -120,6 +119,7 @@ func (c *content) await(ctx context.Context, h *half) (*blockcrypt.FileKeys, err
 		c.openMu.Lock()
 		h.waiting--
 	}()
+	waitsOf(ctx).ForKey()
 	return c.v.ring.Unlock(ctx, hdr)
 }
 

@@ -133,7 +133,7 @@ func (l *Lone) SetRecipients(rs []blockcrypt.Recipient) error {
 	return l.disk.Fsync(fd)
 }
 
-// Ciphertext gives the descriptor of the file, for package check below.
+// Ciphertext gives the descriptor of the file, for package check, which stands above.
 func (l *Lone) Ciphertext() (d *disk.Disk, fd int) { return &l.disk, l.fd }
 
 // Close closes the file.

@@ -64,6 +64,19 @@ func (l *lost) keepEnds(r ranges.Set, b []byte, off int64) {
 	}
 }
 
+// wipe forgets the pages. Their lost bytes are errors from then on, as the others are.
+func (l *lost) wipe() {
+	if !l.any.Load() {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, b := range l.pages {
+		clear(b)
+	}
+	l.pages = nil
+}
+
 // prune forgets the pages of which nothing is lost any more.
 func (l *lost) prune() {
 	for page := range l.pages {

@@ -142,3 +142,25 @@ func TestLostEndsCanBeReadAround(t *testing.T) {
 	w.do("close", h.Release())
 	w.want("f", all)
 }
+
+// What a volume that is suspended has of lost writes is wiped with the keys.
+func TestSuspendWipesLostPages(t *testing.T) {
+	w, full := failing(t)
+	old := noise(40000)
+	w.write("f", old)
+	h := w.opened("f")
+	w.do("fsync", h.Fsync())
+	full.Store(true)
+	fails(t, "the delayed write", h.WriteDelayed(ctx, append(bytes.Clone(old[36864:]), noise(100000)...), 36864))
+	full.Store(false)
+	b := make([]byte, 4096)
+	_, err := h.Read(ctx, b, 36864)
+	w.do("read around", err)
+	w.v.Suspend() // it says that something was lost
+	w.v.Resume()
+	_, err = h.Read(ctx, b, 36864)
+	wantErr(t, "read around what was wiped", err, unix.EIO)
+	_, err = h.Read(ctx, b, 0)
+	w.do("read beside it", err)
+	h.Release()
+}

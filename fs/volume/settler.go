@@ -191,7 +191,7 @@ func (f *file) dropIfIdleLocked() {
 		f.v.settler.add(f)
 		return
 	}
-	if f.rw && f.FD >= 0 && !f.Broken() && !f.n.Gone() { // a time came after the last close
+	if f.rw && f.FD >= 0 && !f.Broken() && !f.n.Gone() { // the kernel wrote a time back after the last close
 		f.failed("close", f.PutMtime())
 	}
 	f.n.past = f.Past()
@@ -205,8 +205,8 @@ func (f *file) dropIfIdleLocked() {
 }
 
 // dropIfGone closes the file of a node that has lost its last name, if no program has it
-// open: a removed file needs no settling. It waits for no lock: the holder of the lock will
-// see that the file is gone.
+// open: a removed file needs no settling. It waits for no lock: if one is held, the settler
+// drops the file later.
 func (n *Node) dropIfGone() {
 	if n == nil || !n.openMu.TryLock() {
 		return

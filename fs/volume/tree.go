@@ -12,7 +12,7 @@ import (
 	"kmsfs/keystore"
 )
 
-// Tree is the ciphertext of a volume, for package check below. The owner of the volume closes it.
+// Tree is the ciphertext of a volume, for package check, which stands above. The owner of the volume closes it.
 type Tree struct {
 	Disk   *disk.Disk
 	Root   int // descriptor of the ciphertext directory

@@ -138,8 +138,8 @@ type asked struct {
 	err  error
 }
 
-// branchKey is an unwrapped branch key. It is good for a short time only: each
-// use of it counts as a proof that KMS still allows it.
+// branchKey is an unwrapped branch key. It is good for a short time only: no use of it asks KMS
+// whether it is still allowed.
 type branchKey struct {
 	key []byte
 	at  time.Time

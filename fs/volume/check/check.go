@@ -44,15 +44,15 @@ func (g Grade) MarshalText() ([]byte, error) { return []byte(g.String()), nil }
 
 // Finding is one thing that a check has found.
 type Finding struct {
-	Path   string `json:"path"`           // of the ciphertext, below the volume
-	Name   string `json:"name,omitempty"` // the plaintext path, where it is known
-	Grade  Grade  `json:"grade"`
-	What   string `json:"what"` // the class of damage, or another word
-	Detail string `json:"detail"`
-	From   int64  `json:"from,omitempty"` // the bytes of plaintext that are lost, where it is some
-	To     int64  `json:"to,omitempty"`
-	Floor  bool   `json:"confirmed"` // they were confirmed
-	Advice string `json:"advice,omitempty"`
+	Path      string `json:"path"`           // of the ciphertext, below the volume
+	Name      string `json:"name,omitempty"` // the plaintext path, where it is known
+	Grade     Grade  `json:"grade"`
+	What      string `json:"what"` // the class of damage, or another word
+	Detail    string `json:"detail"`
+	From      int64  `json:"from,omitempty"` // [From, To) of the plaintext is lost; both 0: all, or not known
+	To        int64  `json:"to,omitempty"`
+	Confirmed bool   `json:"confirmed"` // they may have been confirmed
+	Advice    string `json:"advice,omitempty"`
 }
 
 // What a finding can be, besides the classes of damage.
@@ -74,7 +74,7 @@ type Counts struct {
 	Dirs, Files, Blocks, Bytes int64
 	Found                      [Damaged + 1]int64 // by grade
 	All                        bool               // the tree was walked to its end: Expected is final
-	Expected                   int64              // bytes of ciphertext
+	Expected                   int64              // bytes of ciphertext to read, without holes
 }
 
 // Options of a check.
@@ -83,8 +83,8 @@ type Options struct {
 	Progress func(done *Counts) // called now and then, by one goroutine at a time; it may be nil
 }
 
-// checker checks a tree of ciphertext: its structure, and with keys each name,
-// wrapped key and block. It changes nothing.
+// checker checks a tree of ciphertext: its structure, and with keys each name and block. It changes
+// nothing.
 type checker struct {
 	volume.Tree
 	o    Options
@@ -108,7 +108,8 @@ func Structure(ctx context.Context, l *volume.Found, o Options) (Counts, error) 
 	return c.run(ctx)
 }
 
-// Volume checks a volume: names, wrapped keys and every block.
+// Volume checks a volume: names, every block, and of each file one wrapped key. Its other recipients
+// are compared by name.
 func Volume(ctx context.Context, u *volume.Unlocked, o Options) (Counts, error) {
 	c := &checker{Tree: u.Tree(), o: o}
 	c.Ring = keystore.NewRing(u.Config.Volume, c.Stores, keystore.RingOptions{Sample: u.Config.Recipients})
@@ -159,7 +160,7 @@ func (c *checker) run(ctx context.Context) (Counts, error) {
 	id := c.Config.Volume
 	c.walk(ctx, "", "", &id)
 	c.mu.Lock()
-	c.done.All = true
+	c.done.All = ctx.Err() == nil
 	c.mu.Unlock()
 	close(c.jobs)
 	wg.Wait()
@@ -283,7 +284,8 @@ func (c *checker) typeOf(fd int, e disk.Dirent) uint32 {
 	return st.Mode & unix.S_IFMT
 }
 
-// dirID returns a directory's ID, nil if there is none to trust.
+// dirID returns a directory's ID, nil if none is known. One that is in doubt is tried: names tell
+// whether it is right.
 func (c *checker) dirID(fd int, cpath, ppath string, entries []disk.Dirent) *blockcrypt.ID {
 	x := layout.DirIDOf(c.Disk, fd, entries)
 	id, ok, lost, err := x.Resolve()
@@ -403,7 +405,7 @@ func (c *checker) checkAttrs(fd int, e disk.Dirent, j checkJob) {
 	}
 	p, err := c.Disk.Open(fd, e.Name, unix.O_PATH, 0)
 	if err != nil {
-		return // checkFile says so
+		return // of a file, checkFile says so
 	}
 	defer c.Disk.Close(p)
 	raw, err := c.Disk.Listxattr(p)
@@ -412,7 +414,7 @@ func (c *checker) checkAttrs(fd int, e disk.Dirent, j checkJob) {
 	}
 	for name := range strings.SplitSeq(string(raw), "\x00") {
 		if _, rest, _ := strings.Cut(name, "."); !strings.HasPrefix(rest,
-			blockcrypt.Reserved) { // a mount does not show it
+			blockcrypt.Reserved) { // ACLs and capabilities are not encrypted; a mount shows no others
 			continue
 		}
 		f := Finding{Path: j.cpath, Name: j.ppath, Grade: Damaged,
@@ -435,8 +437,8 @@ func (c *checker) checkAttrs(fd int, e disk.Dirent, j checkJob) {
 	}
 }
 
-// File checks one ciphertext file by itself, wherever it lies; stores may be none, then only its
-// structure is. Its origin needs its volume.
+// File checks one ciphertext file by itself, wherever it lies; without stores only its structure
+// is. l must have a header. The origin cannot be checked without the volume.
 func File(ctx context.Context, l *volume.Lone, name string, stores []keystore.Store,
 	o Options) (Counts, error) {
 	c := &checker{o: o, geo: l.Header.Geometry, lone: true, bad: map[uint64]bool{}}

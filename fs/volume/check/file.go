@@ -52,17 +52,17 @@ func (k *fileCheck) fail(err error) {
 	switch kind := keystore.KindOf(err); {
 	case blockcrypt.ClassOf(err) != "":
 		f.Grade, f.What = Damaged, string(blockcrypt.ClassOf(err))
-		f.Floor = k.hdr == nil || k.hdr.State.Floor > 0
+		f.Confirmed = k.hdr == nil || k.hdr.State.Floor > 0
 		f.Advice = "restore it from a backup"
 	case kind == keystore.Damaged:
-		f.Grade, f.What, f.Floor = Damaged, FoundKey, true
+		f.Grade, f.What, f.Confirmed = Damaged, FoundKey, true
 		f.Advice = "no recipient can unwrap it: restore it from a backup"
 	case kind != 0:
 		f.Grade, f.What = Unchecked, FoundKey
-		f.Advice = "name the key with --key, or see why it is refused"
+		f.Advice = "it is checked when its key can be used: name the key with --key, or see the error"
 	default:
 		f.Grade, f.What = Unchecked, FoundIO
-		f.Advice = "the disk could not read it"
+		f.Advice = "it could not be read: see the kernel's log about the disk"
 	}
 	k.found(f)
 }
@@ -78,7 +78,7 @@ func (k *fileCheck) check(ctx context.Context) error {
 	}
 	hdr, _, err := layout.ReadHeader(k.Disk, k.fd, k.geo.Header())
 	if errors.Is(err, layout.ErrUnwritten) && len(k.bad) > 0 {
-		k.unconfirmed(FoundSession, "it was never written before the power failed",
+		k.unconfirmed(FoundSession, "it was made, and never written to the disk, in a session that did not end well",
 			"the next mount makes it empty")
 		return nil
 	}
@@ -121,14 +121,14 @@ func (k *fileCheck) checkLength() error {
 		return nil
 	}
 	if k.bad[s.Session] && s.Floor < s.Size {
-		return nil // closed, and not on the disk when the power failed
+		return nil // its last data was not on the disk when the session ended
 	}
 	err := &blockcrypt.DamageError{Class: blockcrypt.BadSize, Pos: -1,
 		Detail: fmt.Sprintf("the file is %d bytes long, not the %d of %d bytes of plaintext",
 			k.length, k.geo.Exact(s.Size), s.Size)}
 	if k.length < k.geo.Exact(s.Size) {
 		f := k.f
-		f.Grade, f.What, f.Detail, f.Floor = Damaged, string(blockcrypt.BadSize), err.Detail+
+		f.Grade, f.What, f.Detail, f.Confirmed = Damaged, string(blockcrypt.BadSize), err.Detail+
 			": it was cut short", true
 		f.From, f.To = k.geo.Start(k.wholeBlocks()), s.Size
 		f.Advice = "restore it from a backup; fsck --repair keeps the readable part as a copy beside it"
@@ -219,7 +219,7 @@ func (k *fileCheck) eachBlock(f *cfile.Content, good func(b int64, page []byte, 
 			return
 		}
 		x := k.f
-		x.Grade, x.What, x.From, x.To, x.Floor = Damaged, string(blockcrypt.BadBlock), k.geo.Start(bad), min(k.geo.Start(b), f.Size), true
+		x.Grade, x.What, x.From, x.To, x.Confirmed = Damaged, string(blockcrypt.BadBlock), k.geo.Start(bad), min(k.geo.Start(b), f.Size), true
 		x.Detail = fmt.Sprintf("blocks %d to %d do not open", bad, b-1)
 		if b == bad+1 {
 			x.Detail = fmt.Sprintf("block %d does not open", bad)
@@ -268,7 +268,7 @@ func (k *fileCheck) checkWritten(f *cfile.Content) error {
 	s := k.hdr.State
 	k.bytes.Add(min(k.length, k.stored))
 	if f.Keys == nil {
-		k.sayWritten(s.Floor)
+		k.sayWritten(fmt.Sprintf("it was being written; its state says that %d bytes were confirmed", s.Floor))
 		return nil
 	}
 	r, err := f.Assess(k.length, nil)
@@ -276,13 +276,13 @@ func (k *fileCheck) checkWritten(f *cfile.Content) error {
 		return err
 	}
 	k.blocks.Add(r.Pages)
-	k.sayWritten(r.Size)
+	k.sayWritten(fmt.Sprintf("it was being written: %d bytes can be decrypted, of which %d are known to have been confirmed", r.Size, s.Floor))
 	return nil
 }
 
-func (k *fileCheck) sayWritten(size int64) {
+// sayWritten reports a file that was being written, unless it is being written now.
+func (k *fileCheck) sayWritten(detail string) {
 	s := k.hdr.State
-	detail := fmt.Sprintf("it was being written: %d bytes open, of which %d are known to have been confirmed", size, s.Floor)
 	switch {
 	case !k.lone && k.bad[s.Session] && k.hasWriter(): // it is being written now
 	case k.bad[s.Session]:

@@ -100,25 +100,31 @@ func (r *repairer) mendDirID(cpath string) (string, error) {
 	}
 	x := layout.DirIDOf(r.Disk, fd, entries)
 	candidates := x.IDs
-	encoded := "" // a name that the right one decodes
+	var encoded []string // names, which the right one decodes
 	for _, e := range entries {
-		if _, ok := layout.EntryOf(e.Name); ok && encoded == "" {
-			encoded, err = r.Disk.Readlink(fd, e.Name)
+		if _, ok := layout.EntryOf(e.Name); ok {
+			name, err := r.Disk.Readlink(fd, e.Name)
 			if err != nil && err != unix.EINVAL { // EINVAL: no symlink, so it tells nothing
 				return "", err
+			}
+			if err == nil {
+				encoded = append(encoded, name)
 			}
 		}
 		if layout.IsOwn(e.Name) {
 			continue
 		}
-		encoded = e.Name
+		encoded = append(encoded, e.Name)
 		if hdr, err := r.headerOf(fd, e.Name); err == nil && !slices.Contains(candidates, hdr.Dir) {
 			candidates = append(candidates, hdr.Dir)
 		}
 	}
 	for _, id := range candidates {
-		empty := encoded == "" && len(candidates) == 1 // no name could contradict
-		if _, err := r.Keys.DecodeName(id, encoded); err != nil && !empty {
+		unnamed := len(encoded) == 0 && len(candidates) == 1 // no name could contradict
+		if !unnamed && !slices.ContainsFunc(encoded, func(name string) bool {
+			_, err := r.Keys.DecodeName(id, name)
+			return err == nil
+		}) {
 			continue
 		}
 		for _, p := range x.Places {
@@ -215,7 +221,7 @@ func (r *repairer) copyBlocks(ctx context.Context, h *volume.Handle, fd int,
 		}
 		if n == len(page) && blockcrypt.IsHole(page[:]) {
 			at, err := r.Disk.Seek(fd, r.geo.PageOff(k), unix.SEEK_DATA)
-			if errors.Is(err, unix.ENXIO) { // none is behind it
+			if errors.Is(err, unix.ENXIO) { // no data follows
 				break
 			}
 			if err == nil {
