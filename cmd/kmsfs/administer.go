@@ -55,6 +55,7 @@ type news struct {
 	Record     *volume.Record    `json:"record,omitempty"`
 	URI        string            `json:"uri,omitempty"` // of the recipient that was changed
 	Progress   *volume.Rewrapped `json:"progress,omitempty"`
+	Rekeyed    *volume.Rekeyed   `json:"rekeyed,omitempty"`
 	Failed     *failedFile       `json:"failed,omitempty"`
 	Fault      *fault            `json:"fault,omitempty"`
 }
@@ -95,6 +96,7 @@ type administrator interface {
 	recipients(ctx context.Context) ([]string, error)
 	change(ctx context.Context, c recipientChange) (changed, error)
 	rewrap(ctx context.Context, q rewrapRequest, tell func(news)) error
+	rekey(ctx context.Context, q rekeyRequest, tell func(news)) error
 	close() error
 }
 
@@ -153,6 +155,10 @@ func (o *openVolume) change(ctx context.Context, c recipientChange) (changed, er
 
 func (o *openVolume) rewrap(ctx context.Context, q rewrapRequest, tell func(news)) error {
 	return rewrapVolume(ctx, o.v, q, tell)
+}
+
+func (o *openVolume) rekey(ctx context.Context, q rekeyRequest, tell func(news)) error {
+	return rekeyVolume(ctx, o.v, q, tell)
 }
 
 func (o *openVolume) close() error { return o.v.Close() }
@@ -295,6 +301,10 @@ func (d *mountDaemon) rewrap(ctx context.Context, q rewrapRequest, tell func(new
 	return d.ask(ctx, http.MethodPost, "rewrap", q, tell)
 }
 
+func (d *mountDaemon) rekey(ctx context.Context, q rekeyRequest, tell func(news)) error {
+	return d.ask(ctx, http.MethodPost, "rekey", q, tell)
+}
+
 func (d *mountDaemon) close() error { return nil }
 
 // serveChanges answers these requests, in the daemon.
@@ -332,6 +342,13 @@ func (c *control) serveChanges(mux *http.ServeMux) {
 			return err
 		}
 		return rewrapVolume(r.Context(), c.v, q, tell)
+	}))
+	mux.HandleFunc("POST /rekey", answer(func(r *http.Request, tell func(news)) error {
+		var q rekeyRequest
+		if err := json.NewDecoder(r.Body).Decode(&q); err != nil {
+			return err
+		}
+		return rekeyVolume(r.Context(), c.v, q, tell)
 	}))
 }
 

@@ -337,6 +337,7 @@ func (a *attributes) Setxattr(name string, value []byte, flags int, killSGID boo
 			return err
 		}
 	}
+	defer a.change()
 	err = a.n.withFD(func(fd int) error {
 		err := a.v.disk.Setxattr(fd, enc, value, flags)
 		if err == nil && killSGID {
@@ -365,6 +366,7 @@ func (a *attributes) Removexattr(name string) error {
 	if err != nil {
 		return err
 	}
+	defer a.change()
 	err = a.n.withFD(func(fd int) error { return a.v.disk.Removexattr(fd, enc) })
 	a.n.aclChanged(name)
 	return err

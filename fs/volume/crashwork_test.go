@@ -121,6 +121,25 @@ var workloads = map[string]func(c *crashRun, r *rand.Rand){
 			x.confirmed, x.versions = true, [][]byte{b}
 		}
 	},
+	"rekey": func(c *crashRun, r *rand.Rand) {
+		h := c.open("f")
+		c.write("f", h, noise(1+r.IntN(30000)), 0)
+		c.fsync("f", h)
+		c.do("close", h.Release())
+		for i := range 4 {
+			done, err := c.v.Rekey(ctx, c.must("f"), volume.RekeyOptions{})
+			c.do("rekey", err)
+			if done.Changed != 1 {
+				c.t.Fatalf("%+v", done)
+			}
+			h := c.opened("f")
+			c.write("f", h, noise(1+r.IntN(5000)), r.IntN(len(c.file("f").now())))
+			if i%2 == 0 {
+				c.fsync("f", h)
+			}
+			c.do("close", h.Release())
+		}
+	},
 	"rollback journal": func(c *crashRun, r *rand.Rand) { // as SQLite does
 		db := c.open("db")
 		c.write("db", db, noise(20000), 0)

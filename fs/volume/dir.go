@@ -83,7 +83,7 @@ func (ns *namespace) checked(ctx context.Context, n *Node, st Attr, err error) (
 	if !ok { // the next lookup makes another node, with its true size
 		ns.v.nodes.mu.Lock()
 		n.pending = true
-		if key := (inodeKey{n.dev, n.ino}); ns.v.nodes.byInode[key] == n {
+		if key := (inodeKey{n.dev, n.ino.Load()}); ns.v.nodes.byInode[key] == n {
 			delete(ns.v.nodes.byInode, key)
 		}
 		ns.v.nodes.mu.Unlock()

@@ -24,7 +24,7 @@ func (d *doubts) begin(n *Node) {
 	if d.files == nil {
 		d.files = map[inodeKey]bool{}
 	}
-	d.files[inodeKey{n.dev, n.ino}] = true
+	d.files[inodeKey{n.dev, n.ino.Load()}] = true
 	d.any.Store(true)
 }
 
@@ -42,7 +42,7 @@ func (d *doubts) of(n *Node) bool {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.all || d.files[inodeKey{n.dev, n.ino}]
+	return d.all || d.files[inodeKey{n.dev, n.ino.Load()}]
 }
 
 func (d *doubts) end(n *Node) {
@@ -51,7 +51,7 @@ func (d *doubts) end(n *Node) {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	delete(d.files, inodeKey{n.dev, n.ino})
+	delete(d.files, inodeKey{n.dev, n.ino.Load()})
 	d.any.Store(d.all || len(d.files) > 0)
 }
 

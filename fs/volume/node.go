@@ -18,10 +18,11 @@ import (
 
 // Node is an object of the tree as long as the kernel, or something open, knows it.
 type Node struct {
-	v        *Volume
-	id       uint64
-	dev, ino uint64
-	typ      uint32 // S_IFMT bits
+	v   *Volume
+	id  uint64
+	dev uint64
+	ino atomic.Uint64 // another one after its file was replaced, see Rekey
+	typ uint32        // S_IFMT bits
 
 	known // its users, and its names
 	attributes
@@ -85,7 +86,8 @@ type content struct {
 
 // newNode returns a node that st describes.
 func newNode(v *Volume, id uint64, st *unix.Stat_t) *Node {
-	n := &Node{v: v, id: id, dev: st.Dev, ino: st.Ino, typ: st.Mode & unix.S_IFMT}
+	n := &Node{v: v, id: id, dev: st.Dev, typ: st.Mode & unix.S_IFMT}
+	n.ino.Store(st.Ino)
 	n.attributes.v, n.attributes.n = v, n
 	n.directory.v, n.directory.n = v, n
 	n.content.v, n.content.n = v, n
@@ -123,7 +125,7 @@ func (n *Node) Gone() bool {
 func (n *Node) setNamed(named bool) {
 	n.v.nodes.mu.Lock()
 	defer n.v.nodes.mu.Unlock()
-	key := inodeKey{n.dev, n.ino}
+	key := inodeKey{n.dev, n.ino.Load()}
 	if n.gone = !named; named {
 		n.v.nodes.byInode[key] = n
 	} else if n.v.nodes.byInode[key] == n {
@@ -180,7 +182,7 @@ func (p location) visit(f func(int, string) error) error {
 
 var errMoved = errors.New("another object is there now")
 
-func (n *Node) is(st *unix.Stat_t) bool { return st.Dev == n.dev && st.Ino == n.ino }
+func (n *Node) is(st *unix.Stat_t) bool { return st.Dev == n.dev && st.Ino == n.ino.Load() }
 
 // open opens the object itself, whatever it is called now, and where it has no
 // name any more.
@@ -312,4 +314,14 @@ func (d *directory) leave() {
 	d.v.dirFDs.mu.Lock()
 	d.dirRefs--
 	d.v.dirFDs.mu.Unlock()
+}
+
+// place returns where the node is.
+func (n *Node) place() (location, bool) {
+	n.v.nodes.mu.Lock()
+	defer n.v.nodes.mu.Unlock()
+	if len(n.links) == 0 {
+		return location{}, false
+	}
+	return n.links[0], true
 }

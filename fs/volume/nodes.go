@@ -29,7 +29,7 @@ type inodeKey struct{ dev, ino uint64 }
 func (t *nodeTable) init(v *Volume, root *Node) {
 	t.v = v
 	t.byID = map[uint64]*Node{root.id: root}
-	t.byInode = map[inodeKey]*Node{{root.dev, root.ino}: root}
+	t.byInode = map[inodeKey]*Node{{root.dev, root.ino.Load()}: root}
 	t.byPlace = map[location]*Node{}
 	t.last.Store(root.id)
 }
@@ -176,7 +176,7 @@ func (t *nodeTable) dropIfUnknown(n *Node) {
 		return
 	}
 	delete(t.byID, n.id)
-	if key := (inodeKey{n.dev, n.ino}); t.byInode[key] == n {
+	if key := (inodeKey{n.dev, n.ino.Load()}); t.byInode[key] == n {
 		delete(t.byInode, key)
 	}
 	for len(n.links) > 0 {
@@ -211,6 +211,16 @@ func (t *nodeTable) moved(n *Node, from, to location) {
 	n.addLink(to)
 	n.moves.Add(1)
 	t.unhold(n)
+}
+
+// replaced notes that another inode has taken the place of a file, whose node goes on.
+func (t *nodeTable) replaced(n *Node, ino uint64) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.byInode, inodeKey{n.dev, n.ino.Load()})
+	n.ino.Store(ino)
+	t.byInode[inodeKey{n.dev, ino}] = n
+	n.moves.Add(1)
 }
 
 // files returns the open file of every node that has one.

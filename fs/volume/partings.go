@@ -78,7 +78,7 @@ func (t *nodeTable) leaves(x parting) (gone *Node) {
 		n.gone = true
 		// The filesystem gives the inode number of a removed file to the next file: no
 		// later lookup may find this node by it.
-		if key := (inodeKey{n.dev, n.ino}); t.byInode[key] == n {
+		if key := (inodeKey{n.dev, n.ino.Load()}); t.byInode[key] == n {
 			delete(t.byInode, key)
 		}
 		n.leaving = true

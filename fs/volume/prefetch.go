@@ -102,16 +102,6 @@ func (p *prefetcher) loop() {
 	}
 }
 
-// place returns where the node is.
-func (n *Node) place() (location, bool) {
-	n.v.nodes.mu.Lock()
-	defer n.v.nodes.mu.Unlock()
-	if len(n.links) == 0 {
-		return location{}, false
-	}
-	return n.links[0], true
-}
-
 // follow goes on with the scan to which an open belongs, or begins one.
 func (p *prefetcher) follow(at location, cold bool) {
 	for i, s := range p.scans {

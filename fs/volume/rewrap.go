@@ -62,24 +62,7 @@ func (r *Recipients) Rewrap(ctx context.Context, o RewrapOptions) (done Rewrappe
 	if o.To != "" && (o.From == o.To || among(p.rs, p.stores, o.From) == among(p.rs, p.stores, o.To)) {
 		return done, ErrSameRecipient
 	}
-	jobs := make(chan *Node)
-	var wg sync.WaitGroup
-	for range max(1, o.AtOnce) {
-		wg.Go(func() {
-			for n := range jobs {
-				p.file(ctx, n)
-				v.Forget(n.id, 1)
-			}
-		})
-	}
-	err = p.dir(ctx, v.root, jobs)
-	for _, f := range v.nodes.files() { // that are open and have no name
-		if n := f.n; err == nil && !n.named() && v.nodes.again(n) {
-			jobs <- n
-		}
-	}
-	close(jobs)
-	wg.Wait()
+	err = v.eachFile(ctx, v.root, o.AtOnce, sweep{p.file, func(at string, err error) { p.count(false, at, err) }})
 	if cause := context.Cause(ctx); cause != nil {
 		err = cause
 	}
@@ -104,40 +87,6 @@ type rewrapping struct {
 
 	mu   sync.Mutex
 	done Rewrapped
-}
-
-// dir sends the files below a directory to be changed, each with a lookup.
-func (p *rewrapping) dir(ctx context.Context, n *Node, jobs chan<- *Node) error {
-	d, err := n.OpenDir()
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	var fault error
-	err = d.Next(func(e Entry) bool {
-		if e.Name == "." || e.Name == ".." {
-			return ctx.Err() == nil
-		}
-		c, _, _, err := d.Lookup(ctx, e)
-		switch {
-		case errors.Is(err, unix.ENOENT):
-		case err != nil:
-			p.count(false, n.where()+"/"+e.cname, err)
-		case c.IsFile():
-			select {
-			case jobs <- c:
-			case <-ctx.Done():
-				p.v.Forget(c.id, 1)
-			}
-		default:
-			if c.IsDir() {
-				fault = errors.Join(fault, p.dir(ctx, c, jobs))
-			}
-			p.v.Forget(c.id, 1)
-		}
-		return ctx.Err() == nil
-	})
-	return errors.Join(err, fault, ctx.Err())
 }
 
 // count notes what became of a file.

@@ -42,8 +42,8 @@ func (b *base) Geometry() blockcrypt.Geometry { return b.geo }
 // Writer is the function [Writer] of this volume.
 func (t Tree) Writer() error { return layout.WriterOf(t.Disk, t.Root) }
 
-// Locate returns the node with a path of ciphertext names below the volume. The kernel does not
-// know of it: it stays until the volume is closed.
+// Locate returns the node with a path of ciphertext names below the volume, with a lookup that the
+// caller takes back by [Volume.Forget].
 func (ns *namespace) Locate(cpath string) (*Node, error) {
 	n := ns.v.root
 	for part := range strings.SplitSeq(path.Clean(cpath), "/") {
@@ -51,6 +51,7 @@ func (ns *namespace) Locate(cpath string) (*Node, error) {
 			continue
 		}
 		c, _, err := ns.find(n, func() (string, error) { return part, nil })
+		ns.v.Forget(n.id, 1) // the entry below holds it
 		if err != nil {
 			return nil, err
 		}
@@ -76,6 +77,24 @@ func (dir *Node) PlainName(cname string) (string, error) {
 		err = unix.EINVAL
 	}
 	return name, err
+}
+
+// plainPath is a plaintext path of the node below the root, or its ciphertext path if that cannot be
+// decoded.
+func (n *Node) plainPath() string {
+	p := ""
+	for x := n; x != x.v.root; {
+		at, ok := x.place()
+		if !ok {
+			return n.where()
+		}
+		name, err := at.dir.PlainName(at.cname)
+		if err != nil {
+			return n.where()
+		}
+		p, x = path.Join(name, p), at.dir
+	}
+	return p
 }
 
 // Names gives the plaintext paths of ciphertext paths. It remembers directories; it is for one

@@ -341,7 +341,10 @@ func (c *checker) entryName(d directory, e disk.Dirent) (name string, show bool)
 		}
 	case layout.IsDirID(e.Name) && !plain, d.cpath == "" && slices.Contains(layout.RootNames, e.Name):
 		return "", false
-	case d.cpath == "" && (e.Name == blockcrypt.ConfigName+".new" || e.Name == layout.MarkerName+".new"):
+	case d.cpath == "" && strings.HasPrefix(e.Name, layout.RekeyPrefix) && c.hasWriter():
+		return "", false // of a kmsfs rekey that is under way, perhaps
+	case d.cpath == "" && (e.Name == blockcrypt.ConfigName+".new" || e.Name == layout.MarkerName+".new" ||
+		strings.HasPrefix(e.Name, layout.RekeyPrefix)):
 		f.Grade, f.What, f.Detail, f.Advice = Mendable, FoundLeftover, "left behind by an interrupted replacement", "fsck --repair removes it"
 		c.found(f)
 		return "", false

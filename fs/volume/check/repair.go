@@ -79,7 +79,7 @@ func (r *repairer) removeLeftover(cpath string) (string, error) {
 	if entry, ok := layout.EntryOf(name); ok && r.Disk.Stat(fd, entry, &st) == nil {
 		return "", errors.New("its entry is there by now")
 	}
-	if err := r.Disk.Unlink(fd, name, 0); err != nil {
+	if err := disk.Ignore(r.Disk.Unlink(fd, name, 0), unix.ENOENT); err != nil {
 		return "", err
 	}
 	return "removed", r.Disk.Fsync(fd)
@@ -167,6 +167,7 @@ func (r *repairer) keepRest(ctx context.Context, cpath string) (done string, err
 	if err != nil {
 		return "", err
 	}
+	defer r.v.Forget(dir.ID(), 1)
 	name, err := dir.PlainName(cname)
 	if err != nil {
 		return "", fmt.Errorf("its name cannot be read, so the copy has none: %w", err)

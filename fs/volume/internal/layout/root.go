@@ -26,6 +26,10 @@ const LinksName = "kmsfs.links"
 // LinksTarget is its target.
 const LinksTarget = "copies of this directory need its symlinks"
 
+// RekeyPrefix begins the name of a file in the root that takes the place of another one when it is
+// whole. One that no mount is writing was left by a crash.
+const RekeyPrefix = blockcrypt.Reserved + "rekey."
+
 // RootNames are the entries that only the root has.
 var RootNames = []string{blockcrypt.ConfigName, MarkerName, LockName, LinksName}
 
