@@ -72,7 +72,7 @@ func (ns *namespace) Rekey(ctx context.Context, n *Node, o RekeyOptions) (done R
 		}
 	}
 	file := func(ctx context.Context, n *Node) {
-		changed, err := ns.rekey(ctx, n)
+		changed, err := rekey(ctx, n)
 		if err != nil && (ctx.Err() != nil || errors.Is(err, unix.ENOENT)) {
 			return // interrupted, or removed meanwhile
 		}
@@ -90,9 +90,9 @@ func (ns *namespace) Rekey(ctx context.Context, n *Node, o RekeyOptions) (done R
 const rekeyTries = 5
 
 // rekey gives one file a new data key. An empty one has none.
-func (ns *namespace) rekey(ctx context.Context, n *Node) (changed bool, err error) {
+func rekey(ctx context.Context, n *Node) (changed bool, err error) {
 	for try := range rekeyTries {
-		if changed, err = ns.tryRekey(ctx, n); !errors.Is(err, ErrInUse) || ctx.Err() != nil {
+		if changed, err = tryRekey(ctx, n); !errors.Is(err, ErrInUse) || ctx.Err() != nil {
 			break
 		}
 		time.Sleep(time.Duration(try) * 20 * time.Millisecond)
@@ -100,14 +100,14 @@ func (ns *namespace) rekey(ctx context.Context, n *Node) (changed bool, err erro
 	return changed, err
 }
 
-func (ns *namespace) tryRekey(ctx context.Context, n *Node) (changed bool, err error) {
-	ns.v.access.letGo(n.id) // what the kernel holds back belongs to the old file
+func tryRekey(ctx context.Context, n *Node) (changed bool, err error) {
+	n.v.access.letGo(n.id) // what the kernel holds back belongs to the old file
 	old, err := n.Open(ctx, false)
 	if err != nil {
 		return false, err
 	}
 	defer old.Release()
-	x := &rekeying{v: ns.v, n: n, old: old.f}
+	x := &rekeying{v: n.v, n: n, old: old.f}
 	if err := x.begin(); err != nil || x.header == nil {
 		return false, err
 	}
@@ -118,15 +118,15 @@ func (ns *namespace) tryRekey(ctx context.Context, n *Node) (changed bool, err e
 	for _, step := range []func() error{
 		func() error { return x.copyContent(ctx, old) },
 		x.copyAttributes,
-		func() error { return ns.v.disk.Fsync(x.new.FD) },
+		func() error { return n.v.disk.Fsync(x.new.FD) },
 		x.replace,
 	} {
 		if err := step(); err != nil {
 			return false, errors.Join(err, x.remove())
 		}
 	}
-	ns.v.ring.Forget(x.header.File, x.header.Recipients)
-	ns.v.access.letGo(n.id) // its attributes are others
+	n.v.ring.Forget(x.header.File, x.header.Recipients)
+	n.v.access.letGo(n.id) // its attributes are others
 	return true, nil
 }
 
@@ -330,16 +330,16 @@ func (x *rekeying) closeNew() {
 }
 
 // dropRekeyed removes what a crash has left of Rekey.
-func (v *Volume) dropRekeyed() error {
+func dropRekeyed(d *disk.Disk, root int) error {
 	var left []string
-	err := v.disk.Scan(v.rootD, func(e disk.Dirent) error {
+	err := d.Scan(root, func(e disk.Dirent) error {
 		if strings.HasPrefix(e.Name, layout.RekeyPrefix) {
 			left = append(left, e.Name)
 		}
 		return nil
 	})
 	for _, name := range left {
-		err = errors.Join(err, v.disk.Unlink(v.rootD, name, 0))
+		err = errors.Join(err, d.Unlink(root, name, 0))
 	}
 	return err
 }

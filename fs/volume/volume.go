@@ -162,7 +162,7 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 		if layout.LacksLinks(&v.disk, v.rootD) {
 			v.log.Warn("this copy of the volume was made without symlinks: the volume's own symlinks and its names of more than 160 bytes are missing; kmsfs fsck tells more")
 		}
-		if err := v.dropRekeyed(); err != nil {
+		if err := dropRekeyed(&v.disk, v.rootD); err != nil {
 			v.log.Warn("what a crash has left of kmsfs rekey cannot be removed", "error", err)
 		}
 		v.granularity = layout.TimeGranularity(&v.disk, v.lockFD)
