@@ -203,9 +203,16 @@ func (x *rekeying) copyContent(ctx context.Context, old *Handle) error {
 		}
 		at += n
 	}
-	x.new.mu.Lock()
-	defer x.new.unlock()
-	return errors.Join(x.new.Rest(), x.new.SettleNow())
+	f := x.new
+	f.mu.Lock()
+	defer f.unlock()
+	if err := f.Rest(); err != nil {
+		return err
+	}
+	if err := x.v.disk.Datasync(f.FD); err != nil {
+		return err
+	}
+	return f.SettleWhole(f.Changes()) // all of it counts as confirmed, as it does in the old file
 }
 
 // copyAttributes copies all that the ciphertext file has besides its content.

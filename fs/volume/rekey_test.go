@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
 )
 
@@ -77,6 +78,15 @@ func TestRekey(t *testing.T) {
 		}
 		if v, err := n.Getxattr("user.note"); string(v) != "kept" {
 			t.Errorf("%q, %v", v, err)
+		}
+		inTree, _ := filepath.Glob(filepath.Join(w.dir, "*"))
+		for _, path := range inTree {
+			if l, err := volume.OpenLone(path); err == nil && l.Header != nil {
+				if s := l.Header.State; s.Floor != s.Size || s.Flags&^blockcrypt.Sparse != 0 {
+					t.Errorf("%s: %+v", path, s)
+				}
+				l.Close()
+			}
 		}
 		if newID, newWrapped := w.headerOf("d/small"); newID == id || newWrapped == wrapped {
 			t.Error("it has its old key")
