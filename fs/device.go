@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -112,9 +111,23 @@ func unmountDevice(dir string) error {
 	if os.Geteuid() == 0 {
 		return os.NewSyscallError("umount", unix.Unmount(dir, unix.UMOUNT_NOFOLLOW))
 	}
-	out, err := exec.Command("fusermount3", "-u", "--", dir).CombinedOutput()
-	if err != nil && slices.Contains(strings.Fields(string(out)), "busy") {
+	return Fusermount("-u", dir)
+}
+
+// Fusermount unmounts by fusermount3, with -u or -uz; EBUSY while something is open. The program tells
+// why only in its message.
+func Fusermount(flag, dir string) error {
+	c := exec.Command("fusermount3", flag, "--", dir)
+	c.Env = append(os.Environ(), "LC_ALL=C")
+	out, err := c.CombinedOutput()
+	said := strings.TrimSpace(string(out))
+	switch {
+	case err == nil:
+		return nil
+	case strings.HasSuffix(said, ": Device or resource busy"):
 		return unix.EBUSY
+	case said == "":
+		return fmt.Errorf("fusermount3: %w", err)
 	}
-	return err
+	return errors.New(said)
 }

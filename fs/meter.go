@@ -64,7 +64,7 @@ type Requests struct {
 // Metrics are the counts of a mount since it was made.
 type Metrics struct {
 	Requests      []Requests // of kinds of which there was one
-	InFlight      int        // requests that are being answered
+	InFlight      int        // requests that are being answered, or wait to be
 	Read, Written uint64     // bytes of files
 }
 

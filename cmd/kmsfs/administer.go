@@ -223,7 +223,8 @@ func (k *keyFlags) newRecipient(ctx context.Context, c recipientChange) (keystor
 // rewrapVolume rewraps, in the process that has the volume open.
 func rewrapVolume(ctx context.Context, v *volume.Volume, q rewrapRequest, tell func(news)) error {
 	last := time.Time{}
-	done, err := v.Recipients().Rewrap(ctx, volume.RewrapOptions{From: q.From, To: q.To, Missing: q.Missing, AtOnce: q.AtOnce,
+	done, err := v.Recipients().Rewrap(ctx, volume.RewrapOptions{
+		From: q.From, To: q.To, Same: sameKey, Missing: q.Missing, AtOnce: q.AtOnce,
 		Progress: func(d volume.Rewrapped) {
 			if time.Since(last) > 200*time.Millisecond {
 				last = time.Now()

@@ -264,6 +264,7 @@ of credentials by AWS does the same by itself, once.`, "reload", "%s has loaded 
 type stats struct {
 	Hours      float64        `json:"hours"` // since the volume was mounted
 	Locked     bool           `json:"locked"`
+	ReadOnly   bool           `json:"read_only"` // the daemon has the volume open so, whatever the kernel allows
 	Calls      []callCount    `json:"calls"`
 	P50        float64        `json:"p50_ms"` // of the calls' durations
 	P90        float64        `json:"p90_ms"`
@@ -316,7 +317,7 @@ type recipient struct {
 
 func (c *control) stats() stats {
 	ms := func(q float64) float64 { return float64(c.meter.Quantile(q)) / float64(time.Millisecond) }
-	s := stats{Hours: time.Since(c.since).Hours(), Locked: c.v.Suspended() != nil, P50: ms(0.5),
+	s := stats{Hours: time.Since(c.since).Hours(), Locked: c.v.Suspended() != nil, ReadOnly: c.v.ReadOnly(), P50: ms(0.5),
 		P90: ms(0.9), P99: ms(0.99), Keys: keyCounts(c.v.KeyCounts()), Calls: []callCount{},
 		Recipients: []recipient{}, Requests: []requestCount{}}
 	m := c.server.Metrics()

@@ -225,13 +225,31 @@ func (d *doctor) keysOf(ctx context.Context, dir string, l *volume.Found, rec *v
 				time.Since(begun).Round(100*time.Microsecond))
 		}
 		if k, ok := s.(*awskms.Store); ok {
-			if err := k.MayGenerate(ctx,
-				keystore.Binding{Use: keystore.ForFile, Volume: l.Config.Volume}); err != nil {
-				d.line("note", "to write", hintOf(err), "%v", err)
-			} else {
-				d.ok("to write", "%s may make data keys", s.URI())
-			}
+			d.writes(ctx, k, l.Config)
 		}
+	}
+}
+
+// writes looks whether new files can be wrapped for a KMS key: the first one makes the data keys, or
+// each makes branch keys.
+func (d *doctor) writes(ctx context.Context, k *awskms.Store, c *blockcrypt.Config) {
+	first := slices.IndexFunc(c.Recipients,
+		func(r blockcrypt.Recipient) bool { return strings.HasPrefix(r.URI, awskms.Scheme) })
+	b := keystore.Binding{Use: keystore.ForFile, Volume: c.Volume}
+	var err error
+	switch {
+	case c.Branch != nil:
+		b.Use = keystore.ForBranch
+		err = k.MayGenerate(ctx, b)
+	case first >= 0 && keystore.Serves(k, c.Recipients[first].URI):
+		err = k.MayGenerate(ctx, b)
+	default:
+		err = k.MayWrap(ctx, b)
+	}
+	if err != nil {
+		d.line("note", "to write", hintOf(err), "%v", err)
+	} else {
+		d.ok("to write", "new files can be wrapped for %s", k.URI())
 	}
 }
 

@@ -70,7 +70,8 @@ func encryptCommand() *cobra.Command {
 		Use:   "encrypt [--key KEY]... IN OUT",
 		Short: "Encrypt one file, with no volume; - is stdin or stdout",
 		Long: `Encrypt one file in the format of a volume's files, with no volume. - is stdin
-or stdout. OUT appears whole or not at all.`,
+or stdout. OUT appears whole or not at all; of a file that was being
+written when it was copied, OUT gets what opens (exit code 8).`,
 		Args: cobra.ExactArgs(2),
 		RunE: func(c *cobra.Command, args []string) error {
 			return k.encrypt(context.Background(),
@@ -112,7 +113,7 @@ func (k *keyFlags) encrypt(ctx context.Context, in, out string) error {
 		}
 	}
 	err = k.encryptTo(ctx, ms, r, in, out)
-	if err != nil {
+	if _, placed := errors.AsType[placedError](err); err != nil && !placed {
 		unmake(ms)
 	}
 	return err

@@ -28,7 +28,7 @@ type fsckFlags struct {
 	findings []check.Finding
 	repaired []check.Repaired
 	total    check.Counts
-	mended   bool // a check before the repair had findings
+	mended   bool // a check before the repair had findings other than notes
 	shown    time.Time
 }
 
@@ -38,7 +38,7 @@ func fsckCommand() *cobra.Command {
 		Use:   "fsck [--repair] [--no-keys] [--json] CIPHERDIR|FILE...",
 		Short: "Check a volume, or single files, without mounting",
 		Long: `Check a volume, or single ciphertext files, without mounting: the structure, every
-name and wrapped key, every block. Nothing is changed without --repair.
+name, every block, and one wrapped key of each file. Nothing is changed without --repair.
 
 --repair does by itself what has one right answer: what a mount that did not end
 well has left, lost places of directory IDs, leftovers. Of a file that is
@@ -46,11 +46,7 @@ damaged or was cut short it asks whether to keep what can be read as a copy
 beside it. It never destroys the only copy of anything.`,
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
-			ctx := c.Context()
-			if ctx == nil {
-				ctx = context.Background()
-			}
-			return f.run(ctx, args)
+			return f.run(contextOf(c), args)
 		},
 	}
 	f.add(c, "check with this `KEY` (repeatable); default: what the trust record names")
@@ -129,6 +125,9 @@ func (f *fsckFlags) file(ctx context.Context, path string) error {
 }
 
 func (f *fsckFlags) volume(ctx context.Context, dir string) error {
+	others := f.findings // a repair is about the findings of one volume
+	f.findings = nil
+	defer func() { f.findings = append(others, f.findings...) }()
 	l, err := volume.Find(dir)
 	if err != nil {
 		return fmt.Errorf("%s: %w", dir, err)
@@ -149,7 +148,9 @@ func (f *fsckFlags) volume(ctx context.Context, dir string) error {
 		f.count(d)
 		return err
 	}
-	if err := f.check(ctx, dir); err != nil || !f.repair || len(f.findings) == 0 {
+	err = f.check(ctx, dir)
+	wrong := slices.ContainsFunc(f.findings, func(x check.Finding) bool { return x.Grade > check.Note })
+	if err != nil || !f.repair || !wrong {
 		return err
 	}
 	if err := f.mend(ctx, dir); err != nil {
@@ -237,9 +238,9 @@ func printFinding(x check.Finding) {
 	s := fmt.Sprintf("%-12s  %s: %s", x.Grade, place(x), x.Detail)
 	if x.To > x.From {
 		s += fmt.Sprintf("; bytes %d to %d are lost", x.From, x.To)
-	}
-	if x.Grade == check.Damaged && x.Confirmed {
-		s += ", which were confirmed"
+		if x.Grade == check.Damaged && x.Confirmed {
+			s += ", which were confirmed"
+		}
 	}
 	fmt.Println(s)
 	if x.Advice != "" {

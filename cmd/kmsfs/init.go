@@ -36,7 +36,7 @@ func initCommand() *cobra.Command {
 	f.add(c, initKeyUsage)
 	trailsFlag(c, &f.trails)
 	c.Flags().DurationVar(&f.branches, "branch-keys", 0,
-		"wrap the files of so `LONG`, such as 24h, under one key of KMS: one call for up to 65,536 new files")
+		"wrap the files of this `TIME`, such as 24h, under one key of KMS: one call for up to 65,536 new files")
 	c.Flags().BoolVar(&f.plainNames, "plain-names", false, "leave names as they are")
 	return c
 }
@@ -108,6 +108,6 @@ func (f *initFlags) run(ctx context.Context, dir string) error {
 			fmt.Printf("The key file %s %s. Back it up, apart from the volume: without it the volume cannot be opened.\n", verb, m.path)
 		}
 	}
-	fmt.Println("Back up the directory with a tool that copies symlinks (rsync -a, tar, restic; rclone needs --links): directories and long names need them.")
+	fmt.Println("Back up the directory with a tool that copies symlinks (rsync -a, tar, restic; rclone needs --links): symlinks and names of more than 160 bytes are lost without.")
 	return nil
 }

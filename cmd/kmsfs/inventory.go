@@ -40,8 +40,9 @@ CloudTrail is watched for DisabledException, before its deletion is scheduled.
 
 --prove asks KMS for each wrapped key whether it still unwraps it, by ReEncrypt for the same
 key: that needs the right to rewrap, not the right to read. Of files under a branch key it is
-the branch key that is proven. The key file of a local key unwraps each. Keys are asked that
---key names, or the trust record of the volume.
+the branch key that is proven. Wrapped keys of a local key are unwrapped with its key file. Only
+keys are asked that --key names; without --key those of the trust record. Wrapped keys of an age
+recipient or a passphrase are counted, and not asked about.
 
 --list FILE writes the IDs of all files, as CloudTrail has them, with their paths, as CSV. It
 opens the volume, for the names.`,
@@ -126,7 +127,9 @@ func (f *inventoryFlags) take(ctx context.Context, dir string) (out *inventory, 
 		defer func() { err = errors.Join(err, l.close(err == nil)) }()
 	}
 	if f.prove {
-		p = f.newProver(ctx)
+		if p, err = f.newProver(ctx); err != nil {
+			return nil, nil, err
+		}
 	}
 	each := func(tree string, e volume.Inventoried) error {
 		if e.Header == nil {
@@ -251,7 +254,7 @@ func (f *inventoryFlags) show(out *inventory) error {
 	for _, k := range out.Keys {
 		fmt.Printf("%12d files  %16d bytes  %12d with no other key  %s\n", k.Files, k.Bytes, k.Only, k.URI)
 		if p := k.proof; p != nil {
-			fmt.Printf("%12d proven %12d refused %12d unproven\n", p.Proven, p.Refused, p.Unproven)
+			fmt.Printf("%12d proven %12d refused %12d unproven %12d not asked\n", p.Proven, p.Refused, p.Unproven, p.Unasked)
 		}
 	}
 	for _, x := range out.Failed {

@@ -187,8 +187,8 @@ func stores(ms []made) []keystore.Store {
 	return out
 }
 
-// trusted opens the stores that --key names, and those that the trust record
-// vouches for, of what recipients there are.
+// trusted opens the stores that --key names; without --key those of the recipients that the trust
+// record vouches for.
 func (k *keyFlags) trusted(ctx context.Context, recipients []blockcrypt.Recipient,
 	rec *volume.Record) ([]keystore.Store, error) {
 	if len(k.identityFiles) > 0 {
@@ -253,21 +253,26 @@ func (k *keyFlags) byIdentity(recipients []blockcrypt.Recipient) (out []keystore
 	return out, nil
 }
 
+// opened opens a key that the user named; a passphrase must be that of one of the recipients.
+func (k *keyFlags) opened(ctx context.Context, key string,
+	recipients []blockcrypt.Recipient) (keystore.Store, error) {
+	if path, ok := strings.CutPrefix(key, local.Scheme); ok && path != "" {
+		return local.OpenFile(path)
+	}
+	if name, ok := kmsName(key); ok {
+		k.usesKMS = true
+		return k.kms().Open(ctx, name)
+	}
+	if key == passphraseKey {
+		return k.anyPassphrase(recipients)
+	}
+	return nil, badKey(key)
+}
+
 // named opens a key that the user named, which must be one of the recipients.
 func (k *keyFlags) named(ctx context.Context, key string,
 	recipients []blockcrypt.Recipient) (keystore.Store, error) {
-	var s keystore.Store
-	var err error
-	if path, ok := strings.CutPrefix(key, local.Scheme); ok && path != "" {
-		s, err = local.OpenFile(path)
-	} else if name, ok := kmsName(key); ok {
-		k.usesKMS = true
-		s, err = k.kms().Open(ctx, name)
-	} else if key == passphraseKey {
-		return k.anyPassphrase(recipients)
-	} else {
-		return nil, badKey(key)
-	}
+	s, err := k.opened(ctx, key, recipients)
 	if err != nil {
 		return nil, err
 	}

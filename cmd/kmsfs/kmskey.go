@@ -31,16 +31,22 @@ func keyCommand() *cobra.Command {
 	p.StringVar(&f.aws.Region, "aws-region", "", "`REGION` of the keys")
 	p.StringVar(&f.aws.RoleARN, "aws-role-arn", "", "assume the role `ARN`")
 	c.AddCommand(exportCommand(), importCommand(), f.createCommand(), f.listCommand(), f.showCommand(),
-		f.changeCommand("enable KEY", "Let a disabled key be used again", 0, func(c *cobra.Command, k *awskms.Admin, key string) (string, error) {
-			return "enabled", k.Enable(c.Context(), key)
-		}),
-		f.changeCommand("disable KEY", "Disable a key: no file under it can be opened until it is enabled", dangerous, func(c *cobra.Command, k *awskms.Admin, key string) (string, error) {
-			return "disabled; within minutes nothing under it can be read", k.Disable(c.Context(), key)
-		}),
-		f.deleteCommand(),
-		f.changeCommand("cancel-deletion KEY", "Keep a key that was to be deleted; it is disabled then", 0, func(c *cobra.Command, k *awskms.Admin, key string) (string, error) {
-			return "kept, and disabled: kmsfs key enable", k.CancelDeletion(c.Context(), key)
-		}))
+		f.changeCommand(keyChange{use: "enable KEY", short: "Let a disabled key be used again",
+			do: func(c *cobra.Command, k *awskms.Admin, key string) (string, error) {
+				return "enabled", k.Enable(c.Context(), key)
+			}}),
+		f.changeCommand(keyChange{use: "disable KEY", takesAway: true,
+			short: "Disable a key: no file that has only this key can be opened until it is enabled",
+			do: func(c *cobra.Command, k *awskms.Admin, key string) (string, error) {
+				return "disabled; within minutes no file that has only this key can be read",
+					k.Disable(c.Context(), key)
+			}}),
+		deleteCommand(&f),
+		f.changeCommand(keyChange{use: "cancel-deletion KEY",
+			short: "Keep a key that was to be deleted; it is disabled then",
+			do: func(c *cobra.Command, k *awskms.Admin, key string) (string, error) {
+				return "kept, and disabled: kmsfs key enable", k.CancelDeletion(c.Context(), key)
+			}}))
 	return c
 }
 
@@ -141,61 +147,75 @@ func (f *keyFlags) showCommand() *cobra.Command {
 	}
 }
 
-// dangerous says that a command takes keys away.
-const dangerous = 1
+// keyChange is a command that switches a key.
+type keyChange struct {
+	use, short string
+	takesAway  bool                                     // it asks first
+	check      func(c *cobra.Command, arn string) error // before it asks; nil: nothing is checked
+	do         func(*cobra.Command, *awskms.Admin, string) (string, error)
+}
 
-func (f *keyFlags) changeCommand(use, short string, danger int,
-	do func(*cobra.Command, *awskms.Admin, string) (string, error)) *cobra.Command {
+func (f *keyFlags) changeCommand(x keyChange) *cobra.Command {
 	var yes bool
-	c := &cobra.Command{Use: use, Short: short, Args: cobra.ExactArgs(1), RunE: func(c *cobra.Command, args []string) error {
+	c := &cobra.Command{Use: x.use, Short: x.short, Args: cobra.ExactArgs(1)}
+	c.RunE = func(c *cobra.Command, args []string) error {
 		k, err := f.admin(c, args[0])
 		if err != nil {
 			return err
 		}
-		x, err := k.Show(c.Context(), args[0])
+		key, err := k.Show(c.Context(), args[0])
 		if err != nil {
 			return err
 		}
-		if danger != 0 {
-			for _, v := range dependents(x.ARN) {
-				fmt.Println(v)
-			}
-			if err := confirm("Do that to "+x.ARN, yes); err != nil {
+		if x.check != nil {
+			if err := x.check(c, key.ARN); err != nil {
 				return err
 			}
 		}
-		done, err := do(c, k, x.ARN)
+		if x.takesAway {
+			for _, v := range dependents(key.ARN) {
+				fmt.Println(v)
+			}
+			if err := confirm("Do that to "+key.ARN, yes); err != nil {
+				return err
+			}
+		}
+		done, err := x.do(c, k, key.ARN)
 		if err != nil {
 			return err
 		}
-		fmt.Printf("%s is %s.\n", x.ARN, done)
+		fmt.Printf("%s is %s.\n", key.ARN, done)
 		return nil
-	}}
-	if danger != 0 {
+	}
+	if x.takesAway {
 		c.Flags().BoolVar(&yes, "yes", false, "do not ask")
 	}
 	return c
 }
 
-func (f *keyFlags) deleteCommand() *cobra.Command {
+func deleteCommand(f *keyFlags) *cobra.Command {
 	var days int
 	var trees []string
-	c := f.changeCommand("schedule-deletion KEY --days N", "Delete a key in 7 to 30 days: data under this key alone is lost then", dangerous, func(c *cobra.Command, k *awskms.Admin, key string) (string, error) {
-		if days < 7 || days > 30 {
-			return "", usageError{errors.New("--days must be 7 to 30"), c.CommandPath()}
-		}
-		if len(trees) > 0 {
-			inv, err := takeInventory(contextOf(c), trees, func(string, volume.Inventoried) error { return nil })
-			if err == nil {
-				err = inv.needs(awskms.Scheme + key)
+	c := f.changeCommand(keyChange{use: "schedule-deletion KEY --days N", takesAway: true,
+		short: "Delete a key in 7 to 30 days: data under this key alone is lost then",
+		check: func(c *cobra.Command, key string) error {
+			if days < 7 || days > 30 {
+				return usageError{errors.New("--days must be 7 to 30"), c.CommandPath()}
 			}
+			if len(trees) == 0 {
+				return nil
+			}
+			none := func(string, volume.Inventoried) error { return nil }
+			inv, err := takeInventory(contextOf(c), trees, none)
 			if err != nil {
-				return "", err
+				return err
 			}
-		}
-		when, err := k.ScheduleDeletion(c.Context(), key, days)
-		return "to be deleted at " + when + "; until then: kmsfs key cancel-deletion", err
-	})
+			return inv.needs(awskms.Scheme + key)
+		},
+		do: func(c *cobra.Command, k *awskms.Admin, key string) (string, error) {
+			when, err := k.ScheduleDeletion(c.Context(), key, days)
+			return "to be deleted at " + when + "; until then: kmsfs key cancel-deletion", err
+		}})
 	c.Flags().IntVar(&days, "days", 30, "how many `DAYS` from now, 7 to 30")
 	c.Flags().StringArrayVar(&trees, "inventory", nil,
 		"refuse if a file in this `DIR`, a volume or a backup, needs the key (repeatable)")

@@ -54,7 +54,7 @@ Exit codes:
   0  done
   1  failed
   2  wrong usage
-  3  damaged, altered, or not made by kmsfs
+  3  damaged, altered, or not made by kmsfs; inventory --prove: a wrapped key is not good
   4  the key is refused: revoked, access denied, untrusted, wrong passphrase
   5  no valid AWS credentials
   6  the key service did not answer
@@ -62,7 +62,7 @@ Exit codes:
   8  incomplete: the file was being written when it was copied; what opens was given.
      fsck: a mount that did not end well, or the like, is to be repaired
   9  fsck: repaired, nothing is left
- 10  fsck: not everything could be checked`,
+ 10  fsck, inventory --prove and --needs: not everything could be checked`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          cobra.NoArgs,

@@ -40,7 +40,7 @@ var (
 	descRequest = desc("request_duration_seconds", "How long requests of programs took.", "op")
 	descErrors  = desc("request_errors_total", "Requests that were answered with an error.", "op",
 		"errno")
-	descInFlight = desc("requests_in_flight", "Requests that are being answered.")
+	descInFlight = desc("requests_in_flight", "Requests that are being answered, or wait to be.")
 	descRead     = desc("read_bytes_total", "Bytes of files that the kernel has read.")
 	descWritten  = desc("written_bytes_total", "Bytes of files that the kernel has written.")
 	descCalls    = desc("key_calls_total", "Attempts to call a key service.", "op", "purpose", "verdict")

@@ -60,7 +60,7 @@ func mountCommand() *cobra.Command {
 		Long: `Mount a volume. The command returns when the volume can be used, and goes on in
 the background until kmsfs umount.
 
-A key is used only if --key names it, or if the trust record of the volume does:
+A key is used only if --key names it, if the trust record of the volume does, or if the kmsfs.json that such a key authenticates does:
 init writes one, and so does a mount with --key.`,
 		Args: cobra.ExactArgs(2),
 		RunE: func(c *cobra.Command, args []string) error {
@@ -81,14 +81,14 @@ init writes one, and so does a mount with --key.`,
 	fl.BoolVar(&f.acceptOlder, "accept-older", false,
 		"accept a kmsfs.json that is older than the last one seen: a restored backup")
 	fl.DurationVar(&f.maxAge, "key-max-age", 5*time.Minute,
-		"after a key was revoked, its files can be read for so `LONG` at most")
+		"after a key was revoked, its files can be read for this `DURATION` at most")
 	fl.DurationVar(&f.grace, "key-grace", time.Hour,
-		"while a key service cannot be reached, files whose keys are known can be read for so `LONG`")
+		"while a key service cannot be reached, files whose keys are known can be read for this `DURATION`")
 	fl.StringVar(&f.lease, "key-lease", "key",
 		"what proves that a file may still be read: its KMS `key` (key), or its own data key (file), for policies on single files")
 	fl.StringVar(&f.audit, "audit", "",
 		"strict: no key is unwrapped before its file is opened, so that CloudTrail shows just what was")
-	fl.DurationVar(&f.idle, "idle", 0, "unmount when nothing was asked for so `LONG`, and nothing is open")
+	fl.DurationVar(&f.idle, "idle", 0, "unmount when nothing was asked for this `DURATION`, and nothing is open")
 	fl.StringVar(&f.metricsAddr, "metrics-addr", "",
 		"serve /metrics and /healthz at this `HOST:PORT` of loopback")
 	fl.Float64Var(&f.aws.RPS, "kms-rps", 2000,
@@ -200,9 +200,9 @@ func (f *mountFlags) parseOptions(fl *pflag.FlagSet) error {
 	case len(f.identityFiles) > 0 && !f.readOnly:
 		return usageError{errors.New("--identity is for recovery, so it goes with --read-only; kmsfs recipients add --identity gives the volume a key to write with"), "kmsfs mount"}
 	case f.lease != "key" && f.lease != "file":
-		return usageError{fmt.Errorf("--key-lease %s: key and file are there", f.lease), "kmsfs mount"}
+		return usageError{fmt.Errorf(`--key-lease %q: want "key" or "file"`, f.lease), "kmsfs mount"}
 	case f.audit != "" && f.audit != "strict":
-		return usageError{fmt.Errorf("--audit %s: only strict is there", f.audit), "kmsfs mount"}
+		return usageError{fmt.Errorf(`--audit %q: the only value is "strict"`, f.audit), "kmsfs mount"}
 	case f.maxAge < minMaxAge || f.grace < 0 || f.idle < 0 || f.aws.RPS < 1:
 		return usageError{fmt.Errorf("--key-max-age must be at least %v, --key-grace and --idle not negative, --kms-rps at least 1", minMaxAge), "kmsfs mount"}
 	}
@@ -218,9 +218,9 @@ func (f *mountFlags) remount(mountPoint string) error {
 	}
 	if f.readOnly {
 		f.pass = append(f.pass, "ro")
-	} else if err := volume.Writer(m.source); err != nil && !errors.Is(err, volume.ErrLocked) {
+	} else if readOnly, err := m.readOnly(); err != nil {
 		return err
-	} else if err == nil {
+	} else if readOnly {
 		return hint(fmt.Errorf("%s was mounted read-only", m.dir),
 			"kmsfs umount %s, and mount it again", m.dir)
 	}
@@ -516,22 +516,23 @@ func (f *mountFlags) unmountOnSignal(server *fs.Server, mountPoint string, logge
 	reload func(context.Context) error) {
 	c := make(chan os.Signal, 1)
 	signal.Notify(c, unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
-	for <-c == unix.SIGHUP {
-		go reload(context.Background()) // what fails is in the log
-	}
-	for told := false; ; told = true {
+	for s := range c {
+		if s == unix.SIGHUP {
+			go reload(context.Background()) // what fails is in the log
+			continue
+		}
 		err := server.Unmount()
-		if err != nil && !errors.Is(err, unix.EBUSY) {
-			logger.Error("unmounting failed", "error", err)
+		for told := false; errors.Is(err, unix.EBUSY); told = true {
+			if !told {
+				logger.Warn("the mount is busy; it is unmounted when it is not", "mountpoint",
+					mountPoint, "busy", (&mountInfo{dir: mountPoint}).users())
+			}
+			time.Sleep(200 * time.Millisecond)
+			err = server.Unmount()
 		}
-		if !errors.Is(err, unix.EBUSY) {
-			return
+		if err != nil {
+			logger.Error("unmounting failed; the next signal tries again", "error", err)
 		}
-		if !told {
-			logger.Warn("the mount is busy; it is unmounted when it is not", "mountpoint",
-				mountPoint, "busy", (&mountInfo{dir: mountPoint}).users())
-		}
-		time.Sleep(200 * time.Millisecond)
 	}
 }
 

@@ -2,10 +2,13 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
+	"kmsfs/fs"
+	"kmsfs/fs/volume"
+	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -19,7 +22,9 @@ import (
 
 // mountInfo is a line of mountinfo. dev, "major:minor", is the filesystem's: it has the same
 // number in every mount namespace, and no other filesystem of this kernel has it.
-type mountInfo struct{ id, dev, dir, fstype, source, options string }
+type mountInfo struct {
+	id, dev, root, dir, fstype, source, options string // root: the part of it that is mounted there
+}
 
 // mounts returns all mounts that this process sees.
 func mounts() ([]mountInfo, error) { return readMounts("/proc/self/mountinfo") }
@@ -37,7 +42,7 @@ func readMounts(path string) (out []mountInfo, err error) {
 		a, b := strings.Fields(left), strings.Fields(right)
 		if ok && len(a) >= 5 && len(b) >= 2 {
 			out = append(out,
-				mountInfo{a[0], a[2], unescape(a[4]), b[0], unescape(b[1]),
+				mountInfo{a[0], a[2], unescape(a[3]), unescape(a[4]), b[0], unescape(b[1]),
 					unescape(strings.Join(b[2:], " "))})
 		}
 	}
@@ -217,7 +222,7 @@ func (m *mountInfo) unmount() error {
 	if os.Geteuid() == 0 {
 		return unix.Unmount(m.dir, unix.UMOUNT_NOFOLLOW)
 	}
-	return fusermount("-u", m.dir)
+	return fs.Fusermount("-u", m.dir)
 }
 
 // cleanDead takes a dead mount away, with its mark and its socket.
@@ -233,21 +238,23 @@ func (m *mountInfo) cleanDead() error {
 	return nil
 }
 
+// readOnly reports whether the daemon of a mount has the volume open for reading only.
+func (m *mountInfo) readOnly() (bool, error) {
+	var s stats
+	if err := askMount(context.Background(), m.dev, http.MethodGet, "stats", &s); err == nil {
+		return s.ReadOnly, nil
+	}
+	err := volume.Writer(m.source) // it does not answer here: if anybody writes, it is this one
+	if errors.Is(err, volume.ErrLocked) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
 // detach takes a dead mount away, whatever still holds it.
 func detach(dir string) error {
 	if os.Geteuid() == 0 {
 		return unix.Unmount(dir, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
 	}
-	return fusermount("-uz", dir)
-}
-
-func fusermount(flag, dir string) error {
-	out, err := exec.Command("fusermount3", flag, "--", dir).CombinedOutput()
-	if err == nil {
-		return nil
-	}
-	if strings.Contains(string(out), "busy") {
-		return unix.EBUSY
-	}
-	return fmt.Errorf("fusermount3: %s", strings.TrimSpace(string(out)))
+	return fs.Fusermount("-uz", dir)
 }

@@ -124,7 +124,7 @@ func rewrapShown(ctx context.Context, a administrator, q rewrapRequest) error {
 		}
 	}
 	if err == nil && len(failed) > 0 {
-		err = hint(fmt.Errorf("%d files could not be changed, so the old passphrase stays too",
+		err = hint(fmt.Errorf("%d files could not be changed, and have the old passphrase",
 			len(failed)), "call the command again")
 	}
 	return err

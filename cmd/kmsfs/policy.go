@@ -142,6 +142,9 @@ func (f *policyFlags) statements(role string, c *blockcrypt.Config, first bool) 
 		allow("KmsfsOpensTheVolume", map[string]string{"kmsfs:use": "volume"}, "kms:Decrypt")
 		allow("KmsfsAddsFiles", any, makes)
 	case "rewrapper":
+		if c.Branch != nil {
+			return nil, hint(errors.New("the volume has branch keys: to rewrap its files they are decrypted, so no role can do that unseen"), "kmsfs policy writer has the rights that rewrap needs")
+		}
 		// The volume key gives names, and no content.
 		allow("KmsfsOpensTheVolume", map[string]string{"kmsfs:use": "volume"}, "kms:Decrypt", "kms:Encrypt")
 		allow("KmsfsMovesKeysUnseen", any, "kms:ReEncryptFrom", "kms:ReEncryptTo")

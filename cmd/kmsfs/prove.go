@@ -10,14 +10,16 @@ import (
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
 	"kmsfs/keystore"
+	"kmsfs/keystore/awskms"
 	"kmsfs/keystore/local"
 )
 
 // proof is what kmsfs inventory --prove has found of one key's wrapped data keys.
 type proof struct {
 	Proven   int64 `json:"proven"`
-	Refused  int64 `json:"refused"`
-	Unproven int64 `json:"unproven"` // nobody could be asked
+	Refused  int64 `json:"refused"`  // the key is switched off, or does not unwrap it
+	Unproven int64 `json:"unproven"` // the key was not named, or denied, or did not answer
+	Unasked  int64 `json:"unasked"`  // of an age recipient or a passphrase: there is no service to ask
 }
 
 // proveAtOnce is how many wrapped keys are proven at the same time.
@@ -29,6 +31,7 @@ type prover struct {
 	jobs  chan proveJob
 	wg    sync.WaitGroup
 	trust map[blockcrypt.ID]*volume.Record // of volumes
+	named []keystore.Store                 // by --key
 
 	mu       sync.Mutex // guards the fields below
 	stores   map[string]keystore.Store
@@ -44,10 +47,22 @@ type proveJob struct {
 }
 
 // newProver begins the proofs; done ends them.
-func (f *inventoryFlags) newProver(ctx context.Context) *prover {
+func (f *inventoryFlags) newProver(ctx context.Context) (*prover, error) {
+	ctx = keystore.WithPurpose(ctx, keystore.ForRewrap)
 	p := &prover{f: f, jobs: make(chan proveJob, 4*proveAtOnce),
 		trust: map[blockcrypt.ID]*volume.Record{}, stores: map[string]keystore.Store{},
 		branches: map[string]func() error{}, byURI: map[string]*proof{}}
+	for _, key := range f.keys {
+		if key == passphraseKey {
+			return nil, usageError{errors.New("--prove asks key services, and key files: not a passphrase"),
+				"kmsfs inventory"}
+		}
+		s, err := f.opened(ctx, key, nil)
+		if err != nil {
+			return nil, err
+		}
+		p.named = append(p.named, s)
+	}
 	for range proveAtOnce {
 		p.wg.Go(func() {
 			for j := range p.jobs {
@@ -55,7 +70,7 @@ func (f *inventoryFlags) newProver(ctx context.Context) *prover {
 			}
 		})
 	}
-	return p
+	return p, nil
 }
 
 // add takes the wrapped keys of a file. It is called by one goroutine at a time.
@@ -91,17 +106,10 @@ func (p *prover) open(ctx context.Context, id blockcrypt.ID, r blockcrypt.Recipi
 		}
 		p.trust[id] = rec
 	}
-	var s keystore.Store
+	s := keystore.StoreFor(p.named, r.URI)
 	var err error
-	if !strings.HasPrefix(r.URI, local.PassphraseScheme) && (len(p.f.keys) > 0 || rec.Trusts(r.URI)) {
-		var ss []keystore.Store
-		ss, err = p.f.trusted(ctx, []blockcrypt.Recipient{r}, rec)
-		if len(ss) > 0 {
-			s = ss[0]
-		}
-	}
-	if c, ok := errors.AsType[coded](err); ok && c.code == exitKey {
-		err = nil // --key names another key
+	if len(p.named) == 0 && hasService(r.URI) && rec.Trusts(r.URI) {
+		s, err = p.f.keyFlags.open(ctx, r, rec)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -139,8 +147,10 @@ func (p *prover) prove(ctx context.Context, j proveJob) {
 	}
 	kind := keystore.KindOf(err)
 	switch {
-	case !asked:
+	case !asked && hasService(j.r.URI):
 		n.Unproven++
+	case !asked:
+		n.Unasked++
 	case err == nil:
 		n.Proven++
 	case kind == keystore.Damaged || kind == keystore.Revoked || kind == 0:
@@ -151,6 +161,12 @@ func (p *prover) prove(ctx context.Context, j proveJob) {
 	if err != nil && len(p.failed) < mostErrors {
 		p.failed = append(p.failed, failedFile{j.path, err.Error()})
 	}
+}
+
+// hasService reports whether a recipient's wrapped keys can be proven without a person: by a service,
+// or by a key file.
+func hasService(uri string) bool {
+	return strings.HasPrefix(uri, awskms.Scheme) || strings.HasPrefix(uri, local.Scheme)
 }
 
 // once proves a branch key one time for all the files under it.

@@ -222,10 +222,11 @@ func (k *keyFlags) recipientNamed(ctx context.Context, a administrator, key stri
 	if err != nil {
 		return "", err
 	}
-	if !slices.Contains(list, uri) {
+	i := slices.IndexFunc(list, func(u string) bool { return sameKey(u, uri) })
+	if i < 0 {
 		return "", fmt.Errorf("%s: %w", uri, volume.ErrNotRecipient)
 	}
-	return uri, nil
+	return list[i], nil // a replica's, perhaps
 }
 
 // uriOf returns the URI that KEY means; list are those among which "passphrase" is looked for.

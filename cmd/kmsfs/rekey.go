@@ -127,11 +127,16 @@ func volumeOfPath(p string) (dir string, q rekeyRequest, err error) {
 	if err != nil {
 		return "", q, err
 	}
-	for _, m := range ms {
-		if rest, below := strings.CutPrefix(dir+"/", m.dir+"/"); below && m.fstype == "fuse.kmsfs" {
-			q.Path = filepath.Clean(rest)
-			return m.source, q, nil
+	var on *mountInfo // the innermost mount, and of those at one place the last
+	for i, m := range ms {
+		if strings.HasPrefix(dir+"/", strings.TrimSuffix(m.dir, "/")+"/") &&
+			(on == nil || len(m.dir) >= len(on.dir)) {
+			on = &ms[i]
 		}
+	}
+	if on != nil && on.fstype == "fuse.kmsfs" {
+		q.Path = filepath.Join(on.root, strings.TrimPrefix(dir, on.dir))
+		return on.source, q, nil
 	}
 	q.Cipher = true
 	for at := dir; ; at = filepath.Dir(at) {
@@ -167,7 +172,7 @@ func rekeyVolume(ctx context.Context, v *volume.Volume, q rekeyRequest, tell fun
 	return err
 }
 
-// nodeOf finds the node of a request, and what takes its lookups back.
+// nodeOf finds the node of a request; forget takes its lookups back.
 func nodeOf(ctx context.Context, v *volume.Volume, q rekeyRequest) (n *volume.Node, forget func(), err error) {
 	var nodes []*volume.Node
 	forget = func() {

@@ -36,7 +36,8 @@ and no others. Only the wrapped keys in the headers change, not the content. The
 interrupted and called again. The volume may be mounted and in use. Length and time of the
 files stay, so a backup tool must compare contents once to see the change (rsync --checksum).
 
-Between two KMS keys of one Region the keys of the files never leave KMS (ReEncrypt).
+Between two KMS keys of one Region KMS rewraps the keys by itself (ReEncrypt), if it is allowed;
+else, and for files under branch keys, they are decrypted and encrypted again here.
 
 FILE is one that kmsfs encrypt made: it gets the key of --to in the place of --from, or of all that
 it has. Files of a volume get theirs with the volume.`,
@@ -74,7 +75,7 @@ type rewrapResult struct {
 	Wrong  []string     `json:"wrong"`  // files that --verify has found, the first of them
 }
 
-const mostErrors = 100 // in a rewrapResult
+const mostErrors = 100 // that the output of a command lists
 
 func (f *rewrapFlags) run(ctx context.Context, dir string) error {
 	if (f.from == "") != (f.to == "") || f.from != "" && f.missing {
@@ -150,8 +151,8 @@ func (f *rewrapFlags) verdict(ctx context.Context, err error, out *rewrapResult,
 	return nil
 }
 
-// verifyAll reads every header again: none names the key of --from, or one that is no recipient of
-// the volume, and none lacks one.
+// verifyAll reads every header again. With --from none may name that key, with --missing none may lack
+// a recipient of the volume, else each must have just the volume's.
 func (f *rewrapFlags) verifyAll(ctx context.Context, dir string, q rewrapRequest, list []string,
 	out *rewrapResult) error {
 	return volume.Inventory(ctx, dir, func(e volume.Inventoried) {
@@ -208,14 +209,17 @@ func (f *rewrapFlags) files(ctx context.Context, paths []string) error {
 			out.Failed++
 			out.Errors = append(out.Errors, failedFile{path, err.Error()})
 			if len(paths) == 1 {
+				unmake([]made{m})
 				return named(path, err)
 			}
 		} else if changed {
 			out.Changed++
 		}
 	}
-	if m.created {
+	if m.created && out.Changed > 0 {
 		say("the key file %s was made; back it up: without it the files cannot be opened", m.path)
+	} else {
+		unmake([]made{m}) // no file needs it
 	}
 	return errors.Join(f.show(&out), f.verdict(ctx, nil, &out, ""))
 }
@@ -245,11 +249,17 @@ func (f *rewrapFlags) file(ctx context.Context, path string, to keystore.Store) 
 		}
 		goes = func(uri string) bool { return sameKey(uri, from) }
 	}
-	stays := slices.DeleteFunc(slices.Clone(l.Header.Recipients),
-		func(w blockcrypt.Recipient) bool { return goes(w.URI) })
-	if slices.ContainsFunc(l.Header.Recipients,
-		func(w blockcrypt.Recipient) bool { return keystore.Serves(to, w.URI) }) || len(stays) == len(old) {
-		return false, nil
+	var kept, stays []blockcrypt.Recipient // kept: it has this one already
+	for _, r := range l.Header.Recipients {
+		switch {
+		case keystore.Serves(to, r.URI):
+			kept = append(kept, r)
+		case !goes(r.URI):
+			stays = append(stays, r)
+		}
+	}
+	if len(kept)+len(stays) == len(old) {
+		return false, nil // nothing that is to go is there
 	}
 	key, err := f.dataKey(ctx, l)
 	if err != nil {
@@ -261,7 +271,7 @@ func (f *rewrapFlags) file(ctx context.Context, path string, to keystore.Store) 
 	} else if incomplete {
 		return false, coded{errors.New("it was being written when it was copied"), exitIncomplete}
 	}
-	w, err := to.Wrap(ctx, l.Binding(), key)
+	w, err := to.Wrap(ctx, l.Binding(), key) // again, even if it has one: that could be damaged
 	if err != nil {
 		return false, err
 	}

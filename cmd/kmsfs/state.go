@@ -133,7 +133,7 @@ func replaceFile(path string, b []byte) error {
 }
 
 // finish puts a file that was written under another name in its place, or
-// removes it after an error.
+// removes it after an error. After a placedError it is in its place.
 func finish(f *os.File, path string, err error) error {
 	if err == nil {
 		err = f.Sync()
@@ -147,9 +147,20 @@ func finish(f *os.File, path string, err error) error {
 		return err
 	}
 	d, err := os.Open(filepath.Dir(path))
+	if errors.Is(err, fs.ErrPermission) {
+		return nil // a directory that can only be written to: the disk gets it in time
+	}
 	if err != nil {
-		return err
+		return placedError{err}
 	}
 	defer d.Close()
-	return d.Sync()
+	if err := d.Sync(); err != nil {
+		return placedError{err}
+	}
+	return nil
 }
+
+// placedError says that a file is in its place, and that a power cut may still undo that.
+type placedError struct{ error }
+
+func (e placedError) Unwrap() error { return e.error }

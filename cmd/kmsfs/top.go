@@ -33,7 +33,7 @@ requests took, calls to key services and what they cost. Ctrl-C ends it.`,
 			return top(contextOf(c), args[0], every, times)
 		},
 	}
-	c.Flags().DurationVar(&every, "every", time.Second, "how `LONG` to wait between two looks")
+	c.Flags().DurationVar(&every, "every", time.Second, "the `TIME` to wait between two looks")
 	c.Flags().IntVar(&times, "times", 0, "end after this `NUMBER` of looks; 0: go on")
 	return c
 }

@@ -19,7 +19,8 @@ type RewrapOptions struct {
 	// From and To, both or none, are URIs: To, a recipient of the volume, takes the place of From
 	// in each file that has it. Without them a file gets just the recipients of the volume.
 	From, To string
-	Missing  bool // no recipient is taken out of a file
+	Same     func(a, b string) bool // whether two URIs name one key, as replicas do; nil: equal ones
+	Missing  bool                   // no recipient is taken out of a file
 
 	AtOnce   int                 // files at the same time; 1 if zero
 	Progress func(Rewrapped)     // told now and then, by one goroutine at a time; it may be nil
@@ -53,6 +54,9 @@ func (r *Recipients) Rewrap(ctx context.Context, o RewrapOptions) (done Rewrappe
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	if o.Same == nil {
+		o.Same = func(a, b string) bool { return a == b }
+	}
 	p := &rewrapping{v: v, o: o, cancel: cancel}
 	p.r = r
 	p.rs, p.stores, p.generation = r.snapshot()
@@ -184,7 +188,7 @@ func (p *rewrapping) recipients(ctx context.Context,
 	}
 	if p.o.From != "" {
 		i := slices.IndexFunc(hdr.Recipients,
-			func(x blockcrypt.Recipient) bool { return x.URI == p.o.From })
+			func(x blockcrypt.Recipient) bool { return p.o.Same(x.URI, p.o.From) })
 		if i < 0 {
 			return hdr.Recipients, nil
 		}

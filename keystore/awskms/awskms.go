@@ -374,6 +374,20 @@ func (s *Store) MayGenerate(ctx context.Context, b keystore.Binding) error {
 	return err
 }
 
+// MayWrap is MayGenerate for wrapping data keys, by Encrypt.
+func (s *Store) MayWrap(ctx context.Context, b keystore.Binding) error {
+	_, err := call(ctx, s, "wrap", "Encrypt", func(ctx context.Context, k *kms.Client, o func(*kms.Options)) (*kms.EncryptOutput, error) {
+		in := &kms.EncryptInput{GrantTokens: s.c.o.GrantTokens, KeyId: &s.arn,
+			Plaintext: make([]byte, keystore.KeySize), EncryptionContext: Context(b), DryRun: aws.Bool(true)}
+		out, err := k.Encrypt(ctx, in, o)
+		if _, ok := errors.AsType[*types.DryRunOperationException](err); ok {
+			return out, nil // it would have been wrapped
+		}
+		return out, err
+	})
+	return err
+}
+
 // Wrap implements [keystore.Store] by Encrypt.
 func (s *Store) Wrap(ctx context.Context, b keystore.Binding, key []byte) (blockcrypt.Recipient, error) {
 	return replicas(ctx, s,
