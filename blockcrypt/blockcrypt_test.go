@@ -240,6 +240,30 @@ func FuzzOpenValue(f *testing.F) {
 	})
 }
 
+// The former size of headers stands in kmsfs.json only while there is one.
+func TestFormerHeader(t *testing.T) {
+	vk := volumeKeys(t)
+	c := &blockcrypt.Config{Format: 1, Volume: fixedID(1), Generation: 1, Header: 2048, Names: "encrypted",
+		Recipients: []blockcrypt.Recipient{{URI: "local:x", Wrapped: bytes.Repeat([]byte{7}, 60)}}}
+	for former, good := range map[int]bool{0: true, 1024: true, 65024: true, 2048: false, 1000: false, -512: false} {
+		c.Former = former
+		b, err := c.Encode(vk)
+		if (err == nil) != good {
+			t.Errorf("%d: %v", former, err)
+		}
+		if err != nil {
+			continue
+		}
+		if bytes.Contains(b, []byte("former_header")) != (former != 0) {
+			t.Errorf("%d: %s", former, b)
+		}
+		again, err := blockcrypt.ParseConfig(b)
+		if err != nil || again.Verify(vk) != nil || again.Former != former || again.Header != 2048 {
+			t.Errorf("%d: %+v, %v", former, again, err)
+		}
+	}
+}
+
 func BenchmarkSeal(b *testing.B) {
 	g, _ := blockcrypt.NewGeometry(1024)
 	_, fk, err := blockcrypt.NewFile(g, nil, blockcrypt.FileIDs{File: fixedID(1), Dir: fixedID(1)}, fixedKey(1),

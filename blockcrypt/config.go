@@ -22,6 +22,7 @@ type Config struct {
 	Volume      ID                         `json:"volume"`
 	Generation  uint64                     `json:"generation"`
 	Header      int                        `json:"header"`
+	Former      int                        `json:"former_header,omitempty"` // that files may have which were not changed yet
 	Names       string                     `json:"names"`
 	Recipients  []Recipient                `json:"recipients"`
 	Directories map[string]json.RawMessage `json:"directories"` // keys of directories: none in this version
@@ -79,6 +80,9 @@ func ParseConfig(b []byte) (*Config, error) {
 func (c *Config) check() error {
 	if _, err := NewGeometry(c.Header); err != nil {
 		return damaged(BadConfig, "%d is no header size", c.Header)
+	}
+	if _, err := NewGeometry(c.Former); c.Former != 0 && (err != nil || c.Former == c.Header) {
+		return damaged(BadConfig, "%d is no former header size", c.Former)
 	}
 	if c.Names != NamesEncrypted && c.Names != NamesPlain {
 		return damaged(Unsupported, "names mode %q", c.Names)

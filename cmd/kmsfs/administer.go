@@ -97,6 +97,7 @@ type administrator interface {
 	change(ctx context.Context, c recipientChange) (changed, error)
 	rewrap(ctx context.Context, q rewrapRequest, tell func(news)) error
 	rekey(ctx context.Context, q rekeyRequest, tell func(news)) error
+	reheader(ctx context.Context, q reheaderRequest, tell func(news)) error
 	close() error
 }
 
@@ -159,6 +160,10 @@ func (o *openVolume) rewrap(ctx context.Context, q rewrapRequest, tell func(news
 
 func (o *openVolume) rekey(ctx context.Context, q rekeyRequest, tell func(news)) error {
 	return rekeyVolume(ctx, o.v, q, tell)
+}
+
+func (o *openVolume) reheader(ctx context.Context, q reheaderRequest, tell func(news)) error {
+	return reheaderVolume(ctx, o.v, q, tell)
 }
 
 func (o *openVolume) close() error { return o.v.Close() }
@@ -306,6 +311,10 @@ func (d *mountDaemon) rekey(ctx context.Context, q rekeyRequest, tell func(news)
 	return d.ask(ctx, http.MethodPost, "rekey", q, tell)
 }
 
+func (d *mountDaemon) reheader(ctx context.Context, q reheaderRequest, tell func(news)) error {
+	return d.ask(ctx, http.MethodPost, "reheader", q, tell)
+}
+
 func (d *mountDaemon) close() error { return nil }
 
 // serveChanges answers these requests, in the daemon.
@@ -343,6 +352,13 @@ func (c *control) serveChanges(mux *http.ServeMux) {
 			return err
 		}
 		return rewrapVolume(r.Context(), c.v, q, tell)
+	}))
+	mux.HandleFunc("POST /reheader", answer(func(r *http.Request, tell func(news)) error {
+		var q reheaderRequest
+		if err := json.NewDecoder(r.Body).Decode(&q); err != nil {
+			return err
+		}
+		return reheaderVolume(r.Context(), c.v, q, tell)
 	}))
 	mux.HandleFunc("POST /rekey", answer(func(r *http.Request, tell func(news)) error {
 		var q rekeyRequest

@@ -42,6 +42,7 @@ type volumeInfo struct {
 	Volume     blockcrypt.ID     `json:"volume"`
 	Generation uint64            `json:"generation"`
 	Header     int               `json:"header"`
+	Former     int               `json:"former_header,omitempty"` // of files that reheader has not changed yet
 	Names      string            `json:"names"`
 	Context    map[string]string `json:"encryption_context"`
 	Recipients []recipientInfo   `json:"recipients"`
@@ -103,13 +104,18 @@ func infoVolume(dir string, asJSON bool) error {
 	}
 	defer l.Close()
 	c := l.Config
-	v := volumeInfo{"volume", c.Format, c.Volume, c.Generation, c.Header, c.Names,
+	v := volumeInfo{"volume", c.Format, c.Volume, c.Generation, c.Header, c.Former, c.Names,
 		awskms.Context(keystore.Binding{Use: keystore.ForVolume, Volume: c.Volume}),
 		recipientsInfo(c.Recipients)}
 	if asJSON {
 		return printJSON(v)
 	}
-	fmt.Printf("volume      %s\nformat      %d\nnames       %s\nheader      %d bytes\ngeneration  %d\n", v.Volume, v.Format, v.Names, v.Header, v.Generation)
+	former := ""
+	if v.Former != 0 {
+		former = fmt.Sprintf(", files of before have %d: kmsfs reheader goes on", v.Former)
+	}
+	fmt.Printf("volume      %s\nformat      %d\nnames       %s\nheader      %d bytes%s\ngeneration  %d\n",
+		v.Volume, v.Format, v.Names, v.Header, former, v.Generation)
 	printRecipients(v.Recipients)
 	fmt.Println("Nothing of this is authenticated: that needs a key.")
 	return nil

@@ -157,9 +157,16 @@ func rekeyVolume(ctx context.Context, v *volume.Volume, q rekeyRequest, tell fun
 		return err
 	}
 	defer forget()
+	done, err := v.Rekey(ctx, n, rekeyOptions(q.AtOnce, tell))
+	tell(news{Rekeyed: &done})
+	return err
+}
+
+// rekeyOptions tell of what is done.
+func rekeyOptions(atOnce int, tell func(news)) volume.RekeyOptions {
 	last := time.Time{}
-	done, err := v.Rekey(ctx, n, volume.RekeyOptions{
-		AtOnce: q.AtOnce,
+	return volume.RekeyOptions{
+		AtOnce: atOnce,
 		Progress: func(d volume.Rekeyed) {
 			if time.Since(last) > 200*time.Millisecond {
 				last = time.Now()
@@ -167,9 +174,7 @@ func rekeyVolume(ctx context.Context, v *volume.Volume, q rekeyRequest, tell fun
 			}
 		},
 		Failed: func(at string, err error) { tell(news{Failed: &failedFile{at, err.Error()}}) },
-	})
-	tell(news{Rekeyed: &done})
-	return err
+	}
 }
 
 // nodeOf finds the node of a request; forget takes its lookups back.

@@ -113,7 +113,7 @@ func hintOf(err error) string {
 	case errors.As(err, new(*volume.OnlyRecipientError)):
 		return "give them another one first: kmsfs rewrap --missing"
 	case errors.Is(err, volume.ErrNoRoom):
-		return "remove a recipient first; a volume that init makes with more of them has larger headers"
+		return "kmsfs reheader CIPHERDIR makes room; or remove a recipient first"
 	case errors.Is(err, volume.ErrNotRecipient):
 		return "kmsfs recipients list names those that it has"
 	case errors.Is(err, volume.ErrNotEmpty):

@@ -86,18 +86,37 @@ func (a *attributes) fill(st *Attr, dir int, name string) {
 // must not keep a file from being removed, so it has a size too: opening it
 // fails.
 func (a *attributes) plainSize(length int64, open func() (int, error)) int64 {
-	v := a.v
-	size, err := v.geo.Plain(length, func(k int64) (int, error) {
-		fd, err := open()
-		if err != nil {
-			return 0, err
+	v, fd := a.v, -1
+	defer func() {
+		if fd >= 0 {
+			v.disk.Close(fd)
 		}
-		defer v.disk.Close(fd)
-		return cfile.SealedLen(&v.disk, v.geo, fd, k)
-	})
+	}()
+	opened := func() (err error) {
+		if fd < 0 {
+			fd, err = open()
+		}
+		return err
+	}
+	sizes := v.sizes()
+	geo, err := sizes.New, error(nil)
+	if sizes.Mixed() && length > 0 {
+		if err = opened(); err == nil {
+			geo, err = sizes.Of(&v.disk, fd)
+		}
+	}
+	size := int64(0)
+	if err == nil {
+		size, err = geo.Plain(length, func(k int64) (int, error) {
+			if err := opened(); err != nil {
+				return 0, err
+			}
+			return cfile.SealedLen(&v.disk, geo, fd, k)
+		})
+	}
 	if err != nil {
 		v.report(a.n.where(), "a file's length is wrong", err)
-		return max(0, length-int64(v.geo.Header()))
+		return max(0, length-int64(geo.Header()))
 	}
 	return size
 }

@@ -140,6 +140,29 @@ var workloads = map[string]func(c *crashRun, r *rand.Rand){
 			c.do("close", h.Release())
 		}
 	},
+	"reheader": func(c *crashRun, r *rand.Rand) {
+		for i := range 3 {
+			name := fmt.Sprint("f", i)
+			h := c.open(name)
+			c.write(name, h, noise(1+r.IntN(9000)), 0)
+			c.fsync(name, h)
+			c.do("close", h.Release())
+		}
+		rs := c.v.Recipients()
+		for _, size := range []int{2048, 1536} {
+			_, err := rs.SetHeaderSize(size)
+			c.do("set the size", err)
+			h := c.open("new")
+			c.write("new", h, noise(100), 0)
+			c.fsync("new", h)
+			c.do("close", h.Release())
+			_, rec, err := rs.Reheader(ctx, volume.RekeyOptions{})
+			c.do("reheader", err)
+			if rec == nil {
+				c.t.Fatal("files are left")
+			}
+		}
+	},
 	"rollback journal": func(c *crashRun, r *rand.Rand) { // as SQLite does
 		db := c.open("db")
 		c.write("db", db, noise(20000), 0)

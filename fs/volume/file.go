@@ -10,6 +10,7 @@ import (
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume/internal/cfile"
+	"kmsfs/fs/volume/internal/layout"
 	"kmsfs/keystore"
 )
 
@@ -77,6 +78,9 @@ func (f *file) needWrite() error {
 	f.parked.Store(false)
 	return nil
 }
+
+// sizes returns the sizes of headers, as they are now.
+func (b *base) sizes() layout.Sizes { return *b.headers.Load() }
 
 // errClosed is the answer to a handle that is used after the volume was closed.
 var errClosed = unix.EBADF
@@ -170,7 +174,7 @@ func (f *file) fill(st *Attr) bool {
 func (c *content) newFile(fd int, rw bool, st *Attr) *file {
 	f := &file{n: c.n, v: c.v, rw: rw}
 	rules := cfile.Rules{Calm: c.v.calm, KernelTimes: c.v.o.KernelTimes}
-	f.File = cfile.New(&c.v.disk, c.v.geo, cfile.Opened{FD: fd, Mtime: st.Mtim}, rules, host{f})
+	f.File = cfile.New(&c.v.disk, c.v.sizes().New, cfile.Opened{FD: fd, Mtime: st.Mtim}, rules, host{f})
 	if c.v.o.ReadOnly {
 		f.AheadUntil = time.Now().Add(aheadFor)
 	}

@@ -16,7 +16,8 @@ func (h host) Session() uint64 { return h.f.v.sessions.now.Load() }
 // NewFile uses up the data key that the file has taken.
 func (h host) NewFile() (*blockcrypt.Header, *blockcrypt.FileKeys, error) {
 	f, k := h.f, h.f.next
-	hdr, keys, err := blockcrypt.NewFile(f.v.geo, f.v.vk, blockcrypt.FileIDs{File: k.ID, Dir: f.n.parentID()}, k.Key, k.Wrapped)
+	hdr, keys, err := blockcrypt.NewFile(f.v.sizes().New, f.v.vk,
+		blockcrypt.FileIDs{File: k.ID, Dir: f.n.parentID()}, k.Key, k.Wrapped)
 	if err != nil {
 		return nil, nil, err
 	}

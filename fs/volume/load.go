@@ -223,9 +223,10 @@ const mostAhead = 16 << 10
 // it, and a small file as a whole.
 func (c *content) readHeader(f *file, length int64) error {
 	v := c.v
+	sizes := v.sizes()
 	n := min(length, mostAhead)
 	if length > mostAhead {
-		n = v.geo.PageOff(1)
+		n = sizes.Read()
 	}
 	hdr, b, err := layout.ReadHeader(&v.disk, f.FD, int(n))
 	if errors.Is(err, layout.ErrUnwritten) && v.repairs() && f.rw {
@@ -238,10 +239,11 @@ func (c *content) readHeader(f *file, length int64) error {
 	if err != nil {
 		return err
 	}
-	if err := layout.CheckHeader(hdr, v.geo, v.cfg.Volume, v.vk); err != nil {
+	if err := layout.CheckHeader(hdr, sizes, v.cfg.Volume, v.vk); err != nil {
 		return err
 	}
-	head := slices.Clone(b[:min(len(b), v.geo.Header())])
+	f.Geo = hdr.Geometry
+	head := slices.Clone(b[:min(len(b), f.Geo.Header())])
 	f.SetHeader(hdr, head)
 	f.Ahead.Store(&b)
 	return nil
@@ -347,7 +349,7 @@ func (c *content) needsRepair() (bool, error) {
 		return false, nil
 	}
 	c.v.disk.ForgetPages(fd, 0, 0) // as load does; a part of a file may be less than the kernel can forget
-	h, _, err := layout.ReadHeader(&c.v.disk, fd, c.v.geo.Header())
+	h, _, err := layout.ReadHeader(&c.v.disk, fd, c.v.sizes().Most())
 	if errors.Is(err, layout.ErrUnwritten) {
 		return true, nil
 	}

@@ -371,8 +371,9 @@ func (p *prefetcher) fetch(at location) {
 		return
 	}
 	defer v.disk.Close(f)
-	hdr, _, err := layout.ReadHeader(&v.disk, f, v.geo.Header())
-	if err != nil || layout.CheckHeader(hdr, v.geo, v.cfg.Volume, v.vk) != nil {
+	sizes := v.sizes()
+	hdr, _, err := layout.ReadHeader(&v.disk, f, sizes.Most())
+	if err != nil || layout.CheckHeader(hdr, sizes, v.cfg.Volume, v.vk) != nil {
 		return
 	}
 	v.ring.Prefetch(hdr.File, hdr.Recipients)

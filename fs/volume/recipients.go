@@ -189,17 +189,26 @@ const scanTries = 10
 // stores opens. mu is held.
 func (r *Recipients) allOpen(ctx context.Context, rs []blockcrypt.Recipient,
 	stores []keystore.Store) error {
-	opened := func(h *blockcrypt.Header) bool {
+	found, err := r.all(ctx, func(h *blockcrypt.Header) bool {
 		return slices.ContainsFunc(h.Recipients, func(x blockcrypt.Recipient) bool {
 			s := keystore.StoreFor(stores, x.URI)
 			return s != nil && !keystore.OnlySeals(s) && among(rs, stores, x.URI) >= 0
 		})
+	})
+	if err == nil && found.Files > 0 {
+		return &found
 	}
+	return err
+}
+
+// all counts the files whose headers, as they are on the disk and in memory, are not good. mu is held.
+func (r *Recipients) all(ctx context.Context,
+	good func(h *blockcrypt.Header) bool) (none OnlyRecipientError, err error) {
 	for range scanTries {
 		moves := r.v.renames.Load()
-		only := &OnlyRecipientError{}
+		var only OnlyRecipientError
 		count := func(at string, h *blockcrypt.Header) {
-			if h != nil && !opened(h) {
+			if h != nil && !good(h) {
 				if only.Files++; only.First == "" {
 					only.First = at
 				}
@@ -224,16 +233,13 @@ func (r *Recipients) allOpen(ctx context.Context, rs []blockcrypt.Recipient,
 			count(e.Path, e.Header)
 		})
 		if err = errors.Join(err, unread); err != nil {
-			return err
+			return none, err
 		}
-		if only.Files > 0 {
-			return only
-		}
-		if r.v.renames.Load() == moves {
-			return nil
+		if only.Files > 0 || r.v.renames.Load() == moves {
+			return only, nil
 		}
 	}
-	return errors.New("names are moved all the time, so it cannot be told whether a file needs the recipient; try again later")
+	return none, errors.New("names are moved all the time, so not all files can be looked at; try again later")
 }
 
 // samples are the volume key as the recipients have it. mu is held.
@@ -279,17 +285,26 @@ func among(rs []blockcrypt.Recipient, stores []keystore.Store, uri string) int {
 	return slices.IndexFunc(rs, func(x blockcrypt.Recipient) bool { return keystore.Serves(s, x.URI) })
 }
 
-// change replaces kmsfs.json, durably, and then uses what it says. mu is held.
+// change replaces the list of recipients. mu is held.
 func (r *Recipients) change(rs []blockcrypt.Recipient, stores []keystore.Store) (*Record, error) {
+	next := *r.now.Load().cfg
+	next.Recipients = rs
+	return r.replace(next, stores)
+}
+
+// replace replaces kmsfs.json, durably, and then uses what it says. mu is held.
+func (r *Recipients) replace(next blockcrypt.Config, stores []keystore.Store) (*Record, error) {
 	v := r.v
 	if v.o.ReadOnly {
 		return nil, unix.EROFS
 	}
-	next := *r.now.Load().cfg
-	next.Recipients = rs
 	next.Generation++
 	if n := blockcrypt.RecipientsFit(inFiles(&next)); n == 0 || n > next.Header {
 		return nil, fmt.Errorf("%w: files of this volume have one of %d bytes", ErrNoRoom, next.Header)
+	}
+	sizes, err := layout.SizesOf(&next)
+	if err != nil {
+		return nil, err
 	}
 	b, err := next.Encode(v.vk)
 	if err != nil {
@@ -304,6 +319,7 @@ func (r *Recipients) change(rs []blockcrypt.Recipient, stores []keystore.Store) 
 		}
 	}
 	r.now.Store(&listed{&next, stores})
+	v.headers.Store(&sizes)
 	v.ring.SetStores(stores, r.samples())
 	v.access.renewKeys()
 	return record(&next, v.vk), err

@@ -21,6 +21,7 @@ import (
 // RekeyOptions of [Volume.Rekey].
 type RekeyOptions struct {
 	AtOnce   int                 // files at the same time; 1 if zero
+	headers  bool                // only those that have headers of the former size
 	Progress func(Rekeyed)       // told now and then, by one goroutine at a time; it may be nil
 	Failed   func(string, error) // told of each file that has its old key, likewise
 }
@@ -72,7 +73,7 @@ func (ns *namespace) Rekey(ctx context.Context, n *Node, o RekeyOptions) (done R
 		}
 	}
 	file := func(ctx context.Context, n *Node) {
-		changed, err := rekey(ctx, n)
+		changed, err := rekey(ctx, n, o.headers)
 		if err != nil && (ctx.Err() != nil || errors.Is(err, unix.ENOENT)) {
 			return // interrupted, or removed meanwhile
 		}
@@ -90,9 +91,9 @@ func (ns *namespace) Rekey(ctx context.Context, n *Node, o RekeyOptions) (done R
 const rekeyTries = 5
 
 // rekey gives one file a new data key. An empty one has none.
-func rekey(ctx context.Context, n *Node) (changed bool, err error) {
+func rekey(ctx context.Context, n *Node, headers bool) (changed bool, err error) {
 	for try := range rekeyTries {
-		if changed, err = tryRekey(ctx, n); !errors.Is(err, ErrInUse) || ctx.Err() != nil {
+		if changed, err = tryRekey(ctx, n, headers); !errors.Is(err, ErrInUse) || ctx.Err() != nil {
 			break
 		}
 		time.Sleep(time.Duration(try) * 20 * time.Millisecond)
@@ -100,7 +101,7 @@ func rekey(ctx context.Context, n *Node) (changed bool, err error) {
 	return changed, err
 }
 
-func tryRekey(ctx context.Context, n *Node) (changed bool, err error) {
+func tryRekey(ctx context.Context, n *Node, headers bool) (changed bool, err error) {
 	n.v.access.letGo(n.id) // what the kernel holds back belongs to the old file
 	old, err := n.Open(ctx, false)
 	if err != nil {
@@ -108,7 +109,7 @@ func tryRekey(ctx context.Context, n *Node) (changed bool, err error) {
 	}
 	defer old.Release()
 	x := &rekeying{v: n.v, n: n, old: old.f}
-	if err := x.begin(); err != nil || x.header == nil {
+	if err := x.begin(headers); err != nil || x.header == nil {
 		return false, err
 	}
 	if err := x.make(ctx); err != nil {
@@ -146,7 +147,10 @@ type rekeying struct {
 }
 
 // begin looks whether the file can get a new key now.
-func (x *rekeying) begin() error {
+func (x *rekeying) begin(headers bool) error {
+	if headers && !x.hasFormer() {
+		return x.dropHeader()
+	}
 	if err := x.old.settleNow(); err != nil {
 		return err
 	}
@@ -167,6 +171,40 @@ func (x *rekeying) begin() error {
 		return ErrInUse
 	}
 	return nil
+}
+
+// hasFormer reports whether the file has a header of the former size.
+func (x *rekeying) hasFormer() bool {
+	x.old.mu.RLock()
+	defer x.old.mu.RUnlock()
+	sizes := x.v.sizes()
+	return sizes.Mixed() && x.old.Header != nil && x.old.Header.Geometry == sizes.Former
+}
+
+// dropHeader cuts an empty file of which only a header of the former size is there.
+func (x *rekeying) dropHeader() error {
+	f := x.old
+	f.mu.RLock()
+	empty := f.Header == nil
+	f.mu.RUnlock()
+	if !empty {
+		return nil
+	}
+	if err := f.needWrite(); err != nil {
+		return err
+	}
+	if err := f.lockAwake(); err != nil {
+		return err
+	}
+	defer f.unlock()
+	var st unix.Stat_t
+	if err := x.v.disk.Fstat(f.FD, &st); err != nil || f.Header != nil || st.Size == 0 {
+		return err
+	}
+	if err := x.v.disk.Truncate(f.FD, 0); err != nil {
+		return err
+	}
+	return x.v.disk.Utimens(f.FD, st.Atim, st.Mtim)
 }
 
 // make makes the new file, with a data key at hand.

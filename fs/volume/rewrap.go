@@ -292,9 +292,10 @@ func (c *content) readOwn(fd int) (*blockcrypt.Header, []byte, error) {
 	if err := c.v.disk.Fstat(fd, &st); err != nil || st.Size == 0 {
 		return nil, nil, err
 	}
-	hdr, raw, err := layout.ReadHeader(&c.v.disk, fd, c.v.geo.Header())
+	sizes := c.v.sizes()
+	hdr, raw, err := layout.ReadHeader(&c.v.disk, fd, sizes.Most())
 	if err == nil {
-		err = layout.CheckHeader(hdr, c.v.geo, c.v.cfg.Volume, c.v.vk)
+		err = layout.CheckHeader(hdr, sizes, c.v.cfg.Volume, c.v.vk)
 	}
 	if err != nil {
 		return nil, nil, err

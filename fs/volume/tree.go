@@ -36,8 +36,8 @@ func (v *Volume) Tree() Tree {
 	return Tree{Disk: &v.disk, Root: v.rootD, Config: now.cfg, Keys: v.vk, Stores: now.stores, Ring: v.ring}
 }
 
-// Geometry says where the blocks of a file lie.
-func (b *base) Geometry() blockcrypt.Geometry { return b.geo }
+// Sizes says how large the headers of files are, and so where their blocks lie.
+func (t Tree) Sizes() (layout.Sizes, error) { return layout.SizesOf(t.Config) }
 
 // Writer is the function [Writer] of this volume.
 func (t Tree) Writer() error { return layout.WriterOf(t.Disk, t.Root) }

@@ -62,13 +62,13 @@ type Options struct {
 	fdLimit uint64 // of descriptors, instead of the process's own
 }
 
-// base is what does not change while a volume is open.
+// base is what does not change while a volume is open, but for headers.
 type base struct {
 	disk        disk.Disk
 	o           Options
 	log         *slog.Logger
 	cfg         *blockcrypt.Config
-	geo         blockcrypt.Geometry
+	headers     atomic.Pointer[layout.Sizes] // replaced while files are given other ones
 	vk          *blockcrypt.VolumeKeys
 	root        *Node
 	rootD       int    // the root's descriptor, which holds one of the writer's locks
@@ -122,7 +122,8 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 	v.access.v, v.access.writeWithin = v, writeWithin
 	v.walker.v, v.walker.done = v, make(chan struct{})
 	var err error
-	if v.geo, err = blockcrypt.NewGeometry(u.Config.Header); err != nil {
+	sizes, err := layout.SizesOf(u.Config)
+	if err != nil {
 		return nil, err
 	}
 	if !o.ReadOnly {
@@ -186,6 +187,7 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 		Reach:   v.access.reached,
 	})
 	v.recipients.v = v
+	v.headers.Store(&sizes)
 	v.recipients.now.Store(&listed{u.Config, u.stores})
 	u.root = -1
 	v.disk.Adopt()

@@ -87,10 +87,10 @@ type Options struct {
 // nothing.
 type checker struct {
 	volume.Tree
-	o    Options
-	geo  blockcrypt.Geometry
-	lone bool            // a file without its volume
-	bad  map[uint64]bool // sessions that the marker names
+	o     Options
+	sizes layout.Sizes
+	lone  bool            // a file without its volume
+	bad   map[uint64]bool // sessions that the marker names
 
 	jobs chan checkJob
 
@@ -124,7 +124,7 @@ func (c *checker) hasWriter() bool {
 
 func (c *checker) run(ctx context.Context) (Counts, error) {
 	var err error
-	if c.geo, err = blockcrypt.NewGeometry(c.Config.Header); err != nil {
+	if c.sizes, err = c.Sizes(); err != nil {
 		return Counts{}, err
 	}
 	if err := c.readMarker(); err != nil {
@@ -444,7 +444,7 @@ func (c *checker) checkAttrs(fd int, e disk.Dirent, j checkJob) {
 // is. l must have a header. The origin cannot be checked without the volume.
 func File(ctx context.Context, l *volume.Lone, name string, stores []keystore.Store,
 	o Options) (Counts, error) {
-	c := &checker{o: o, geo: l.Header.Geometry, lone: true, bad: map[uint64]bool{}}
+	c := &checker{o: o, sizes: layout.Sizes{New: l.Header.Geometry}, lone: true, bad: map[uint64]bool{}}
 	var fd int
 	c.Disk, fd = l.Ciphertext()
 	c.Config = &blockcrypt.Config{Volume: l.Header.Volume, Header: l.Header.Geometry.Header()}

@@ -43,6 +43,7 @@ type fileCheck struct {
 	length int64
 	stored int64 // bytes that the disk has for it
 	hdr    *blockcrypt.Header
+	geo    blockcrypt.Geometry // of the header
 }
 
 // fail reports what is wrong with the whole file.
@@ -76,7 +77,7 @@ func (k *fileCheck) check(ctx context.Context) error {
 	if k.length = st.Size; k.length == 0 {
 		return nil
 	}
-	hdr, _, err := layout.ReadHeader(k.Disk, k.fd, k.geo.Header())
+	hdr, _, err := layout.ReadHeader(k.Disk, k.fd, k.sizes.Most())
 	if errors.Is(err, layout.ErrUnwritten) && len(k.bad) > 0 {
 		k.unconfirmed(FoundSession, "it was made, and never written to the disk, in a session that did not end well",
 			"the next mount makes it empty")
@@ -85,8 +86,8 @@ func (k *fileCheck) check(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	k.hdr = hdr
-	if err := layout.CheckHeader(hdr, k.geo, k.Config.Volume, k.Keys); err != nil {
+	k.hdr, k.geo = hdr, hdr.Geometry
+	if err := layout.CheckHeader(hdr, k.sizes, k.Config.Volume, k.Keys); err != nil {
 		return err
 	}
 	if err := k.checkLength(); err != nil || k.isEmpty() {

@@ -29,7 +29,7 @@ type Repaired struct {
 // session that did not end well are repaired by opening the volume.
 func Repair(ctx context.Context, v *volume.Volume, findings []Finding, ask func(Finding) bool) []Repaired {
 	var out []Repaired
-	mend := &repairer{v.Tree(), v, v.Geometry()}
+	mend := &repairer{v.Tree(), v}
 	kept := map[string]bool{}
 	for _, f := range findings {
 		if ctx.Err() != nil {
@@ -60,8 +60,7 @@ func Repair(ctx context.Context, v *volume.Volume, findings []Finding, ask func(
 // repairer mends what a check has found.
 type repairer struct {
 	volume.Tree
-	v   *volume.Volume
-	geo blockcrypt.Geometry
+	v *volume.Volume
 }
 
 func (r *repairer) below(cpath string, flags int) (int, error) {
@@ -148,9 +147,13 @@ func (r *repairer) headerOf(dir int, name string) (*blockcrypt.Header, error) {
 		return nil, err
 	}
 	defer r.Disk.Close(fd)
-	hdr, _, err := layout.ReadHeader(r.Disk, fd, r.geo.Header())
+	sizes, err := r.Sizes()
+	if err != nil {
+		return nil, err
+	}
+	hdr, _, err := layout.ReadHeader(r.Disk, fd, sizes.Most())
 	if err == nil {
-		err = layout.CheckHeader(hdr, r.geo, r.Config.Volume, r.Keys)
+		err = layout.CheckHeader(hdr, sizes, r.Config.Volume, r.Keys)
 	}
 	return hdr, err
 }
@@ -201,7 +204,7 @@ func (r *repairer) keepRest(ctx context.Context, cpath string) (done string, err
 	if err != nil {
 		return "", fmt.Errorf("the copy beside it: %w", err)
 	}
-	kept, err := r.copyBlocks(ctx, h, fd, keys, st.Size)
+	kept, err := r.copyBlocks(ctx, h, damagedFile{fd, st.Size, hdr.Geometry, keys})
 	if err == nil {
 		err = h.Fsync()
 	}
@@ -211,30 +214,38 @@ func (r *repairer) keepRest(ctx context.Context, cpath string) (done string, err
 	return fmt.Sprintf("%d bytes that can be read were kept in %q beside it", kept, name), nil
 }
 
-func (r *repairer) copyBlocks(ctx context.Context, h *volume.Handle, fd int,
-	keys *blockcrypt.FileKeys, length int64) (kept int64, err error) {
+// damagedFile is a ciphertext file of which what opens is kept.
+type damagedFile struct {
+	fd     int
+	length int64
+	geo    blockcrypt.Geometry
+	keys   *blockcrypt.FileKeys
+}
+
+// copyBlocks writes the blocks that open to h, and returns how many bytes of plaintext they are.
+func (r *repairer) copyBlocks(ctx context.Context, h *volume.Handle, x damagedFile) (kept int64, err error) {
 	var page [blockcrypt.PageSize]byte
 	text := make([]byte, 0, blockcrypt.BlockSize)
-	for k := int64(0); k <= r.geo.Last(length); k++ {
-		n, err := r.Disk.Pread(fd, page[:], r.geo.PageOff(k))
+	for k := int64(0); k <= x.geo.Last(x.length); k++ {
+		n, err := r.Disk.Pread(x.fd, page[:], x.geo.PageOff(k))
 		if err != nil {
 			continue // the disk cannot read it
 		}
 		if n == len(page) && blockcrypt.IsHole(page[:]) {
-			at, err := r.Disk.Seek(fd, r.geo.PageOff(k), unix.SEEK_DATA)
+			at, err := r.Disk.Seek(x.fd, x.geo.PageOff(k), unix.SEEK_DATA)
 			if errors.Is(err, unix.ENXIO) { // no data follows
 				break
 			}
 			if err == nil {
-				k = max(k, r.geo.BlockAt(at)-1)
+				k = max(k, x.geo.BlockAt(at)-1)
 			}
 			continue
 		}
-		out, err := keys.Open(text, k, cfile.PageOf(page[:n], 0, r.geo.Lead(k)), r.geo.Capacity(k))
+		out, err := x.keys.Open(text, k, cfile.PageOf(page[:n], 0, x.geo.Lead(k)), x.geo.Capacity(k))
 		if err != nil {
 			continue
 		}
-		if _, err := h.Write(ctx, out, r.geo.Start(k)); err != nil {
+		if _, err := h.Write(ctx, out, x.geo.Start(k)); err != nil {
 			return kept, err
 		}
 		kept += int64(len(out))

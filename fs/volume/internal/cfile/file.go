@@ -137,7 +137,7 @@ func (f *File) begin(flags uint32, size int64) error {
 	if err != nil {
 		return err
 	}
-	f.Header, f.Keys, f.head = hdr, keys, head
+	f.Header, f.Keys, f.head, f.Geo = hdr, keys, head, hdr.Geometry
 	f.confirmed, f.durable, f.Whole = 0, 0, false
 	f.born = time.Now()
 	f.key.drawn = false

@@ -33,11 +33,56 @@ func ReadHeader(d *disk.Disk, fd, n int) (*blockcrypt.Header, []byte, error) {
 	return hdr, b, err
 }
 
+// Sizes are those that the headers of a volume's files have.
+type Sizes struct {
+	New    blockcrypt.Geometry // of files that are made now
+	Former blockcrypt.Geometry // of files that were not given other headers yet; zero: there are none
+}
+
+// SizesOf returns the sizes that a kmsfs.json says.
+func SizesOf(c *blockcrypt.Config) (s Sizes, err error) {
+	if s.New, err = blockcrypt.NewGeometry(c.Header); err == nil && c.Former != 0 {
+		s.Former, err = blockcrypt.NewGeometry(c.Former)
+	}
+	return s, err
+}
+
+// Mixed reports whether files may have headers of two sizes.
+func (s Sizes) Mixed() bool { return s.Former != blockcrypt.Geometry{} }
+
+// Most returns the size of the largest header, in bytes.
+func (s Sizes) Most() int { return max(s.New.Header(), s.Former.Header()) }
+
+// Read returns how many bytes at the start of a file hold its header and its first block.
+func (s Sizes) Read() int64 {
+	if !s.Mixed() {
+		return s.New.PageOff(1)
+	}
+	return max(s.New.PageOff(1), s.Former.PageOff(1))
+}
+
+// Of returns the geometry of a file from the first bytes of its header. Without a header that this
+// volume can have, it is that of new files.
+func (s Sizes) Of(d *disk.Disk, fd int) (blockcrypt.Geometry, error) {
+	if !s.Mixed() {
+		return s.New, nil
+	}
+	b := make([]byte, 12)
+	n, err := d.Pread(fd, b, 0)
+	if err != nil {
+		return s.New, err
+	}
+	if h, err := blockcrypt.HeaderSize(b[:n]); err == nil && h == s.Former.Header() {
+		return s.Former, nil
+	}
+	return s.New, nil
+}
+
 // CheckHeader checks that a file belongs to a volume: the header's length, the volume's ID and,
 // if vk is not nil, that the file was made in it.
-func CheckHeader(hdr *blockcrypt.Header, g blockcrypt.Geometry, volume blockcrypt.ID,
+func CheckHeader(hdr *blockcrypt.Header, s Sizes, volume blockcrypt.ID,
 	vk *blockcrypt.VolumeKeys) error {
-	if hdr.Geometry != g {
+	if hdr.Geometry != s.New && (!s.Mixed() || hdr.Geometry != s.Former) {
 		return &blockcrypt.DamageError{Class: blockcrypt.BadHeader, Pos: 8,
 			Detail: "the header has another size than the volume's"}
 	}
