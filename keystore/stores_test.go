@@ -267,3 +267,26 @@ func TestSetStoresThatWait(t *testing.T) {
 		t.Errorf("two minutes later: %v", err)
 	}
 }
+
+// kept is a store that keeps branch keys.
+type kept struct {
+	slow
+	forgot atomic.Int32
+}
+
+func (s *kept) Known(keystore.Binding, blockcrypt.Recipient) ([]byte, bool, error) {
+	return nil, false, nil
+}
+
+func (s *kept) Forget() { s.forgot.Add(1) }
+
+// A store that is trusted no more wipes the branch keys that it has in memory; one that stays does not.
+func TestSetStoresForgets(t *testing.T) {
+	a, b := &kept{slow: slow{uri: "slow:a"}}, &kept{slow: slow{uri: "slow:b"}}
+	r := keystore.NewRing([16]byte{1}, []keystore.Store{a, b}, keystore.RingOptions{})
+	defer r.Close()
+	r.SetStores([]keystore.Store{b}, nil)
+	if a.forgot.Load() == 0 || b.forgot.Load() != 0 {
+		t.Errorf("the one that went wiped %d times, the other %d times", a.forgot.Load(), b.forgot.Load())
+	}
+}

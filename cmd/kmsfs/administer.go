@@ -171,6 +171,7 @@ func (o *openVolume) close() error { return o.v.Close() }
 // changeRecipients makes a change, in the process that has the volume open.
 func (k *keyFlags) changeRecipients(ctx context.Context, v *volume.Volume,
 	c recipientChange) (done changed, err error) {
+	defer clear(c.Passphrase)
 	rs := v.Recipients()
 	switch done.uri = c.Key; c.Op {
 	case "add":
@@ -221,7 +222,6 @@ func (k *keyFlags) newRecipient(ctx context.Context, c recipientChange) (keystor
 	if c.Key != passphraseKey {
 		return nil, badKey(c.Key)
 	}
-	defer clear(c.Passphrase)
 	return local.NewPassphrase(c.Passphrase)
 }
 
@@ -317,6 +317,9 @@ func (d *mountDaemon) reheader(ctx context.Context, q reheaderRequest, tell func
 
 func (d *mountDaemon) close() error { return nil }
 
+// maxChange is how long a change of the recipients may be, in bytes.
+const maxChange = 1 << 20
+
 // serveChanges answers these requests, in the daemon.
 func (c *control) serveChanges(mux *http.ServeMux) {
 	answer := func(f func(r *http.Request, tell func(news)) error) http.HandlerFunc {
@@ -335,8 +338,13 @@ func (c *control) serveChanges(mux *http.ServeMux) {
 		return nil
 	}))
 	mux.HandleFunc("POST /recipients", answer(func(r *http.Request, tell func(news)) error {
+		b, err := io.ReadAll(io.LimitReader(r.Body, maxChange))
+		if err != nil {
+			return err
+		}
+		defer clear(b) // it can have a passphrase
 		var q recipientChange
-		if err := json.NewDecoder(r.Body).Decode(&q); err != nil {
+		if err := json.Unmarshal(b, &q); err != nil {
 			return err
 		}
 		done, err := c.keys.changeRecipients(r.Context(), c.v, q)
@@ -387,11 +395,19 @@ func (p *progressLine) clear() {
 
 // updateRecord writes the trust record after a change; path is that of a key file that was added.
 func updateRecord(rec *volume.Record, dir, uri, path string) error {
+	unlock, err := lockState()
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	old, err := readRecord(rec.Volume)
 	if err != nil {
 		return err
 	}
 	if old != nil {
+		if old.Commitment == rec.Commitment && old.Generation > rec.Generation {
+			rec.Recipients, rec.Generation = old.Recipients, old.Generation // of a change that came later
+		}
 		rec.Local, rec.Locals = old.Local, old.Locals
 	}
 	if path != "" {

@@ -20,7 +20,7 @@ import (
 type inventoryFlags struct {
 	keyFlags
 	also   []string
-	needs  string
+	needs  []string
 	list   string
 	prove  bool
 	asJSON bool
@@ -35,7 +35,7 @@ func inventoryCommand() *cobra.Command {
 The headers are read as they are: nothing is authenticated, and no key is needed.
 
 --needs KEY answers whether the key can be deleted: the command fails if a file has no other
-one. Also a key that no file needs should be disabled for as long as backups are kept, while
+one. Given several times, it answers whether all of these keys can be deleted. Also a key that no file needs should be disabled for as long as backups are kept, while
 CloudTrail is watched for DisabledException, before its deletion is scheduled.
 
 --prove asks KMS for each wrapped key whether it still unwraps it, by ReEncrypt for the same
@@ -51,7 +51,8 @@ opens the volume, for the names.`,
 	}
 	fl := c.Flags()
 	fl.StringArrayVar(&f.also, "also", nil, "count this `DIR` too, such as a backup (repeatable)")
-	fl.StringVar(&f.needs, "needs", "", "fail if a file can be opened by no other than this `KEY`")
+	fl.StringArrayVar(&f.needs, "needs", nil,
+		"fail if a file can be opened by no other than this `KEY`, or these (repeatable)")
 	fl.BoolVar(&f.prove, "prove", false, "ask KMS whether each wrapped key is still good")
 	fl.StringVar(&f.list, "list", "", "write file IDs and paths as CSV to this `FILE`")
 	fl.BoolVar(&f.asJSON, "json", false, "print JSON")
@@ -72,6 +73,8 @@ type inventory struct {
 	Unread     int64            `json:"unreadable_files"`
 	Keys       []inventoriedKey `json:"keys"`
 	Failed     []failedFile     `json:"failed,omitempty"` // wrapped keys that --prove did not prove
+
+	sets map[string]int64 // files by their keys, sorted and joined
 }
 
 // volumeOf is a tree that is a volume, with the keys that its new files get.
@@ -96,7 +99,7 @@ func (f *inventoryFlags) run(ctx context.Context, dir string) error {
 	if err := f.show(out); err != nil {
 		return err
 	}
-	if f.needs == "" || proven != nil {
+	if len(f.needs) == 0 || proven != nil {
 		return proven
 	}
 	list := []string{}
@@ -108,11 +111,15 @@ func (f *inventoryFlags) run(ctx context.Context, dir string) error {
 	}
 	slices.Sort(list)
 	list = slices.Compact(list)
-	uri, err := f.uriOf(ctx, f.needs, list)
-	if err != nil {
-		return err
+	var uris []string
+	for _, key := range f.needs {
+		uri, err := f.uriOf(ctx, key, list)
+		if err != nil {
+			return err
+		}
+		uris = append(uris, uri)
 	}
-	return out.needs(uri)
+	return out.needs(uris)
 }
 
 // take counts the files, proves their keys and lists them, as far as the flags say. proven says
@@ -162,7 +169,8 @@ func (f *inventoryFlags) take(ctx context.Context, dir string) (out *inventory, 
 // takeInventory counts the files of these trees, and calls each for all of them, one at a time.
 func takeInventory(ctx context.Context, trees []string,
 	each func(tree string, e volume.Inventoried) error) (*inventory, error) {
-	out := &inventory{Trees: trees, Volumes: []volumeOf{}, Unreadable: []string{}, Keys: []inventoriedKey{}}
+	out := &inventory{Trees: trees, Volumes: []volumeOf{}, Unreadable: []string{}, Keys: []inventoriedKey{},
+		sets: map[string]int64{}}
 	byURI := map[string]*inventoriedKey{}
 	var line progressLine
 	for _, tree := range out.Trees {
@@ -231,6 +239,12 @@ func (i *inventory) add(tree string, e volume.Inventoried, byURI map[string]*inv
 	if e.Header.State.Flags&(blockcrypt.Dirty|blockcrypt.Cut) != 0 {
 		i.Unfinished++
 	}
+	uris := make([]string, 0, len(e.Header.Recipients))
+	for _, r := range e.Header.Recipients {
+		uris = append(uris, r.URI)
+	}
+	slices.Sort(uris)
+	i.sets[strings.Join(uris, " ")]++ // no URI has a space
 	for _, r := range e.Header.Recipients {
 		k := byURI[r.URI]
 		if k == nil {
@@ -266,34 +280,43 @@ func (f *inventoryFlags) show(out *inventory) error {
 	return nil
 }
 
-// needs returns why a key cannot be deleted, as far as these trees tell; nil if it can.
-func (i *inventory) needs(uri string) error {
+// needs returns why keys cannot be deleted, all of them, as far as these trees tell; nil if they can.
+func (i *inventory) needs(uris []string) error {
+	goes := func(u string) bool {
+		return slices.ContainsFunc(uris, func(uri string) bool { return sameKey(u, uri) })
+	}
+	stays := func(u string) bool { return !goes(u) }
 	var files, only int64
-	for _, k := range i.Keys {
-		if sameKey(k.URI, uri) {
-			files, only = files+k.Files, only+k.Only
+	for set, n := range i.sets {
+		of := strings.Fields(set)
+		if slices.ContainsFunc(of, goes) {
+			files += n
+			if !slices.ContainsFunc(of, stays) {
+				only += n
+			}
 		}
 	}
+	names := strings.Join(uris, " and ")
 	for _, v := range i.Volumes {
-		if slices.ContainsFunc(v.Recipients, func(u string) bool { return sameKey(u, uri) }) {
+		if at := slices.IndexFunc(v.Recipients, goes); at >= 0 {
 			others := ""
 			if only > 0 {
 				others = fmt.Sprintf(", and %d files have no other key", only)
 			}
-			return hint(fmt.Errorf("new files of the volume in %s get %s%s", v.Tree, uri, others),
-				"kmsfs recipients remove %s %s", shellWord(v.Tree), shellWord(uri))
+			return hint(fmt.Errorf("new files of the volume in %s get %s%s", v.Tree, v.Recipients[at], others),
+				"kmsfs recipients remove %s %s", shellWord(v.Tree), shellWord(v.Recipients[at]))
 		}
 	}
 	switch {
 	case only > 0:
-		return hint(fmt.Errorf("%d files can be opened by no other key than %s", only, uri),
+		return hint(fmt.Errorf("%d files can be opened by no other key than %s", only, names),
 			"kmsfs recipients add, and kmsfs rewrap --missing, give them another one")
 	case i.Unread > 0:
 		return coded{fmt.Errorf("%d files could not be read: they may need it", i.Unread), exitUnchecked}
 	case files > 0:
-		say("%d files name %s; each has another key", files, uri)
+		say("%d files name %s; each has another key", files, names)
 	default:
-		say("no file names %s", uri)
+		say("no file names %s", names)
 	}
 	return nil
 }

@@ -210,7 +210,7 @@ func deleteCommand(f *keyFlags) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return inv.needs(awskms.Scheme + key)
+			return inv.needs([]string{awskms.Scheme + key})
 		},
 		do: func(c *cobra.Command, k *awskms.Admin, key string) (string, error) {
 			when, err := k.ScheduleDeletion(c.Context(), key, days)

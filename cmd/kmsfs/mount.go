@@ -472,6 +472,11 @@ func (f *mountFlags) remember(rec *volume.Record, cipherDir string) error {
 	if old, err := readRecord(rec.Volume); err == nil && old != nil && sameRecord(old, rec) {
 		return nil
 	}
+	unlock, err := lockState()
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	return writeRecord(rec, cipherDir)
 }
 

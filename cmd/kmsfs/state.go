@@ -99,6 +99,29 @@ func readRecord(id blockcrypt.ID) (*volume.Record, error) {
 	return rec, nil
 }
 
+// lockState keeps others from changing trust records until unlock is called.
+func lockState() (unlock func(), err error) {
+	dir, err := stateDir()
+	if err != nil {
+		return nil, err
+	}
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, noState(err)
+	}
+	for {
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX)
+		if !errors.Is(err, unix.EINTR) {
+			break
+		}
+	}
+	if err != nil {
+		f.Close()
+		return nil, noState(err)
+	}
+	return func() { f.Close() }, nil
+}
+
 // writeRecord puts the trust record in its place, and a copy of kmsfs.json
 // beside it.
 func writeRecord(rec *volume.Record, cipherDir string) error {
