@@ -162,7 +162,7 @@ func rekeyVolume(ctx context.Context, v *volume.Volume, q rekeyRequest, tell fun
 	return err
 }
 
-// rekeyOptions tell of what is done.
+// rekeyOptions report progress and failures by tell.
 func rekeyOptions(atOnce int, tell func(news)) volume.RekeyOptions {
 	last := time.Time{}
 	return volume.RekeyOptions{

@@ -57,7 +57,7 @@ func powerCuts(t *testing.T, kind string, rounds int) {
 	p.verify()
 	p.close()
 	d.Umount()
-	t.Logf("%d cuts, %d files looked up after them, %d never confirmed that are gone, %d changes of the recipient", rounds, p.looked, p.missing, len(p.more))
+	t.Logf("%d cuts, %d files looked up after them, %d never confirmed that are gone, %d changes of the recipient, %d new data keys", rounds, p.looked, p.missing, len(p.more), p.rekeyed)
 }
 
 // truth is all that a file may be after a cut: its versions since the last
@@ -83,6 +83,7 @@ type powerTest struct {
 	truth           map[string]*truth
 	round           int
 	looked, missing int
+	rekeyed         int
 }
 
 func (p *powerTest) session() {
@@ -181,12 +182,57 @@ func (p *powerTest) step(open map[string]*volume.Handle) bool {
 		delete(open, name)
 		x.did("close")
 		return h.Release() == nil
-	case k < 99:
+	case k < 98:
 		p.v.Settle()
+	case k < 99:
+		delete(open, name)
+		if h.Release() != nil {
+			return false
+		}
+		return p.rekey(name)
 	default:
+		if p.r.IntN(3) == 0 {
+			return p.reheader()
+		}
 		return p.rotate()
 	}
 	return true
+}
+
+// rekey gives a file that is not open a new data key; false after the cut.
+func (p *powerTest) rekey(name string) bool {
+	n, err := p.node(name)
+	if err != nil {
+		return false
+	}
+	done, err := p.v.Rekey(ctx, n, volume.RekeyOptions{})
+	x := p.truth[name]
+	x.did("rekey: %+v, %v", done, err)
+	if err != nil || p.disk.Dead() {
+		return false
+	}
+	if p.rekeyed += int(done.Changed); done.Changed == 1 {
+		x.confirmed, x.versions = true, [][]byte{x.now()}
+	}
+	return true
+}
+
+// reheader gives files headers of another size: those that are open keep theirs, so that the next
+// mount finds both. It is false after the cut.
+func (p *powerTest) reheader() bool {
+	rs := p.v.Recipients()
+	now, former := rs.HeaderSize()
+	if former == 0 {
+		sizes := []int{1024, 1536, 2048, 4096}
+		if next := sizes[p.r.IntN(len(sizes))]; next != now {
+			if _, err := rs.SetHeaderSize(next); err != nil {
+				return false
+			}
+		}
+	}
+	done, _, err := rs.Reheader(ctx, volume.RekeyOptions{})
+	p.rekeyed += int(done.Changed)
+	return err == nil && !p.disk.Dead()
 }
 
 // rotate goes from the present recipient to a new one; false after the cut.

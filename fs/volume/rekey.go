@@ -181,7 +181,7 @@ func (x *rekeying) hasFormer() bool {
 	return sizes.Mixed() && x.old.Header != nil && x.old.Header.Geometry == sizes.Former
 }
 
-// dropHeader cuts an empty file of which only a header of the former size is there.
+// dropHeader cuts an empty file that has only a header, of the former size.
 func (x *rekeying) dropHeader() error {
 	f := x.old
 	f.mu.RLock()
