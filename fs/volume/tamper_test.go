@@ -52,6 +52,7 @@ var tampered = []struct {
 	{"kmsfs.mounted altered, or another volume's", "mount refuses", (*tamperer).markers},
 	{"A file put back to an older version of itself, or blocks or the state of one", "not noticed",
 		(*tamperer).older},
+	{"A file put back to what it was before `kmsfs reheader`", "EIO at open", (*tamperer).formerHeader},
 	{"A file emptied, deleted, or exchanged for another of its directory", "not noticed",
 		(*tamperer).exchanged},
 	{"Targets exchanged between symlinks; values of one attribute between files", "not noticed",
@@ -490,6 +491,22 @@ func (m *tamperer) older() {
 	v.content["d/f"] = now
 	m.on(v, path, "the state", func(b []byte) []byte { copy(b[128:192], old[128:192]); return b })
 	v.do("write", os.WriteFile(path, whole, 0o644))
+}
+
+func (m *tamperer) formerHeader() {
+	v := m.victim()
+	path := v.path("d/f")
+	v.close()
+	old, err := os.ReadFile(path)
+	v.do("read", err)
+	v.open(volume.Options{})
+	_, err = v.v.Recipients().SetHeaderSize(2048)
+	v.do("set the size", err)
+	if _, rec, err := v.v.Recipients().Reheader(ctx, volume.RekeyOptions{}); err != nil || rec == nil {
+		v.t.Fatal(err)
+	}
+	v.seal()
+	m.on(v, path, "before reheader", func([]byte) []byte { return old })
 }
 
 func (m *tamperer) exchanged() {
