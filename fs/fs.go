@@ -4,12 +4,14 @@ import (
 	"context"
 	"errors"
 	"runtime/debug"
+	"strings"
 	"syscall"
 	"time"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
 
+	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
 )
 
@@ -372,8 +374,56 @@ func (f *fileSystem) GetXAttr(_ <-chan struct{}, h *fuse.InHeader, attr string,
 	if !s.Ok() {
 		return 0, s
 	}
+	if value := virtual[attr]; value != nil {
+		v, err := value(n)
+		return answer([]byte(v), dest, err)
+	}
 	v, err := n.Getxattr(attr)
 	return answer(v, dest, err)
+}
+
+// virtual are the attributes of the mount itself, which getfattr -n shows. They are not listed, so that
+// no tool copies them, and cannot be set.
+var virtual = map[string]func(*volume.Node) (string, error){
+	"user.kmsfs.cipher_path": func(n *volume.Node) (string, error) { return n.CipherPath(), nil },
+	"user.kmsfs.file_id": func(n *volume.Node) (string, error) {
+		return ofHeader(n, func(h *blockcrypt.Header) string { return h.File.String() })
+	},
+	"user.kmsfs.recipients": func(n *volume.Node) (string, error) {
+		return ofHeader(n, func(h *blockcrypt.Header) string {
+			var uris []string
+			for _, r := range h.Recipients {
+				uris = append(uris, r.URI)
+			}
+			return strings.Join(uris, " ")
+		})
+	},
+	"user.kmsfs.state": func(n *volume.Node) (string, error) {
+		return ofHeader(n, func(h *blockcrypt.Header) string {
+			switch s := h.State; {
+			case s.Flags&(blockcrypt.Dirty|blockcrypt.Cut) != 0:
+				return "being written"
+			case s.Floor < s.Size:
+				return "closed"
+			}
+			return "settled"
+		})
+	},
+}
+
+// ofHeader is a virtual attribute of files that have content: others have none.
+func ofHeader(n *volume.Node, value func(*blockcrypt.Header) string) (string, error) {
+	if !n.IsFile() {
+		return "", unix.ENODATA
+	}
+	h, err := n.Header()
+	if err != nil {
+		return "", err
+	}
+	if h == nil {
+		return "", unix.ENODATA
+	}
+	return value(h), nil
 }
 
 func (f *fileSystem) ListXAttr(_ <-chan struct{}, h *fuse.InHeader, dest []byte) (uint32, fuse.Status) {
@@ -403,6 +453,9 @@ func (f *fileSystem) SetXAttr(_ <-chan struct{}, in *fuse.SetXAttrIn, attr strin
 	if !s.Ok() {
 		return s
 	}
+	if virtual[attr] != nil {
+		return fuse.EPERM
+	}
 	err := n.Setxattr(attr, data, int(in.Flags), in.SetXAttrFlags&fuse.SETXATTR_ACL_KILL_SGID != 0)
 	return f.attrSet(n, attr, err)
 }
@@ -420,6 +473,9 @@ func (f *fileSystem) RemoveXAttr(_ <-chan struct{}, h *fuse.InHeader, attr strin
 	n, s := f.node(h.NodeId)
 	if !s.Ok() {
 		return s
+	}
+	if virtual[attr] != nil {
+		return fuse.EPERM
 	}
 	return f.attrSet(n, attr, n.Removexattr(attr))
 }

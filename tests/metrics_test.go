@@ -268,7 +268,7 @@ func TestNotify(t *testing.T) {
 		return string(b[:n])
 	}
 	c := exec.Command(binary, "mount", "--foreground", v.cipher, v.dir)
-	c.Env = append(slices.Clone(v.env), "NOTIFY_SOCKET="+path)
+	c.Env = append(slices.Clone(v.env), "NOTIFY_SOCKET="+path, "WATCHDOG_USEC=200000")
 	if err := c.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -276,10 +276,32 @@ func TestNotify(t *testing.T) {
 		t.Errorf("%q", got)
 	}
 	write(t, v.path("f"), []byte("it can be used"))
-	if err := c.Process.Signal(unix.SIGTERM); err != nil {
+	for range 3 {
+		if got := hear(); got != "WATCHDOG=1" {
+			t.Errorf("%q", got)
+		}
+	}
+	// A daemon that answers no requests says nothing.
+	if err := c.Process.Signal(unix.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
-	if got := hear(); got != "STOPPING=1" {
+	l.SetReadDeadline(time.Now().Add(400 * time.Millisecond))
+	for heard := 0; ; heard++ {
+		if _, err := l.Read(make([]byte, 100)); err != nil {
+			break
+		}
+		if heard > 2 {
+			t.Fatal("it goes on while it is stopped")
+		}
+	}
+	if err := errors.Join(c.Process.Signal(unix.SIGCONT), c.Process.Signal(unix.SIGTERM)); err != nil {
+		t.Fatal(err)
+	}
+	got := hear()
+	for got == "WATCHDOG=1" {
+		got = hear()
+	}
+	if got != "STOPPING=1" {
 		t.Errorf("%q", got)
 	}
 	if err := c.Wait(); err != nil {

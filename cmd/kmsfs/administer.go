@@ -56,6 +56,7 @@ type news struct {
 	URI        string            `json:"uri,omitempty"` // of the recipient that was changed
 	Progress   *volume.Rewrapped `json:"progress,omitempty"`
 	Rekeyed    *volume.Rekeyed   `json:"rekeyed,omitempty"`
+	Path       string            `json:"path,omitempty"` // of ciphertext, or of plaintext
 	Failed     *failedFile       `json:"failed,omitempty"`
 	Fault      *fault            `json:"fault,omitempty"`
 }
@@ -367,6 +368,23 @@ func (c *control) serveChanges(mux *http.ServeMux) {
 			return err
 		}
 		return reheaderVolume(r.Context(), c.v, q, tell)
+	}))
+	mux.HandleFunc("POST /path", answer(func(r *http.Request, tell func(news)) error {
+		var q rekeyRequest
+		if err := json.NewDecoder(r.Body).Decode(&q); err != nil {
+			return err
+		}
+		n, forget, err := nodeOf(r.Context(), c.v, q)
+		if err != nil {
+			return err
+		}
+		defer forget()
+		if q.Cipher {
+			tell(news{Path: n.PlainPath()})
+		} else {
+			tell(news{Path: n.CipherPath()})
+		}
+		return nil
 	}))
 	mux.HandleFunc("POST /rekey", answer(func(r *http.Request, tell func(news)) error {
 		var q rekeyRequest

@@ -368,6 +368,9 @@ func (f *mountFlags) serve(ctx context.Context, cipherDir, mountPoint string) er
 		go unmountWhenIdle(server, f.idle, ended, logger)
 	}
 	notifySystemd(systemd.SdNotifyReady, logger)
+	if every, err := systemd.SdWatchdogEnabled(false); err == nil && every > 0 {
+		go feedWatchdog(every, mountPoint, ended, logger)
+	}
 	server.Wait()
 	close(ended)
 	notifySystemd(systemd.SdNotifyStopping, logger)
@@ -577,6 +580,21 @@ func bootTime() time.Duration {
 	var t unix.Timespec
 	unix.ClockGettime(unix.CLOCK_BOOTTIME, &t)
 	return time.Duration(t.Nano())
+}
+
+// feedWatchdog tells systemd that the daemon lives, as long as it answers requests: systemd restarts it
+// if it has not heard that for the time that WatchdogSec says.
+func feedWatchdog(every time.Duration, mountPoint string, ended <-chan struct{}, logger *slog.Logger) {
+	for {
+		var st unix.Statfs_t
+		unix.Statfs(mountPoint, &st) // an error is an answer too
+		notifySystemd(systemd.SdNotifyWatchdog, logger)
+		select {
+		case <-ended:
+			return
+		case <-time.After(every / 2):
+		}
+	}
 }
 
 // notifySystemd tells systemd how far a service of Type=notify is; nothing elsewhere.

@@ -77,7 +77,7 @@ func (ns *namespace) Rekey(ctx context.Context, n *Node, o RekeyOptions) (done R
 		if err != nil && (ctx.Err() != nil || errors.Is(err, unix.ENOENT)) {
 			return // interrupted, or removed meanwhile
 		}
-		count(changed, n.plainPath(), err)
+		count(changed, n.PlainPath(), err)
 	}
 	err = ns.eachFile(ctx, n, o.AtOnce, sweep{file, func(at string, err error) { count(false, at, err) }})
 	if err == nil {

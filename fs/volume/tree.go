@@ -79,9 +79,9 @@ func (dir *Node) PlainName(cname string) (string, error) {
 	return name, err
 }
 
-// plainPath is a plaintext path of the node below the root, or its ciphertext path if that cannot be
+// PlainPath returns a plaintext path of the node below the root, or its ciphertext path if that cannot be
 // decoded.
-func (n *Node) plainPath() string {
+func (n *Node) PlainPath() string {
 	p := ""
 	for x := n; x != x.v.root; {
 		at, ok := x.place()
@@ -95,6 +95,17 @@ func (n *Node) plainPath() string {
 		p, x = path.Join(name, p), at.dir
 	}
 	return p
+}
+
+// CipherPath returns a ciphertext path of the node below the root.
+func (n *Node) CipherPath() string { return n.where() }
+
+// Header returns what the header of a file says now; nil of an empty file, which has none.
+func (n *Node) Header() (*blockcrypt.Header, error) {
+	if !n.IsFile() {
+		return nil, unix.EINVAL
+	}
+	return n.header()
 }
 
 // Names gives the plaintext paths of ciphertext paths. It remembers directories; it is for one
