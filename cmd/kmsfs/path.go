@@ -23,7 +23,7 @@ volume, of one in a ciphertext directory. The volume may be mounted; if it is no
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
 			for _, p := range args {
-				out, err := f.otherPath(contextOf(c), p)
+				out, err := otherPath(contextOf(c), &f, p)
 				if err != nil {
 					return err
 				}
@@ -38,7 +38,7 @@ volume, of one in a ciphertext directory. The volume may be mounted; if it is no
 }
 
 // otherPath returns the ciphertext path of a plaintext path, or the other way round.
-func (k *keyFlags) otherPath(ctx context.Context, p string) (out string, err error) {
+func otherPath(ctx context.Context, k *keyFlags, p string) (out string, err error) {
 	dir, q, err := volumeOfPath(p)
 	if err != nil {
 		return "", err
