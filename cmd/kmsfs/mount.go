@@ -4,19 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"log/slog"
 	"maps"
-	"net"
 	"os"
-	"os/signal"
 	"path/filepath"
-	"runtime/debug"
 	"slices"
 	"strings"
 	"time"
 
-	systemd "github.com/coreos/go-systemd/v22/daemon" // tells systemd when the mount can be used
+	// tells systemd when the mount can be used
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
@@ -25,7 +20,6 @@ import (
 	"kmsfs/fs"
 	"kmsfs/fs/volume"
 	"kmsfs/keystore"
-	"kmsfs/keystore/awskms"
 	"kmsfs/keystore/local"
 )
 
@@ -60,8 +54,9 @@ func mountCommand() *cobra.Command {
 		Long: `Mount a volume. The command returns when the volume can be used, and goes on in
 the background until kmsfs umount.
 
-A key is used only if --key names it, if the trust record of the volume does, or if the kmsfs.json that such a key authenticates does:
-init writes one, and so does a mount with --key.`,
+A key is used only if --key names it, if the trust record of the volume does, or if the
+kmsfs.json that such a key authenticates does. init writes a trust record, and so does a mount
+with --key.`,
 		Args: cobra.ExactArgs(2),
 		RunE: func(c *cobra.Command, args []string) error {
 			if err := f.parseOptions(c.Flags()); err != nil {
@@ -282,139 +277,6 @@ func realDir(dir string) (string, error) {
 	return filepath.EvalSymlinks(dir)
 }
 
-// gcPercent is GOGC of a daemon. Requests leave little garbage and little lives, so that with Go's
-// 100 the collector takes 8 % of the processor for copying a source tree; with 200 it takes 4 %.
-const gcPercent = 200
-
-// serve opens the volume, mounts it, and returns after it was unmounted.
-func (f *mountFlags) serve(ctx context.Context, cipherDir, mountPoint string) error {
-	ignorePipe()
-	f.aws.Meter = &keystore.Meter{}
-	u, err := f.unlock(ctx, cipherDir)
-	if err != nil {
-		return err
-	}
-	defer u.Close()
-	if f.usesKMS && awskms.TemporaryEnvironment() {
-		say("warning: the AWS credentials in the environment are temporary, and nobody renews them; use a profile or a role, or kmsfs reload in time")
-	}
-	log, logPath, err := f.logger(u.Config.Volume)
-	if err != nil {
-		return err
-	}
-	defer log.Close()
-	logger := slog.New(slog.NewTextHandler(log, nil))
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(gcPercent)
-	}
-	unix.Umask(0)
-	grace := f.grace
-	if grace == 0 {
-		grace = -1 // none
-	}
-	var metrics net.Listener
-	if f.metricsAddr != "" {
-		if metrics, err = listenMetrics(f.metricsAddr); err != nil {
-			return err
-		}
-		defer metrics.Close()
-	}
-	v, err := openFree(u, cipherDir, volume.Options{ReadOnly: f.readOnly, KernelTimes: !f.readOnly,
-		Logger: logger, Pool: 8,
-		MaxAge: f.maxAge, Grace: grace, FileLease: f.lease == "file", NoPrefetch: f.audit == "strict"})
-	if err != nil {
-		return err
-	}
-	// Now that the volume is ours: a mount that is refused changes no trust.
-	if f.unvouched {
-		logger.Warn("no trust record vouches for this volume, and none is written")
-	} else if err := f.remember(u.Record, cipherDir); err != nil {
-		return errors.Join(err, v.Close())
-	}
-	server, err := fs.Mount(v, mountPoint,
-		fs.MountOptions{Source: cipherDir, AllowOther: f.allowOther, Options: f.pass, Logger: logger})
-	if err != nil {
-		return errors.Join(mountFailed(err), v.Close())
-	}
-	ctl := &control{v: v, server: server, meter: f.aws.Meter, reload: f.kms().Reload,
-		keys: &f.keyFlags, log: logger}
-	if metrics != nil {
-		defer ctl.serveMetrics(metrics)()
-	}
-	var mark *mountMark
-	mi, err := mountAt(mountPoint)
-	if err == nil {
-		mark, err = markMounted(mi.dev)
-	}
-	if err != nil {
-		logger.Warn("umount cannot wait for this mount", "error", err)
-	}
-	if mi != nil {
-		err = ctl.start(mi.dev)
-	}
-	if err != nil {
-		logger.Warn("kmsfs stats, lock and reload cannot reach this mount", "error", err)
-	}
-	go f.unmountOnSignal(server, mountPoint, logger, ctl.reloadNow)
-	stay := f.usesKMS && f.kms().NeedsDirectory(ctx)
-	if stay {
-		logger.Info("the AWS configuration has relative paths, so the daemon stays in the directory in which it was started")
-	}
-	if err := ready(log, logPath, mountPoint, stay); err != nil {
-		logger.Error("going to the background failed", "error", err)
-	}
-	ended := make(chan struct{})
-	if f.idle > 0 {
-		go unmountWhenIdle(server, f.idle, ended, logger)
-	}
-	notifySystemd(systemd.SdNotifyReady, logger)
-	if every, err := systemd.SdWatchdogEnabled(false); err == nil && every > 0 {
-		go feedWatchdog(every, mountPoint, ended, logger)
-	}
-	server.Wait()
-	close(ended)
-	notifySystemd(systemd.SdNotifyStopping, logger)
-	ctl.stop()
-	err = v.Close()
-	if err != nil {
-		logger.Error("closing the volume failed", "error", err)
-	}
-	mark.ended(err)
-	return err
-}
-
-// servesOn is after how long a daemon that still answers serves a mount that is not seen here.
-const servesOn = time.Second
-
-// endsWithin is how long a mount waits for the daemon of one that was just unmounted.
-const endsWithin = 30 * time.Second
-
-// openFree opens the volume. Where it is not mounted any more, and its daemon is
-// still writing what it must (umount(8) does not always wait for it), that is
-// waited for.
-func openFree(u *volume.Unlocked, cipherDir string, o volume.Options) (*volume.Volume, error) {
-	begun := time.Now()
-	for ; ; time.Sleep(20 * time.Millisecond) {
-		v, err := u.Open(o)
-		locked, ok := errors.AsType[*volume.LockedError](err)
-		// A daemon whose mount is in no namespace of ours may serve another one; or it has unmounted by
-		// itself, as an idle one does, and ends at any moment.
-		elsewhere := time.Since(begun) > servesOn && ok && servedBy(locked.PID)
-		if !ok || locked.Elsewhere() || isMounted(cipherDir) || elsewhere ||
-			time.Since(begun) > endsWithin {
-			return v, err
-		}
-	}
-}
-
-func mountFailed(err error) error {
-	h := "see dmesg"
-	if os.Geteuid() != 0 {
-		h = "fuse3 must be installed; allow_other needs user_allow_other in /etc/fuse.conf"
-	}
-	return hint(fmt.Errorf("mounting failed: %w", err), "%s", h)
-}
-
 // unlock finds the volume's keys and checks it against its trust record.
 func (f *mountFlags) unlock(ctx context.Context, cipherDir string) (*volume.Unlocked, error) {
 	l, err := volume.Find(cipherDir)
@@ -518,103 +380,9 @@ func shellWord(s string) string {
 	return s
 }
 
-// unmountOnSignal unmounts at SIGINT and SIGTERM, as soon as nothing is in use; SIGHUP
-// reloads.
-func (f *mountFlags) unmountOnSignal(server *fs.Server, mountPoint string, logger *slog.Logger,
-	reload func(context.Context) error) {
-	c := make(chan os.Signal, 1)
-	signal.Notify(c, unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
-	for s := range c {
-		if s == unix.SIGHUP {
-			go reload(context.Background()) // what fails is in the log
-			continue
-		}
-		err := server.Unmount()
-		for told := false; errors.Is(err, unix.EBUSY); told = true {
-			if !told {
-				logger.Warn("the mount is busy; it is unmounted when it is not", "mountpoint",
-					mountPoint, "busy", (&mountInfo{dir: mountPoint}).users())
-			}
-			time.Sleep(200 * time.Millisecond)
-			err = server.Unmount()
-		}
-		if err != nil {
-			logger.Error("unmounting failed; the next signal tries again", "error", err)
-		}
-	}
-}
-
-// unmountWhenIdle unmounts when no request has come for this time, by a clock that goes on while the
-// machine sleeps. A mount that is busy then is asked again after the same time.
-func unmountWhenIdle(server *fs.Server, idle time.Duration, ended <-chan struct{}, logger *slog.Logger) {
-	t := time.NewTicker(min(max(idle/10, 10*time.Millisecond), time.Minute))
-	defer t.Stop()
-	last, since := server.Asked(), bootTime()
-	for {
-		select {
-		case <-ended:
-			return
-		case <-t.C:
-		}
-		now := bootTime()
-		if n := server.Asked(); n != last {
-			last, since = n, now
-		}
-		if now-since < idle {
-			continue
-		}
-		err := server.Unmount()
-		if err == nil {
-			logger.Info("unmounted, since nothing was asked for", "idle", idle)
-			return
-		}
-		if !errors.Is(err, unix.EBUSY) {
-			logger.Error("unmounting an idle mount failed", "error", err)
-		}
-		last, since = server.Asked(), now
-	}
-}
-
 // bootTime is CLOCK_BOOTTIME.
 func bootTime() time.Duration {
 	var t unix.Timespec
 	unix.ClockGettime(unix.CLOCK_BOOTTIME, &t)
 	return time.Duration(t.Nano())
-}
-
-// feedWatchdog tells systemd that the daemon lives, as long as it answers requests: systemd restarts it
-// if it has not heard that for the time that WatchdogSec says.
-func feedWatchdog(every time.Duration, mountPoint string, ended <-chan struct{}, logger *slog.Logger) {
-	for {
-		var st unix.Statfs_t
-		unix.Statfs(mountPoint, &st) // an error is an answer too
-		notifySystemd(systemd.SdNotifyWatchdog, logger)
-		select {
-		case <-ended:
-			return
-		case <-time.After(every / 2):
-		}
-	}
-}
-
-// notifySystemd tells systemd how far a service of Type=notify is; nothing elsewhere.
-func notifySystemd(state string, logger *slog.Logger) {
-	if _, err := systemd.SdNotify(false, state); err != nil {
-		logger.Warn("systemd cannot be told", "error", err)
-	}
-}
-
-// logger returns where the log goes: stderr, or a bounded file under the state
-// directory.
-func (f *mountFlags) logger(id blockcrypt.ID) (io.WriteCloser, string, error) {
-	if f.foreground {
-		return newPipeLog(os.Stderr), "", nil
-	}
-	dir, err := stateDir()
-	if err != nil {
-		return nil, "", err
-	}
-	path := filepath.Join(dir, id.String()+".log")
-	l, err := openLog(path)
-	return l, path, err
 }
