@@ -51,11 +51,11 @@ func (a *attributes) Attr() (st Attr, err error) {
 		return err
 	})
 	if err == nil {
-		a.fill(&st, -1, "") // by a descriptor: the name may be another file's by now
+		err = a.fill(&st, -1, "") // by a descriptor: the name may be another file's by now
 	}
 	if last, ok := a.n.kept(); ok && errors.Is(err, unix.ENOENT) {
 		if err = v.disk.Fstat(last, &st); err == nil {
-			a.fill(&st, -1, "")
+			err = a.fill(&st, -1, "")
 		}
 	}
 	return st, err
@@ -63,7 +63,7 @@ func (a *attributes) Attr() (st Attr, err error) {
 
 // fill turns the ciphertext's stat into the plaintext's: sizes, inode number,
 // the time that the kernel believes. The file is at dir/name.
-func (a *attributes) fill(st *Attr, dir int, name string) {
+func (a *attributes) fill(st *Attr, dir int, name string) error {
 	st.Ino = a.v.foldIno(st.Dev, st.Ino)
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFLNK:
@@ -71,21 +71,32 @@ func (a *attributes) fill(st *Attr, dir int, name string) {
 	case unix.S_IFREG:
 		st.Blksize = blockcrypt.PageSize
 		if f := a.n.file.Load(); f != nil && f.fill(st) {
-			return
+			return nil
 		}
-		st.Size = a.plainSize(st.Size, func() (int, error) {
+		size, err := a.plainSize(st.Size, func() (fd int, err error) {
 			if dir < 0 {
-				return a.n.open(unix.O_RDONLY)
+				fd, err = a.n.open(unix.O_RDONLY)
+			} else {
+				fd, err = a.v.disk.Open(dir, name, unix.O_RDONLY|disk.FileFlags, 0)
 			}
-			return a.v.disk.Open(dir, name, unix.O_RDONLY|disk.FileFlags, 0)
+			if errors.Is(err, unix.EACCES) {
+				var now unix.Stat_t
+				fd, err = a.n.openForced(unix.O_RDONLY, &now)
+			}
+			return fd, err
 		})
+		if err != nil {
+			return err
+		}
+		st.Size = size
 	}
+	return nil
 }
 
-// plainSize computes the plaintext size from the ciphertext's length. Damage
-// must not keep a file from being removed, so it has a size too: opening it
-// fails.
-func (a *attributes) plainSize(length int64, open func() (int, error)) int64 {
+// plainSize computes the plaintext size from the ciphertext's length, and where that does not suffice
+// from the file that open opens. Damage must not keep a file from being removed, so it has a size too: opening
+// it fails.
+func (a *attributes) plainSize(length int64, open func() (int, error)) (int64, error) {
 	v, fd := a.v, -1
 	defer func() {
 		if fd >= 0 {
@@ -114,11 +125,11 @@ func (a *attributes) plainSize(length int64, open func() (int, error)) int64 {
 			return cfile.SealedLen(&v.disk, geo, fd, k)
 		})
 	}
-	if err != nil {
+	if blockcrypt.ClassOf(err) != "" || errors.Is(err, unix.EIO) {
 		v.report(a.n.where(), "a file's length is wrong", err)
-		return max(0, length-int64(geo.Header()))
+		return max(0, length-int64(geo.Header())), nil
 	}
-	return size
+	return size, err
 }
 
 // Birth returns when the node was made; ok is false where the backing filesystem
@@ -181,13 +192,13 @@ func (a *attributes) SetAttr(ctx context.Context, s SetAttr) (Attr, error) {
 	}
 	var err error
 	if s.UID != nil || s.GID != nil {
-		err = a.n.withFD(func(fd int) error {
+		err = a.set(func(fd int) error {
 			return a.v.disk.Chown(fd, orMinusOne(s.UID),
 				orMinusOne(s.GID))
 		})
 	}
 	if err == nil && s.Mode != nil {
-		err = a.n.withFD(func(fd int) error { return a.v.disk.Chmod(fd, *s.Mode&0o7777) })
+		err = a.set(func(fd int) error { return a.v.disk.Chmod(fd, *s.Mode&0o7777) })
 	}
 	if err == nil && (s.Atime != nil || s.Mtime != nil) {
 		err = a.setTimes(s.Atime, s.Mtime)
@@ -216,6 +227,9 @@ func (a *attributes) setTimes(atime, mtime *unix.Timespec) error {
 		mt = *mtime
 	}
 	set := func(fd int) error { return a.v.disk.Utimens(fd, at, mt) }
+	a.steady.RLock()
+	defer a.steady.RUnlock()
+	defer a.change()
 	if f := a.n.file.Load(); f != nil {
 		f.mu.Lock()
 		if !f.closed && f.FD >= 0 {
@@ -239,8 +253,7 @@ func (a *attributes) KillPriv(outsider bool) error {
 	if !a.v.super {
 		return nil
 	}
-	defer a.change()
-	return a.n.withFD(func(fd int) error {
+	return a.set(func(fd int) error {
 		var st unix.Stat_t
 		if err := a.v.disk.Fstat(fd, &st); err != nil {
 			return err
@@ -356,8 +369,7 @@ func (a *attributes) Setxattr(name string, value []byte, flags int, killSGID boo
 			return err
 		}
 	}
-	defer a.change()
-	err = a.n.withFD(func(fd int) error {
+	err = a.set(func(fd int) error {
 		err := a.v.disk.Setxattr(fd, enc, value, flags)
 		if err == nil && killSGID {
 			err = a.killSGID(fd)
@@ -385,8 +397,7 @@ func (a *attributes) Removexattr(name string) error {
 	if err != nil {
 		return err
 	}
-	defer a.change()
-	err = a.n.withFD(func(fd int) error { return a.v.disk.Removexattr(fd, enc) })
+	err = a.set(func(fd int) error { return a.v.disk.Removexattr(fd, enc) })
 	a.n.aclChanged(name)
 	return err
 }

@@ -60,7 +60,10 @@ func (ns *namespace) lookup(dir *Node, cname string) (n *Node, st Attr, err erro
 		return nil, st, err
 	}
 	n = ns.v.nodes.intern(&st, dir, cname)
-	n.fill(&st, fd, cname)
+	if err := n.fill(&st, fd, cname); err != nil {
+		ns.v.Forget(n.id, 1)
+		return nil, st, err
+	}
 	n.tell(&st, clock)
 	return n, st, nil
 }
@@ -131,7 +134,10 @@ func (ns *namespace) make(dir *Node, name string, c Caller, mode uint32,
 		return nil, st, err
 	}
 	n = ns.v.nodes.intern(&st, dir, e.cname)
-	n.fill(&st, fd, e.cname)
+	if err := n.fill(&st, fd, e.cname); err != nil {
+		ns.v.Forget(n.id, 1)
+		return nil, st, err
+	}
 	n.tell(&st, clock)
 	return n, st, nil
 }
@@ -187,9 +193,8 @@ func (ns *namespace) Link(ctx context.Context, n, dir *Node, name string) (*Node
 			return nothing(err)
 		}
 		n.linked.Store(true)
-		n.change()
 		// By a descriptor: the old name may be another file's by now.
-		return nothing(n.withFD(func(old int) error { return ns.v.disk.LinkFD(old, fd, cname) }))
+		return nothing(n.set(func(old int) error { return ns.v.disk.LinkFD(old, fd, cname) }))
 	})
 }
 

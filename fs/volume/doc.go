@@ -54,6 +54,10 @@
 //	Node.entries        shared while an entry   in this directory, a removal or a rename waits for
 //	                    is looked up or made,   all others, and all others wait for it
 //	                    else alone
+//	attributes.steady   shared by changes of    changes of this file's attributes and links, while
+//	                    attributes and links,   a new key is put in its place
+//	                    alone while the file
+//	                    is replaced
 //	Node.openMu         while the file is       the same for this file
 //	                    opened, repaired,
 //	                    rewrapped, closed

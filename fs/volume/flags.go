@@ -10,6 +10,8 @@ import (
 const (
 	flagImmutable = 0x10
 	flagAppend    = 0x20
+	flagNoDump    = 0x40
+	flagNoAtime   = 0x80
 	flagCasefold  = 0x40000000
 )
 
@@ -87,6 +89,9 @@ func (a *attributes) setFlags(was, is bool, f func(fd int) error) error {
 			return err
 		}
 	}
+	a.steady.RLock()
+	defer a.steady.RUnlock()
+	defer a.change()
 	err := a.withReal(f)
 	if err == nil {
 		a.n.immutable.Store(is)

@@ -32,20 +32,31 @@ func Inventory(ctx context.Context, dir string, found func(Inventoried)) error {
 		return err
 	}
 	defer d.Close(root)
-	return headersBelow(ctx, d, root, found)
+	cfg, err := layout.ReadConfig(d, root) // a part of a volume has none
+	return headersBelow(ctx, d, root, err == nil && cfg.Names == blockcrypt.NamesPlain, found)
 }
 
-// headersBelow is Inventory of the tree below a descriptor.
-func headersBelow(ctx context.Context, d *disk.Disk, root int, found func(Inventoried)) error {
+// headersBelow is Inventory of the tree below a descriptor. With plain names only the root has entries
+// of kmsfs' own.
+func headersBelow(ctx context.Context, d *disk.Disk, root int, plain bool, found func(Inventoried)) error {
 	fd, err := d.Open(root, ".", unix.O_RDONLY|unix.O_DIRECTORY, 0)
 	if err != nil {
 		return err
 	}
 	defer d.Close(fd)
-	return headersIn(ctx, d, fd, "", found)
+	return (&headerScan{d, plain, found}).in(ctx, fd, "")
 }
 
-func headersIn(ctx context.Context, d *disk.Disk, fd int, at string, found func(Inventoried)) error {
+// headerScan reads the headers of a tree.
+type headerScan struct {
+	d     *disk.Disk
+	plain bool
+	found func(Inventoried)
+}
+
+// in reads those of an open directory and below.
+func (h *headerScan) in(ctx context.Context, fd int, at string) error {
+	d, found := h.d, h.found
 	var dirs, files []string
 	err := d.Scan(fd, func(e disk.Dirent) error {
 		if err := ctx.Err(); err != nil {
@@ -59,7 +70,8 @@ func headersIn(ctx context.Context, d *disk.Disk, fd int, at string, found func(
 			}
 			typ = st.Mode & unix.S_IFMT
 		}
-		own := layout.IsOwn(e.Name) && !strings.HasPrefix(e.Name, blockcrypt.LongPrefix)
+		own := layout.IsOwn(e.Name) && (h.plain && at == "" ||
+			!h.plain && !strings.HasPrefix(e.Name, blockcrypt.LongPrefix))
 		switch {
 		case typ == unix.S_IFDIR:
 			dirs = append(dirs, e.Name)
@@ -81,7 +93,7 @@ func headersIn(ctx context.Context, d *disk.Disk, fd int, at string, found func(
 			continue
 		}
 		if err == nil {
-			err = headersIn(ctx, d, sub, path.Join(at, name), found)
+			err = h.in(ctx, sub, path.Join(at, name))
 			d.Close(sub)
 		} else {
 			found(Inventoried{Path: path.Join(at, name), Err: err})

@@ -363,3 +363,53 @@ func (c *content) needsRepair() (bool, error) {
 	return c.v.sessions.wasBad(s.Session) && (s.Flags&(blockcrypt.Dirty|blockcrypt.Cut) != 0 ||
 		s.Floor < s.Size), nil
 }
+
+// header reads the header of the node's file, and checks that it is of this volume; nil if the file
+// is empty.
+func (c *content) header() (*blockcrypt.Header, error) {
+	if f := c.file.Load(); f != nil {
+		f.mu.RLock()
+		defer f.mu.RUnlock()
+		if !f.closed {
+			if f.Header == nil {
+				return nil, nil
+			}
+			h := *f.Header
+			return &h, nil
+		}
+	}
+	fd, err := c.openFor(unix.O_RDONLY)
+	if err != nil {
+		return nil, err
+	}
+	defer c.v.disk.Close(fd)
+	hdr, _, err := c.readOwn(fd)
+	return hdr, err
+}
+
+// openFor opens the file itself, whatever its mode is.
+func (c *content) openFor(flags int) (int, error) {
+	fd, err := c.n.open(flags)
+	if errors.Is(err, unix.EACCES) {
+		var st unix.Stat_t
+		fd, err = c.openForced(flags, &st)
+	}
+	return fd, err
+}
+
+// readOwn reads and checks a header; nil if the file is empty.
+func (c *content) readOwn(fd int) (*blockcrypt.Header, []byte, error) {
+	var st unix.Stat_t
+	if err := c.v.disk.Fstat(fd, &st); err != nil || st.Size == 0 {
+		return nil, nil, err
+	}
+	sizes := c.v.sizes()
+	hdr, raw, err := layout.ReadHeader(&c.v.disk, fd, sizes.Most())
+	if err == nil {
+		err = layout.CheckHeader(hdr, sizes, c.v.cfg.Volume, c.v.vk)
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	return hdr, raw, nil
+}

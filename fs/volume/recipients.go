@@ -226,7 +226,17 @@ func (r *Recipients) all(ctx context.Context,
 			}
 		}
 		var unread error
-		err := headersBelow(ctx, &r.v.disk, r.v.rootD, func(e Inventoried) {
+		for _, n := range r.v.nodes.all() { // without a name, and open by O_PATH alone, or about to get one
+			if n.IsFile() && n.file.Load() == nil && !n.named() {
+				if h, err := n.header(); err == nil {
+					count(n.where(), h)
+				}
+			}
+		}
+		err := headersBelow(ctx, &r.v.disk, r.v.rootD, r.v.plain, func(e Inventoried) {
+			if errors.Is(e.Err, unix.EACCES) { // its mode does not let its own owner
+				e.Header, e.Err = r.v.headerAt(e.Path)
+			}
 			if e.Err != nil && blockcrypt.ClassOf(e.Err) == "" { // it may have no other
 				unread = fmt.Errorf("%s: %w", e.Path, e.Err)
 			}

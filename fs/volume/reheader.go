@@ -35,6 +35,7 @@ func (r *Recipients) SetHeaderSize(size int) (*Record, error) {
 		return nil, fmt.Errorf("a header of %d bytes: %d are the most", size, MostHeader)
 	case next.Header == size:
 		return record(&next, r.v.vk), nil
+	case size == next.Former: // back, where some files cannot be changed
 	case next.Former != 0:
 		return nil, fmt.Errorf("%w: %d bytes", ErrOtherSize, next.Header)
 	}
@@ -72,7 +73,7 @@ func (r *Recipients) Reheader(ctx context.Context, o RekeyOptions) (done Rekeyed
 	next := *r.now.Load().cfg
 	left, err := r.all(ctx, func(h *blockcrypt.Header) bool { return h.Geometry.Header() != next.Former })
 	if err == nil && left.Files > 0 {
-		err = fmt.Errorf("%s: %w", left.First, ErrInUse)
+		err = fmt.Errorf("%d files have headers of %d bytes yet, the first is %s", left.Files, next.Former, left.First)
 	}
 	if err == nil {
 		err = v.syncAll() // the headers that were read need not be on the disk yet

@@ -5,10 +5,13 @@ import (
 	"crypto/rand"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"sync"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -16,6 +19,7 @@ import (
 	"kmsfs/fs/volume/internal/cfile"
 	"kmsfs/fs/volume/internal/disk"
 	"kmsfs/fs/volume/internal/layout"
+	"kmsfs/keystore"
 )
 
 // RekeyOptions of [Volume.Rekey].
@@ -38,6 +42,7 @@ var (
 	ErrInUse     = errors.New("a program has it open, or has changed it meanwhile")
 	ErrLinks     = errors.New("it has several names, which would become several files")
 	ErrImmutable = errors.New("it is immutable or append-only")
+	ErrAbsent    = errors.New("a new key cannot be wrapped for a recipient that the file has")
 )
 
 // Rekey gives the files below a node, or the node itself, new data keys: their content is encrypted
@@ -74,7 +79,8 @@ func (ns *namespace) Rekey(ctx context.Context, n *Node, o RekeyOptions) (done R
 	}
 	file := func(ctx context.Context, n *Node) {
 		changed, err := rekey(ctx, n, o.headers)
-		if err != nil && (ctx.Err() != nil || errors.Is(err, unix.ENOENT)) {
+		gone := errors.Is(err, unix.ENOENT) && keystore.KindOf(err) == 0 && !n.named() && n.file.Load() == nil
+		if err != nil && (ctx.Err() != nil || gone) {
 			return // interrupted, or removed meanwhile
 		}
 		count(changed, n.PlainPath(), err)
@@ -92,6 +98,11 @@ const rekeyTries = 5
 
 // rekey gives one file a new data key. An empty one has none.
 func rekey(ctx context.Context, n *Node, headers bool) (changed bool, err error) {
+	if headers { // most of the time without its key
+		if h, err := n.header(); err == nil && h != nil && h.Geometry != n.v.sizes().Former {
+			return false, nil
+		}
+	}
 	for try := range rekeyTries {
 		if changed, err = tryRekey(ctx, n, headers); !errors.Is(err, ErrInUse) || ctx.Err() != nil {
 			break
@@ -140,7 +151,10 @@ type rekeying struct {
 	header  *blockcrypt.Header // of old; nil if it is empty
 	size    int64
 	changes uint64 // of its content, when the copy began
+	listed  uint64 // the generation of the recipients for which the new key is wrapped
 	clock   uint64 // of its attributes, when they were copied
+
+	flags uint32 // of the inode, that the new one gets
 
 	name string // of the new ciphertext file, in the root
 	new  *file
@@ -154,8 +168,11 @@ func (x *rekeying) begin(headers bool) error {
 	if err := x.old.settleNow(); err != nil {
 		return err
 	}
-	if flags, err := x.n.Flags(); err == nil && flags&(flagImmutable|flagAppend) != 0 {
-		return ErrImmutable
+	if flags, err := x.n.Flags(); err == nil {
+		if flags&(flagImmutable|flagAppend) != 0 {
+			return ErrImmutable
+		}
+		x.flags = flags & (flagNoDump | flagNoAtime)
 	}
 	if x.n.lost.any.Load() {
 		return unix.EIO
@@ -209,9 +226,21 @@ func (x *rekeying) dropHeader() error {
 
 // make makes the new file, with a data key at hand.
 func (x *rekeying) make(ctx context.Context) error {
+	rs, stores, generation := x.v.recipients.snapshot()
+	x.listed = generation
 	key, err := x.v.newKey(ctx)
 	if err != nil {
 		return err
+	}
+	has := func(list []blockcrypt.Recipient, uri string) bool {
+		i := among(rs, stores, uri)
+		return slices.ContainsFunc(list, func(r blockcrypt.Recipient) bool { return among(rs, stores, r.URI) == i })
+	}
+	for _, r := range rs {
+		if has(x.header.Recipients, r.URI) && !has(key.Wrapped, r.URI) {
+			key.Wipe()
+			return fmt.Errorf("%w: %s: its key is not at hand, or its service does not answer", ErrAbsent, r.URI)
+		}
 	}
 	var id [8]byte
 	rand.Read(id[:])
@@ -274,6 +303,21 @@ func (x *rekeying) copyAttributes() error {
 			return err
 		}
 	}
+	// An ACL that the root's default gave it.
+	err = d.Removexattr(to, aclAccessName)
+	if err != nil && !errors.Is(err, unix.ENODATA) && !errors.Is(err, unix.EOPNOTSUPP) {
+		return err
+	}
+	if x.flags != 0 {
+		var flags uint32
+		err := d.Ioctl(to, unix.FS_IOC_GETFLAGS, unsafe.Pointer(&flags))
+		if flags |= x.flags; err == nil {
+			err = d.Ioctl(to, unix.FS_IOC_SETFLAGS, unsafe.Pointer(&flags))
+		}
+		if err != nil {
+			return err
+		}
+	}
 	if err := x.copyXattrs(from, to); err != nil {
 		return err
 	}
@@ -281,12 +325,15 @@ func (x *rekeying) copyAttributes() error {
 		return err
 	}
 	// Capabilities last: a change of the owner takes them away.
-	c, err := d.Getxattr(from, capabilityName)
+	capability, err := d.Getxattr(from, capabilityName)
 	if err == nil {
-		err = d.Setxattr(to, capabilityName, c, 0)
+		err = d.Setxattr(to, capabilityName, capability, 0)
 	}
 	if err != nil && !errors.Is(err, unix.ENODATA) && !errors.Is(err, unix.EOPNOTSUPP) {
 		return err
+	}
+	if t := x.old.Times(); t.Touched { // the disk does not have it yet
+		st.Mtim = t.Mtime
 	}
 	return d.Utimens(to, st.Atim, st.Mtim)
 }
@@ -320,13 +367,21 @@ func (x *rekeying) replace() error {
 	if !ok {
 		return unix.ENOENT
 	}
+	// No recipient is taken out meanwhile, as if this file did not have it.
+	x.v.recipients.stable.RLock()
+	defer x.v.recipients.stable.RUnlock()
+	if _, _, now := x.v.recipients.snapshot(); now != x.listed {
+		return ErrInUse // for other recipients by now: once more
+	}
 	defer x.v.lockDirs(at.dir, at.dir)()
+	n.steady.Lock()
+	defer n.steady.Unlock()
 	n.openMu.Lock()
 	defer n.openMu.Unlock()
 	f := x.old
 	f.mu.Lock()
 	defer f.unlock()
-	if f.handles > 1 || f.writers > 0 || f.closed || f.Broken() || f.Changes() != x.changes ||
+	if f.handles > 1 || f.writers > 0 || f.closed || f.FD < 0 || f.Broken() || f.Changes() != x.changes ||
 		n.changed.Load() != x.clock || n.file.Load() != f || x.v.nodes.at(at) != n {
 		return ErrInUse
 	}
@@ -335,9 +390,12 @@ func (x *rekeying) replace() error {
 		return err
 	}
 	defer at.dir.leave()
-	var st unix.Stat_t
-	if err := x.v.disk.Fstat(x.new.FD, &st); err != nil {
+	var was, st unix.Stat_t
+	if err := errors.Join(x.v.disk.Fstat(f.FD, &was), x.v.disk.Fstat(x.new.FD, &st)); err != nil {
 		return err
+	}
+	if was.Nlink != 1 {
+		return ErrLinks
 	}
 	if st.Dev != n.dev {
 		return unix.EXDEV

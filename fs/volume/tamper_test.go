@@ -52,7 +52,7 @@ var tampered = []struct {
 	{"kmsfs.mounted altered, or another volume's", "mount refuses", (*tamperer).markers},
 	{"A file put back to an older version of itself, or blocks or the state of one", "not noticed",
 		(*tamperer).older},
-	{"A file put back to what it was before `kmsfs reheader`", "EIO at open", (*tamperer).formerHeader},
+	{"A file put back to its form before `kmsfs reheader`", "EIO at open", (*tamperer).formerHeader},
 	{"A file emptied, deleted, or exchanged for another of its directory", "not noticed",
 		(*tamperer).exchanged},
 	{"Targets exchanged between symlinks; values of one attribute between files", "not noticed",

@@ -1,6 +1,7 @@
 package volume
 
 import (
+	"sync"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
@@ -24,6 +25,10 @@ type attributes struct {
 	v *Volume
 	n *Node
 
+	// steady is held shared while attributes, flags or links are changed, and alone while the file is
+	// replaced by another inode. It comes before content.openMu.
+	steady sync.RWMutex
+
 	told    atomic.Pointer[told] // of a file
 	changed atomic.Uint64        // the value of Volume.clock at the last change
 }
@@ -33,6 +38,14 @@ func (a *attributes) tell(st *Attr, clock uint64) {
 	if a.n.typ == unix.S_IFREG && a.v.o.KernelTimes {
 		a.told.Store(&told{*st, clock})
 	}
+}
+
+// set changes attributes by a descriptor of the object.
+func (a *attributes) set(f func(fd int) error) error {
+	a.steady.RLock()
+	defer a.steady.RUnlock()
+	defer a.change()
+	return a.n.withFD(f)
 }
 
 // change notes that the attributes on the disk are others than those that were told.

@@ -108,6 +108,16 @@ func (n *Node) Header() (*blockcrypt.Header, error) {
 	return n.header()
 }
 
+// headerAt reads the header of a file with a path of ciphertext names, whatever its mode is.
+func (ns *namespace) headerAt(cpath string) (*blockcrypt.Header, error) {
+	n, err := ns.Locate(cpath)
+	if err != nil {
+		return nil, err
+	}
+	defer ns.v.Forget(n.id, 1)
+	return n.Header()
+}
+
 // Names gives the plaintext paths of ciphertext paths. It remembers directories; it is for one
 // goroutine.
 type Names struct {
