@@ -465,3 +465,11 @@ func (a *attributes) KeepMtime(t unix.Timespec) (st Attr, ok bool) {
 	f.current().fill(&st)
 	return st, true
 }
+
+// set changes attributes by a descriptor of the object.
+func (a *attributes) set(f func(fd int) error) error {
+	a.steady.RLock()
+	defer a.steady.RUnlock()
+	defer a.change()
+	return a.n.withFD(f)
+}

@@ -40,14 +40,6 @@ func (a *attributes) tell(st *Attr, clock uint64) {
 	}
 }
 
-// set changes attributes by a descriptor of the object.
-func (a *attributes) set(f func(fd int) error) error {
-	a.steady.RLock()
-	defer a.steady.RUnlock()
-	defer a.change()
-	return a.n.withFD(f)
-}
-
 // change notes that the attributes on the disk are others than those that were told.
 func (a *attributes) change() {
 	now := a.v.clock.Add(1)
