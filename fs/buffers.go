@@ -26,7 +26,7 @@ const (
 
 func newBuffer() *buffer { return &buffer{make([]byte, bufferSize), make([]byte, smallSize)} }
 
-// smalls are buffers for requests and answers of up to smallSize bytes each.
+// smalls are buffers for requests of up to smallSize bytes; room for the answer grows if it must.
 var smalls = sync.Pool{New: func() any { return &buffer{make([]byte, smallSize), make([]byte, smallSize)} }}
 
 // small returns a buffer that holds a request, nil if that or its answer is no small one.

@@ -61,7 +61,7 @@ func splitOptions(flags uintptr, options []string) (_ uintptr, rest []string) {
 }
 
 // Remount changes what mount(8) can change of a mount: ro, rw, exec, suid, dev and the
-// like; what options do not name stays.
+// like. Other flags stay, but for lazytime.
 func Remount(dir string, options []string) error {
 	var s unix.Statfs_t
 	if err := unix.Statfs(dir, &s); err != nil {

@@ -142,7 +142,8 @@ func (f *fileSystem) Lseek(_ <-chan struct{}, in *fuse.LseekIn, out *fuse.LseekO
 	return status(err)
 }
 
-// The inode flags of chattr(1); everything else is for devices.
+// Ioctl gets and sets inode flags and attributes, of chattr(1) and xfs_io(1); everything else is for
+// devices.
 func (f *fileSystem) Ioctl(_ <-chan struct{}, in *fuse.IoctlIn, inbuf []byte, _ *fuse.IoctlOut,
 	outbuf []byte) fuse.Status {
 	n, s := f.node(in.NodeId)

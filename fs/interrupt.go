@@ -20,8 +20,9 @@ import (
 // The kernel sends an INTERRUPT for any signal that comes while a program waits,
 // and does not restart the call: a program with a timer, as git's progress has,
 // would see EINTR from open, which on a disk it never sees. So a request ends early
-// only for a thread that is being killed. The kernel tells of the first signal alone; from
-// then on it is looked for.
+// only for a thread that is being killed, or of which that cannot be told: one of another PID
+// namespace. The kernel tells of the first signal alone; whether a deadly one has come since is
+// looked for from then on.
 type requests struct {
 	mu   sync.Mutex
 	made map[uint64]*request
@@ -35,7 +36,7 @@ type request struct {
 	long    bool        // it was expected to take long
 	waits   bool        // and that for the disk
 	noted   atomic.Bool // it has counted for the pace of its kind already, or does not
-	yielded atomic.Bool // it was known when it began to wait
+	yielded atomic.Bool // another worker was called before it waited
 	missed  time.Time   // when it first asked the disk for data that is not in the page cache
 }
 

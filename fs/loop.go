@@ -77,7 +77,7 @@ const (
 	// it has missed something of late.
 	watchTick    = 10 * time.Millisecond
 	watchClosely = 200 * time.Microsecond
-	closeFor     = time.Second
+	closeFor     = time.Second            // after a miss the watchdog looks closely
 	watchIdle    = 100 * time.Millisecond // without a request, after which the watchdog sleeps
 
 	longReaders = 4 // workers that read while something takes long
@@ -428,8 +428,8 @@ func (l *loop) read(b []byte) (int, error) {
 	}
 }
 
-// answer handles a request, writes the reply, and notes how long it has taken, if it was not
-// known that it would wait.
+// answer handles a request, writes the reply, and notes how long it has taken: as quick, if another
+// worker was called before it waited.
 func (l *loop) answer(r *request, in, out []byte) {
 	r.begun = time.Now()
 	n := l.handle(r, in, out)

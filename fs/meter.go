@@ -24,7 +24,7 @@ type opMeter struct {
 const (
 	firstBucket  = 8 * time.Microsecond // each bucket reaches four times as far as the one before
 	meterBuckets = 12                   // the last one has no end
-	maxErrno     = 134                  // of Linux
+	maxErrno     = 134                  // errnos of Linux, and 0
 )
 
 // bucketOf returns the bucket of a duration.

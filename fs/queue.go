@@ -8,7 +8,7 @@ import (
 	"github.com/hanwen/go-fuse/v2/fuse"
 )
 
-// queue counts the requests that are being answered, and keeps those that come when most are:
+// queue counts the requests that are being answered or kept, and keeps those that come when most are:
 // each may need a thread, and a process can have only so many. They are read all the same, for
 // among them can be what others wait for: the kernel's writes, and a signal that ends a
 // request.
@@ -21,8 +21,9 @@ type queue struct {
 	kept    [][]byte // the oldest first
 }
 
-// urgent reports whether a request is answered whatever else is. The kernel makes only a
-// limited number of them at once.
+// urgent reports whether a request is answered whatever else is: others can wait for it. Those of
+// writeback are limited by the kernel; those of programs by how many of their threads close, cut or
+// write past the cache at once.
 func urgent(in []byte) bool {
 	switch (*fuse.InHeader)(unsafe.Pointer(&in[0])).Opcode {
 	case opWrite, opSetAttr, opFlush, opForget, opBatchForget, opRelease, opReleaseDir, opDestroy:

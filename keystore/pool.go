@@ -247,11 +247,11 @@ func (m *maker) refill() {
 			m.r.mu.Lock()
 			p.making--
 			p.pace = max(p.pace, p.count-begun)
-			told := m.arrived(k, err, since)
+			toReport := m.arrived(k, err, since)
 			m.refill()
 			m.r.mu.Unlock()
-			if told != nil {
-				m.r.report(told)
+			if toReport != nil {
+				m.r.report(toReport)
 			}
 		})
 	}
@@ -260,7 +260,7 @@ func (m *maker) refill() {
 // arrived hands a new key, or the error, to the caller that has waited longest; the
 // error that it returns is to be reported. A denial of a call that began before the
 // caller waited is not handed to it: the right may have been given since. mu is held.
-func (m *maker) arrived(k *DataKey, err error, begun time.Duration) (told error) {
+func (m *maker) arrived(k *DataKey, err error, begun time.Duration) (toReport error) {
 	p := &m.pool
 	if err == nil {
 		p.failing = false
@@ -283,7 +283,7 @@ func (m *maker) arrived(k *DataKey, err error, begun time.Duration) (told error)
 		c <- made{k, err}
 	case err != nil:
 		if !p.failing && m.r.ctx.Err() == nil && m.r.suspended == nil {
-			told = err
+			toReport = err
 		}
 		unlucky := KindOf(err) == Outage && m.r.cannotCreate() == nil // keys can be made, as far as is known
 		p.failing = m.r.suspended == nil && (p.failing || !unlucky)
@@ -291,7 +291,7 @@ func (m *maker) arrived(k *DataKey, err error, begun time.Duration) (told error)
 	default:
 		p.keys = append(p.keys, k)
 	}
-	return told
+	return toReport
 }
 
 // make makes one data key.

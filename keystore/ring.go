@@ -452,9 +452,9 @@ func (r *Ring) Opens(ws []blockcrypt.Recipient) bool {
 	return slices.ContainsFunc(cs, func(c candidate) bool { return !c.s.retiring })
 }
 
-// Good reports whether the service of a recipient still takes a wrapped key, without the right to
+// StillUnwraps reports whether the service of a recipient still takes a wrapped key, without the right to
 // see it.
-func (r *Ring) Good(ctx context.Context, file [16]byte, ws []blockcrypt.Recipient) bool {
+func (r *Ring) StillUnwraps(ctx context.Context, file [16]byte, ws []blockcrypt.Recipient) bool {
 	ctx = WithPurpose(ctx, ForRewrap)
 	for _, c := range r.candidates(ws) {
 		if p, ok := c.s.Store.(Prover); ok && p.Prove(ctx, Binding{ForFile, r.volume, file}, c.w) == nil {
@@ -532,7 +532,7 @@ func (r *Ring) insert(id [32]byte, key []byte, ahead bool) {
 
 func (r *Ring) unwrap(ctx context.Context, s *standing, b Binding, w blockcrypt.Recipient) ([]byte, error) {
 	id := cacheID(b, w)
-	joined := false
+	failed := false // a call of another has, once
 	for {
 		if key, err := r.cachedKey(s, id); key != nil || err != nil {
 			return key, err
@@ -571,12 +571,12 @@ func (r *Ring) unwrap(ctx context.Context, s *standing, b Binding, w blockcrypt.
 		}
 		select {
 		case <-c.done:
-			if c.err != nil && KindOf(c.err) != Canceled && (joined || KindOf(c.err) != Outage) {
+			if c.err != nil && KindOf(c.err) != Canceled && (failed || KindOf(c.err) != Outage) {
 				return nil, c.err
 			}
 			// A call that began long before may have been unlucky: it is made again one time,
 			// unless the store is down by now.
-			joined = joined || c.err != nil
+			failed = failed || c.err != nil
 			if r.ctx.Err() != nil {
 				return nil, &Error{Kind: Canceled, URI: w.URI, Op: "unwrap", Err: r.ctx.Err()}
 			}

@@ -248,14 +248,14 @@ func controlCommands() []*cobra.Command {
 		simple("lock", "Wipe the keys of a mounted volume",
 			`Wipe the keys of a mounted volume. What programs have written is written to the
 disk first, and the kernel forgets what it knows of the files. Until kmsfs
-unlock everything in the mount answers "Key has expired", and nothing waits.`, "lock", "%s is locked."),
+unlock all files and names in the mount answer "Key has expired", and nothing waits.`, "lock", "%s is locked."),
 		simple("unlock", "Let a locked volume be used again",
 			"Let a locked volume be used again: keys are asked for as they are needed.", "unlock",
 			"%s is unlocked."),
 		simple("reload", "Load AWS credentials and configuration again",
 			`Load AWS credentials and configuration again, as SIGHUP does. If there are none
-that can be used, the command fails and the mount keeps the old ones. A refusal
-of credentials by AWS does the same by itself, once.`, "reload", "%s has loaded its credentials again."),
+that can be used, the command fails and the mount keeps the old ones. If AWS
+refuses the credentials, the daemon loads them again by itself.`, "reload", "%s has loaded its credentials again."),
 		statsCommand(),
 	}
 }

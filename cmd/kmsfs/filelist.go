@@ -3,13 +3,16 @@ package main
 import (
 	"context"
 	"encoding/csv"
+	"errors"
 	"os"
+	"path/filepath"
 
 	"kmsfs/fs/volume"
 )
 
 // fileList writes the IDs of files with their paths.
 type fileList struct {
+	path  string // of the list; f is written beside it first
 	f     *os.File
 	w     *csv.Writer
 	u     *volume.Unlocked
@@ -24,8 +27,9 @@ func (f *inventoryFlags) newList(ctx context.Context, dir string) (*fileList, er
 		return nil, err
 	}
 	l := &fileList{u: u, names: u.Names()}
-	// It has plaintext names, so it is for its owner alone.
-	if l.f, err = os.OpenFile(f.list, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600); err != nil {
+	// It has plaintext names, so it is for its owner alone: CreateTemp gives it the mode 0600.
+	l.path = f.list
+	if l.f, err = os.CreateTemp(filepath.Dir(f.list), ".kmsfs-*"); err != nil {
 		u.Close()
 		return nil, err
 	}
@@ -42,16 +46,18 @@ func (l *fileList) add(e volume.Inventoried) error {
 	return l.w.Write([]string{e.Header.File.String(), name, e.Path})
 }
 
-// close ends the list. One that is not whole is removed.
+// close ends the list. Only one that is whole takes its place.
 func (l *fileList) close(whole bool) error {
 	l.u.Close()
 	l.w.Flush()
 	err := l.w.Error()
-	if cerr := l.f.Close(); err == nil {
-		err = cerr
+	if err == nil && !whole {
+		err = errNotWhole
 	}
-	if err != nil || !whole {
-		os.Remove(l.f.Name())
+	if err = finish(l.f, l.path, err); errors.Is(err, errNotWhole) {
+		return nil // the caller has the reason
 	}
 	return err
 }
+
+var errNotWhole = errors.New("the list is not whole")

@@ -103,7 +103,7 @@ with --key.`,
 // minMaxAge bounds --key-max-age: a proof takes a call.
 const minMaxAge = time.Second
 
-// readyFD is where the background process says that the mount can be used.
+// readyEnv names the descriptor on which the background process says that the mount can be used.
 const readyEnv = "KMSFS_READY_FD"
 
 func (f *mountFlags) start(ctx context.Context, cipherDir, mountPoint string) error {

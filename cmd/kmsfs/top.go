@@ -89,7 +89,7 @@ func topText(dir string, last, now *stats, took time.Duration) string {
 	for _, r := range last.Requests {
 		before[r.Op] = r
 	}
-	var busy []requestCount // a second
+	var busy []requestCount // in this interval
 	for _, r := range now.Requests {
 		if n := r.Count - before[r.Op].Count; n > 0 {
 			busy = append(busy,

@@ -71,7 +71,7 @@ func TestRekeyKeepsRecipients(t *testing.T) {
 	w.noLeftover()
 }
 
-// What is changed of a file just before it is replaced is not lost: it keeps its key then, or is tried
+// A change of a file just before it is replaced is not lost: the file keeps its key then, or is tried
 // again.
 func TestRekeyBesideChanges(t *testing.T) {
 	for what, change := range map[string]func(w *world, n *volume.Node){

@@ -161,7 +161,7 @@ func (p *rewrapping) opens(ctx context.Context, hdr *blockcrypt.Header, rs []blo
 		return nil
 	}
 	key, err := p.v.ring.Unwrap(keystore.WithPurpose(ctx, keystore.ForRewrap), hdr.File, rs)
-	if keystore.KindOf(err) == keystore.Denied && p.v.ring.Good(ctx, hdr.File, rs) {
+	if keystore.KindOf(err) == keystore.Denied && p.v.ring.StillUnwraps(ctx, hdr.File, rs) {
 		return nil // by somebody who may rewrap, and not read
 	}
 	if err != nil {
