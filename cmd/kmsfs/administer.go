@@ -68,6 +68,7 @@ type fault struct {
 	Code    int    `json:"code"`
 }
 
+// faultOf makes an error one that another process can be told; nil of nil.
 func faultOf(err error) *fault {
 	if err == nil {
 		return nil
@@ -75,6 +76,7 @@ func faultOf(err error) *fault {
 	return &fault{err.Error(), hintOf(err), exitCode(err)}
 }
 
+// err is the inverse of faultOf: it has the same hint and exit code.
 func (f *fault) err() error {
 	if f == nil {
 		return nil
@@ -296,6 +298,8 @@ func (d *mountDaemon) recipients(ctx context.Context) (out []string, err error) 
 	return out, err
 }
 
+// change makes the daemon change the recipients. Without the trust record in its answer, what it has
+// done is not known to be whole.
 func (d *mountDaemon) change(ctx context.Context, c recipientChange) (done changed, err error) {
 	err = d.ask(ctx, http.MethodPost, "recipients", c, func(n news) { done = changed{n.Record, n.URI} })
 	if err == nil && done.record == nil {
@@ -398,6 +402,7 @@ func (c *control) serveChanges(mux *http.ServeMux) {
 // progressLine shows a line on the terminal that the next one replaces; nothing without a terminal.
 type progressLine struct{ shown bool }
 
+// show replaces the line.
 func (p *progressLine) show(format string, args ...any) {
 	if term.IsTerminal(int(os.Stderr.Fd())) {
 		fmt.Fprintf(os.Stderr, "\r\x1b[K"+format, args...)
@@ -405,6 +410,7 @@ func (p *progressLine) show(format string, args ...any) {
 	}
 }
 
+// clear takes the line away, before something else is printed.
 func (p *progressLine) clear() {
 	if p.shown {
 		fmt.Fprint(os.Stderr, "\r\x1b[K")

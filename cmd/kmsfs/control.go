@@ -146,6 +146,7 @@ func (c *control) reloadNow(ctx context.Context) error {
 	return nil
 }
 
+// stop ends what is being answered, and removes the socket, unless it is the next mount's.
 func (c *control) stop() {
 	if c.srv == nil {
 		return
@@ -234,6 +235,7 @@ func converse(ctx context.Context, dev string, q question, read func(io.Reader) 
 	return read(resp.Body)
 }
 
+// controlCommands are those that ask the daemon of a mount, and take no other flags.
 func controlCommands() []*cobra.Command {
 	simple := func(use, short, long, what, done string) *cobra.Command {
 		return &cobra.Command{Use: use + " MOUNTPOINT", Short: short, Long: long, Args: cobra.ExactArgs(1), RunE: func(_ *cobra.Command, args []string) error {
@@ -315,6 +317,7 @@ type recipient struct {
 	Error  string  `json:"error,omitempty"`
 }
 
+// stats are the figures of this mount so far.
 func (c *control) stats() stats {
 	ms := func(q float64) float64 { return float64(c.meter.Quantile(q)) / float64(time.Millisecond) }
 	s := stats{Hours: time.Since(c.since).Hours(), Locked: c.v.Suspended() != nil, ReadOnly: c.v.ReadOnly(), P50: ms(0.5),

@@ -67,6 +67,7 @@ func (d *doctor) ok(what, format string, args ...any) { d.line("ok", what, "", f
 // failed notes an error, with the hint that it would have at a mount.
 func (d *doctor) failed(what string, err error) { d.line("fail", what, hintOf(err), "%v", err) }
 
+// show prints what was found, a line each, and what to do about it.
 func (d *doctor) show() error {
 	fails := 0
 	for _, l := range d.lines {

@@ -83,6 +83,8 @@ written when it was copied, OUT gets what opens (exit code 8).`,
 	return c
 }
 
+// encrypt makes a ciphertext file outside any volume. A key file that it has made for that goes again if
+// it fails.
 func (k *keyFlags) encrypt(ctx context.Context, in, out string) error {
 	if len(k.keys) == 0 {
 		path, err := defaultKey()
@@ -125,6 +127,7 @@ func defaultKey() (string, error) {
 	return filepath.Join(dir, "default.key"), err
 }
 
+// encryptTo writes the ciphertext to a file, or to stdout for "-".
 func (k *keyFlags) encryptTo(ctx context.Context, ms []made, r io.Reader, in, out string) error {
 	if out != "-" {
 		return writeWhole(out, modeOf(in),

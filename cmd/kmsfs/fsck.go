@@ -58,6 +58,7 @@ beside it. It never destroys the only copy of anything.`,
 	return c
 }
 
+// run checks one after the other, and reports all together.
 func (f *fsckFlags) run(ctx context.Context, args []string) error {
 	if f.repair && f.noKeys {
 		return usageError{errors.New("--repair needs keys"), "kmsfs fsck"}
@@ -104,6 +105,7 @@ func (f *fsckFlags) count(d check.Counts) {
 	t.Dirs, t.Files, t.Blocks, t.Bytes = t.Dirs+d.Dirs, t.Files+d.Files, t.Blocks+d.Blocks, t.Bytes+d.Bytes
 }
 
+// file checks a ciphertext file by itself.
 func (f *fsckFlags) file(ctx context.Context, path string) error {
 	l, err := volume.OpenLone(path)
 	if err != nil {
@@ -124,6 +126,7 @@ func (f *fsckFlags) file(ctx context.Context, path string) error {
 	return err
 }
 
+// volume checks a volume, and with --repair mends it and checks it again.
 func (f *fsckFlags) volume(ctx context.Context, dir string) error {
 	others := f.findings // a repair is about the findings of one volume
 	f.findings = nil
@@ -170,6 +173,7 @@ func (f *fsckFlags) unlock(ctx context.Context, dir string, readOnly bool) (*vol
 	return m.unlock(ctx, dir)
 }
 
+// check checks a volume with its keys.
 func (f *fsckFlags) check(ctx context.Context, dir string) error {
 	u, err := f.unlock(ctx, dir, true)
 	if err != nil {
@@ -227,6 +231,7 @@ func (f *fsckFlags) ask(x check.Finding) bool {
 	return strings.TrimSpace(answer) == "yes"
 }
 
+// place names a finding's file: its ciphertext path, and the plaintext path if it is known.
 func place(x check.Finding) string {
 	if x.Name == "" {
 		return x.Path
@@ -234,6 +239,7 @@ func place(x check.Finding) string {
 	return fmt.Sprintf("%s (%s)", x.Path, strconv.Quote(x.Name))
 }
 
+// printFinding prints a finding for people, with its advice.
 func printFinding(x check.Finding) {
 	s := fmt.Sprintf("%-12s  %s: %s", x.Grade, place(x), x.Detail)
 	if x.To > x.From {
@@ -263,6 +269,7 @@ func (f *fsckFlags) progress(d *check.Counts) {
 	fmt.Fprintf(os.Stderr, "\r\033[K%s%d files, %d MiB", bar, d.Files, d.Bytes>>20)
 }
 
+// clearLine takes the line of progress away.
 func (f *fsckFlags) clearLine() {
 	if !f.shown.IsZero() {
 		fmt.Fprint(os.Stderr, "\r\033[K")

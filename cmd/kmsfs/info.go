@@ -97,6 +97,7 @@ func info(path string, asJSON bool) error {
 	return infoFile(path, asJSON)
 }
 
+// infoVolume prints what kmsfs.json says. Nothing of it is authenticated.
 func infoVolume(dir string, asJSON bool) error {
 	l, err := volume.Find(dir)
 	if err != nil {
@@ -121,6 +122,7 @@ func infoVolume(dir string, asJSON bool) error {
 	return nil
 }
 
+// infoFile prints what the header of a ciphertext file says, and what aws kms decrypt needs.
 func infoFile(path string, asJSON bool) error {
 	l, err := volume.OpenLone(path)
 	if err != nil {
@@ -174,6 +176,7 @@ func namedOrNil(path string, err error) error {
 	return named(path, err)
 }
 
+// flagNames are the flags of a state in words.
 func flagNames(flags uint32) []string {
 	out := []string{}
 	for i, name := range []string{"dirty", "sparse", "cut", "clone"} {

@@ -41,6 +41,7 @@ func initCommand() *cobra.Command {
 	return c
 }
 
+// run makes the volume, and writes its trust record.
 func (f *initFlags) run(ctx context.Context, dir string) error {
 	if ctx == nil {
 		ctx = context.Background()

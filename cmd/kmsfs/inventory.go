@@ -91,6 +91,7 @@ type inventoriedKey struct {
 	*proof
 }
 
+// run takes the inventory, prints it, and then says what was not proven, or which keys are needed.
 func (f *inventoryFlags) run(ctx context.Context, dir string) error {
 	out, proven, err := f.take(ctx, dir)
 	if err != nil {
@@ -223,6 +224,7 @@ func (i *inventory) addVolume(tree string) error {
 	return nil
 }
 
+// add counts a file for each of its keys.
 func (i *inventory) add(tree string, e volume.Inventoried, byURI map[string]*inventoriedKey) {
 	i.Files++
 	i.Bytes += e.Length
@@ -259,6 +261,7 @@ func (i *inventory) add(tree string, e volume.Inventoried, byURI map[string]*inv
 	}
 }
 
+// show prints the inventory, as JSON or for people.
 func (f *inventoryFlags) show(out *inventory) error {
 	if f.asJSON {
 		return printJSON(out)

@@ -64,6 +64,7 @@ func (k *keyFlags) addAWS(c *cobra.Command) {
 		"`TOKEN` of a new grant that KMS may not know everywhere yet (repeatable)")
 }
 
+// kms returns the maker of KMS stores, one for the whole command: it keeps connections and credentials.
 func (k *keyFlags) kms() *awskms.Clients {
 	if k.clients == nil {
 		k.clients = awskms.New(k.aws)
@@ -135,6 +136,7 @@ func unmake(ms []made) {
 	}
 }
 
+// createOne opens one key for a new volume or file. A key file that is missing is made.
 func (k *keyFlags) createOne(ctx context.Context, key string) (made, error) {
 	if path, ok := strings.CutPrefix(key, local.Scheme); ok && path != "" {
 		abs, err := filepath.Abs(path)

@@ -155,6 +155,8 @@ type keyChange struct {
 	do         func(*cobra.Command, *awskms.Admin, string) (string, error)
 }
 
+// changeCommand makes the command of a change. The key is looked up first, so that people see which one
+// it is.
 func (f *keyFlags) changeCommand(x keyChange) *cobra.Command {
 	var yes bool
 	c := &cobra.Command{Use: x.use, Short: x.short, Args: cobra.ExactArgs(1)}

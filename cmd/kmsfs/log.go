@@ -39,6 +39,7 @@ func newPipeLog(w io.Writer) *pipeLog {
 	return l
 }
 
+// run writes the lines, in its own goroutine: a reader that is slow keeps no request waiting.
 func (l *pipeLog) run(w io.Writer) {
 	defer close(l.done)
 	put := func(b []byte) {

@@ -25,6 +25,7 @@ type mountMark struct{ path, line string }
 // perMount is the name of a mount's mark and of its socket.
 func perMount(dev string) string { return strings.ReplaceAll(dev, ":", "-") }
 
+// markPath is where the mark of a mount lies, by its device number.
 func markPath(dev string) (string, error) {
 	dir, err := statePath()
 	if err != nil {
@@ -33,6 +34,7 @@ func markPath(dev string) (string, error) {
 	return filepath.Join(dir, "mounts", perMount(dev)), nil
 }
 
+// markMounted makes the mark, which umount waits for.
 func markMounted(dev string) (*mountMark, error) {
 	path, err := markPath(dev)
 	if err == nil {
@@ -48,6 +50,7 @@ func markMounted(dev string) (*mountMark, error) {
 	return m, nil
 }
 
+// ended removes the mark, or writes into it why the volume could not be closed well.
 func (m *mountMark) ended(err error) {
 	if m == nil {
 		return
@@ -159,6 +162,7 @@ type daemon struct {
 	id process
 }
 
+// daemonOf finds the daemon of a mount by its mark. Its descriptor is -1 if there is none that lives.
 func daemonOf(m *mountInfo) *daemon {
 	d := &daemon{m: m, fd: -1}
 	id, ok := readMark(m.dev)

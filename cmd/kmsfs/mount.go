@@ -106,6 +106,8 @@ const minMaxAge = time.Second
 // readyEnv names the descriptor on which the background process says that the mount can be used.
 const readyEnv = "KMSFS_READY_FD"
 
+// start mounts: in this process with --foreground or as the background one, else it starts that and
+// waits until the mount can be used.
 func (f *mountFlags) start(ctx context.Context, cipherDir, mountPoint string) error {
 	if f.again {
 		return f.remount(mountPoint)
@@ -166,6 +168,7 @@ func setFlag(fl *pflag.FlagSet, option, value string) error {
 	return nil
 }
 
+// parseOptions turns the options of fstab into flags, and checks those.
 func (f *mountFlags) parseOptions(fl *pflag.FlagSet) error {
 	for _, o := range strings.Split(strings.Join(f.options, ","), ",") {
 		name, value, _ := strings.Cut(o, "=")
@@ -260,6 +263,7 @@ func (f *mountFlags) places(cipherDir, mountPoint string) (c, m string, err erro
 	return c, m, nil
 }
 
+// realDir returns the absolute path of a directory without symlinks.
 func realDir(dir string) (string, error) {
 	st, err := os.Stat(dir)
 	if errors.Is(err, os.ErrNotExist) {

@@ -29,6 +29,7 @@ type mountInfo struct {
 // mounts returns all mounts that this process sees.
 func mounts() ([]mountInfo, error) { return readMounts("/proc/self/mountinfo") }
 
+// readMounts parses a mountinfo file, see proc(5).
 func readMounts(path string) (out []mountInfo, err error) {
 	f, err := os.Open(path)
 	if err != nil {
