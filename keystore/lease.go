@@ -529,3 +529,21 @@ func generates(s Store) bool {
 	_, ok := s.(Generator)
 	return ok
 }
+
+// Renew unwraps a file's key again, though it is known, to see whether that is
+// still allowed. For a file under a branch key the service is asked at most once a minute.
+func (r *Ring) Renew(ctx context.Context, file [16]byte, ws []blockcrypt.Recipient) error {
+	err := untrusted(ws)
+	for _, c := range r.candidates(ws) {
+		if err = r.refuses(c.s); err == nil {
+			var key []byte
+			key, err = watched{r, c.s}.Unwrap(WithPurpose(ctx, ForLease),
+				Binding{ForFile, r.volume, file}, c.w)
+			clear(key)
+		}
+		if err == nil {
+			return nil
+		}
+	}
+	return err
+}

@@ -73,58 +73,6 @@ func TestLeaseIsCheap(t *testing.T) {
 	})
 }
 
-// What a store answers from memory, as under a branch's key, proves nothing.
-func TestMemoryIsNoProof(t *testing.T) {
-	s := &branchy{slow: slow{uri: "slow:1"}}
-	bubble(t, []keystore.Store{s}, keystore.RingOptions{}, func(r *keystore.Ring) {
-		k, err := r.NewKey(bg)
-		if err != nil {
-			t.Fatal(err)
-		}
-		k.Wrapped[0].Branch = make([]byte, 16)
-		for _, asks := range []bool{false, true} {
-			time.Sleep(time.Minute)
-			s.asks = asks
-			if _, known, err := r.UnwrapNow(k.ID, k.Wrapped); known == asks || err != nil {
-				t.Fatalf("asked %v: known %v, %v", asks, known, err)
-			}
-			r.Forget(k.ID, k.Wrapped)
-			if _, err := r.Unwrap(bg, k.ID, k.Wrapped); err != nil {
-				t.Fatal(err)
-			}
-			r.Forget(k.ID, k.Wrapped)
-			if proven := r.States()[0].Proven; (proven == 0) != asks {
-				t.Errorf("asked %v: proven %v ago", asks, proven)
-			}
-		}
-	})
-}
-
-// branchy is a store that knows the keys of all branches, unless it asks.
-type branchy struct {
-	slow
-	asks bool
-	down atomic.Bool // its service; keys in memory are known
-}
-
-func (s *branchy) Known(b keystore.Binding, w blockcrypt.Recipient) ([]byte, bool, error) {
-	if s.asks {
-		return nil, false, nil
-	}
-	key, err := s.slow.Unwrap(bg, b, w)
-	return key, true, err
-}
-
-func (s *branchy) Forget() {}
-
-func (s *branchy) Unwrap(ctx context.Context, b keystore.Binding, w blockcrypt.Recipient) ([]byte, error) {
-	if s.down.Load() && len(w.Branch) == 0 {
-		return nil, &keystore.Error{Kind: keystore.Outage, URI: s.uri, Op: "unwrap",
-			Err: errors.New("away")}
-	}
-	return s.slow.Unwrap(ctx, b, w)
-}
-
 // With traffic the traffic is the proof: no call is made to see.
 func TestTrafficIsTheProof(t *testing.T) {
 	s := &slow{uri: "slow:1"}

@@ -374,12 +374,19 @@ func (x *rekeying) replace() error {
 		return ErrInUse // for other recipients by now: once more
 	}
 	defer x.v.lockDirs(at.dir, at.dir)()
-	n.steady.Lock()
+	// The directory's requests wait for this, so this waits for none of the file's.
+	if !n.steady.TryLock() {
+		return ErrInUse
+	}
 	defer n.steady.Unlock()
-	n.openMu.Lock()
+	if !n.openMu.TryLock() {
+		return ErrInUse
+	}
 	defer n.openMu.Unlock()
 	f := x.old
-	f.mu.Lock()
+	if !f.mu.TryLock() {
+		return ErrInUse
+	}
 	defer f.unlock()
 	if f.handles > 1 || f.writers > 0 || f.closed || f.FD < 0 || f.Broken() || f.Changes() != x.changes ||
 		n.changed.Load() != x.clock || n.file.Load() != f || x.v.nodes.at(at) != n {

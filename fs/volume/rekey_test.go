@@ -13,6 +13,7 @@ import (
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
+	"kmsfs/keystore/keystoretest"
 )
 
 // rekeyed gives all files new keys, and returns what was done, and why not to a file.
@@ -222,4 +223,24 @@ func TestRekeyLeftover(t *testing.T) {
 	w.open(volume.Options{})
 	w.noLeftover()
 	w.want("f", []byte("content"))
+}
+
+// Flags that chattr(1) sets stay.
+func TestRekeyKeepsFlags(t *testing.T) {
+	const noDump = 0x40
+	w := newWorld(t, volume.Options{})
+	w.write("f", noise(100))
+	n := w.must("f")
+	flags, err := n.Flags()
+	if err == nil {
+		err = n.SetFlags(flags | noDump)
+	}
+	keystoretest.Need(t, "a temporary directory with inode flags", !errors.Is(err, unix.ENOTTY) && !errors.Is(err, unix.EOPNOTSUPP))
+	w.do("set the flag", err)
+	if done, failed := w.rekeyed(); done.Changed != 1 {
+		t.Fatalf("%+v, %v", done, failed)
+	}
+	if now, err := n.Flags(); err != nil || now&noDump == 0 {
+		t.Errorf("%x, %v", now, err)
+	}
 }

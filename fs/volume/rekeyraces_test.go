@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/fs/volume"
+	"kmsfs/keystore/keystoretest"
 )
 
 // interrupted is a volume in which something else is done once, just before the next call of a name.
@@ -30,24 +31,28 @@ func interrupted(t *testing.T, plain bool) (w *world, before func(op string, f f
 
 // A recipient that is taken out while a file gets a new key is not in the new file either.
 func TestRekeyBesideRecipients(t *testing.T) {
-	w, before := interrupted(t, false)
-	a, b := w.store, newStore(t)[0]
-	rs := w.v.Recipients()
-	_, err := rs.Add(ctx, b)
-	w.do("add", err)
-	w.write("f", noise(5000))
-	w.v.Settle()
-	before("fsync", func() {
-		_, err := rs.Remove(ctx, a.URI())
-		w.do("remove", err)
-		w.rewrap(volume.RewrapOptions{})
-	})
-	if done, failed := w.rekeyed(); done.Changed != 1 {
-		t.Fatalf("%+v, %v", done, failed)
-	}
-	h, err := w.must("f").Header()
-	if err != nil || len(h.Recipients) != 1 || h.Recipients[0].URI != b.URI() {
-		t.Errorf("%+v, %v", h, err)
+	for _, rewrapped := range []bool{false, true} {
+		w, before := interrupted(t, false)
+		a, b := w.store, newStore(t)[0]
+		rs := w.v.Recipients()
+		_, err := rs.Add(ctx, b)
+		w.do("add", err)
+		w.write("f", noise(5000))
+		w.v.Settle()
+		before("fsync", func() {
+			_, err := rs.Remove(ctx, a.URI())
+			w.do("remove", err)
+			if rewrapped {
+				w.rewrap(volume.RewrapOptions{})
+			}
+		})
+		if done, failed := w.rekeyed(); done.Changed != 1 {
+			t.Fatalf("%+v, %v", done, failed)
+		}
+		h, err := w.must("f").Header()
+		if err != nil || len(h.Recipients) != 1 || h.Recipients[0].URI != b.URI() {
+			t.Errorf("%+v, %v", h, err)
+		}
 	}
 }
 
@@ -71,8 +76,8 @@ func TestRekeyKeepsRecipients(t *testing.T) {
 	w.noLeftover()
 }
 
-// A change of a file just before it is replaced is not lost: the file keeps its key then, or is tried
-// again.
+// A change of a file after its content was read, or just before it is replaced, is not lost: the file
+// keeps its key then, or is tried again.
 func TestRekeyBesideChanges(t *testing.T) {
 	for what, change := range map[string]func(w *world, n *volume.Node){
 		"chmod": func(w *world, n *volume.Node) {
@@ -93,38 +98,40 @@ func TestRekeyBesideChanges(t *testing.T) {
 		},
 		"session": func(w *world, _ *volume.Node) { w.do("session", w.v.NextSession()) },
 	} {
-		w, before := interrupted(t, false)
-		w.mkdir("d")
-		w.write("f", []byte("old content"))
-		n := w.must("f")
-		mtime := unix.Timespec{Sec: 1234567, Nsec: 890}
-		_, err := n.SetAttr(ctx, volume.SetAttr{Mtime: &mtime})
-		w.do("utimens", err)
-		before("fsync", func() { change(w, n) })
-		w.rekeyed()
-		st, err := n.Attr()
-		w.do("stat", err)
-		switch what {
-		case "chmod":
-			if st.Mode&0o777 != 0o600 {
-				t.Errorf("the mode is %o", st.Mode)
+		for _, op := range []string{"fdatasync", "fsync"} {
+			w, before := interrupted(t, false)
+			w.mkdir("d")
+			w.write("f", []byte("old content"))
+			n := w.must("f")
+			mtime := unix.Timespec{Sec: 1234567, Nsec: 890}
+			_, err := n.SetAttr(ctx, volume.SetAttr{Mtime: &mtime})
+			w.do("utimens", err)
+			before(op, func() { change(w, n) })
+			w.rekeyed()
+			st, err := n.Attr()
+			w.do("stat", err)
+			switch what {
+			case "chmod":
+				if st.Mode&0o777 != 0o600 {
+					t.Errorf("%s before %s: the mode is %o", what, op, st.Mode)
+				}
+			case "setxattr":
+				if v, err := n.Getxattr("user.x"); string(v) != "v" {
+					t.Errorf("%s before %s: %q, %v", what, op, v, err)
+				}
+			case "write":
+				w.want("f", []byte("new content"))
+			case "link":
+				if again := w.must("d/again"); again != n || st.Nlink != 2 {
+					t.Errorf("%s before %s: %d links, one node: %v", what, op, st.Nlink, again == n)
+				}
+			case "session":
+				if st.Mtim != mtime {
+					t.Errorf("%s before %s: modified at %v", what, op, st.Mtim)
+				}
 			}
-		case "setxattr":
-			if v, err := n.Getxattr("user.x"); string(v) != "v" {
-				t.Errorf("%q, %v", v, err)
-			}
-		case "write":
-			w.want("f", []byte("new content"))
-		case "link":
-			if again := w.must("d/again"); again != n || st.Nlink != 2 {
-				t.Errorf("%d links, one node: %v", st.Nlink, again == n)
-			}
-		case "session":
-			if st.Mtim != mtime {
-				t.Errorf("modified at %v", st.Mtim)
-			}
+			w.noLeftover()
 		}
-		w.noLeftover()
 	}
 }
 
@@ -141,9 +148,9 @@ func TestRekeyACL(t *testing.T) {
 	}{{1, 7, ^uint32(0)}, {2, 7, 12345}, {4, 5, ^uint32(0)}, {16, 7, ^uint32(0)}, {32, 0, ^uint32(0)}} {
 		acl = append(acl, byte(e.tag), 0, byte(e.perm), 0, byte(e.id), byte(e.id>>8), byte(e.id>>16), byte(e.id>>24))
 	}
-	if err := w.v.Root().Setxattr("system.posix_acl_default", acl, 0, false); err != nil {
-		t.Skipf("no ACLs here: %v", err)
-	}
+	err := w.v.Root().Setxattr("system.posix_acl_default", acl, 0, false)
+	keystoretest.Need(t, "ACLs on the temporary directory", !errors.Is(err, unix.EOPNOTSUPP))
+	w.do("set the ACL", err)
 	if done, failed := w.rekeyed(); done.Changed != 1 {
 		t.Fatalf("%+v, %v", done, failed)
 	}

@@ -1,0 +1,64 @@
+package keystore
+
+import (
+	"context"
+	"errors"
+	"slices"
+
+	"kmsfs/blockcrypt"
+)
+
+// Rewrap wraps the data key of a file, as its recipients ws have it, for another recipient that is
+// trusted. Where the service of both can do it the key stays there. Else it comes here, and check
+// says whether it is the file's.
+func (r *Ring) Rewrap(ctx context.Context, file [16]byte, ws []blockcrypt.Recipient, to string,
+	check func(key []byte) error) (blockcrypt.Recipient, error) {
+	ctx = WithPurpose(ctx, ForRewrap)
+	stores, sealers := r.trusted()
+	var s Store
+	if x := StoreFor(sealers, to); x != nil {
+		s = x
+	} else if x := StoreFor(stores, to); x != nil {
+		s = r.wraps(x)
+		if re, ok := x.Store.(Reencrypter); ok {
+			for _, c := range r.candidates(ws) {
+				w, ok, err := re.Reencrypt(ctx, Binding{ForFile, r.volume, file}, c.w, c.s.Store)
+				if ok && (err == nil || KindOf(err) == Canceled) {
+					return w, err // else Decrypt and Encrypt may be allowed, or another recipient may work
+				}
+			}
+		}
+	} else {
+		return blockcrypt.Recipient{}, &Error{Kind: Untrusted, URI: to, Op: "wrap",
+			Err: errors.New("the volume does not name this recipient")}
+	}
+	key, err := r.Unwrap(ctx, file, ws)
+	if err != nil {
+		return blockcrypt.Recipient{}, err
+	}
+	defer clear(key)
+	if err := check(key); err != nil {
+		return blockcrypt.Recipient{}, err
+	}
+	return s.Wrap(ctx, Binding{ForFile, r.volume, file}, key)
+}
+
+// Opens reports whether a recipient among these is trusted, can unwrap, and is not about to go.
+func (r *Ring) Opens(ws []blockcrypt.Recipient) bool {
+	cs := r.candidates(ws)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.ContainsFunc(cs, func(c candidate) bool { return !c.s.retiring })
+}
+
+// StillUnwraps reports whether the service of a recipient still takes a wrapped key, without the right to
+// see it.
+func (r *Ring) StillUnwraps(ctx context.Context, file [16]byte, ws []blockcrypt.Recipient) bool {
+	ctx = WithPurpose(ctx, ForRewrap)
+	for _, c := range r.candidates(ws) {
+		if p, ok := c.s.Store.(Prover); ok && p.Prove(ctx, Binding{ForFile, r.volume, file}, c.w) == nil {
+			return true
+		}
+	}
+	return false
+}
