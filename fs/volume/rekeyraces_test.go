@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -15,18 +16,27 @@ import (
 
 // interrupted is a volume in which something else is done once, just before the next call of a name.
 func interrupted(t *testing.T, plain bool) (w *world, before func(op string, f func())) {
+	var mu sync.Mutex
 	var op string
 	var other func()
 	w = newWorldIn(t, t.TempDir(), volume.Options{}.Hooked(func(c volume.Call) error {
-		if c.Op == op {
-			f := other
-			op, other = "", nil
-			f()
+		mu.Lock()
+		f := other
+		if c.Op != op || f == nil {
+			mu.Unlock()
+			return nil
 		}
+		other = nil
+		mu.Unlock()
+		f()
 		return nil
 	}), plain)
 	w.quiet = true
-	return w, func(o string, f func()) { op, other = o, f }
+	return w, func(o string, f func()) {
+		mu.Lock()
+		defer mu.Unlock()
+		op, other = o, f
+	}
 }
 
 // A recipient that is taken out while a file gets a new key is not in the new file either.
