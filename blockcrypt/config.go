@@ -5,6 +5,7 @@ import (
 	"crypto/hmac"
 	"encoding/hex"
 	"encoding/json"
+	"slices"
 )
 
 // ConfigName is the file at a volume's root that holds its [Config].
@@ -18,17 +19,24 @@ const (
 
 // Config is kmsfs.json: line 1 is JSON, line 2 the HMAC of line 1.
 type Config struct {
-	Format      int                        `json:"format"`
-	Volume      ID                         `json:"volume"`
-	Generation  uint64                     `json:"generation"`
-	Header      int                        `json:"header"`
-	Former      int                        `json:"former_header,omitempty"` // that files may have which were not changed yet
-	Names       string                     `json:"names"`
-	Recipients  []Recipient                `json:"recipients"`
-	Directories map[string]json.RawMessage `json:"directories"` // keys of directories: none in this version
-	Branch      *ConfigBranch              `json:"branch"`      // how new files are wrapped under branch keys; nil if they are not
+	Format      int                  `json:"format"`
+	Volume      ID                   `json:"volume"`
+	Generation  uint64               `json:"generation"`
+	Header      int                  `json:"header"`
+	Former      int                  `json:"former_header,omitempty"` // that files may have which were not changed yet
+	Names       string               `json:"names"`
+	Recipients  []Recipient          `json:"recipients"`
+	Directories map[ID]DirectoryKeys `json:"directories"` // by the IDs of directories
+	Branch      *ConfigBranch        `json:"branch"`      // how new files are wrapped under branch keys; nil if they are not
 
 	line, mac []byte
+}
+
+// DirectoryKeys are the recipients of the files below a directory. What is wrapped for each is a
+// random key of no other use, which shows whether the recipient unwraps.
+type DirectoryKeys struct {
+	Recipients []Recipient `json:"recipients,omitempty"` // of new files; none: those of the directory above
+	Former     []Recipient `json:"former,omitempty"`     // that files may have yet which were made before
 }
 
 // ConfigBranch says how long a branch key is used for new files.
@@ -87,13 +95,29 @@ func (c *Config) check() error {
 	if c.Names != NamesEncrypted && c.Names != NamesPlain {
 		return damaged(Unsupported, "names mode %q", c.Names)
 	}
-	if len(c.Directories) != 0 {
-		return damaged(Unsupported, "keys of directories")
+	for dir, keys := range c.Directories {
+		if err := c.checkDirectory(dir, keys); err != nil {
+			return err
+		}
 	}
 	if b := c.Branch; b != nil && (b.Seconds < MinBranch || b.Seconds > MaxBranch) {
 		return damaged(BadConfig, "branch keys of %d seconds", b.Seconds)
 	}
 	if _, err := encodeRecipients(c.Recipients); err != nil {
+		return damaged(BadConfig, "%v", err)
+	}
+	return nil
+}
+
+func (c *Config) checkDirectory(dir ID, keys DirectoryKeys) error {
+	if dir == c.Volume {
+		return damaged(BadConfig, "keys of the root, whose recipients are the volume's")
+	}
+	if c.Names != NamesEncrypted {
+		return damaged(BadConfig, "keys of directories, which have no IDs")
+	}
+	// No recipient stands twice.
+	if _, err := encodeRecipients(slices.Concat(keys.Recipients, keys.Former)); err != nil {
 		return damaged(BadConfig, "%v", err)
 	}
 	return nil
@@ -110,11 +134,17 @@ func (c *Config) Verify(vk *VolumeKeys) error {
 // Encode returns the file's bytes.
 func (c *Config) Encode(vk *VolumeKeys) ([]byte, error) {
 	if c.Directories == nil {
-		c.Directories = map[string]json.RawMessage{}
+		c.Directories = map[ID]DirectoryKeys{}
 	}
-	for i := range c.Recipients {
-		if c.Recipients[i].Branch == nil {
-			c.Recipients[i].Branch = []byte{}
+	lists := [][]Recipient{c.Recipients}
+	for _, keys := range c.Directories {
+		lists = append(lists, keys.Recipients, keys.Former)
+	}
+	for _, list := range lists {
+		for i := range list {
+			if list[i].Branch == nil {
+				list[i].Branch = []byte{}
+			}
 		}
 	}
 	if err := c.check(); err != nil {

@@ -389,7 +389,12 @@ var virtual = map[string]func(*volume.Node) (string, error){
 	"user.kmsfs.file_id": func(n *volume.Node) (string, error) {
 		return ofHeader(n, func(h *blockcrypt.Header) string { return h.File.String() })
 	},
+	// Those of a directory are the ones that its new files get.
 	"user.kmsfs.recipients": func(n *volume.Node) (string, error) {
+		if n.IsDir() {
+			uris, _, err := n.Keys()
+			return strings.Join(uris, " "), err
+		}
 		return ofHeader(n, func(h *blockcrypt.Header) string {
 			var uris []string
 			for _, r := range h.Recipients {

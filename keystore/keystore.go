@@ -27,13 +27,14 @@ type Use string
 
 // The uses.
 const (
-	ForFile   Use = "file"
-	ForBranch Use = "branch"
-	ForVolume Use = "volume"
+	ForFile      Use = "file"
+	ForBranch    Use = "branch"
+	ForVolume    Use = "volume"
+	ForDirectory Use = "directory" // shows that a directory's recipients unwrap
 )
 
 // A Binding is what a wrapped key is bound to: unwrapping under another fails.
-// ID is the file's or the branch's, zero for a volume key.
+// ID is the file's, the branch's or the directory's, zero for a volume key.
 type Binding struct {
 	Use    Use
 	Volume [16]byte

@@ -8,11 +8,11 @@ import (
 	"kmsfs/blockcrypt"
 )
 
-// Rewrap wraps the data key of a file, as its recipients ws have it, for another recipient that is
-// trusted. Where the service of both can do it the key stays there. Else it comes here, and check
-// says whether it is the file's.
-func (r *Ring) Rewrap(ctx context.Context, file [16]byte, ws []blockcrypt.Recipient, to string,
-	check func(key []byte) error) (blockcrypt.Recipient, error) {
+// Rewrap wraps the data key of a file, which a recipient of the ring from unwraps, for another
+// recipient, which r trusts. Where the service of both can do it the key stays there. Else it comes
+// here, and must be the file's.
+func (r *Ring) Rewrap(ctx context.Context, from *Ring, h *blockcrypt.Header, to string) (blockcrypt.Recipient, error) {
+	b := Binding{ForFile, r.volume, h.File}
 	ctx = WithPurpose(ctx, ForRewrap)
 	stores, sealers := r.trusted()
 	var s Store
@@ -21,8 +21,8 @@ func (r *Ring) Rewrap(ctx context.Context, file [16]byte, ws []blockcrypt.Recipi
 	} else if x := StoreFor(stores, to); x != nil {
 		s = r.wraps(x)
 		if re, ok := x.Store.(Reencrypter); ok {
-			for _, c := range r.candidates(ws) {
-				w, ok, err := re.Reencrypt(ctx, Binding{ForFile, r.volume, file}, c.w, c.s.Store)
+			for _, c := range from.candidates(h.Recipients) {
+				w, ok, err := re.Reencrypt(ctx, b, c.w, c.s.Store)
 				if ok && (err == nil || KindOf(err) == Canceled) {
 					return w, err // else Decrypt and Encrypt may be allowed, or another recipient may work
 				}
@@ -32,15 +32,15 @@ func (r *Ring) Rewrap(ctx context.Context, file [16]byte, ws []blockcrypt.Recipi
 		return blockcrypt.Recipient{}, &Error{Kind: Untrusted, URI: to, Op: "wrap",
 			Err: errors.New("the volume does not name this recipient")}
 	}
-	key, err := r.Unwrap(ctx, file, ws)
+	key, err := from.Unwrap(ctx, h.File, h.Recipients)
 	if err != nil {
 		return blockcrypt.Recipient{}, err
 	}
 	defer clear(key)
-	if err := check(key); err != nil {
+	if _, err := h.Unlock(key); err != nil {
 		return blockcrypt.Recipient{}, err
 	}
-	return s.Wrap(ctx, Binding{ForFile, r.volume, file}, key)
+	return s.Wrap(ctx, b, key)
 }
 
 // Opens reports whether a recipient among these is trusted, can unwrap, and is not about to go.

@@ -47,7 +47,8 @@ type RingOptions struct {
 	Grace    time.Duration               // how long cached keys are used while a service cannot be reached; 1 h if zero, not at all if negative
 	EachKey  bool                        // a key is used for MaxAge only, whatever was proven of others
 	Branches time.Duration               // how long a branch key is used for new files; 0: each file costs a call
-	Sample   []blockcrypt.Recipient      // of the volume key: what a probe unwraps before there are files
+	Sample   Sample                      // what a probe unwraps before there are files
+	Keys     int                         // how many unwrapped keys are kept in memory; 16,384 if zero
 	Report   func(error)                 // told of what failed in the background
 	Changed  func(verdict error)         // told when no key can be used any more, and with nil when one can again
 	Reach    func(uri string, err error) // told when a store cannot be reached any more, and with nil when it can again
@@ -56,6 +57,17 @@ type RingOptions struct {
 }
 
 const maxCached = 16384
+
+// Sample is a key as a ring's recipients have it, such as the volume key.
+type Sample struct {
+	Binding
+	Wrapped []blockcrypt.Recipient
+}
+
+// SampleOfVolume is that of a volume key.
+func SampleOfVolume(volume [16]byte, wrapped []blockcrypt.Recipient) Sample {
+	return Sample{Binding{Use: ForVolume, Volume: volume}, wrapped}
+}
 
 // call is one unwrapping that several may wait for.
 type call struct {
@@ -94,16 +106,19 @@ func NewRing(volume [16]byte, stores []Store, o RingOptions) *Ring {
 	if r.report == nil {
 		r.report = func(error) {}
 	}
-	r.slab = newSlab(maxCached + 2*MaxPool + poolCalls)
-	r.cache = newCache(r.slab, maxCached)
+	if o.Keys == 0 {
+		o.Keys = maxCached
+	}
+	r.slab = newSlab(o.Keys + min(o.Keys, 2*MaxPool+poolCalls))
+	r.cache = newCache(r.slab, o.Keys)
 	r.SetStores(stores, o.Sample)
 	return r
 }
 
 // SetStores makes these the stores that are trusted, from now on. Those that were before keep what
-// is known of them. Keys that were made ahead, for other recipients, are wiped. sample is the volume
-// key as the recipients have it: what a probe unwraps.
-func (r *Ring) SetStores(stores []Store, sample []blockcrypt.Recipient) {
+// is known of them. Keys that were made ahead, for other recipients, are wiped. sample is what a
+// probe unwraps.
+func (r *Ring) SetStores(stores []Store, sample Sample) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	before := r.stores
@@ -165,13 +180,13 @@ func (r *Ring) drain() {
 }
 
 // newStanding takes the store to have just proven that its key may be used. mu is held.
-func (r *Ring) newStanding(s Store, sample []blockcrypt.Recipient) *standing {
+func (r *Ring) newStanding(s Store, sample Sample) *standing {
 	_, immediate := s.(Immediate)
 	st := &standing{Store: s, immediate: immediate, health: health{proven: r.o.now()},
 		branch: branch{busy: make(chan struct{}, 1)}}
-	for _, w := range sample {
+	for _, w := range sample.Wrapped {
 		if Serves(s, w.URI) {
-			st.learn(Binding{Use: ForVolume, Volume: r.volume}, w)
+			st.learn(sample.Binding, w)
 		}
 	}
 	r.giveUp(st, nil)
@@ -549,6 +564,12 @@ func (r *Ring) Counts() Counts {
 	c := r.counts
 	c.Cached, c.Pool, c.PoolTarget = len(r.cache.where), len(r.pool.keys), r.pool.target(r.o.now())
 	return c
+}
+
+// Plus returns the sum of the totals of two rings.
+func (c Counts) Plus(d Counts) Counts {
+	return Counts{c.Hits + d.Hits, c.Misses + d.Misses, c.Prefetched + d.Prefetched, c.PrefetchUsed + d.PrefetchUsed,
+		c.Made + d.Made, c.Wasted + d.Wasted, c.Cached + d.Cached, c.Pool + d.Pool, c.PoolTarget + d.PoolTarget}
 }
 
 // StoreState is what is known of a store.

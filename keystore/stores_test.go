@@ -165,7 +165,7 @@ func TestSetStores(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	r.SetStores([]keystore.Store{a, b}, nil)
+	r.SetStores([]keystore.Store{a, b}, keystore.Sample{})
 	r.PutBack(held)
 	for i := range 200 {
 		k, err := r.NewKey(t.Context())
@@ -178,7 +178,7 @@ func TestSetStores(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.SetStores([]keystore.Store{b}, nil)
+	r.SetStores([]keystore.Store{b}, keystore.Sample{})
 	if _, err := r.Unwrap(t.Context(), k.ID, k.Wrapped[:1]); keystore.KindOf(err) != keystore.Untrusted {
 		t.Errorf("by a store that is trusted no more: %v", err)
 	}
@@ -216,7 +216,7 @@ func TestRetire(t *testing.T) {
 	if _, err := r.Unwrap(t.Context(), old.ID, old.Wrapped[:1]); err != nil {
 		t.Errorf("by the store that retires: %v", err)
 	}
-	r.SetStores(all, nil)
+	r.SetStores(all, keystore.Sample{})
 	if k, err := r.NewKey(t.Context()); err != nil || len(k.Wrapped) != 3 {
 		t.Errorf("afterwards: %+v, %v", k, err)
 	}
@@ -242,7 +242,7 @@ func TestSetStoresThatWait(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.SetStores([]keystore.Store{s}, []blockcrypt.Recipient{sample})
+	r.SetStores([]keystore.Store{s}, keystore.SampleOfVolume([16]byte{1}, []blockcrypt.Recipient{sample}))
 	if !r.Waits() {
 		t.Error("a service is not waited for")
 	}
@@ -285,7 +285,7 @@ func TestSetStoresForgets(t *testing.T) {
 	a, b := &kept{slow: slow{uri: "slow:a"}}, &kept{slow: slow{uri: "slow:b"}}
 	r := keystore.NewRing([16]byte{1}, []keystore.Store{a, b}, keystore.RingOptions{})
 	defer r.Close()
-	r.SetStores([]keystore.Store{b}, nil)
+	r.SetStores([]keystore.Store{b}, keystore.Sample{})
 	if a.forgot.Load() == 0 || b.forgot.Load() != 0 {
 		t.Errorf("the one that went wiped %d times, the other %d times", a.forgot.Load(), b.forgot.Load())
 	}

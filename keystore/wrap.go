@@ -58,7 +58,7 @@ func wrapCipher(kek []byte, b Binding) (cipher.AEAD, error) {
 func wrapAD(b Binding, branch [16]byte) []byte {
 	var file [16]byte
 	switch b.Use {
-	case ForFile:
+	case ForFile, ForDirectory:
 		file = b.ID
 	case ForBranch:
 		branch = b.ID

@@ -101,6 +101,7 @@ type administrator interface {
 	rewrap(ctx context.Context, q rewrapRequest, tell func(news)) error
 	rekey(ctx context.Context, q rekeyRequest, tell func(news)) error
 	reheader(ctx context.Context, q reheaderRequest, tell func(news)) error
+	setKeys(ctx context.Context, q setKeyRequest, tell func(news)) (*volume.Record, error)
 	close() error
 }
 
@@ -241,7 +242,7 @@ func rewrapVolume(ctx context.Context, v *volume.Volume, q rewrapRequest, tell f
 		},
 		Failed: func(at string, err error) { tell(news{Failed: &failedFile{at, err.Error()}}) },
 	})
-	tell(news{Progress: &done})
+	tell(news{Progress: &done, Record: done.Record})
 	return err
 }
 
@@ -356,6 +357,18 @@ func (c *control) serveChanges(mux *http.ServeMux) {
 		if err == nil {
 			c.log.Info("the recipients of the volume were changed", "change", q.Op, "key", done.uri)
 			tell(news{Record: done.record, URI: done.uri})
+		}
+		return err
+	}))
+	mux.HandleFunc("POST /setkey", answer(func(r *http.Request, tell func(news)) error {
+		var q setKeyRequest
+		if err := json.NewDecoder(io.LimitReader(r.Body, maxChange)).Decode(&q); err != nil {
+			return err
+		}
+		rec, err := c.keys.setDirectoryKeys(r.Context(), c.v, q, tell)
+		if err == nil {
+			c.log.Info("the keys of a directory were changed", "path", q.Path)
+			tell(news{Record: rec})
 		}
 		return err
 	}))

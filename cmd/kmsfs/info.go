@@ -46,6 +46,15 @@ type volumeInfo struct {
 	Names      string            `json:"names"`
 	Context    map[string]string `json:"encryption_context"`
 	Recipients []recipientInfo   `json:"recipients"`
+
+	Directories []directoryInfo `json:"directories"` // that have keys of their own
+}
+
+// directoryInfo is a directory with keys of its own, by its ID.
+type directoryInfo struct {
+	Directory  blockcrypt.ID   `json:"directory"`
+	Recipients []recipientInfo `json:"recipients"`       // of new files; none: those of the directory above
+	Former     []recipientInfo `json:"former,omitempty"` // that files may have yet
 }
 
 // fileInfo is the output of info for a ciphertext file.
@@ -107,7 +116,11 @@ func infoVolume(dir string, asJSON bool) error {
 	c := l.Config
 	v := volumeInfo{"volume", c.Format, c.Volume, c.Generation, c.Header, c.Former, c.Names,
 		awskms.Context(keystore.Binding{Use: keystore.ForVolume, Volume: c.Volume}),
-		recipientsInfo(c.Recipients)}
+		recipientsInfo(c.Recipients), []directoryInfo{}}
+	for _, id := range directoriesOf(c) {
+		keys := c.Directories[id]
+		v.Directories = append(v.Directories, directoryInfo{id, recipientsInfo(keys.Recipients), recipientsInfo(keys.Former)})
+	}
 	if asJSON {
 		return printJSON(v)
 	}
@@ -118,6 +131,15 @@ func infoVolume(dir string, asJSON bool) error {
 	fmt.Printf("volume      %s\nformat      %d\nnames       %s\nheader      %d bytes%s\ngeneration  %d\n",
 		v.Volume, v.Format, v.Names, v.Header, former, v.Generation)
 	printRecipients(v.Recipients)
+	for _, d := range v.Directories {
+		fmt.Printf("directory   %s\n", d.Directory)
+		for _, r := range d.Recipients {
+			fmt.Printf("            new files are under %s\n", r.URI)
+		}
+		for _, r := range d.Former {
+			fmt.Printf("            files may be under %s yet: kmsfs rewrap\n", r.URI)
+		}
+	}
 	fmt.Println("Nothing of this is authenticated: that needs a key.")
 	return nil
 }

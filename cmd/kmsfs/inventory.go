@@ -81,6 +81,8 @@ type inventory struct {
 type volumeOf struct {
 	Tree       string   `json:"tree"`
 	Recipients []string `json:"recipients"`
+
+	Directories []string `json:"directories,omitempty"` // those of new files in directories with keys of their own
 }
 
 type inventoriedKey struct {
@@ -109,6 +111,7 @@ func (f *inventoryFlags) run(ctx context.Context, dir string) error {
 	}
 	for _, v := range out.Volumes {
 		list = append(list, v.Recipients...)
+		list = append(list, v.Directories...)
 	}
 	slices.Sort(list)
 	list = slices.Compact(list)
@@ -220,6 +223,11 @@ func (i *inventory) addVolume(tree string) error {
 	for _, r := range l.Config.Recipients {
 		v.Recipients = append(v.Recipients, r.URI)
 	}
+	for _, id := range directoriesOf(l.Config) {
+		for _, r := range l.Config.Directories[id].Recipients {
+			v.Directories = append(v.Directories, r.URI)
+		}
+	}
 	i.Volumes = append(i.Volumes, v)
 	return nil
 }
@@ -308,6 +316,10 @@ func (i *inventory) needs(uris []string) error {
 			}
 			return hint(fmt.Errorf("new files of the volume in %s get %s%s", v.Tree, v.Recipients[at], others),
 				"kmsfs recipients remove %s %s", shellWord(v.Tree), shellWord(v.Recipients[at]))
+		}
+		if at := slices.IndexFunc(v.Directories, goes); at >= 0 {
+			return hint(fmt.Errorf("new files of a directory in %s get %s", v.Tree, v.Directories[at]),
+				"kmsfs setkey gives it another key: kmsfs info %s names it", shellWord(v.Tree))
 		}
 	}
 	switch {

@@ -74,7 +74,7 @@ Exit codes:
 	})
 	root.AddCommand(initCommand(), mountCommand(), umountCommand(), infoCommand(), catCommand(),
 		encryptCommand(), decryptCommand(), fsckCommand(), keyCommand(), versionCommand(),
-		recipientsCommand(), rewrapCommand(), rekeyCommand(), pathCommand(), reheaderCommand(), inventoryCommand(), passwdCommand(), policyCommand(),
+		recipientsCommand(), rewrapCommand(), rekeyCommand(), pathCommand(), reheaderCommand(), setKeyCommand(), inventoryCommand(), passwdCommand(), policyCommand(),
 		doctorCommand(), topCommand())
 	root.AddCommand(controlCommands()...)
 	usageOf(root)

@@ -295,7 +295,7 @@ func (f *mountFlags) unlock(ctx context.Context, cipherDir string) (*volume.Unlo
 	if err != nil {
 		return nil, err
 	}
-	trusted, err := f.trusted(ctx, l.Config.Recipients, rec)
+	trusted, err := f.trusted(ctx, recipientsOfAll(l.Config), rec)
 	if err != nil {
 		return nil, err
 	}
@@ -319,6 +319,9 @@ func (f *mountFlags) unlock(ctx context.Context, cipherDir string) (*volume.Unlo
 	u, err := l.Unlock(ctx, trusted, o)
 	if err != nil {
 		return nil, err
+	}
+	for _, err := range u.Absent() {
+		say("warning: %v", err)
 	}
 	for _, key := range f.keys {
 		if path, ok := strings.CutPrefix(key, local.Scheme); ok { // where it is now

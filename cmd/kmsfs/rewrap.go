@@ -97,6 +97,7 @@ func (f *rewrapFlags) run(ctx context.Context, dir string) error {
 		}
 		out := rewrapResult{Errors: []failedFile{}, Wrong: []string{}}
 		var line progressLine
+		var rec *volume.Record // where former keys of directories were forgotten
 		err = a.rewrap(ctx, q, func(n news) {
 			if n.Progress != nil {
 				out.Rewrapped = *n.Progress
@@ -105,10 +106,16 @@ func (f *rewrapFlags) run(ctx context.Context, dir string) error {
 			if n.Failed != nil && len(out.Errors) < mostErrors {
 				out.Errors = append(out.Errors, *n.Failed)
 			}
+			if n.Record != nil {
+				rec = n.Record
+			}
 		})
+		if err == nil && rec != nil {
+			err = updateRecord(rec, dir, "", "")
+		}
 		if err == nil && f.verify {
 			line.show("reading all headers again")
-			err = f.verifyAll(ctx, dir, q, list, &out)
+			err = f.verifyAll(ctx, dir, q, &out)
 		}
 		line.clear()
 		return errors.Join(f.show(&out), f.verdict(ctx, err, &out, dir))
@@ -144,6 +151,9 @@ func (f *rewrapFlags) verdict(ctx context.Context, err error, out *rewrapResult,
 		return hint(fmt.Errorf("some files lack %s, whose key is not at hand",
 			strings.Join(out.Absent, ", ")),
 			"name all keys with --key, or give --passphrase-file; of a mounted volume, those are taken with which it was mounted")
+	case out.FormerNeeded > 0 && f.from == "" && !f.missing:
+		return hint(fmt.Errorf("%d files still need a key that their directory had before", out.FormerNeeded),
+			"call the command again")
 	case len(out.Wrong) > 0:
 		return hint(errors.New("not all files are as they should be"),
 			"call the command again; files that were made meanwhile may be among them")
@@ -151,29 +161,36 @@ func (f *rewrapFlags) verdict(ctx context.Context, err error, out *rewrapResult,
 	return nil
 }
 
-// verifyAll reads every header again. With --from none may name that key, with --missing none may lack
-// a recipient of the volume, else each must have just the volume's.
-func (f *rewrapFlags) verifyAll(ctx context.Context, dir string, q rewrapRequest, list []string,
-	out *rewrapResult) error {
+// verifyAll reads every header again. With --from none may name that key. Else each must have just
+// the recipients of the volume, or those of one of its directories; with --missing it may have others
+// too. Which directory a file is in is not looked at: kmsfs fsck does that.
+func (f *rewrapFlags) verifyAll(ctx context.Context, dir string, q rewrapRequest, out *rewrapResult) error {
+	l, err := volume.Find(dir)
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	lists := [][]blockcrypt.Recipient{l.Config.Recipients}
+	for _, keys := range l.Config.Directories {
+		if len(keys.Recipients) > 0 {
+			lists = append(lists, keys.Recipients)
+		}
+	}
 	return volume.Inventory(ctx, dir, func(e volume.Inventoried) {
 		bad := e.Err != nil
 		if e.Header != nil {
-			var has []string
-			for _, r := range e.Header.Recipients {
-				has = append(has, r.URI)
+			has := e.Header.Recipients
+			in := func(uri string, list []blockcrypt.Recipient) bool {
+				return slices.ContainsFunc(list, func(r blockcrypt.Recipient) bool { return sameKey(r.URI, uri) })
 			}
-			in := func(uri string, uris []string) bool {
-				return slices.ContainsFunc(uris, func(u string) bool { return sameKey(u, uri) })
+			hasAllOf := func(list []blockcrypt.Recipient) bool {
+				lacks := func(r blockcrypt.Recipient) bool { return !in(r.URI, has) }
+				strange := func(r blockcrypt.Recipient) bool { return !in(r.URI, list) }
+				return !slices.ContainsFunc(list, lacks) && (q.Missing || !slices.ContainsFunc(has, strange))
 			}
-			lacks := func(uri string) bool { return !in(uri, has) }
-			strange := func(uri string) bool { return !in(uri, list) }
-			switch {
-			case q.From != "":
+			bad = !slices.ContainsFunc(lists, hasAllOf)
+			if q.From != "" {
 				bad = in(q.From, has)
-			case q.Missing:
-				bad = slices.ContainsFunc(list, lacks)
-			default:
-				bad = slices.ContainsFunc(list, lacks) || slices.ContainsFunc(has, strange)
 			}
 		}
 		if bad && len(out.Wrong) < mostErrors {

@@ -19,15 +19,22 @@ type access struct {
 	v           *Volume
 	kernel      atomic.Pointer[Kernel] // nil without a mount
 	suspended   atomic.Bool            // by Suspend
-	refusal     atomic.Pointer[refusal]
-	mu          sync.Mutex    // held by suspend and resume
-	writeWithin time.Duration // the constant of this name, but in tests
+	mu          sync.Mutex             // held by suspend and resume
+	writeWithin time.Duration          // the constant of this name, but in tests
 	renewing    sync.Once
-	unwritten   atomic.Pointer[error] // the error of writing or settling when keys were wiped last
 }
 
-// refuses returns why no content of the volume is read or written now.
-func (a *access) refuses(delayedWrite bool) error { return a.refusal.Load().of(delayedWrite) }
+// refused returns why no content of a node is read or written now, as far as that is known before
+// the file is opened.
+func (c *content) refused() error {
+	if f := c.file.Load(); f != nil {
+		return f.refuses(false)
+	}
+	if len(c.v.domains().all) == 1 {
+		return c.v.own.refusal.Load().of(false)
+	}
+	return nil
+}
 
 // refusal is why no content can be read or written: the keys may not be used.
 type refusal struct {
@@ -55,7 +62,7 @@ func (v *Volume) Suspended() error {
 
 // refuses returns why the file's content is not read or written now.
 func (f *file) refuses(delayedWrite bool) error {
-	if err := f.v.access.refuses(delayedWrite); err != nil {
+	if err := f.domain.Load().refusal.Load().of(delayedWrite); err != nil {
 		return err
 	}
 	return f.refusal.Load().of(delayedWrite)
@@ -66,7 +73,7 @@ func (f *file) wipe() {
 	f.Wipe()
 	f.n.lost.wipe()
 	if f.next != nil {
-		f.v.ring.PutBack(f.next)
+		f.next.putBack()
 		f.next = nil
 	}
 }
@@ -82,10 +89,11 @@ func (f *file) ready(ctx context.Context, delayedWrite bool) error {
 			return err
 		}
 		if !delayedWrite {
-			known, err := f.v.ring.ProveNow()
+			ring := f.domain.Load().ring
+			known, err := ring.ProveNow()
 			if !known {
 				waitsOf(ctx).ForKey()
-				err = f.v.ring.Prove(ctx)
+				err = ring.Prove(ctx)
 			}
 			if err != nil {
 				return err
@@ -98,7 +106,7 @@ func (f *file) ready(ctx context.Context, delayedWrite bool) error {
 			return nil
 		}
 		waitsOf(ctx).ForKey()
-		keys, err := f.v.ring.Unlock(ctx, hdr)
+		keys, err := f.domain.Load().unlock(ctx, hdr)
 		if err != nil {
 			return f.failed("unwrapping its key again", err)
 		}
@@ -114,23 +122,13 @@ func (f *file) ready(ctx context.Context, delayedWrite bool) error {
 	}
 }
 
-// newKey returns a data key for a new file, and tells if it waits for a key service.
-func (ns *namespace) newKey(ctx context.Context) (*keystore.DataKey, error) {
-	key, ok, err := ns.v.ring.NewKeyNow()
-	if !ok {
-		waitsOf(ctx).ForKey()
-		key, err = ns.v.ring.NewKey(ctx)
-	}
-	return key, err
-}
-
 // renewKey replaces old, the data key that an empty file has taken (nil: none), by a new one. If
 // none can be had, and old opens for a recipient that the volume still has, old is kept: accepted
 // writes are not to be lost for that.
-func (f *file) renewKey(ctx context.Context, old *keystore.DataKey) (kept *keystore.DataKey, err error) {
-	k, err := f.v.newKey(ctx)
+func (f *file) renewKey(ctx context.Context, old *freshKey) (kept *freshKey, err error) {
+	k, err := f.n.newKey(ctx)
 	if err != nil {
-		if old != nil && f.v.ring.Opens(old.Wrapped) {
+		if old != nil && old.domain.ring.Opens(old.Wrapped) {
 			return old, nil
 		}
 		f.v.report(f.n.where(), "no data key for new content", err)
@@ -139,10 +137,11 @@ func (f *file) renewKey(ctx context.Context, old *keystore.DataKey) (kept *keyst
 	f.mu.Lock()
 	defer f.unlock()
 	if f.next == old {
-		f.next, k = k, old
+		f.takes(k)
+		k = old
 	}
 	if k != nil {
-		f.v.ring.PutBack(k)
+		k.putBack()
 	}
 	return nil, nil
 }

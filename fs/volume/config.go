@@ -40,7 +40,10 @@ func (r *Record) LocalPath(uri string) string {
 
 // SetLocal notes where the key file of a recipient lies.
 func (r *Record) SetLocal(uri, path string) {
-	if r.Locals[uri] != "" {
+	if r.Locals[uri] != "" || !r.Trusts(uri) { // of a directory, Local being the volume's
+		if r.Locals == nil {
+			r.Locals = map[string]string{}
+		}
 		r.Locals[uri] = path
 		return
 	}
@@ -107,7 +110,7 @@ func Init(ctx context.Context, dir string, stores []keystore.Store, id blockcryp
 		cfg.Branch = &blockcrypt.ConfigBranch{Seconds: int64(o.Branches / time.Second)}
 	}
 	cfg.Recipients = key.Wrapped
-	cfg.Header = max(blockcrypt.DefaultHeader, blockcrypt.RecipientsFit(inFiles(cfg)))
+	cfg.Header = max(blockcrypt.DefaultHeader, blockcrypt.RecipientsFit(inFiles(cfg.Recipients, cfg.Branch != nil)))
 	b, err := cfg.Encode(vk)
 	if err != nil {
 		return nil, err
@@ -124,13 +127,14 @@ func Init(ctx context.Context, dir string, stores []keystore.Store, id blockcryp
 	return record(cfg, vk), nil
 }
 
-// inFiles returns recipients of the size that they have in the headers of files.
-func inFiles(cfg *blockcrypt.Config) []blockcrypt.Recipient {
-	rs := slices.Clone(cfg.Recipients)
+// inFiles returns recipients of the size that they have in the headers of files, under branch keys or
+// not.
+func inFiles(rs []blockcrypt.Recipient, branches bool) []blockcrypt.Recipient {
+	rs = slices.Clone(rs)
 	for i := range rs {
 		if strings.HasPrefix(rs[i].URI, "age:") { // files do not have the public key
 			rs[i].Branch = nil
-		} else if cfg.Branch != nil && len(rs[i].Branch) == 0 { // the wrapped branch key, and under it the file's
+		} else if branches && len(rs[i].Branch) == 0 { // the wrapped branch key, and under it the file's
 			rs[i].Branch = make([]byte, 16+len(rs[i].Wrapped))
 			rs[i].Wrapped = make([]byte, keystore.LocalWrapSize)
 		}
@@ -199,8 +203,11 @@ type Unlocked struct {
 
 	keys   *blockcrypt.VolumeKeys
 	stores []keystore.Store
-	disk   disk.Disk
-	root   int
+
+	ofDirectories []keystore.Store // of the recipients of directories whose keys are at hand
+	absent        []error          // why those of others are not
+	disk          disk.Disk
+	root          int
 }
 
 // UnlockOptions of [Found.Unlock].
@@ -239,6 +246,7 @@ func (l *Found) Unlock(ctx context.Context, trusted []keystore.Store, o UnlockOp
 	if u.stores, err = l.allStores(ctx, trusted, o); err != nil {
 		return nil, err
 	}
+	u.ofDirectories, u.absent = l.directoryStores(ctx, trusted, o)
 	l.root = -1
 	return u, nil
 }
@@ -265,7 +273,9 @@ func (l *Found) allStores(ctx context.Context, trusted []keystore.Store,
 		s := keystore.StoreFor(trusted, r.URI)
 		var err error
 		if s == nil && o.More != nil {
-			s, err = o.More(ctx, r)
+			if s, err = o.More(ctx, r); err != nil {
+				s = nil
+			}
 		}
 		switch {
 		case s != nil && slices.ContainsFunc(out,
@@ -281,6 +291,33 @@ func (l *Found) allStores(ctx context.Context, trusted []keystore.Store,
 	}
 	return out, nil
 }
+
+// directoryStores returns the stores of the recipients of directories. Without the key of one, the
+// rest of the volume can be used.
+func (l *Found) directoryStores(ctx context.Context, trusted []keystore.Store, o UnlockOptions) (out []keystore.Store, absent []error) {
+	tried := map[string]bool{}
+	for _, keys := range l.Config.Directories {
+		for _, r := range slices.Concat(keys.Recipients, keys.Former) {
+			if tried[r.URI] {
+				continue
+			}
+			tried[r.URI] = true
+			s, err := keystore.StoreFor(trusted, r.URI), error(nil)
+			if s == nil && o.More != nil {
+				s, err = o.More(ctx, r)
+			}
+			if s != nil && err == nil {
+				out = append(out, s)
+			} else {
+				absent = append(absent, fmt.Errorf("a directory's key %s is not at hand: %w", r.URI, err))
+			}
+		}
+	}
+	return out, absent
+}
+
+// Absent says which keys of directories are not at hand, and why.
+func (u *Unlocked) Absent() []error { return u.absent }
 
 // Close gives the volume up, unless Open took it.
 func (u *Unlocked) Close() {

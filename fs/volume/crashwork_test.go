@@ -1,11 +1,13 @@
 package volume_test
 
 import (
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"strings"
 
 	"kmsfs/fs/volume"
+	"kmsfs/keystore"
 )
 
 // expectation is what must be true of a file after a cut.
@@ -275,7 +277,8 @@ var workloads = map[string]func(c *crashRun, r *rand.Rand){
 			}
 		}
 	},
-	"recipients": (*crashRun).recipients,
+	"recipients":          (*crashRun).recipients,
+	"keys of a directory": (*crashRun).directoryKeys,
 	"settling and sessions": func(c *crashRun, r *rand.Rand) {
 		for range 3 {
 			h := c.open("f")
@@ -329,6 +332,42 @@ func (c *crashRun) recipients(r *rand.Rand) {
 	rewrap()
 	c.write("open", h, noise(100), 3050)
 	c.fsync("open", h)
+}
+
+// directoryKeys gives a directory a key of its own, then another one, and then the volume's again.
+func (c *crashRun) directoryKeys(r *rand.Rand) {
+	c.more = []keystore.Store{newStore(c.t)[0], newStore(c.t)[0]}
+	c.mkdir("d")
+	h := c.open("d/open")
+	c.write("d/open", h, noise(3000), 0)
+	c.fsync("d/open", h)
+	empty := c.open("d/empty") // its data key is wrapped for the volume's recipient
+	rs := c.v.Recipients()
+	for i, keys := range [][]keystore.Store{c.more[:1], c.more[1:], nil} {
+		_, err := rs.SetKeys(ctx, c.must("d"), keys)
+		if errors.Is(err, volume.ErrPlainNames) {
+			return
+		}
+		c.do("set the keys", err)
+		name := fmt.Sprint("d/f", i)
+		f := c.open(name)
+		c.write(name, f, noise(1+r.IntN(9000)), 0)
+		c.fsync(name, f)
+		c.do("close", f.Release())
+		if i == 0 {
+			c.write("d/empty", empty, noise(50), 0)
+			c.fsync("d/empty", empty)
+		}
+		if i == 1 { // the files have the key of before when the next one comes
+			continue
+		}
+		done, err := rs.Rewrap(ctx, volume.RewrapOptions{})
+		if c.do("rewrap", err); done.Failed > 0 {
+			c.t.Fatalf("%+v", done)
+		}
+		c.write("d/open", h, noise(100), 2900)
+		c.fsync("d/open", h)
+	}
 }
 
 func (c *crashRun) syncDir(path string) {

@@ -7,7 +7,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/fs/volume/internal/disk"
-	"kmsfs/keystore"
 )
 
 // NewNode says how an entry of a directory is made. Mode has a type, if it is not for a regular file
@@ -34,7 +33,7 @@ func (ns *namespace) Create(ctx context.Context, dir *Node, name string,
 		return nil, Attr{}, nil, err
 	}
 	// Before the file is there: a refusal leaves nothing behind.
-	key, err := ns.v.newKey(ctx)
+	key, err := dir.newKeyIn(ctx)
 	if err != nil {
 		ns.v.report("new file", "no data key", err)
 		return nil, Attr{}, nil, err
@@ -49,7 +48,7 @@ func (ns *namespace) Create(ctx context.Context, dir *Node, name string,
 		}
 		// Somebody had made it, and it went before it was opened.
 		if key == nil {
-			if key, err = ns.v.newKey(ctx); err != nil {
+			if key, err = dir.newKeyIn(ctx); err != nil {
 				return nil, Attr{}, nil, err
 			}
 		}
@@ -63,7 +62,7 @@ const maxRaces = 100
 // create is one attempt of Create. It uses the data key, or gives it back and
 // leaves nil.
 func (ns *namespace) create(ctx context.Context, dir *Node, name string, f NewFile,
-	k **keystore.DataKey) (*Node, Attr, *Handle, error) {
+	k **freshKey) (*Node, Attr, *Handle, error) {
 	key := *k
 	*k = nil
 	created := -1
@@ -74,7 +73,7 @@ func (ns *namespace) create(ctx context.Context, dir *Node, name string, f NewFi
 	}
 	n, st, err := ns.make(dir, name, f.Caller, f.Mode|unix.S_IFREG, open)
 	if errors.Is(err, unix.EEXIST) && !f.Excl && created < 0 {
-		ns.v.ring.PutBack(key)
+		key.putBack()
 		n, _, _, err = ns.Lookup(ctx, dir, name)
 		if err != nil {
 			return nil, Attr{}, nil, err
@@ -95,7 +94,7 @@ func (ns *namespace) create(ctx context.Context, dir *Node, name string, f NewFi
 		if created >= 0 {
 			ns.v.disk.Close(created)
 		}
-		ns.v.ring.PutBack(key)
+		key.putBack()
 		return nil, Attr{}, nil, err
 	}
 	return n, st, n.adopt(created, &st, key, f.Write), nil
@@ -110,19 +109,20 @@ func (ns *namespace) Tmpfile(ctx context.Context, dir *Node, mode uint32, c Call
 	if err := ns.v.descriptors.roomForFile(); err != nil {
 		return nil, Attr{}, nil, err
 	}
-	key, err := ns.v.newKey(ctx)
+	key, err := dir.newKeyIn(ctx)
 	if err != nil {
 		ns.v.report("new file", "no data key", err)
 		return nil, Attr{}, nil, err
 	}
 	st, fd, last, err := ns.tmpfile(dir, mode, c)
 	if err != nil {
-		ns.v.ring.PutBack(key)
+		key.putBack()
 		return nil, Attr{}, nil, err
 	}
 	ns.v.nodes.mu.Lock()
 	n := ns.v.nodes.add(&st)
 	n.lookups, n.gone, n.last = 1, true, last
+	n.unnamed.Store(key.domain)
 	ns.v.nodes.mu.Unlock()
 	h := n.adopt(fd, &st, key, write)
 	n.fill(&st, -1, "")
@@ -159,7 +159,7 @@ func (ns *namespace) tmpfile(dir *Node, mode uint32, c Caller) (st Attr, fd, las
 }
 
 // adopt opens a file that was made just now, empty, by its descriptor.
-func (c *content) adopt(fd int, st *Attr, key *keystore.DataKey, write bool) *Handle {
+func (c *content) adopt(fd int, st *Attr, key *freshKey, write bool) *Handle {
 	c.openMu.Lock()
 	defer c.openMu.Unlock()
 	c.sound = true
@@ -167,7 +167,8 @@ func (c *content) adopt(fd int, st *Attr, key *keystore.DataKey, write bool) *Ha
 	if f == nil {
 		f = c.newFile(fd, true, st)
 		f.BelieveEmpty()
-		f.handles, f.next = 1, key
+		f.handles = 1
+		f.takes(key)
 		if write {
 			f.writers = 1
 		}
@@ -182,9 +183,9 @@ func (c *content) adopt(fd int, st *Attr, key *keystore.DataKey, write bool) *Ha
 		f.writers++
 	}
 	if f.next == nil && f.Size == 0 {
-		f.next = key
+		f.takes(key)
 	} else {
-		c.v.ring.PutBack(key)
+		key.putBack()
 	}
 	return &Handle{f, write}
 }

@@ -177,6 +177,9 @@ func (ns *namespace) Symlink(ctx context.Context, dir *Node, name, target string
 // first.
 func (ns *namespace) Link(ctx context.Context, n, dir *Node, name string) (*Node, Attr, error) {
 	ns.renames.Add(1)
+	if err := n.mayLink(dir); err != nil {
+		return nil, Attr{}, err
+	}
 	if f := n.file.Load(); f != nil {
 		if err := f.settleNow(); err != nil {
 			return nil, Attr{}, err
@@ -426,12 +429,20 @@ func (ns *namespace) renameLocked(from *Node, oldName string, to *Node, newName 
 	}
 	defer to.leave()
 	a, b := location{from, old.cname}, location{to, now.cname}
+	exchange := flags&unix.RENAME_EXCHANGE != 0
+	err = ns.mayMove(a, to)
+	if err == nil && exchange {
+		err = ns.mayMove(b, from)
+	}
+	if err != nil {
+		now.undo(&ns.v.disk, nfd)
+		return nil, err
+	}
 	n, m := ns.v.nodes.at(a), ns.v.nodes.at(b)
 	if n != nil {
 		n.moving.Add(1)
 		defer n.moving.Add(-1)
 	}
-	exchange := flags&unix.RENAME_EXCHANGE != 0
 	var x parting
 	switch {
 	case exchange && m != nil:

@@ -11,7 +11,6 @@ import (
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume/internal/cfile"
 	"kmsfs/fs/volume/internal/layout"
-	"kmsfs/keystore"
 )
 
 // file is the ciphertext file of a node while something of it is open, or has
@@ -22,6 +21,7 @@ type file struct {
 	v *Volume
 
 	refusal atomic.Pointer[refusal] // of this file alone
+	domain  atomic.Pointer[domain]  // by its header, or of its next content
 	used    atomic.Bool             // since park was tried last
 	parked  atomic.Bool             // fd is -1; written under mu
 
@@ -41,9 +41,9 @@ type file struct {
 	closed      bool
 	handles     int
 	writers     int
-	next        *keystore.DataKey // under which the first byte of an empty file will be written
-	reread      bool              // loaded after a sync that failed: the kernel may have what the disk has not
-	syncing     int               // fsyncs under way, which use FD without mu
+	next        *freshKey // under which the first byte of an empty file will be written
+	reread      bool      // loaded after a sync that failed: the kernel may have what the disk has not
+	syncing     int       // fsyncs under way, which use FD without mu
 }
 
 func (c *content) attach(f *file) {
@@ -173,6 +173,7 @@ func (f *file) fill(st *Attr) bool {
 
 func (c *content) newFile(fd int, rw bool, st *Attr) *file {
 	f := &file{n: c.n, v: c.v, rw: rw}
+	f.domain.Store(c.v.own)
 	rules := cfile.Rules{Calm: c.v.calm, KernelTimes: c.v.o.KernelTimes}
 	f.File = cfile.New(&c.v.disk, c.v.sizes().New, cfile.Opened{FD: fd, Mtime: st.Mtim}, rules, host{f})
 	if c.v.o.ReadOnly {

@@ -8,7 +8,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
-	"kmsfs/keystore"
 )
 
 // acquire returns the node's open file, loading it if need be; write opens it
@@ -21,7 +20,7 @@ func (c *content) acquire(ctx context.Context, write bool) (*file, error) {
 	if write && c.v.o.ReadOnly {
 		return nil, unix.EROFS
 	}
-	if err := c.v.access.refuses(false); err != nil {
+	if err := c.refused(); err != nil {
 		return nil, err
 	}
 	if write && c.immutable.Load() {
@@ -32,10 +31,10 @@ func (c *content) acquire(ctx context.Context, write bool) (*file, error) {
 			return nil, err
 		}
 	}
-	var key *keystore.DataKey // for the first byte of an empty file
+	var key *freshKey // for the first byte of an empty file
 	defer func() {
 		if key != nil {
-			c.v.ring.PutBack(key)
+			key.putBack()
 		}
 	}()
 	told := false // the prefetcher
@@ -51,7 +50,7 @@ func (c *content) acquire(ctx context.Context, write bool) (*file, error) {
 			return nil, err
 		}
 		if f == nil {
-			if key, err = c.v.newKey(ctx); err != nil {
+			if key, err = c.newKey(ctx); err != nil {
 				c.v.report(c.n.where(), "no data key for new content", err)
 				return nil, err
 			}
@@ -68,7 +67,7 @@ func (c *content) acquire(ctx context.Context, write bool) (*file, error) {
 
 // join counts a handle of the node's file, which it loads if need be. If the file is empty and
 // needs a data key for its first byte, it takes *key; without one it returns no file.
-func (c *content) join(ctx context.Context, write bool, key **keystore.DataKey,
+func (c *content) join(ctx context.Context, write bool, key **freshKey,
 	waits func()) (f *file, err error) {
 	err = c.withFile(ctx, waits, func(open *file) error {
 		joined, err := open.join(write, key)
@@ -84,7 +83,7 @@ func (c *content) join(ctx context.Context, write bool, key **keystore.DataKey,
 
 // join counts a handle. It is false, without an error, if a data key is needed that *key does
 // not have. openMu is held.
-func (f *file) join(write bool, key **keystore.DataKey) (joined bool, err error) {
+func (f *file) join(write bool, key **freshKey) (joined bool, err error) {
 	if write {
 		if err := f.needWrite(); err != nil {
 			return false, err
@@ -96,7 +95,8 @@ func (f *file) join(write bool, key **keystore.DataKey) (joined bool, err error)
 		if *key == nil {
 			return false, nil
 		}
-		f.next, *key = *key, nil
+		f.takes(*key)
+		*key = nil
 	}
 	f.handles++
 	if write {

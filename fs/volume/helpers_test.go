@@ -100,6 +100,9 @@ func (w *world) unlock() (*volume.Unlocked, error) {
 
 // sealer opens a recipient that only wraps.
 func (w *world) sealer(_ context.Context, r blockcrypt.Recipient) (keystore.Store, error) {
+	if !strings.HasPrefix(r.URI, agestore.Scheme) {
+		return nil, errors.New("its key is not here")
+	}
 	return agestore.Open(r.URI, r.Branch, nil)
 }
 

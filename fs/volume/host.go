@@ -21,7 +21,8 @@ func (h host) NewFile() (*blockcrypt.Header, *blockcrypt.FileKeys, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	f.v.ring.Learn(k)
+	k.domain.ring.Learn(k.DataKey)
+	f.domain.Store(k.domain)
 	k.Wipe()
 	f.next = nil
 	return hdr, keys, nil

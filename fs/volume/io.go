@@ -9,7 +9,6 @@ import (
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume/internal/cfile"
 	"kmsfs/fs/volume/internal/ranges"
-	"kmsfs/keystore"
 )
 
 // Read fills b from offset off; less is read only at the end of the file.
@@ -184,7 +183,7 @@ func (h *Handle) zero(ctx context.Context, off, n int64) error {
 
 // lockForContent takes mu with a data key at hand, if the file is empty.
 func (f *file) lockForContent(ctx context.Context, delayedWrite bool) (unlock func(), err error) {
-	var kept *keystore.DataKey // goes on to be used, since no newer one can be had
+	var kept *freshKey // goes on to be used, since no newer one can be had
 	for {
 		if err := f.ready(ctx, delayedWrite); err != nil {
 			return nil, err
@@ -212,7 +211,7 @@ func (f *file) lockForContent(ctx context.Context, delayedWrite bool) (unlock fu
 			}
 			continue
 		}
-		stale := f.Size == 0 && f.next != nil && f.next != kept && !f.v.ring.Current(f.next)
+		stale := f.Size == 0 && f.next != nil && f.next != kept && !f.next.current(f)
 		if !stale && (f.Size > 0 || f.next != nil) {
 			return f.unlock, nil
 		}

@@ -107,7 +107,7 @@ func (h *half) keysNow() (keys *blockcrypt.FileKeys, known bool, err error) {
 	if hdr == nil {
 		return nil, true, nil
 	}
-	return h.f.v.ring.UnlockNow(hdr)
+	return h.f.domain.Load().unlockNow(hdr)
 }
 
 // await unwraps the data key of a file by a key service. openMu is held, but not meanwhile.
@@ -120,7 +120,7 @@ func (c *content) await(ctx context.Context, h *half) (*blockcrypt.FileKeys, err
 		h.waiting--
 	}()
 	waitsOf(ctx).ForKey()
-	return c.v.ring.Unlock(ctx, hdr)
+	return h.f.domain.Load().unlock(ctx, hdr)
 }
 
 // finish makes the node's open file of one whose keys are known. openMu is held.
@@ -146,7 +146,7 @@ func (c *content) finish(h *half, keys *blockcrypt.FileKeys) error {
 		f.Reserved(h.st.Blocks * 512) // as many were reserved, and left so when it settled
 	}
 	c.attach(f)
-	if err := c.v.access.refuses(false); err != nil { // just now, and its key was not among those wiped
+	if err := f.refuses(false); err != nil { // just now, and its key was not among those wiped
 		f.mu.Lock()
 		f.wipe()
 		f.unlock()
@@ -177,10 +177,17 @@ func (c *content) openHalf() (*half, error) {
 		c.v.disk.ForgetPages(f.FD, 0, 0)
 	}
 	if st.Size > 0 {
-		if err := c.readHeader(f, st.Size); err != nil {
-			c.v.disk.Close(f.FD)
-			return nil, err
+		err = c.readHeader(f, st.Size)
+	}
+	if err == nil && f.Header == nil {
+		var d *domain
+		if d, err = c.target(); err == nil {
+			f.domain.Store(d)
 		}
+	}
+	if err != nil {
+		c.v.disk.Close(f.FD)
+		return nil, err
 	}
 	return h, nil
 }
@@ -245,6 +252,7 @@ func (c *content) readHeader(f *file, length int64) error {
 	f.Geo = hdr.Geometry
 	head := slices.Clone(b[:min(len(b), f.Geo.Header())])
 	f.SetHeader(hdr, head)
+	f.domain.Store(v.domainOf(hdr))
 	f.Ahead.Store(&b)
 	return nil
 }

@@ -73,7 +73,8 @@ type content struct {
 	n *Node
 
 	lost      lost
-	immutable atomic.Bool // by [Node.SetFlags]
+	immutable atomic.Bool            // by [Node.SetFlags]
+	unnamed   atomic.Pointer[domain] // in which the file was made, if it was made without a name
 	file      atomic.Pointer[file]
 
 	// openMu is held while the file is loaded, repaired or let go. It guards the fields below.

@@ -376,5 +376,5 @@ func (p *prefetcher) fetch(at location) {
 	if err != nil || layout.CheckHeader(hdr, sizes, v.cfg.Volume, v.vk) != nil {
 		return
 	}
-	v.ring.Prefetch(hdr.File, hdr.Recipients)
+	v.domainOf(hdr).ring.Prefetch(hdr.File, hdr.Recipients)
 }

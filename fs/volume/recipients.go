@@ -46,6 +46,8 @@ type Recipients struct {
 	mu  sync.Mutex
 	now atomic.Pointer[listed] // written under mu
 
+	dropped []*domain // of directories, that are of no list any more; guarded by mu
+
 	// stable is held for reading while a file is given recipients of cfg, for writing while it is
 	// made sure that no file needs one that goes.
 	stable sync.RWMutex
@@ -54,8 +56,17 @@ type Recipients struct {
 // listed is a list of recipients, with a store for each whose key is at hand. It is replaced, and never
 // changed.
 type listed struct {
-	cfg    *blockcrypt.Config
-	stores []keystore.Store
+	cfg     *blockcrypt.Config
+	stores  []keystore.Store // of the volume's recipients
+	domains *domains
+}
+
+// set returns the recipients of a domain.
+func (l *listed) set(d *domain) keySet {
+	if d == d.v.own {
+		return keySet{l.cfg.Recipients, l.stores}
+	}
+	return d.keySet
 }
 
 // Recipients gives access to the recipients of the volume.
@@ -135,8 +146,10 @@ func (r *Recipients) Attach(s keystore.Store) (*Record, error) {
 	}
 	if !slices.ContainsFunc(r.now.Load().stores,
 		func(x keystore.Store) bool { return x.URI() == s.URI() }) {
-		r.now.Store(&listed{r.now.Load().cfg, append(slices.Clone(r.now.Load().stores), s)})
-		r.v.ring.SetStores(r.now.Load().stores, r.samples())
+		now := *r.now.Load()
+		now.stores = append(slices.Clone(now.stores), s)
+		r.now.Store(&now)
+		r.v.own.ring.SetStores(now.stores, r.sample())
 	}
 	return record(r.now.Load().cfg, r.v.vk), nil
 }
@@ -164,15 +177,25 @@ func (r *Recipients) Remove(ctx context.Context, uri string) (rec *Record, err e
 	defer r.stable.Unlock()
 	// From here on no file is made for this one; those that are being made are waited for.
 	if s := keystore.StoreFor(r.now.Load().stores, uri); s != nil {
-		r.v.ring.Retire(s)
+		r.v.own.ring.Retire(s)
 	}
 	defer func() {
 		if err != nil {
-			r.v.ring.SetStores(r.now.Load().stores, r.samples())
+			r.v.own.ring.SetStores(r.now.Load().stores, r.sample())
 		}
 	}()
 	rs := slices.Delete(slices.Clone(r.now.Load().cfg.Recipients), i, i+1)
-	if err := r.allOpen(ctx, rs, stores); err != nil {
+	sets := []keySet{{rs, stores}}
+	for _, d := range r.now.Load().domains.all {
+		if d != r.v.own {
+			sets = append(sets, d.keySet)
+		}
+	}
+	goes := func(x blockcrypt.Recipient) bool {
+		s := keystore.StoreFor(r.now.Load().stores, uri)
+		return x.URI == uri || s != nil && keystore.Serves(s, x.URI)
+	}
+	if err := r.allOpen(ctx, goes, sets); err != nil {
 		return nil, err
 	}
 	// The headers that were read need not be on the disk yet.
@@ -185,15 +208,12 @@ func (r *Recipients) Remove(ctx context.Context, uri string) (rec *Record, err e
 // scanTries is how often all files are looked at again while names are moved.
 const scanTries = 10
 
-// allOpen returns an [OnlyRecipientError] if a file has no recipient of a list that one of these
-// stores opens. mu is held.
-func (r *Recipients) allOpen(ctx context.Context, rs []blockcrypt.Recipient,
-	stores []keystore.Store) error {
+// allOpen returns an [OnlyRecipientError] if a file has a recipient that goes, and none that is of one
+// of these lists and unwraps here. mu is held.
+func (r *Recipients) allOpen(ctx context.Context, goes func(blockcrypt.Recipient) bool, sets []keySet) error {
 	found, err := r.all(ctx, func(h *blockcrypt.Header) bool {
-		return slices.ContainsFunc(h.Recipients, func(x blockcrypt.Recipient) bool {
-			s := keystore.StoreFor(stores, x.URI)
-			return s != nil && !keystore.OnlySeals(s) && among(rs, stores, x.URI) >= 0
-		})
+		return !slices.ContainsFunc(h.Recipients, goes) ||
+			slices.ContainsFunc(sets, func(k keySet) bool { return k.opens(h.Recipients) })
 	})
 	if err == nil && found.Files > 0 {
 		return &found
@@ -252,8 +272,11 @@ func (r *Recipients) all(ctx context.Context,
 	return none, errors.New("names are moved all the time, so not all files can be looked at; try again later")
 }
 
-// samples are the volume key as the recipients have it. mu is held.
-func (r *Recipients) samples() []blockcrypt.Recipient { return r.now.Load().cfg.Recipients }
+// sample is the volume key as the recipients have it. mu is held.
+func (r *Recipients) sample() keystore.Sample {
+	cfg := r.now.Load().cfg
+	return keystore.SampleOfVolume(cfg.Volume, cfg.Recipients)
+}
 
 // SetFirst makes a recipient the first: the one that makes new keys, if its service does that.
 func (r *Recipients) SetFirst(uri string) (*Record, error) {
@@ -282,35 +305,31 @@ func place(rs []blockcrypt.Recipient, s keystore.Store) int {
 	return len(rs)
 }
 
-// among returns which of the recipients of a volume a URI is, -1 if it is none: the same one, or a
-// replica of it.
-func among(rs []blockcrypt.Recipient, stores []keystore.Store, uri string) int {
-	if i := slices.IndexFunc(rs, func(x blockcrypt.Recipient) bool { return x.URI == uri }); i >= 0 {
-		return i
-	}
-	s := keystore.StoreFor(stores, uri)
-	if s == nil {
-		return -1
-	}
-	return slices.IndexFunc(rs, func(x blockcrypt.Recipient) bool { return keystore.Serves(s, x.URI) })
-}
-
 // change replaces the list of recipients. mu is held.
 func (r *Recipients) change(rs []blockcrypt.Recipient, stores []keystore.Store) (*Record, error) {
 	next := *r.now.Load().cfg
 	next.Recipients = rs
-	return r.replace(next, stores)
+	return r.replace(next, stores, nil)
 }
 
-// replace replaces kmsfs.json, durably, and then uses what it says. mu is held.
-func (r *Recipients) replace(next blockcrypt.Config, stores []keystore.Store) (*Record, error) {
+// replace replaces kmsfs.json, durably, and then uses what it says; ofDirectories are stores of new
+// recipients of directories. mu is held.
+func (r *Recipients) replace(next blockcrypt.Config, stores, ofDirectories []keystore.Store) (*Record, error) {
 	v := r.v
 	if v.o.ReadOnly {
 		return nil, unix.EROFS
 	}
 	next.Generation++
-	if n := blockcrypt.RecipientsFit(inFiles(&next)); n == 0 || n > next.Header {
-		return nil, fmt.Errorf("%w: files of this volume have one of %d bytes", ErrNoRoom, next.Header)
+	lists := [][]blockcrypt.Recipient{next.Recipients}
+	for _, keys := range next.Directories {
+		if len(keys.Recipients) > 0 {
+			lists = append(lists, keys.Recipients)
+		}
+	}
+	for _, list := range lists {
+		if n := blockcrypt.RecipientsFit(inFiles(list, next.Branch != nil)); n == 0 || n > next.Header {
+			return nil, fmt.Errorf("%w: files of this volume have one of %d bytes", ErrNoRoom, next.Header)
+		}
 	}
 	sizes, err := layout.SizesOf(&next)
 	if err != nil {
@@ -328,15 +347,38 @@ func (r *Recipients) replace(next blockcrypt.Config, stores []keystore.Store) (*
 			return nil, err
 		}
 	}
-	r.now.Store(&listed{&next, stores})
+	before := r.now.Load()
+	r.now.Store(&listed{&next, stores, v.newDomains(&next, before.domains, ofDirectories)})
 	v.headers.Store(&sizes)
-	v.ring.SetStores(stores, r.samples())
+	if sameList := urisOf(before.cfg.Recipients) == urisOf(next.Recipients); !sameList {
+		v.own.ring.SetStores(stores, r.sample())
+	}
+	r.regroup(before.domains.all)
 	v.access.renewKeys()
 	return record(&next, v.vk), err
 }
 
-// snapshot returns the recipients and their stores as they are now, and the generation of the list.
-func (r *Recipients) snapshot() ([]blockcrypt.Recipient, []keystore.Store, uint64) {
-	now := r.now.Load()
-	return now.cfg.Recipients, now.stores, now.cfg.Generation
+// regroup gives open files the domains of the present lists, and lets those go that were of lists
+// before. mu is held.
+func (r *Recipients) regroup(before []*domain) {
+	v := r.v
+	if len(before) == 1 && len(v.domains().all) == 1 {
+		return
+	}
+	for _, f := range v.nodes.files() {
+		f.mu.Lock()
+		if f.Header != nil {
+			f.domain.Store(v.domainOf(f.Header))
+		}
+		f.unlock()
+	}
+	for _, d := range before {
+		if !slices.Contains(v.domains().all, d) {
+			d.ring.SetStores(nil, keystore.Sample{}) // keys that were made ahead are not used any more
+			r.dropped = append(r.dropped, d)
+		}
+	}
 }
+
+// generation returns that of the list.
+func (r *Recipients) generation() uint64 { return r.now.Load().cfg.Generation }

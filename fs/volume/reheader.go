@@ -40,7 +40,7 @@ func (r *Recipients) SetHeaderSize(size int) (*Record, error) {
 		return nil, fmt.Errorf("%w: %d bytes", ErrOtherSize, next.Header)
 	}
 	next.Header, next.Former = size, next.Header
-	rec, err := r.replace(next, r.now.Load().stores)
+	rec, err := r.replace(next, r.now.Load().stores, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -82,6 +82,6 @@ func (r *Recipients) Reheader(ctx context.Context, o RekeyOptions) (done Rekeyed
 		return done, nil, err
 	}
 	next.Former = 0
-	rec, err = r.replace(next, r.now.Load().stores)
+	rec, err = r.replace(next, r.now.Load().stores, nil)
 	return done, rec, err
 }

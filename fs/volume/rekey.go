@@ -137,7 +137,7 @@ func tryRekey(ctx context.Context, n *Node, headers bool) (changed bool, err err
 			return false, errors.Join(err, x.remove())
 		}
 	}
-	n.v.ring.Forget(x.header.File, x.header.Recipients)
+	x.old.domain.Load().ring.Forget(x.header.File, x.header.Recipients)
 	n.v.access.letGo(n.id) // its attributes are others
 	return true, nil
 }
@@ -226,17 +226,22 @@ func (x *rekeying) dropHeader() error {
 
 // make makes the new file, with a data key at hand.
 func (x *rekeying) make(ctx context.Context) error {
-	rs, stores, generation := x.v.recipients.snapshot()
-	x.listed = generation
-	key, err := x.v.newKey(ctx)
+	now := x.v.recipients.now.Load()
+	x.listed = now.cfg.Generation
+	d, err := x.n.target()
 	if err != nil {
 		return err
 	}
-	has := func(list []blockcrypt.Recipient, uri string) bool {
-		i := among(rs, stores, uri)
-		return slices.ContainsFunc(list, func(r blockcrypt.Recipient) bool { return among(rs, stores, r.URI) == i })
+	key, err := d.newKey(ctx)
+	if err != nil {
+		return err
 	}
-	for _, r := range rs {
+	set := now.set(d)
+	has := func(list []blockcrypt.Recipient, uri string) bool {
+		i := set.at(uri)
+		return slices.ContainsFunc(list, func(r blockcrypt.Recipient) bool { return set.at(r.URI) == i })
+	}
+	for _, r := range set.recipients {
 		if has(x.header.Recipients, r.URI) && !has(key.Wrapped, r.URI) {
 			key.Wipe()
 			return fmt.Errorf("%w: %s: its key is not at hand, or its service does not answer", ErrAbsent, r.URI)
@@ -248,12 +253,13 @@ func (x *rekeying) make(ctx context.Context) error {
 	fd, err := x.v.disk.Open(x.v.rootD, x.name,
 		unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|disk.FileFlags, 0o600)
 	if err != nil {
-		x.v.ring.PutBack(key)
+		key.putBack()
 		return err
 	}
 	x.new = x.n.newFile(fd, true, &Attr{})
 	x.new.BelieveEmpty()
-	x.new.handles, x.new.writers, x.new.next = 1, 1, key
+	x.new.handles, x.new.writers = 1, 1
+	x.new.takes(key)
 	return nil
 }
 
@@ -370,7 +376,7 @@ func (x *rekeying) replace() error {
 	// No recipient is taken out meanwhile, as if this file did not have it.
 	x.v.recipients.stable.RLock()
 	defer x.v.recipients.stable.RUnlock()
-	if _, _, now := x.v.recipients.snapshot(); now != x.listed {
+	if x.v.recipients.generation() != x.listed {
 		return ErrInUse // for other recipients by now: once more
 	}
 	defer x.v.lockDirs(at.dir, at.dir)()

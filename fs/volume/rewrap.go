@@ -35,6 +35,11 @@ type Rewrapped struct {
 	// Absent are recipients of the volume that files lack, and that they were not given since the
 	// keys are not at hand.
 	Absent []string `json:"absent,omitempty"`
+
+	// FormerNeeded is how many files still need a key that a directory had before.
+	FormerNeeded int64 `json:"former_needed,omitempty"`
+
+	Record *Record `json:"-"` // what the trust record should say, if kmsfs.json was changed
 }
 
 // rewrapTries is how often a file is tried again that others change meanwhile.
@@ -58,12 +63,11 @@ func (r *Recipients) Rewrap(ctx context.Context, o RewrapOptions) (done Rewrappe
 	}
 	p := &rewrapping{v: v, o: o, cancel: cancel}
 	p.r = r
-	p.rs, p.stores, p.generation = r.snapshot()
-	if o.To != "" && among(p.rs, p.stores, o.To) < 0 {
-		return done, ErrNotRecipient
-	}
-	if o.To != "" && (o.From == o.To || among(p.rs, p.stores, o.From) == among(p.rs, p.stores, o.To)) {
-		return done, ErrSameRecipient
+	p.listed = r.now.Load()
+	if o.To != "" {
+		if err := p.checkTo(); err != nil {
+			return done, err
+		}
 	}
 	err = v.eachFile(ctx, v.root, o.AtOnce, sweep{p.file, func(at string, err error) { p.count(false, at, err) }})
 	if cause := context.Cause(ctx); cause != nil {
@@ -72,7 +76,19 @@ func (r *Recipients) Rewrap(ctx context.Context, o RewrapOptions) (done Rewrappe
 	if err == nil {
 		err = v.syncAll()
 	}
+	if err == nil {
+		err = p.dropFormer(ctx)
+	}
 	return p.done, err
+}
+
+// dropFormer is [Recipients.dropFormer], after all files were rewrapped.
+func (p *rewrapping) dropFormer(ctx context.Context) error {
+	p.r.mu.Lock()
+	defer p.r.mu.Unlock()
+	rec, needed, err := p.r.dropFormer(ctx)
+	p.done.Record, p.done.FormerNeeded = rec, needed.Files
+	return err
 }
 
 // rewrapping is a Rewrap under way.
@@ -83,13 +99,31 @@ type rewrapping struct {
 
 	cancel context.CancelCauseFunc
 
-	// What the volume had when it began.
-	rs         []blockcrypt.Recipient
-	stores     []keystore.Store
-	generation uint64
+	listed *listed // what the volume had when it began
 
 	mu   sync.Mutex
 	done Rewrapped
+}
+
+// checkTo makes sure that the key of To is another one than that of From, and is a recipient of the
+// volume or of a directory.
+func (p *rewrapping) checkTo() error {
+	known := false
+	for _, d := range p.listed.domains.all {
+		k := p.listed.set(d)
+		i := k.at(p.o.To)
+		known = known || i >= 0
+		if i >= 0 && k.at(p.o.From) == i {
+			return ErrSameRecipient
+		}
+	}
+	if !known {
+		return ErrNotRecipient
+	}
+	if p.o.From == p.o.To {
+		return ErrSameRecipient
+	}
+	return nil
 }
 
 // count notes what became of a file.
@@ -133,16 +167,21 @@ func (p *rewrapping) try(ctx context.Context, n *Node) (changed, again bool, err
 	if err != nil || hdr == nil {
 		return false, false, err
 	}
-	rs, err := p.recipients(ctx, hdr)
+	d, err := n.target()
+	if err != nil {
+		return false, false, err
+	}
+	x := &rewrapped{p, hdr, d, p.listed.set(d)}
+	rs, err := x.wanted(ctx)
 	if err != nil || slices.EqualFunc(rs, hdr.Recipients, sameRecipient) {
 		return false, false, err
 	}
-	if err := p.opens(ctx, hdr, rs); err != nil {
+	if err := x.staysOpen(ctx, rs); err != nil {
 		return false, false, err
 	}
 	p.r.stable.RLock()
 	defer p.r.stable.RUnlock()
-	if _, _, now := p.r.snapshot(); now != p.generation {
+	if p.r.generation() != p.listed.cfg.Generation {
 		p.cancel(ErrChanged)
 		return false, false, ErrChanged
 	}
@@ -150,9 +189,18 @@ func (p *rewrapping) try(ctx context.Context, n *Node) (changed, again bool, err
 	return written, !written && err == nil, err
 }
 
-// opens makes sure that no recipient is taken out of a file whose others are damaged: one that was
+// rewrapped is a file that is given the recipients of a domain.
+type rewrapped struct {
+	*rewrapping
+	hdr *blockcrypt.Header
+	d   *domain
+	keySet
+}
+
+// staysOpen makes sure that no recipient is taken out of a file whose others are damaged: one that was
 // made just now is good, of the others one must open.
-func (p *rewrapping) opens(ctx context.Context, hdr *blockcrypt.Header, rs []blockcrypt.Recipient) error {
+func (p *rewrapped) staysOpen(ctx context.Context, rs []blockcrypt.Recipient) error {
+	hdr, ring := p.hdr, p.d.ring
 	isNew := func(x blockcrypt.Recipient) bool {
 		return !slices.ContainsFunc(hdr.Recipients,
 			func(y blockcrypt.Recipient) bool { return sameRecipient(x, y) })
@@ -160,8 +208,8 @@ func (p *rewrapping) opens(ctx context.Context, hdr *blockcrypt.Header, rs []blo
 	if slices.ContainsFunc(rs, isNew) {
 		return nil
 	}
-	key, err := p.v.ring.Unwrap(keystore.WithPurpose(ctx, keystore.ForRewrap), hdr.File, rs)
-	if keystore.KindOf(err) == keystore.Denied && p.v.ring.StillUnwraps(ctx, hdr.File, rs) {
+	key, err := ring.Unwrap(keystore.WithPurpose(ctx, keystore.ForRewrap), hdr.File, rs)
+	if keystore.KindOf(err) == keystore.Denied && ring.StillUnwraps(ctx, hdr.File, rs) {
 		return nil // by somebody who may rewrap, and not read
 	}
 	if err != nil {
@@ -176,16 +224,18 @@ func sameRecipient(a, b blockcrypt.Recipient) bool {
 	return a.URI == b.URI && string(a.Branch) == string(b.Branch) && string(a.Wrapped) == string(b.Wrapped)
 }
 
-// recipients returns those that a file is to have: never others than those that it has and those
+// wanted returns the recipients that a file is to have: never others than those that it has and those
 // that the authenticated kmsfs.json names, and never none.
-func (p *rewrapping) recipients(ctx context.Context,
-	hdr *blockcrypt.Header) ([]blockcrypt.Recipient, error) {
-	has := func(uri string) int { // the place in the header of a recipient of the volume
-		i := among(p.rs, p.stores, uri)
-		return slices.IndexFunc(hdr.Recipients,
-			func(x blockcrypt.Recipient) bool { return among(p.rs, p.stores, x.URI) == i })
+func (p *rewrapped) wanted(ctx context.Context) ([]blockcrypt.Recipient, error) {
+	hdr := p.hdr
+	has := func(uri string) int { // the place in the header of a recipient of the list
+		i := p.at(uri)
+		return slices.IndexFunc(hdr.Recipients, func(x blockcrypt.Recipient) bool { return p.at(x.URI) == i })
 	}
 	if p.o.From != "" {
+		if p.at(p.o.To) < 0 {
+			return hdr.Recipients, nil // not for the files of this directory
+		}
 		i := slices.IndexFunc(hdr.Recipients,
 			func(x blockcrypt.Recipient) bool { return p.o.Same(x.URI, p.o.From) })
 		if i < 0 {
@@ -193,14 +243,14 @@ func (p *rewrapping) recipients(ctx context.Context,
 		}
 		out := slices.Clone(hdr.Recipients)
 		if has(p.o.To) < 0 {
-			w, err := p.wrap(ctx, hdr, p.o.To)
+			w, err := p.wrap(ctx, p.o.To)
 			out[i] = w
 			return out, err
 		}
 		return slices.Delete(out, i, i+1), nil
 	}
 	var out []blockcrypt.Recipient
-	for _, x := range p.rs {
+	for _, x := range p.keySet.recipients {
 		if i := has(x.URI); i >= 0 {
 			out = append(out, hdr.Recipients[i])
 			continue
@@ -209,7 +259,7 @@ func (p *rewrapping) recipients(ctx context.Context,
 			p.absent(x.URI)
 			continue
 		}
-		w, err := p.wrap(ctx, hdr, x.URI)
+		w, err := p.wrap(ctx, x.URI)
 		if err != nil {
 			return nil, err
 		}
@@ -240,16 +290,9 @@ func (p *rewrapping) absent(uri string) {
 	}
 }
 
-func (p *rewrapping) wrap(ctx context.Context, hdr *blockcrypt.Header,
-	to string) (blockcrypt.Recipient, error) {
-	w, err := p.v.ring.Rewrap(ctx, hdr.File, hdr.Recipients, to, func(key []byte) error {
-		_, err := hdr.Unlock(key)
-		return err
-	})
-	if err != nil {
-		return blockcrypt.Recipient{}, err
-	}
-	return w, nil
+// wrap wraps the file's key for a recipient of the list.
+func (p *rewrapped) wrap(ctx context.Context, to string) (blockcrypt.Recipient, error) {
+	return p.d.ring.Rewrap(ctx, p.v.domainOf(p.hdr).ring, p.hdr, to)
 }
 
 // setRecipients gives the file other recipients, if its header still is what it was.
@@ -280,7 +323,9 @@ func (c *content) setRecipients(was *blockcrypt.Header,
 		if f.FD < 0 || !still(f.Header) {
 			return false, nil
 		}
-		return true, f.SetRecipients(rs)
+		err := f.SetRecipients(rs)
+		f.domain.Store(c.v.domainOf(f.Header))
+		return true, err
 	}
 	fd, err := c.openFor(unix.O_RDWR)
 	if err != nil {

@@ -167,7 +167,7 @@ func (f *file) release(write bool) {
 		f.writers--
 	}
 	if f.writers == 0 && f.next != nil {
-		f.v.ring.PutBack(f.next)
+		f.next.putBack()
 		f.next = nil
 	}
 	f.unlock()

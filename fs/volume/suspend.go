@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -47,13 +48,17 @@ func (v *Volume) Suspend() error {
 	v.access.mu.Lock()
 	defer v.access.mu.Unlock()
 	v.access.suspended.Store(true)
-	v.access.keysForWriters(v.access.writeWithin / 6) // for what the kernel holds back
-	v.access.unwritten.Store(nil)
-	v.ring.Suspend(errSuspended)
-	if e := v.access.unwritten.Load(); e != nil {
-		return *e
-	}
-	return nil
+	v.access.keysForWriters(nil, v.access.writeWithin/6) // for what the kernel holds back
+	all := v.domains().all
+	errs := make([]error, len(all))
+	sideBySide(all, func(i int, d *domain) {
+		d.unwritten.Store(nil)
+		d.ring.Suspend(errSuspended)
+		if e := d.unwritten.Load(); e != nil {
+			errs[i] = *e
+		}
+	})
+	return errors.Join(errs...)
 }
 
 // Resume ends Suspend, after one that is under way.
@@ -61,11 +66,17 @@ func (v *Volume) Resume() {
 	v.access.mu.Lock()
 	defer v.access.mu.Unlock()
 	v.access.suspended.Store(false)
-	v.ring.Resume()
+	for _, d := range v.domains().all {
+		d.ring.Resume()
+	}
 }
 
 // RetryKeys asks key services again that were not asked any more.
-func (v *Volume) RetryKeys() { v.ring.Retry() }
+func (v *Volume) RetryKeys() {
+	for _, d := range v.domains().all {
+		d.ring.Retry()
+	}
+}
 
 // settleAndWipe settles the file, if it is as it was, and wipes its keys.
 func (f *file) settleAndWipe(settle bool, changes uint64) (err error) {
@@ -97,26 +108,44 @@ func (a *access) letGo(node uint64) error {
 
 // changed is told by the ring when keys may not be used any more, and when
 // they may again.
-func (a *access) changed(verdict error) {
+func (d *domain) changed(verdict error) {
+	a := &d.v.access
 	if verdict == nil {
-		a.refusal.Store(nil)
-		a.v.log.Info("the volume's keys can be used again")
-		a.keysForWriters(a.writeWithin)
+		d.refusal.Store(nil)
+		a.v.log.Info("the volume's keys can be used again", d.attrs()...)
+		a.keysForWriters(d, a.writeWithin)
 		return
 	}
-	a.refusal.Store(&refusal{err: verdict})
+	d.refusal.Store(&refusal{err: verdict})
 	if a.v.Suspended() != nil {
 		a.v.log.Info("the volume is locked")
 	} else {
-		a.v.report("keys",
+		at := "keys"
+		if d != a.v.own {
+			at += " of directories: " + urisOf(d.recipients)
+		}
+		a.v.report(at,
 			"the volume's keys may not be used any more; its files answer with the verdict until they may", verdict)
 	}
-	err := a.letKernelWrite()
-	a.refusal.Store(&refusal{verdict, true})
-	if err = errors.Join(err, a.dropKeys(a.v.nodes.files())); err != nil {
+	err := a.letKernelWrite(d)
+	d.refusal.Store(&refusal{verdict, true})
+	if err = errors.Join(err, a.dropKeys(d.files())); err != nil {
 		a.v.report(".", "before the keys were wiped, not everything could be written or settled", err)
-		a.unwritten.Store(&err)
+		d.unwritten.Store(&err)
 	}
+}
+
+// attrs are what the log says of a domain: the recipients, of directories.
+func (d *domain) attrs() []any {
+	if d == d.v.own {
+		return nil
+	}
+	return []any{"directory keys", urisOf(d.recipients)}
+}
+
+// files returns the open files of the domain.
+func (d *domain) files() []*file {
+	return slices.DeleteFunc(d.v.nodes.files(), func(f *file) bool { return f.domain.Load() != d })
 }
 
 // reached is told by the ring when a key service cannot be reached any more, and
@@ -133,20 +162,23 @@ func (a *access) reached(uri string, err error) {
 	a.v.log.Warn("the key service cannot be reached; files whose keys are known can be used until the grace period ends", attrs...)
 }
 
-// keysForWriters asks again for the wiped keys of files that somebody has open for
-// writing: what the kernel's cache takes shows here only when it is written, and
+// keysForWriters asks again for the wiped keys of files, of one domain unless it is nil, that
+// somebody has open for writing: what the kernel's cache takes shows here only when it is written, and
 // then the keys may be gone again. It takes this time at most, whatever disk and key
 // service do.
-func (a *access) keysForWriters(atMost time.Duration) {
+func (a *access) keysForWriters(d *domain, atMost time.Duration) {
 	ctx, cancel := context.WithTimeout(context.Background(), atMost)
 	defer cancel()
 	within(atMost, func() (_ struct{}) {
 		var wg sync.WaitGroup
 		slots := make(chan struct{}, renewAtOnce)
 		for _, f := range a.v.nodes.files() {
+			if d != nil && f.domain.Load() != d {
+				continue
+			}
 			f.mu.RLock()
 			needs, empty := f.writers > 0 && f.Keyless(), f.writers > 0 && f.Header == nil &&
-				(f.next == nil || !a.v.ring.Current(f.next))
+				(f.next == nil || !f.next.current(f))
 			old := f.next
 			f.mu.RUnlock()
 			if !needs && !empty {
@@ -167,14 +199,17 @@ func (a *access) keysForWriters(atMost time.Duration) {
 	})
 }
 
-// letKernelWrite makes the kernel write what it holds back of every file, and
-// forget the rest, and its entries of directories. A disk that does not answer
+// letKernelWrite makes the kernel write what it holds back of every file, but open ones of other
+// domains, and forget the rest, and its entries of directories. A disk that does not answer
 // does not keep the keys alive.
-func (a *access) letKernelWrite() error {
+func (a *access) letKernelWrite(d *domain) error {
 	if a.kernel.Load() == nil {
 		return nil
 	}
-	nodes := a.v.nodes.all()
+	nodes := slices.DeleteFunc(a.v.nodes.all(), func(n *Node) bool {
+		f := n.file.Load()
+		return f != nil && f.domain.Load() != d
+	})
 	_, ok := within(a.writeWithin, func() (_ struct{}) {
 		var wg sync.WaitGroup
 		queue := make(chan *Node)
@@ -246,7 +281,7 @@ func (a *access) syncWithin(d time.Duration) error {
 func (a *access) dropKey(f *file, hdr *blockcrypt.Header, verdict error) error {
 	f.refusal.Store(&refusal{err: verdict}) // or it would change meanwhile
 	err := a.letGo(f.n.id)
-	a.v.ring.Forget(hdr.File, hdr.Recipients)
+	f.domain.Load().ring.Forget(hdr.File, hdr.Recipients)
 	f.refusal.Store(&refusal{verdict, true})
 	err = errors.Join(err, a.dropKeys([]*file{f}), a.letGo(f.n.id)) // somebody may have read it meanwhile
 	f.refusal.Store(nil)                                            // from here on its key is asked for
@@ -255,7 +290,7 @@ func (a *access) dropKey(f *file, hdr *blockcrypt.Header, verdict error) error {
 
 // renewKeys begins the lease of single files, if that is asked for and a service has to be asked.
 func (a *access) renewKeys() {
-	if a.v.o.FileLease && a.v.ring.Waits() {
+	if a.v.o.FileLease && a.v.waits() {
 		a.renewing.Do(func() { a.v.bg.Go(a.renewer) })
 	}
 }
@@ -298,7 +333,7 @@ func (a *access) renew(ctx context.Context, f *file) {
 	if hdr == nil || !has {
 		return
 	}
-	err := a.v.ring.Renew(ctx, hdr.File, hdr.Recipients)
+	err := f.domain.Load().ring.Renew(ctx, hdr.File, hdr.Recipients)
 	if k := keystore.KindOf(err); k == keystore.Revoked || k == keystore.Denied || k == keystore.Damaged {
 		f.failed("renewing its key", err)
 		f.failed("settling it before its key was wiped", a.dropKey(f, hdr, err))

@@ -1,7 +1,9 @@
 package volume
 
 import (
+	"context"
 	"path"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -19,7 +21,6 @@ type Tree struct {
 	Config *blockcrypt.Config
 	Keys   *blockcrypt.VolumeKeys // nil before Unlock
 	Stores []keystore.Store       // none before Unlock
-	Ring   *keystore.Ring         // nil before Open
 }
 
 // Tree gives the ciphertext, of which nothing is authenticated.
@@ -27,13 +28,18 @@ func (l *Found) Tree() Tree { return Tree{Disk: &l.disk, Root: l.root, Config: l
 
 // Tree gives the ciphertext with the volume's keys.
 func (u *Unlocked) Tree() Tree {
-	return Tree{Disk: &u.disk, Root: u.root, Config: u.Config, Keys: u.keys, Stores: u.stores}
+	return Tree{Disk: &u.disk, Root: u.root, Config: u.Config, Keys: u.keys, Stores: slices.Concat(u.stores, u.ofDirectories)}
 }
 
 // Tree gives the ciphertext with the volume's keys, while it is open.
 func (v *Volume) Tree() Tree {
 	now := v.recipients.now.Load()
-	return Tree{Disk: &v.disk, Root: v.rootD, Config: now.cfg, Keys: v.vk, Stores: now.stores, Ring: v.ring}
+	return Tree{Disk: &v.disk, Root: v.rootD, Config: now.cfg, Keys: v.vk, Stores: now.stores}
+}
+
+// Unlock unwraps the data key of a file; see [keystore.Ring.Unlock].
+func (v *Volume) Unlock(ctx context.Context, h *blockcrypt.Header) (*blockcrypt.FileKeys, error) {
+	return v.domainOf(h).unlock(ctx, h)
 }
 
 // Sizes says how large the headers of files are, and so where their blocks lie.

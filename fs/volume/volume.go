@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -83,7 +84,7 @@ type base struct {
 type Volume struct {
 	base
 	namespace
-	ring        *keystore.Ring
+	own         *domain // of the volume's own recipients
 	nodes       nodeTable
 	dirFDs      dirFDs
 	descriptors descriptors
@@ -171,30 +172,21 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 			return nil, fmt.Errorf("begin to write to the volume: %w", err)
 		}
 	}
-	pool := o.Pool
-	if o.ReadOnly {
-		pool = 0
-	}
 	if v.o.MaxAge == 0 {
 		v.o.MaxAge = 5 * time.Minute
 	}
-	v.ring = keystore.NewRing(u.Config.Volume, u.stores, keystore.RingOptions{
-		Pool: pool, MaxAge: v.o.MaxAge, Grace: o.Grace, EachKey: o.FileLease, Branches: branches(u.Config), Sample: u.Config.Recipients,
-		Report: func(err error) {
-			v.report("pool", "a data key could not be made ahead, or not for all recipients", err)
-		},
-		Changed: v.access.changed,
-		Reach:   v.access.reached,
-	})
+	v.own = &domain{v: v}
+	v.own.ring = v.newRing(v.own, u.stores,
+		keystore.RingOptions{Sample: keystore.SampleOfVolume(u.Config.Volume, u.Config.Recipients)})
 	v.recipients.v = v
 	v.headers.Store(&sizes)
-	v.recipients.now.Store(&listed{u.Config, u.stores})
+	v.recipients.now.Store(&listed{u.Config, u.stores, v.newDomains(u.Config, nil, u.ofDirectories)})
 	u.root = -1
 	v.disk.Adopt()
-	if !v.ring.MemoryLocked() {
+	if !v.own.ring.MemoryLocked() {
 		v.log.Info("data keys can be swapped out: RLIMIT_MEMLOCK is too low to lock their memory, 1 MiB is enough")
 	}
-	if v.ring.Waits() {
+	if v.waits() {
 		if !o.NoPrefetch {
 			v.prefetch.start(v)
 		}
@@ -228,10 +220,25 @@ func (v *Volume) unlockWriter() {
 }
 
 // KeyCounts returns what was done with keys so far.
-func (v *Volume) KeyCounts() keystore.Counts { return v.ring.Counts() }
+func (v *Volume) KeyCounts() (sum keystore.Counts) {
+	for _, d := range v.domains().all {
+		sum = sum.Plus(d.ring.Counts())
+	}
+	return sum
+}
 
 // KeyStates returns what is known of the recipients that are trusted.
-func (v *Volume) KeyStates() []keystore.StoreState { return v.ring.States() }
+func (v *Volume) KeyStates() (out []keystore.StoreState) {
+	for _, d := range v.domains().all {
+		out = append(out, d.ring.States()...)
+	}
+	return out
+}
+
+// waits reports whether any key is one of a service that has to be waited for.
+func (v *Volume) waits() bool {
+	return slices.ContainsFunc(v.domains().all, func(d *domain) bool { return d.ring.Waits() })
+}
 
 // ReadOnly reports whether the tree can be changed.
 func (v *Volume) ReadOnly() bool { return v.o.ReadOnly }
@@ -260,7 +267,7 @@ func (v *Volume) Close() error {
 		v.settler.stop()
 		err = v.endSession()
 	}
-	v.ring.Close()
+	v.closeRings()
 	for _, f := range v.nodes.files() { // that could not be settled
 		f.mu.Lock()
 		f.closed = true
@@ -272,6 +279,15 @@ func (v *Volume) Close() error {
 	v.unlockWriter()
 	v.disk.Close(v.rootD)
 	return err
+}
+
+// closeRings wipes all keys.
+func (v *Volume) closeRings() {
+	v.recipients.mu.Lock()
+	defer v.recipients.mu.Unlock()
+	for _, d := range slices.Concat(v.domains().all, v.recipients.dropped) {
+		d.ring.Close()
+	}
 }
 
 func (v *Volume) endSession() error {
@@ -313,8 +329,10 @@ type Vitals struct {
 // Vitals returns them.
 func (v *Volume) Vitals() Vitals {
 	out := Vitals{Descriptors: v.disk.Descriptors()}
-	if r := v.access.refusal.Load(); r != nil && v.Suspended() == nil {
-		out.Err = r.err
+	for _, d := range v.domains().all {
+		if r := d.refusal.Load(); r != nil && v.Suspended() == nil {
+			out.Err = errors.Join(out.Err, r.err)
+		}
 	}
 	if v.sessions.stuck.Load() {
 		out.Err = errors.Join(out.Err, errStuck)

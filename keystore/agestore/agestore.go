@@ -138,7 +138,7 @@ func (s *Store) Wrap(_ context.Context, b keystore.Binding, key []byte) (blockcr
 			Op: "wrap", Err: err}
 	}
 	wrapped := blockcrypt.Recipient{URI: s.uri, Wrapped: out.Bytes()}
-	if b.Use == keystore.ForVolume {
+	if b.Use == keystore.ForVolume || b.Use == keystore.ForDirectory {
 		wrapped.Branch = s.Branch()
 	}
 	return wrapped, nil

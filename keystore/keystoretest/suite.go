@@ -32,7 +32,7 @@ func Suite(t *testing.T, s, other keystore.Store, also ...keystore.Kind) {
 	w := wrap(t, s, b, key)
 
 	t.Run("RoundTrip", func(t *testing.T) {
-		for _, use := range []keystore.Use{keystore.ForFile, keystore.ForBranch, keystore.ForVolume} {
+		for _, use := range []keystore.Use{keystore.ForFile, keystore.ForBranch, keystore.ForVolume, keystore.ForDirectory} {
 			b := b
 			if b.Use = use; use == keystore.ForVolume {
 				b.ID = [16]byte{}
@@ -53,11 +53,12 @@ func Suite(t *testing.T, s, other keystore.Store, also ...keystore.Kind) {
 		}
 	})
 	t.Run("Binding", func(t *testing.T) {
-		bs := []keystore.Binding{b, b, b, b}
+		bs := []keystore.Binding{b, b, b, b, b}
 		bs[0].Volume[3] ^= 1
 		bs[1].ID[5] ^= 1
 		bs[2].Use = keystore.ForBranch
 		bs[3].Use, bs[3].ID = keystore.ForVolume, [16]byte{}
+		bs[4].Use = keystore.ForDirectory
 		for i, x := range bs {
 			refused(t, s, x, w, "binding", i)
 		}

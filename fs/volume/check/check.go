@@ -88,6 +88,7 @@ type Options struct {
 type checker struct {
 	volume.Tree
 	o     Options
+	ring  *keystore.Ring // nil without keys
 	sizes layout.Sizes
 	lone  bool            // a file without its volume
 	bad   map[uint64]bool // sessions that the marker names
@@ -100,7 +101,10 @@ type checker struct {
 	dirs, files, blocks, bytes, expected atomic.Int64
 }
 
-type checkJob struct{ cpath, ppath string }
+type checkJob struct {
+	cpath, ppath string
+	want         []blockcrypt.Recipient // that a file should have
+}
 
 // Structure checks the structure of a volume, which needs no key.
 func Structure(ctx context.Context, l *volume.Found, o Options) (Counts, error) {
@@ -112,8 +116,9 @@ func Structure(ctx context.Context, l *volume.Found, o Options) (Counts, error) 
 // are compared by name.
 func Volume(ctx context.Context, u *volume.Unlocked, o Options) (Counts, error) {
 	c := &checker{Tree: u.Tree(), o: o}
-	c.Ring = keystore.NewRing(u.Config.Volume, c.Stores, keystore.RingOptions{Sample: u.Config.Recipients})
-	defer c.Ring.Close()
+	c.ring = keystore.NewRing(u.Config.Volume, c.Stores,
+		keystore.RingOptions{Sample: keystore.SampleOfVolume(u.Config.Volume, u.Config.Recipients)})
+	defer c.ring.Close()
 	return c.run(ctx)
 }
 
@@ -131,7 +136,7 @@ func (c *checker) run(ctx context.Context) (Counts, error) {
 		return Counts{}, err
 	}
 	workers := runtime.GOMAXPROCS(0)
-	if c.Ring != nil && c.Ring.Waits() {
+	if c.ring != nil && c.ring.Waits() {
 		workers = 64
 	}
 	c.jobs = make(chan checkJob, 4*workers)
@@ -158,7 +163,7 @@ func (c *checker) run(ctx context.Context) (Counts, error) {
 			Advice: "copy the directory again with its symlinks (rsync -a, tar; rclone needs --links); fsck --repair accepts the copy as it is"})
 	}
 	id := c.Config.Volume
-	c.walk(ctx, "", "", &id)
+	c.walk(ctx, checkJob{want: c.Config.Recipients}, &id)
 	c.mu.Lock()
 	c.done.All = ctx.Err() == nil
 	c.mu.Unlock()
@@ -222,7 +227,8 @@ func (c *checker) open(cpath string, flags int) (int, error) {
 }
 
 // walk checks a directory and all below it. id is nil where its ID must be read.
-func (c *checker) walk(ctx context.Context, cpath, ppath string, id *blockcrypt.ID) {
+func (c *checker) walk(ctx context.Context, in checkJob, id *blockcrypt.ID) {
+	cpath, ppath, want := in.cpath, in.ppath, in.want
 	if ctx.Err() != nil {
 		return
 	}
@@ -242,6 +248,11 @@ func (c *checker) walk(ctx context.Context, cpath, ppath string, id *blockcrypt.
 	if id == nil && !plain {
 		id = c.dirID(fd, cpath, ppath, entries)
 	}
+	if id != nil {
+		if keys := c.Config.Directories[*id]; len(keys.Recipients) > 0 {
+			want = keys.Recipients
+		}
+	}
 	d := directory{fd: fd, cpath: cpath, ppath: ppath, id: id, names: make(map[string]bool, len(entries))}
 	for _, e := range entries {
 		d.names[e.Name] = true
@@ -252,7 +263,7 @@ func (c *checker) walk(ctx context.Context, cpath, ppath string, id *blockcrypt.
 		if !show {
 			continue
 		}
-		j := checkJob{path.Join(cpath, e.Name), name}
+		j := checkJob{path.Join(cpath, e.Name), name, want}
 		c.checkAttrs(fd, e, j)
 		switch c.typeOf(fd, e) {
 		case unix.S_IFDIR:
@@ -269,7 +280,7 @@ func (c *checker) walk(ctx context.Context, cpath, ppath string, id *blockcrypt.
 	}
 	c.Disk.Close(fd)
 	for _, j := range subdirs {
-		c.walk(ctx, j.cpath, j.ppath, nil)
+		c.walk(ctx, j, nil)
 	}
 }
 
@@ -449,8 +460,8 @@ func File(ctx context.Context, l *volume.Lone, name string, stores []keystore.St
 	c.Disk, fd = l.Ciphertext()
 	c.Config = &blockcrypt.Config{Volume: l.Header.Volume, Header: l.Header.Geometry.Header()}
 	if len(stores) > 0 {
-		c.Ring = keystore.NewRing(l.Header.Volume, stores, keystore.RingOptions{})
-		defer c.Ring.Close()
+		c.ring = keystore.NewRing(l.Header.Volume, stores, keystore.RingOptions{})
+		defer c.ring.Close()
 	}
 	c.files.Add(1)
 	k := &fileCheck{checker: c, fd: fd, f: Finding{Path: name}}

@@ -29,7 +29,7 @@ func (c *checker) checkFile(ctx context.Context, j checkJob) {
 		return
 	}
 	defer c.Disk.Close(fd)
-	k := &fileCheck{checker: c, fd: fd, f: f}
+	k := &fileCheck{checker: c, fd: fd, f: f, want: j.want}
 	if err := k.check(ctx); err != nil {
 		k.fail(err)
 	}
@@ -38,6 +38,7 @@ func (c *checker) checkFile(ctx context.Context, j checkJob) {
 // fileCheck is the check of one file.
 type fileCheck struct {
 	*checker
+	want   []blockcrypt.Recipient // that it should have, in a volume
 	fd     int
 	f      Finding // with the path
 	length int64
@@ -93,13 +94,13 @@ func (k *fileCheck) check(ctx context.Context) error {
 	if err := k.checkLength(); err != nil || k.isEmpty() {
 		return err
 	}
-	if k.Ring == nil {
+	if k.ring == nil {
 		return k.checkPages(nil)
 	}
 	if !k.lone {
 		k.checkRecipients()
 	}
-	keys, err := k.Ring.Unlock(ctx, hdr)
+	keys, err := k.ring.Unlock(ctx, hdr)
 	if err != nil {
 		return err
 	}
@@ -148,17 +149,17 @@ func (k *fileCheck) wholeBlocks() int64 {
 	return max(0, n)
 }
 
-// checkRecipients compares the file's recipients with the volume's.
+// checkRecipients compares the file's recipients with those of its directory.
 func (k *fileCheck) checkRecipients() {
 	in := func(uri string, list []string) bool {
 		return slices.ContainsFunc(list,
-			func(u string) bool { return u == uri || k.Ring != nil && k.Ring.Same(u, uri) })
+			func(u string) bool { return u == uri || k.ring != nil && k.ring.Same(u, uri) })
 	}
 	var have, want []string
 	for _, r := range k.hdr.Recipients {
 		have = append(have, r.URI)
 	}
-	for _, r := range k.Config.Recipients {
+	for _, r := range k.want {
 		want = append(want, r.URI)
 	}
 	f := k.f
@@ -173,7 +174,7 @@ func (k *fileCheck) checkRecipients() {
 	for _, u := range have {
 		if !in(u, want) {
 			f.Detail, f.Advice = "it also names the recipient "+u+
-				", which kmsfs.json does not", "kmsfs rewrap takes it out"
+				", which kmsfs.json does not name for its directory", "kmsfs rewrap takes it out"
 			k.found(f)
 		}
 	}

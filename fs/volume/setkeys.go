@@ -1,0 +1,165 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+	"kmsfs/keystore"
+)
+
+// Why a directory cannot have keys of its own.
+var (
+	ErrPlainNames = errors.New("directories of a volume with plain names have no IDs, by which keys are given to them")
+	ErrRootKeys   = errors.New("the keys of the whole volume are its recipients: kmsfs recipients changes them")
+	ErrSealsOnly  = errors.New("with these keys nobody here could read the files: one must be able to unwrap")
+)
+
+// SetKeys makes stores the recipients of new files below a directory; with none they are again those
+// of the directory above. The recipients of before stay trusted as long as files have no other.
+// [Recipients.Rewrap] gives the files that are there the new ones. It returns what the trust record
+// should say.
+func (r *Recipients) SetKeys(ctx context.Context, dir *Node, stores []keystore.Store) (*Record, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	v := r.v
+	switch {
+	case ctx.Err() != nil: // the caller went away while it waited
+		return nil, ctx.Err()
+	case v.o.ReadOnly:
+		return nil, unix.EROFS
+	case v.Suspended() != nil:
+		return nil, v.Suspended()
+	case !dir.IsDir():
+		return nil, unix.ENOTDIR
+	case v.plain:
+		return nil, ErrPlainNames
+	case dir == v.root:
+		return nil, ErrRootKeys
+	case len(stores) > 0 && !slices.ContainsFunc(stores, func(s keystore.Store) bool { return !keystore.OnlySeals(s) }):
+		return nil, ErrSealsOnly
+	}
+	// The ID is on the disk before kmsfs.json names it.
+	id, _, err := dir.dirIdent(true)
+	if err == nil {
+		err = dir.syncIDs()
+	}
+	if err != nil {
+		return nil, err
+	}
+	was := r.now.Load().cfg.Directories[id]
+	keys := blockcrypt.DirectoryKeys{Recipients: was.Recipients}
+	if !slices.EqualFunc(stores, was.Recipients,
+		func(s keystore.Store, x blockcrypt.Recipient) bool { return s.URI() == x.URI }) {
+		if keys.Recipients, err = proofs(ctx, stores, directoryBinding(v.cfg.Volume, id)); err != nil {
+			return nil, err
+		}
+	}
+	keys.Former = slices.DeleteFunc(slices.Concat(was.Recipients, was.Former),
+		func(x blockcrypt.Recipient) bool { return hasURI(keys.Recipients, x.URI) })
+	rec, err := r.setDirectory(id, keys, stores)
+	if err != nil || len(keys.Former) == 0 {
+		return rec, err
+	}
+	again, _, err := r.dropFormer(ctx)
+	if again != nil {
+		rec = again
+	}
+	return rec, err
+}
+
+func hasURI(rs []blockcrypt.Recipient, uri string) bool {
+	return slices.ContainsFunc(rs, func(x blockcrypt.Recipient) bool { return x.URI == uri })
+}
+
+// proofs makes a key that has no other use than to show whether these stores unwrap.
+func proofs(ctx context.Context, stores []keystore.Store, b keystore.Binding) ([]blockcrypt.Recipient, error) {
+	if len(stores) == 0 {
+		return nil, nil
+	}
+	k, err := keystore.New(ctx, stores, b)
+	if err != nil {
+		return nil, err
+	}
+	k.Wipe()
+	return k.Wrapped, nil
+}
+
+// setDirectory changes what kmsfs.json says of a directory. mu is held.
+func (r *Recipients) setDirectory(id blockcrypt.ID, keys blockcrypt.DirectoryKeys,
+	stores []keystore.Store) (*Record, error) {
+	now := r.now.Load()
+	next := *now.cfg
+	next.Directories = map[blockcrypt.ID]blockcrypt.DirectoryKeys{}
+	maps.Copy(next.Directories, now.cfg.Directories)
+	if next.Directories[id] = keys; len(keys.Recipients)+len(keys.Former) == 0 {
+		delete(next.Directories, id)
+	}
+	return r.replace(next, now.stores, stores)
+}
+
+// former reports whether a recipient is one that directories had before.
+func (l *listed) former(x blockcrypt.Recipient) bool {
+	for _, keys := range l.cfg.Directories {
+		if hasURI(keys.Former, x.URI) {
+			return true
+		}
+	}
+	return false
+}
+
+// dropFormer takes the former recipients of directories out of kmsfs.json, if no file needs one any
+// more; else needed says how many do. The record is nil if nothing was changed. mu is held.
+func (r *Recipients) dropFormer(ctx context.Context) (rec *Record, needed OnlyRecipientError, err error) {
+	now := r.now.Load()
+	next := *now.cfg
+	next.Directories = map[blockcrypt.ID]blockcrypt.DirectoryKeys{}
+	found := false
+	for id, keys := range now.cfg.Directories {
+		found = found || len(keys.Former) > 0
+		if keys.Former = nil; len(keys.Recipients) > 0 {
+			next.Directories[id] = keys
+		}
+	}
+	if !found {
+		return nil, needed, nil
+	}
+	// No file is given a recipient that goes, meanwhile.
+	r.stable.Lock()
+	defer r.stable.Unlock()
+	sets := []keySet{now.set(r.v.own)}
+	for _, d := range now.domains.byDir {
+		sets = append(sets, d.keySet)
+	}
+	err = r.allOpen(ctx, now.former, sets)
+	if only, ok := errors.AsType[*OnlyRecipientError](err); ok {
+		return nil, *only, nil
+	}
+	if err == nil {
+		err = r.v.syncAll() // the headers that were read need not be on the disk yet
+	}
+	if err != nil {
+		return nil, needed, fmt.Errorf("whether files need former keys: %w", err)
+	}
+	rec, err = r.replace(next, now.stores, nil)
+	return rec, needed, err
+}
+
+// Keys returns the URIs of the recipients that new files below a directory get, and whether they are
+// the directory's own.
+func (n *Node) Keys() (uris []string, own bool, err error) {
+	d, err := n.domain()
+	if err != nil {
+		return nil, false, err
+	}
+	for _, x := range n.v.recipients.now.Load().set(d).recipients {
+		uris = append(uris, x.URI)
+	}
+	id, ok, err := n.dirIdent(false)
+	return uris, ok && n.v.domains().byDir[id] != nil, err
+}
