@@ -303,6 +303,24 @@ func (v *vectors) configs(t *testing.T, vk *blockcrypt.VolumeKeys) {
 	with(`"encrypted"`, `"else"`, blockcrypt.Unsupported)
 	with("{", "", blockcrypt.BadConfig)
 	with("\n", "", blockcrypt.BadConfig)
+
+	proof := func(uri string) []blockcrypt.Recipient {
+		return []blockcrypt.Recipient{{URI: uri, Wrapped: bytes.Repeat([]byte{8}, 60)}}
+	}
+	c.Directories = map[blockcrypt.ID]blockcrypt.DirectoryKeys{
+		fixedID(0xb): {Recipients: proof("local:11112233445566778899aabbccddeeff"), Former: proof("local:22222233445566778899aabbccddeeff")},
+		fixedID(0xa): {Former: proof("local:33332233445566778899aabbccddeeff")}}
+	if b, err = c.Encode(vk); err != nil {
+		t.Fatal(err)
+	}
+	with("", "", "")
+	with("local:1111", "local:1112", blockcrypt.BadConfigMAC)
+	with("local:2222", "local:1111", blockcrypt.BadConfig) // twice
+	with(`"former":`, `"recipients":[],"former":`, blockcrypt.BadConfig)
+	with(fixedID(0xb).String(), v.VolumeID.String(), blockcrypt.BadConfig) // the root
+	with(fixedID(0xa).String(), "a", blockcrypt.BadConfig)
+	with(fixedID(0xa).String(), fixedID(0xb).String(), blockcrypt.BadConfig) // twice
+	with(`"encrypted"`, `"plain"`, blockcrypt.BadConfig)
 }
 
 const vectorFile = "testdata/vectors.json"

@@ -229,6 +229,31 @@ func (d *doctor) keysOf(ctx context.Context, dir string, l *volume.Found, rec *v
 			d.writes(ctx, k, l.Config)
 		}
 	}
+	d.directories(ctx, l.Config, rec)
+}
+
+// directories looks whether the keys of directories open their files.
+func (d *doctor) directories(ctx context.Context, c *blockcrypt.Config, rec *volume.Record) {
+	for _, id := range directoriesOf(c) {
+		b := keystore.Binding{Use: keystore.ForDirectory, Volume: c.Volume, ID: id}
+		for _, r := range c.Directories[id].Recipients {
+			s, err := d.open(ctx, r, rec)
+			if err == nil && keystore.OnlySeals(s) {
+				d.ok("directory keys", "%s is wrapped for, in %s", r.URI, id)
+				continue
+			}
+			var key []byte
+			if err == nil {
+				key, err = s.Unwrap(ctx, b, r)
+				clear(key)
+			}
+			if err != nil {
+				d.line("note", "directory keys", hintOf(err), "%v: the files of the directory %s cannot be used", err, id)
+			} else {
+				d.ok("directory keys", "%s opens the files of %s", r.URI, id)
+			}
+		}
+	}
 }
 
 // writes looks whether new files can be wrapped for a KMS key: the first one makes the data keys, or

@@ -91,22 +91,30 @@ func (f *policyFlags) run(role, dir string) error {
 
 // isFirst reports whether the key is the one that makes the keys of new files.
 func (f *policyFlags) isFirst(c *blockcrypt.Config) (bool, error) {
-	var keys []string
-	for _, r := range c.Recipients {
-		if arn, ok := strings.CutPrefix(r.URI, awskms.Scheme); ok {
-			keys = append(keys, arn)
+	in := func(rs []blockcrypt.Recipient) (keys []string) {
+		for _, r := range rs {
+			if arn, ok := strings.CutPrefix(r.URI, awskms.Scheme); ok {
+				keys = append(keys, arn)
+			}
 		}
+		return keys
 	}
+	keys := in(c.Recipients)
 	switch {
-	case len(keys) == 0:
+	case len(keys) == 0 && f.key == "":
 		return false, errors.New("the volume has no KMS key")
 	case f.key == "" && len(keys) > 1:
 		return false, usageError{fmt.Errorf("the volume has several KMS keys: name one with --key: %s", strings.Join(keys, ", ")), "kmsfs policy"}
 	case f.key == "":
 		return true, nil
 	}
-	i := slices.IndexFunc(keys,
-		func(k string) bool { return sameKey(awskms.Scheme+k, awskms.Scheme+f.key) })
+	named := func(k string) bool { return sameKey(awskms.Scheme+k, awskms.Scheme+f.key) }
+	i := slices.IndexFunc(keys, named)
+	for _, id := range directoriesOf(c) {
+		if j := slices.IndexFunc(in(c.Directories[id].Recipients), named); j >= 0 && (i < 0 || j < i) {
+			i = j
+		}
+	}
 	if i < 0 {
 		return false, fmt.Errorf("%s: %w", f.key, volume.ErrNotRecipient)
 	}
