@@ -134,6 +134,15 @@ func ParseHeader(b []byte) (*Header, error) {
 	return h, err
 }
 
+// WrittenBy returns the floor and the session of the state of a header's first page, of which nothing
+// is checked.
+func WrittenBy(page []byte) (floor, session uint64) {
+	return binary.BigEndian.Uint64(page[offState+8:]), binary.BigEndian.Uint64(page[offState+16:])
+}
+
+// RecipientsEnd returns where the recipients end, as a header's first page says, in bytes.
+func RecipientsEnd(page []byte) int { return offList + int(binary.BigEndian.Uint16(page[192:])) }
+
 func parseState(b []byte) (State, error) {
 	s := State{
 		Size:       int64(binary.BigEndian.Uint64(b)),

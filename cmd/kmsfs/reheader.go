@@ -7,6 +7,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
 )
 
@@ -41,7 +42,7 @@ Until all files are done, versions of kmsfs before this one refuse the volume.`,
 	f.addIdentities(c)
 	f.addUnverified(c)
 	c.Flags().IntVar(&f.size, "size", 0,
-		"of a header in `BYTES`, a multiple of 512 up to 4096; default: twice what they have")
+		"of a header in `BYTES`, a multiple of 512 up to 65024; default: twice what they have")
 	c.Flags().BoolVar(&f.asJSON, "json", false, "print the result as JSON")
 	c.Flags().Float64Var(&f.aws.RPS, "kms-rps", 2000,
 		"calls a second to KMS at most, if the volume is not mounted")
@@ -49,9 +50,9 @@ Until all files are done, versions of kmsfs before this one refuse the volume.`,
 }
 
 func (f *reheaderFlags) run(ctx context.Context, dir string) error {
-	if f.size != 0 && (f.size < 512 || f.size > volume.MostHeader || f.size%512 != 0) {
+	if f.size != 0 && (f.size < 512 || f.size > blockcrypt.MaxHeader || f.size%512 != 0) {
 		return usageError{fmt.Errorf("--size %d: want a multiple of 512 from 512 to %d", f.size,
-			volume.MostHeader), "kmsfs reheader"}
+			blockcrypt.MaxHeader), "kmsfs reheader"}
 	}
 	out := rekeyResult{Errors: []failedFile{}}
 	var line progressLine
@@ -102,11 +103,10 @@ func reheaderVolume(ctx context.Context, v *volume.Volume, q reheaderRequest, te
 	case q.Size != 0:
 	case former != 0:
 		q.Size = now // as it was begun
-	case now >= volume.MostHeader:
-		return fmt.Errorf("the headers have %d bytes, and more than %d cannot be given other recipients",
-			now, volume.MostHeader)
+	case now >= blockcrypt.MaxHeader:
+		return fmt.Errorf("the headers have %d bytes: there are no larger ones", now)
 	default:
-		q.Size = min(2*now, volume.MostHeader)
+		q.Size = min(2*now, blockcrypt.MaxHeader)
 	}
 	rec, err := rs.SetHeaderSize(q.Size)
 	if err != nil {

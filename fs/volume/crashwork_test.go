@@ -151,7 +151,7 @@ var workloads = map[string]func(c *crashRun, r *rand.Rand){
 			c.do("close", h.Release())
 		}
 		rs := c.v.Recipients()
-		for _, size := range []int{2048, 1536} {
+		for _, size := range []int{8192, 1536} {
 			_, err := rs.SetHeaderSize(size)
 			c.do("set the size", err)
 			h := c.open("new")
@@ -279,6 +279,7 @@ var workloads = map[string]func(c *crashRun, r *rand.Rand){
 	},
 	"recipients":          (*crashRun).recipients,
 	"keys of a directory": (*crashRun).directoryKeys,
+	"large headers":       (*crashRun).largeHeaders,
 	"settling and sessions": func(c *crashRun, r *rand.Rand) {
 		for range 3 {
 			h := c.open("f")
@@ -332,6 +333,49 @@ func (c *crashRun) recipients(r *rand.Rand) {
 	rewrap()
 	c.write("open", h, noise(100), 3050)
 	c.fsync("open", h)
+}
+
+// largeHeaders makes files whose recipients do not fit in one page.
+func (c *crashRun) largeHeaders(r *rand.Rand) {
+	for range 40 {
+		c.more = append(c.more, newStore(c.t)...)
+	}
+	rs := c.v.Recipients()
+	_, err := rs.SetHeaderSize(8192)
+	c.do("set the size", err)
+	_, rec, err := rs.Reheader(ctx, volume.RekeyOptions{})
+	if c.do("reheader", err); rec == nil {
+		c.t.Fatal("files are left")
+	}
+	c.mkdir("d")
+	if _, err = rs.SetKeys(ctx, c.must("d"), c.more); errors.Is(err, volume.ErrPlainNames) {
+		return
+	}
+	c.do("set the keys", err)
+	for i := range 3 {
+		name := fmt.Sprint("d/f", i)
+		h := c.open(name)
+		c.write(name, h, noise(1+r.IntN(9000)), 0)
+		if i == 1 {
+			c.v.Age()
+		}
+		c.write(name, h, noise(1+r.IntN(5000)), len(c.file(name).now()))
+		if i > 0 {
+			c.fsync(name, h)
+		}
+		c.do("close", h.Release())
+		if i == 2 {
+			h := c.open(name)
+			c.write(name, h, noise(1+r.IntN(5000)), 100)
+			c.do("close", h.Release())
+		}
+	}
+	_, err = rs.SetKeys(ctx, c.must("d"), c.more[1:])
+	c.do("set the keys", err)
+	done, err := rs.Rewrap(ctx, volume.RewrapOptions{})
+	if c.do("rewrap", err); done.Failed > 0 || done.Changed != 3 {
+		c.t.Fatalf("%+v", done)
+	}
 }
 
 // directoryKeys gives a directory a key of its own, then another one, and then the volume's again.

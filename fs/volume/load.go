@@ -236,7 +236,7 @@ func (c *content) readHeader(f *file, length int64) error {
 		n = sizes.Read()
 	}
 	hdr, b, err := layout.ReadHeader(&v.disk, f.FD, int(n))
-	if errors.Is(err, layout.ErrUnwritten) && v.repairs() && f.rw {
+	if v.unwritten(err) && v.repairs() && f.rw {
 		v.log.Warn("a file was never written before the power failed; it is empty now", "at", c.n.where())
 		if err := v.disk.Truncate(f.FD, 0); err != nil {
 			return err
@@ -255,6 +255,13 @@ func (c *content) readHeader(f *file, length int64) error {
 	f.domain.Store(v.domainOf(hdr))
 	f.Ahead.Store(&b)
 	return nil
+}
+
+// unwritten reports whether reading a header failed since a session that did not end well never wrote
+// it whole.
+func (v *Volume) unwritten(err error) bool {
+	u, ok := errors.AsType[layout.Unwritten](err)
+	return ok && (u.Session == 0 || v.sessions.wasBad(u.Session))
 }
 
 // takeState believes the state, or repairs the file. openMu is held.
@@ -358,7 +365,7 @@ func (c *content) needsRepair() (bool, error) {
 	}
 	c.v.disk.ForgetPages(fd, 0, 0) // as load does; a part of a file may be less than the kernel can forget
 	h, _, err := layout.ReadHeader(&c.v.disk, fd, c.v.sizes().Most())
-	if errors.Is(err, layout.ErrUnwritten) {
+	if c.v.unwritten(err) {
 		return true, nil
 	}
 	if blockcrypt.ClassOf(err) != "" {

@@ -548,3 +548,45 @@ func TestWriteWithOldKey(t *testing.T) {
 		t.Errorf("%q, %v", got, err)
 	}
 }
+
+// Files whose headers do not lie in one page are encrypted again for other recipients.
+func TestRewrapLargeHeaders(t *testing.T) {
+	w := newWorld(t, volume.Options{})
+	rs := w.v.Recipients()
+	_, err := rs.SetHeaderSize(8192)
+	w.do("set the size", err)
+	_, _, err = rs.Reheader(ctx, volume.RekeyOptions{})
+	w.do("reheader", err)
+	var all []keystore.Store
+	for range 45 {
+		all = append(all, newStore(t)...)
+	}
+	w.mkdir("d")
+	w.setKeys("d", all...)
+	w.write("d/f", noise(20000))
+	want, err := w.read("d/f")
+	w.do("read", err)
+	h, err := w.must("d/f").Header()
+	if err != nil || blockcrypt.RecipientsFit(h.Recipients) <= 4096 {
+		t.Fatalf("%+v, %v", h, err)
+	}
+	w.more = all
+	for step, keys := range [][]keystore.Store{all[1:], all, all[:2]} {
+		w.setKeys("d", keys...)
+		missing := step == 1
+		if done := w.rewrap(volume.RewrapOptions{Missing: missing}); done.Changed != 1 || done.FormerNeeded != 0 {
+			t.Errorf("step %d: %+v", step, done)
+		}
+		if done := w.rewrap(volume.RewrapOptions{Missing: missing}); done.Changed != 0 {
+			t.Errorf("step %d again: %+v", step, done)
+		}
+		w.under("d/f", keys...)
+		w.want("d/f", want)
+	}
+	from, to := all[0].URI(), all[1].URI()
+	var failed error
+	done, err := rs.Rewrap(ctx, volume.RewrapOptions{From: from, To: to, Failed: func(_ string, err error) { failed = err }})
+	if w.do("rewrap", err); done.Failed != 1 || !errors.Is(failed, volume.ErrLargeHeader) {
+		t.Errorf("%+v, %v", done, failed)
+	}
+}

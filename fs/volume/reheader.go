@@ -10,10 +10,6 @@ import (
 	"kmsfs/blockcrypt"
 )
 
-// MostHeader is up to which size in bytes headers can be given other recipients: those of a larger one
-// do not lie in one page.
-const MostHeader = blockcrypt.PageSize
-
 // ErrOtherSize says that files are being given headers of another size than the one that is asked for.
 var ErrOtherSize = errors.New("the files are being given headers of another size")
 
@@ -31,8 +27,8 @@ func (r *Recipients) SetHeaderSize(size int) (*Record, error) {
 	defer r.mu.Unlock()
 	next := *r.now.Load().cfg
 	switch {
-	case size > MostHeader:
-		return nil, fmt.Errorf("a header of %d bytes: %d are the most", size, MostHeader)
+	case size > blockcrypt.MaxHeader:
+		return nil, fmt.Errorf("a header of %d bytes: %d are the most", size, blockcrypt.MaxHeader)
 	case next.Header == size:
 		return record(&next, r.v.vk), nil
 	case size == next.Former: // back, where some files cannot be changed

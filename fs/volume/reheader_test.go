@@ -83,7 +83,7 @@ func TestReheader(t *testing.T) {
 			t.Errorf("%+v", fs)
 		}
 		w.open(volume.Options{})
-		for size, want := range map[int]string{8192: "4096 are the most", 512: "too small"} {
+		for size, want := range map[int]string{66048: "65024 are the most", 512: "too small"} {
 			if _, err := w.v.Recipients().SetHeaderSize(size); size == 512 && err == nil {
 				continue // one recipient fits
 			} else if err == nil || !strings.Contains(err.Error(), want) {

@@ -172,6 +172,10 @@ func (p *rewrapping) try(ctx context.Context, n *Node) (changed, again bool, err
 		return false, false, err
 	}
 	x := &rewrapped{p, hdr, d, p.listed.set(d)}
+	if hdr.Geometry.Header() > blockcrypt.PageSize {
+		changed, err := x.again(ctx, n)
+		return changed, false, err
+	}
 	rs, err := x.wanted(ctx)
 	if err != nil || slices.EqualFunc(rs, hdr.Recipients, sameRecipient) {
 		return false, false, err
@@ -222,6 +226,38 @@ func (p *rewrapped) staysOpen(ctx context.Context, rs []blockcrypt.Recipient) er
 
 func sameRecipient(a, b blockcrypt.Recipient) bool {
 	return a.URI == b.URI && string(a.Branch) == string(b.Branch) && string(a.Wrapped) == string(b.Wrapped)
+}
+
+// ErrLargeHeader says that one recipient alone cannot be replaced in a header.
+var ErrLargeHeader = errors.New("its header has more than 4096 bytes, and gets all recipients of the volume or of its directory: take the one out of them first that is to go")
+
+// again encrypts a file again, if it is not to have just the recipients that it has: two pages of a
+// header can be of two times after a power cut. It gets those of the list, and a new data key.
+func (p *rewrapped) again(ctx context.Context, n *Node) (changed bool, err error) {
+	in := func(ws []blockcrypt.Recipient, uri string) bool {
+		i := p.at(uri)
+		return slices.ContainsFunc(ws, func(x blockcrypt.Recipient) bool { return x.URI == uri || i >= 0 && p.at(x.URI) == i })
+	}
+	lacks := slices.ContainsFunc(p.keySet.recipients, func(x blockcrypt.Recipient) bool {
+		if in(p.hdr.Recipients, x.URI) {
+			return false
+		}
+		if keystore.StoreFor(p.stores, x.URI) == nil {
+			p.absent(x.URI)
+			return false
+		}
+		return true
+	})
+	strange := slices.ContainsFunc(p.hdr.Recipients, func(x blockcrypt.Recipient) bool { return p.at(x.URI) < 0 })
+	switch has := slices.ContainsFunc(p.hdr.Recipients, func(x blockcrypt.Recipient) bool { return p.o.Same(x.URI, p.o.From) }); {
+	case p.o.From != "" && (!has || p.at(p.o.To) < 0):
+		return false, nil
+	case p.o.From != "" && p.at(p.o.From) >= 0:
+		return false, ErrLargeHeader
+	case p.o.From == "" && !lacks && (p.o.Missing || !strange):
+		return false, nil
+	}
+	return rekey(ctx, n, false)
 }
 
 // wanted returns the recipients that a file is to have: never others than those that it has and those

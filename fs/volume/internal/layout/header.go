@@ -1,21 +1,42 @@
 package layout
 
 import (
-	"errors"
-
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume/internal/disk"
 )
 
-// ErrUnwritten says that a file begins with zeros, as far as its first page was read: the power
-// failed before that page was written, and nothing in the file was confirmed.
-var ErrUnwritten = errors.New("the file was never written before the power failed")
+// Unwritten is the damage of a file of whose header a page is zeros: the power failed before that page
+// was written, and nothing in the file was confirmed. A mount after the power failure repairs it.
+type Unwritten struct {
+	error
+	Session uint64 // that was writing it; 0 if that is not known, since it is the first page
+}
 
-// unwritten is the damage of such a file, which a mount after the power failure repairs.
-type unwritten struct{ error }
+// Unwrap returns the damage.
+func (u Unwritten) Unwrap() error { return u.error }
 
-func (u unwritten) Unwrap() error      { return u.error }
-func (unwritten) Is(target error) bool { return target == ErrUnwritten }
+// unwritten reports whether a part of the header's recipients beyond its first page was never written;
+// ended says that the file ends with b.
+func unwritten(b []byte, ended bool) (session uint64, ok bool) {
+	h, err := blockcrypt.HeaderSize(b)
+	if err != nil || h <= blockcrypt.PageSize || len(b) < blockcrypt.PageSize {
+		return 0, false
+	}
+	floor, session := blockcrypt.WrittenBy(b)
+	end := min(h, blockcrypt.RecipientsEnd(b))
+	if floor != 0 || end <= blockcrypt.PageSize {
+		return 0, false
+	}
+	if len(b) < end {
+		return session, ended
+	}
+	for at := blockcrypt.PageSize; at < end; at += blockcrypt.PageSize {
+		if blockcrypt.IsHole(b[at:min(at+blockcrypt.PageSize, end)]) {
+			return session, true
+		}
+	}
+	return 0, false
+}
 
 // ReadHeader reads the first n bytes of a file, and its header from them. It returns all that it
 // has read.
@@ -28,7 +49,9 @@ func ReadHeader(d *disk.Disk, fd, n int) (*blockcrypt.Header, []byte, error) {
 	b = b[:m]
 	hdr, err := blockcrypt.ParseHeader(b)
 	if err != nil && m > 0 && blockcrypt.IsHole(b[:min(m, blockcrypt.PageSize)]) {
-		err = unwritten{err}
+		err = Unwritten{err, 0}
+	} else if session, ok := unwritten(b, m < n); err != nil && ok {
+		err = Unwritten{err, session}
 	}
 	return hdr, b, err
 }
