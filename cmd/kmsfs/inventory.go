@@ -8,6 +8,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -90,6 +91,9 @@ type inventoriedKey struct {
 	Files int64  `json:"files"`
 	Bytes int64  `json:"bytes"`
 	Only  int64  `json:"only"` // files that have no other
+
+	// Oldest is the earliest time at which a file was changed last: its key was wrapped then or before.
+	Oldest time.Time `json:"oldest_change"`
 	*proof
 }
 
@@ -258,8 +262,11 @@ func (i *inventory) add(tree string, e volume.Inventoried, byURI map[string]*inv
 	for _, r := range e.Header.Recipients {
 		k := byURI[r.URI]
 		if k == nil {
-			k = &inventoriedKey{URI: r.URI}
+			k = &inventoriedKey{URI: r.URI, Oldest: e.Change}
 			byURI[r.URI] = k
+		}
+		if e.Change.Before(k.Oldest) {
+			k.Oldest = e.Change
 		}
 		k.Files++
 		k.Bytes += e.Length
@@ -277,7 +284,8 @@ func (f *inventoryFlags) show(out *inventory) error {
 	fmt.Printf("%d files, %d bytes of ciphertext; %d empty, %d unfinished, %d cannot be read\n",
 		out.Files, out.Bytes, out.Empty, out.Unfinished, out.Unread)
 	for _, k := range out.Keys {
-		fmt.Printf("%12d files  %16d bytes  %12d with no other key  %s\n", k.Files, k.Bytes, k.Only, k.URI)
+		fmt.Printf("%12d files  %16d bytes  %12d with no other key  unchanged since %s  %s\n", k.Files, k.Bytes, k.Only,
+			k.Oldest.Format(time.DateOnly), k.URI)
 		if p := k.proof; p != nil {
 			fmt.Printf("%12d proven %12d refused %12d unproven %12d not asked\n", p.Proven, p.Refused, p.Unproven, p.Unasked)
 		}

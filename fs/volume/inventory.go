@@ -6,6 +6,7 @@ import (
 	"path"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -18,6 +19,7 @@ import (
 type Inventoried struct {
 	Path   string             // below the root
 	Length int64              // of the ciphertext
+	Change time.Time          // of the inode, the last one: its keys were wrapped then or before
 	Header *blockcrypt.Header // nil: an empty file, or one whose header cannot be read
 	Err    error              // why it cannot
 }
@@ -140,6 +142,7 @@ func inventoried(d *disk.Disk, dir int, name string) (x Inventoried, there bool)
 	if x.Err = d.Fstat(fd, &st); x.Err != nil {
 		return x, true
 	}
+	x.Change = time.Unix(st.Ctim.Unix())
 	if x.Length = st.Size; st.Size > 0 {
 		n := blockcrypt.PageSize // most headers are shorter
 		hdr, b, err := layout.ReadHeader(d, fd, n)
