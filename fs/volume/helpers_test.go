@@ -112,7 +112,7 @@ func (w *world) unlockWith(rec *volume.Record) (*volume.Unlocked, error) {
 	if err != nil {
 		return nil, err
 	}
-	u, err := l.Unlock(ctx, []keystore.Store{w.store}, volume.UnlockOptions{Record: rec})
+	u, err := l.Unlock(ctx, append([]keystore.Store{w.store}, w.more...), volume.UnlockOptions{Record: rec})
 	if err != nil {
 		l.Close()
 	}

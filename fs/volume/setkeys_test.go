@@ -2,7 +2,7 @@ package volume_test
 
 import (
 	"errors"
-	"os"
+	"fmt"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -354,29 +354,6 @@ func TestDirectoryKeysSuspend(t *testing.T) {
 	w.under("a/f", a)
 }
 
-// A key that somebody plants for a directory is never used.
-func TestPlantedDirectoryKey(t *testing.T) {
-	w, _, b := tenants(t)
-	w.close()
-	l, err := volume.Find(w.dir)
-	w.do("find", err)
-	cfg := *l.Config
-	l.Close()
-	for id, keys := range cfg.Directories {
-		keys.Recipients = []blockcrypt.Recipient{{URI: b.URI(), Wrapped: keys.Recipients[0].Wrapped}}
-		cfg.Directories[id] = keys
-	}
-	vk, err := blockcrypt.NewVolumeKeys(make([]byte, 32), cfg.Volume)
-	w.do("keys", err)
-	text, err := cfg.Encode(vk)
-	w.do("encode", err)
-	w.do("plant", os.WriteFile(filepath.Join(w.dir, blockcrypt.ConfigName), text, 0o644))
-	_, err = w.unlock()
-	if blockcrypt.ClassOf(err) != blockcrypt.BadConfigMAC {
-		t.Errorf("%v", err)
-	}
-}
-
 // The directory's ID is on the disk before kmsfs.json names it.
 func TestDirectoryIDIsDurableFirst(t *testing.T) {
 	var mu sync.Mutex
@@ -400,4 +377,52 @@ func TestDirectoryIDIsDurableFirst(t *testing.T) {
 	if before != 2 { // the directory, and the new kmsfs.json
 		t.Errorf("%d syncs before kmsfs.json is replaced", before)
 	}
+}
+
+// plantedDirectoryKeys are in a kmsfs.json that somebody made who does not have the volume key.
+func (m *tamperer) plantedDirectoryKeys() {
+	v := m.victim()
+	own, theirs := newStore(v.t)[0], newStore(v.t)[0]
+	v.more = []keystore.Store{own, theirs}
+	v.setKeys("d", own)
+	v.seal()
+	for what, uris := range map[string][2]string{"in the place of its own": {theirs.URI(), ""}, "as a former one": {own.URI(), theirs.URI()}} {
+		l, err := volume.Find(v.dir)
+		v.do("find", err)
+		cfg := *l.Config
+		l.Close()
+		for id := range cfg.Directories {
+			keys := blockcrypt.DirectoryKeys{Recipients: []blockcrypt.Recipient{{URI: uris[0]}}}
+			if uris[1] != "" {
+				keys.Former = []blockcrypt.Recipient{{URI: uris[1]}}
+			}
+			cfg.Directories[id] = keys
+		}
+		vk, err := blockcrypt.NewVolumeKeys(make([]byte, 32), cfg.Volume)
+		v.do("other keys", err)
+		text, err := cfg.Encode(vk)
+		v.do("encode", err)
+		m.on(v, filepath.Join(v.dir, blockcrypt.ConfigName), what, func([]byte) []byte { return text })
+	}
+}
+
+// exchangedDirectories have their ciphertext directories renamed: a new file is never under a key that
+// kmsfs.json does not name.
+func (m *tamperer) exchangedDirectories() {
+	v := m.victim()
+	a, b := newStore(v.t)[0], newStore(v.t)[0]
+	v.more = []keystore.Store{a, b}
+	v.setKeys("d", a)
+	v.setKeys("e", b)
+	d, e := v.path("d"), v.path("e")
+	v.seal()
+	v.do("exchange", unix.Renameat2(unix.AT_FDCWD, d, unix.AT_FDCWD, e, unix.RENAME_EXCHANGE))
+	m.one("by their names", v.with(func() string {
+		v.world.write("d/new", []byte("new"))
+		h, err := v.must("d/new").Header()
+		if err != nil || len(h.Recipients) != 1 || h.Recipients[0].URI != b.URI() {
+			return fmt.Sprint(h, err)
+		}
+		return "new files get the other one's keys; not noticed"
+	}))
 }
