@@ -77,6 +77,9 @@ func TestCalls(t *testing.T) {
 
 	w.do("rename", w.v.Rename(d, "a", d, "b", 0))
 	want("rename", "renameat2")
+	_, _, _, err = w.v.Lookup(ctx, d, "a")
+	wantErr(t, "lookup", err, unix.ENOENT)
+	want("lookup of a name that was just taken away", "")
 	w.do("rename", w.v.Rename(d, "b", e, "a", 0))
 	want("rename to another directory", "renameat2")
 	n, st, _, err := w.v.Lookup(ctx, e, "a")

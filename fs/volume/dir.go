@@ -50,6 +50,9 @@ func (ns *namespace) find(dir *Node, cname func() (string, error)) (n *Node, st 
 
 // lookup finds an entry by its ciphertext name; the directory's entries are held.
 func (ns *namespace) lookup(dir *Node, cname string) (n *Node, st Attr, err error) {
+	if dir.absent.is(cname) {
+		return nil, st, unix.ENOENT
+	}
 	fd, err := dir.enter()
 	if err != nil {
 		return nil, st, err
@@ -118,6 +121,7 @@ func (ns *namespace) make(dir *Node, name string, c Caller, mode uint32,
 	}
 	defer dir.leave()
 	mode = dir.masked(fd, mode, c)
+	dir.absent.comes(e.cname)
 	made, err := f(fd, e.cname, mode)
 	if err != nil {
 		e.undo(&ns.v.disk, fd)
@@ -346,6 +350,7 @@ func (ns *namespace) remove(dir *Node, name string, f func(fd int, cname string)
 			ns.v.nodes.stays(x)
 			return nil, err
 		}
+		dir.absent.gone(e.cname)
 		e.dropName(&ns.v.disk, fd)
 		return ns.v.nodes.leaves(x), nil
 	}()
@@ -451,6 +456,7 @@ func (ns *namespace) renameLocked(from *Node, oldName string, to *Node, newName 
 	case !exchange && m != n:
 		x = ns.v.nodes.part(b, nfd)
 	}
+	to.absent.comes(now.cname)
 	err = ns.v.disk.Rename(ofd, old.cname, nfd, now.cname, flags)
 	if flags&(unix.RENAME_NOREPLACE|unix.RENAME_EXCHANGE) == 0 &&
 		(errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EEXIST)) {
@@ -478,6 +484,7 @@ func (ns *namespace) renameLocked(from *Node, oldName string, to *Node, newName 
 	gone = ns.v.nodes.leaves(x)
 	ns.v.nodes.moved(n, a, b)
 	if flags&unix.RENAME_WHITEOUT == 0 {
+		from.absent.gone(old.cname)
 		old.dropName(&ns.v.disk, ofd)
 	}
 	return gone, nil

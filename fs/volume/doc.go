@@ -75,6 +75,7 @@
 //	dirFDs.mu           no                      every request, for a moment
 //	sessions.mu,        no; no other lock is
 //	doubts.mu,          taken under them
+//	absent.mu,
 //	reports.mu,
 //	file.shownMu
 //

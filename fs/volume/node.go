@@ -54,6 +54,7 @@ type directory struct {
 	// removed or renamed: it keeps the links of the entries true. See
 	// [Volume.lockDirs].
 	entries sync.RWMutex
+	absent  absent
 
 	// Guarded by dirFDs.mu.
 	dirFD   int // O_PATH, -1 while closed
