@@ -5,6 +5,7 @@ import (
 	"crypto/hmac"
 	"encoding/hex"
 	"encoding/json"
+	"maps"
 	"slices"
 )
 
@@ -85,6 +86,11 @@ func ParseConfig(b []byte) (*Config, error) {
 	return c, c.check()
 }
 
+// DirectoryIDs returns the directories that have keys of their own, in a fixed order.
+func (c *Config) DirectoryIDs() []ID {
+	return slices.SortedFunc(maps.Keys(c.Directories), func(a, b ID) int { return bytes.Compare(a[:], b[:]) })
+}
+
 func (c *Config) check() error {
 	if _, err := NewGeometry(c.Header); err != nil {
 		return damaged(BadConfig, "%d is no header size", c.Header)
@@ -154,6 +160,11 @@ func (c *Config) Encode(vk *VolumeKeys) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	c.line, c.mac = line, vk.mac(vk.json, line)
-	return append(append(bytes.Clone(line), '\n'), hex.EncodeToString(c.mac)+"\n"...), nil
+	mac := vk.mac(vk.json, line)
+	b := append(append(bytes.Clone(line), '\n'), hex.EncodeToString(mac)+"\n"...)
+	if len(b) > maxConfig {
+		return nil, damaged(BadConfig, "more than %d bytes, of so many keys of directories", maxConfig)
+	}
+	c.line, c.mac = line, mac
+	return b, nil
 }

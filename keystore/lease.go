@@ -187,6 +187,10 @@ func (l *lease) watch() {
 		case <-l.wake:
 		}
 		l.r.mu.Lock()
+		if l.r.dropped {
+			l.r.mu.Unlock()
+			return
+		}
 		for _, s := range l.stores {
 			if l.due(s) {
 				s.probing = true
@@ -201,7 +205,7 @@ func (l *lease) watch() {
 
 // due reports whether a store is to be probed. mu is held.
 func (l *lease) due(s *standing) bool {
-	if s.immediate || s.probing || l.suspended != nil || len(s.samples) == 0 {
+	if s.immediate || s.probing || l.suspended != nil || len(s.samples) == 0 || l.r.o.Lazy && !l.r.used {
 		return false
 	}
 	return s.health.due(l.r.o.now(), l.r.o.MaxAge, rand.N[time.Duration])
@@ -441,6 +445,7 @@ func (w watched) call(ctx context.Context, op string, f func(context.Context) an
 	}
 	c, calls := make(chan answer), w.s.calls
 	r.flying++
+	r.used = true
 	r.wg.Go(func() {
 		defer func() {
 			r.mu.Lock()

@@ -38,20 +38,25 @@ type Ring struct {
 	calls  map[[32]byte]*call
 	flying int // calls to services that have not ended
 	counts Counts
+
+	dropped bool // by Drop
+	used    bool // a key was asked for
 }
 
 // RingOptions of [NewRing]; the zero value makes no keys ahead.
 type RingOptions struct {
-	Pool     int                         // data keys that are held ready in the long run, once a program has made a file; 0: none are made ahead
-	MaxAge   time.Duration               // how long a proof that a key may be used is good for; 5 min if zero
-	Grace    time.Duration               // how long cached keys are used while a service cannot be reached; 1 h if zero, not at all if negative
-	EachKey  bool                        // a key is used for MaxAge only, whatever was proven of others
-	Branches time.Duration               // how long a branch key is used for new files; 0: each file costs a call
-	Sample   Sample                      // what a probe unwraps before there are files
-	Keys     int                         // how many unwrapped keys are kept in memory; 16,384 if zero
-	Report   func(error)                 // told of what failed in the background
-	Changed  func(verdict error)         // told when no key can be used any more, and with nil when one can again
-	Reach    func(uri string, err error) // told when a store cannot be reached any more, and with nil when it can again
+	Pool      int                         // data keys that are held ready in the long run, once a program has made a file; 0: none are made ahead
+	MaxAge    time.Duration               // how long a proof that a key may be used is good for; 5 min if zero
+	Grace     time.Duration               // how long cached keys are used while a service cannot be reached; 1 h if zero, not at all if negative
+	EachKey   bool                        // a key is used for MaxAge only, whatever was proven of others
+	Branches  time.Duration               // how long a branch key is used for new files; 0: each file costs a call
+	Sample    Sample                      // what a probe unwraps before there are files
+	Keys      int                         // how many unwrapped keys are kept in memory; 16,384 if zero
+	Lazy      bool                        // nothing is probed before a key was used
+	Suspended *Error                      // the ring begins suspended, as by Suspend
+	Report    func(error)                 // told of what failed in the background
+	Changed   func(verdict error)         // told when no key can be used any more, and with nil when one can again
+	Reach     func(uri string, err error) // told when a store cannot be reached any more, and with nil when it can again
 
 	now func() time.Duration // the clock: CLOCK_BOOTTIME but in tests
 }
@@ -109,6 +114,9 @@ func NewRing(volume [16]byte, stores []Store, o RingOptions) *Ring {
 	if o.Keys == 0 {
 		o.Keys = maxCached
 	}
+	if o.Suspended != nil {
+		r.suspended, r.told, r.toldSuspended = o.Suspended, o.Suspended, true
+	}
 	r.slab = newSlab(o.Keys + min(o.Keys, 2*MaxPool+poolCalls))
 	r.cache = newCache(r.slab, o.Keys)
 	r.SetStores(stores, o.Sample)
@@ -152,6 +160,16 @@ func (r *Ring) SetStores(stores []Store, sample Sample) {
 		r.watching.Do(func() { r.wg.Go(r.watch) })
 	}
 	r.waits.Store(waits)
+}
+
+// Drop ends the use of the ring but for keys that were handed out: it trusts nobody any more, and
+// wipes what it holds. Close follows at the end.
+func (r *Ring) Drop() {
+	r.SetStores(nil, Sample{})
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.dropped = true
+	r.wipe()
 }
 
 // Retire makes the ring wrap no new key for a store. The store still unwraps, if it can.
@@ -467,7 +485,7 @@ func (r *Ring) unusable(s *standing) error {
 
 // insert puts a key into the cache; mu is held.
 func (r *Ring) insert(id [32]byte, key []byte, ahead bool) {
-	if r.ctx.Err() == nil && r.suspended == nil {
+	if r.ctx.Err() == nil && r.suspended == nil && !r.dropped {
 		r.cache.put(id, key, r.o.now(), ahead)
 	}
 }

@@ -234,7 +234,7 @@ func (d *doctor) keysOf(ctx context.Context, dir string, l *volume.Found, rec *v
 
 // directories looks whether the keys of directories open their files.
 func (d *doctor) directories(ctx context.Context, c *blockcrypt.Config, rec *volume.Record) {
-	for _, id := range directoriesOf(c) {
+	for _, id := range c.DirectoryIDs() {
 		b := keystore.Binding{Use: keystore.ForDirectory, Volume: c.Volume, ID: id}
 		for _, r := range c.Directories[id].Recipients {
 			s, err := d.open(ctx, r, rec)

@@ -117,7 +117,7 @@ func infoVolume(dir string, asJSON bool) error {
 	v := volumeInfo{"volume", c.Format, c.Volume, c.Generation, c.Header, c.Former, c.Names,
 		awskms.Context(keystore.Binding{Use: keystore.ForVolume, Volume: c.Volume}),
 		recipientsInfo(c.Recipients), []directoryInfo{}}
-	for _, id := range directoriesOf(c) {
+	for _, id := range c.DirectoryIDs() {
 		keys := c.Directories[id]
 		v.Directories = append(v.Directories, directoryInfo{id, recipientsInfo(keys.Recipients), recipientsInfo(keys.Former)})
 	}

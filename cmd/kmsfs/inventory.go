@@ -227,7 +227,7 @@ func (i *inventory) addVolume(tree string) error {
 	for _, r := range l.Config.Recipients {
 		v.Recipients = append(v.Recipients, r.URI)
 	}
-	for _, id := range directoriesOf(l.Config) {
+	for _, id := range l.Config.DirectoryIDs() {
 		for _, r := range l.Config.Directories[id].Recipients {
 			v.Directories = append(v.Directories, r.URI)
 		}

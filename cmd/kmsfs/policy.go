@@ -110,7 +110,7 @@ func (f *policyFlags) isFirst(c *blockcrypt.Config) (bool, error) {
 	}
 	named := func(k string) bool { return sameKey(awskms.Scheme+k, awskms.Scheme+f.key) }
 	i := slices.IndexFunc(keys, named)
-	for _, id := range directoriesOf(c) {
+	for _, id := range c.DirectoryIDs() {
 		if j := slices.IndexFunc(in(c.Directories[id].Recipients), named); j >= 0 && (i < 0 || j < i) {
 			i = j
 		}

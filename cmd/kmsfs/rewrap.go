@@ -151,6 +151,8 @@ func (f *rewrapFlags) verdict(ctx context.Context, err error, out *rewrapResult,
 		return hint(fmt.Errorf("some files lack %s, whose key is not at hand",
 			strings.Join(out.Absent, ", ")),
 			"name all keys with --key, or give --passphrase-file; of a mounted volume, those are taken with which it was mounted")
+	case out.FormerKept != "":
+		return hint(fmt.Errorf("keys that directories had before stay trusted: %s", out.FormerKept), "call the command again later")
 	case out.FormerNeeded > 0 && f.from == "" && !f.missing:
 		return hint(fmt.Errorf("%d files still need a key that their directory had before", out.FormerNeeded),
 			"call the command again")

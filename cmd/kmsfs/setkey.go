@@ -1,13 +1,10 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"net/http"
-	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -186,11 +183,6 @@ func (d *mountDaemon) setKeys(ctx context.Context, q setKeyRequest, tell func(ne
 	return rec, err
 }
 
-// directoriesOf returns the directories of a volume that have keys of their own, in order.
-func directoriesOf(c *blockcrypt.Config) []blockcrypt.ID {
-	return slices.SortedFunc(maps.Keys(c.Directories), func(a, b blockcrypt.ID) int { return bytes.Compare(a[:], b[:]) })
-}
-
 // recipientsOfAll returns the recipients of a volume and of its directories, each once.
 func recipientsOfAll(c *blockcrypt.Config) []blockcrypt.Recipient {
 	var out []blockcrypt.Recipient
@@ -204,7 +196,7 @@ func recipientsOfAll(c *blockcrypt.Config) []blockcrypt.Recipient {
 		}
 	}
 	add(c.Recipients)
-	for _, id := range directoriesOf(c) {
+	for _, id := range c.DirectoryIDs() {
 		add(c.Directories[id].Recipients)
 		add(c.Directories[id].Former)
 	}

@@ -309,6 +309,9 @@ func (l *Found) directoryStores(ctx context.Context, trusted []keystore.Store, o
 			if s != nil && err == nil {
 				out = append(out, s)
 			} else {
+				if err == nil {
+					err = errors.New("nobody named it")
+				}
 				absent = append(absent, fmt.Errorf("a directory's key %s is not at hand: %w", r.URI, err))
 			}
 		}

@@ -122,8 +122,10 @@ func (ns *namespace) Tmpfile(ctx context.Context, dir *Node, mode uint32, c Call
 	ns.v.nodes.mu.Lock()
 	n := ns.v.nodes.add(&st)
 	n.lookups, n.gone, n.last = 1, true, last
-	n.unnamed.Store(key.domain)
 	ns.v.nodes.mu.Unlock()
+	if ids, err := dir.chain(); err == nil {
+		n.dirs.Store(&ids)
+	}
 	h := n.adopt(fd, &st, key, write)
 	n.fill(&st, -1, "")
 	return n, st, h, nil
@@ -163,6 +165,7 @@ func (c *content) adopt(fd int, st *Attr, key *freshKey, write bool) *Handle {
 	c.openMu.Lock()
 	defer c.openMu.Unlock()
 	c.sound = true
+	c.target() // for when it has no name any more
 	f := c.file.Load()
 	if f == nil {
 		f = c.newFile(fd, true, st)

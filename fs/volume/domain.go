@@ -25,7 +25,10 @@ type domain struct {
 
 	// Of directories only; the volume's own list stands in [listed].
 	keySet
-	absent error // no new file can be made: why a recipient's key is not at hand
+	absent error           // no new file can be made: why a recipient's key is not at hand
+	sample keystore.Sample // what its probes unwrap
+
+	retired bool // only of former recipients: no key is made; guarded by Recipients.mu
 }
 
 // keySet is a list of recipients, with the stores of those whose keys are at hand.
@@ -65,19 +68,26 @@ func urisOf(rs []blockcrypt.Recipient) string {
 
 // domains are the lists of recipients of a volume. They are replaced, and never changed.
 type domains struct {
-	byDir map[blockcrypt.ID]*domain // of new files below a directory
-	all   []*domain                 // the volume's own is the first
+	byDir   map[blockcrypt.ID]*domain // of new files below a directory
+	all     []*domain                 // in a fixed order, the volume's own first
+	dropped []*domain                 // that are of no list any more; they are closed with the volume
 }
 
-// directoryKeys is how many unwrapped keys are kept in memory for the files of a directory's domain.
-const directoryKeys = 1024
+const (
+	// directoryKeys is how many unwrapped keys are kept in memory for the files of a directory's domain.
+	directoryKeys = 1024
+	// MaxLists is how many different lists of recipients directories can have, with the former recipients.
+	MaxLists = 1000
+)
 
 // newDomains returns the lists that kmsfs.json names. What was known of a list that was there before
-// is kept. stores are those of the recipients of directories whose keys are at hand.
+// is kept, unless a key is at hand now that was not. stores are those of the recipients of directories.
 func (v *Volume) newDomains(cfg *blockcrypt.Config, before *domains, stores []keystore.Store) *domains {
 	out := &domains{byDir: map[blockcrypt.ID]*domain{}, all: []*domain{v.own}}
+	var had []*domain
 	if before != nil {
-		for _, d := range before.all {
+		had, out.dropped = before.all[1:], before.dropped
+		for _, d := range had {
 			stores = append(slices.Clone(stores), d.stores...)
 		}
 	}
@@ -85,14 +95,6 @@ func (v *Volume) newDomains(cfg *blockcrypt.Config, before *domains, stores []ke
 		same := func(d *domain) bool { return d != v.own && urisOf(d.recipients) == urisOf(rs) }
 		if i := slices.IndexFunc(out.all, same); i >= 0 {
 			return out.all[i]
-		}
-		i := -1
-		if before != nil {
-			i = slices.IndexFunc(before.all, same)
-		}
-		if i >= 0 {
-			out.all = append(out.all, before.all[i])
-			return before.all[i]
 		}
 		d := &domain{v: v, keySet: keySet{recipients: rs}}
 		for _, r := range rs {
@@ -103,20 +105,46 @@ func (v *Volume) newDomains(cfg *blockcrypt.Config, before *domains, stores []ke
 					Err: errors.New("the key of the directory is not at hand")}
 			}
 		}
-		d.ring = v.newRing(d, d.stores, keystore.RingOptions{Keys: directoryKeys,
-			Sample: keystore.Sample{Binding: directoryBinding(cfg.Volume, id), Wrapped: rs}})
+		if i := slices.IndexFunc(had, same); i >= 0 && len(had[i].stores) == len(d.stores) {
+			d = had[i]
+		} else {
+			o := keystore.RingOptions{Keys: directoryKeys, Lazy: true,
+				Sample: keystore.Sample{Binding: directoryBinding(cfg.Volume, id), Wrapped: rs}}
+			if v.Suspended() != nil {
+				o.Suspended = errSuspended
+				d.refusal.Store(&refusal{errSuspended, true})
+			}
+			d.sample = o.Sample
+			d.ring = v.newRing(d, d.stores, o)
+		}
 		out.all = append(out.all, d)
 		return d
 	}
-	for id, keys := range cfg.Directories {
+	for _, id := range cfg.DirectoryIDs() {
+		keys := cfg.Directories[id]
 		if len(keys.Recipients) > 0 {
 			out.byDir[id] = of(id, keys.Recipients)
 		}
-		if len(keys.Former) > 0 {
-			of(id, keys.Former)
+		for _, r := range keys.Former { // each by itself: one that is revoked darkens its own files
+			of(id, []blockcrypt.Recipient{r})
+		}
+	}
+	for _, d := range had {
+		if !slices.Contains(out.all, d) {
+			out.dropped = append(slices.Clone(out.dropped), d)
 		}
 	}
 	return out
+}
+
+// active reports whether new files belong to a domain.
+func (ds *domains) active(d *domain) bool {
+	for _, x := range ds.byDir {
+		if x == d {
+			return true
+		}
+	}
+	return d == d.v.own
 }
 
 // directoryBinding is that of the key which shows that a directory's recipients unwrap.
@@ -140,39 +168,45 @@ func (v *Volume) newRing(d *domain, stores []keystore.Store, o keystore.RingOpti
 // domains returns the lists as they are now.
 func (v *Volume) domains() *domains { return v.recipients.now.Load().domains }
 
-// domainOf returns the domain of a file with this header.
+// domainOf returns the domain of a file with this header: of those that open it the one that has most
+// of its recipients, and of these the one with the shortest list.
 func (v *Volume) domainOf(h *blockcrypt.Header) *domain {
 	all := v.domains().all
 	if len(all) == 1 {
 		return v.own
 	}
+	now := v.recipients.now.Load()
+	best, most := v.own, 0
 	for _, d := range all {
-		if d.ring.Opens(h.Recipients) {
-			return d
+		k, has := now.set(d), 0
+		for _, x := range h.Recipients {
+			if k.at(x.URI) >= 0 {
+				has++
+			}
+		}
+		if has == 0 {
+			continue
+		}
+		score := has*2*blockcrypt.MaxHeader - len(k.recipients)
+		if k.opens(h.Recipients) {
+			score += blockcrypt.MaxHeader * blockcrypt.MaxHeader
+		}
+		if score > most {
+			best, most = d, score
 		}
 	}
-	for _, d := range all { // whose key is not at hand
-		if d != v.own && slices.ContainsFunc(h.Recipients, func(x blockcrypt.Recipient) bool { return d.at(x.URI) >= 0 }) {
-			return d
-		}
-	}
-	return v.own
+	return best
 }
 
-// domain returns the domain of new files in a directory.
-func (n *Node) domain() (*domain, error) {
-	v := n.v
-	byDir := v.domains().byDir
-	if len(byDir) == 0 {
-		return v.own, nil
-	}
-	for n != v.root {
+// chain returns the IDs of a directory and of those above it, without the root's.
+func (n *Node) chain() (ids []blockcrypt.ID, err error) {
+	for n != n.v.root {
 		id, ok, err := n.dirIdent(false)
 		if err != nil {
 			return nil, err
 		}
-		if d := byDir[id]; ok && d != nil {
-			return d, nil
+		if ok {
+			ids = append(ids, id)
 		}
 		at, ok := n.place()
 		if !ok {
@@ -180,20 +214,45 @@ func (n *Node) domain() (*domain, error) {
 		}
 		n = at.dir
 	}
-	return v.own, nil
+	return ids, nil
 }
 
-// target returns the domain that new content of the file belongs to: that of its directory.
+// below returns the domain of new files below these directories, of which the first is the nearest.
+func (ds *domains) below(own *domain, ids []blockcrypt.ID) *domain {
+	for _, id := range ids {
+		if d := ds.byDir[id]; d != nil {
+			return d
+		}
+	}
+	return own
+}
+
+// domain returns the domain of new files in a directory.
+func (n *Node) domain() (*domain, error) {
+	ds := n.v.domains()
+	if len(ds.byDir) == 0 {
+		return n.v.own, nil
+	}
+	ids, err := n.chain()
+	if err != nil {
+		return nil, err
+	}
+	return ds.below(n.v.own, ids), nil
+}
+
+// target returns the domain that new content of the file belongs to: that of its directory, or, if it
+// has no name, of the one in which it was.
 func (c *content) target() (*domain, error) {
-	if at, ok := c.n.place(); ok {
-		return at.dir.domain()
+	ds := c.v.domains()
+	if at, ok := c.n.place(); ok && len(ds.byDir) > 0 {
+		ids, err := at.dir.chain()
+		if err != nil {
+			return nil, err
+		}
+		c.dirs.Store(&ids)
 	}
-	d := c.unnamed.Load()
-	if f := c.file.Load(); d == nil && f != nil { // it was removed
-		d = f.domain.Load()
-	}
-	if d != nil && slices.Contains(c.v.domains().all, d) {
-		return d, nil
+	if ids := c.dirs.Load(); ids != nil {
+		return ds.below(c.v.own, *ids), nil
 	}
 	return c.v.own, nil
 }
@@ -260,7 +319,19 @@ func (k *freshKey) putBack() { k.domain.ring.PutBack(k.DataKey) }
 // now.
 func (k *freshKey) current(f *file) bool {
 	d, err := f.n.target()
-	return (err != nil || d == k.domain) && k.domain.ring.Current(k.DataKey)
+	return err == nil && d == k.domain && k.domain.ring.Current(k.DataKey)
+}
+
+// regroup gives the file its domain, by the present lists; moved says that it had another one. f.mu is
+// held.
+func (f *file) regroup() (moved bool) {
+	d := f.domain.Load()
+	if f.Header != nil {
+		d = f.v.domainOf(f.Header)
+	} else if t, err := f.n.target(); err == nil {
+		d = t
+	}
+	return f.domain.Swap(d) != d
 }
 
 // newKey returns a data key for a new file of a domain, and tells if it waits for a key service.
@@ -280,21 +351,28 @@ func (d *domain) newKey(ctx context.Context) (*freshKey, error) {
 }
 
 // newKeyIn is [domain.newKey] for a new file in a directory.
-func (n *Node) newKeyIn(ctx context.Context) (*freshKey, error) {
-	d, err := n.domain()
-	if err != nil {
-		return nil, err
-	}
-	return d.newKey(ctx)
-}
+func (n *Node) newKeyIn(ctx context.Context) (*freshKey, error) { return n.v.newKeyOf(ctx, n.domain) }
 
 // newKey is [domain.newKey] for new content of the file.
-func (c *content) newKey(ctx context.Context) (*freshKey, error) {
-	d, err := c.target()
-	if err != nil {
-		return nil, err
+func (c *content) newKey(ctx context.Context) (*freshKey, error) { return c.v.newKeyOf(ctx, c.target) }
+
+// newKeyOf is [domain.newKey] of the domain that which returns: again if that is another one when the
+// key comes, or when none comes.
+func (v *Volume) newKeyOf(ctx context.Context, which func() (*domain, error)) (*freshKey, error) {
+	for {
+		d, err := which()
+		if err != nil {
+			return nil, err
+		}
+		k, err := d.newKey(ctx)
+		now, werr := which()
+		if werr != nil || now == d {
+			return k, err
+		}
+		if k != nil {
+			k.putBack()
+		}
 	}
-	return d.newKey(ctx)
 }
 
 // takes makes a key that of the new content of a file, or takes it back, if that is nil. f.mu is held.

@@ -31,6 +31,7 @@ type world struct {
 	dir   string
 	store keystore.Store
 	more  []keystore.Store // that are trusted too
+	ro    bool             // it was opened read-only last
 	v     *volume.Volume
 	log   *logBuffer
 	quiet bool // a warning in the log is no failure
@@ -95,7 +96,7 @@ func (w *world) unlock() (*volume.Unlocked, error) {
 	if err != nil {
 		return nil, err
 	}
-	return l.Unlock(ctx, append([]keystore.Store{w.store}, w.more...), volume.UnlockOptions{More: w.sealer})
+	return l.Unlock(ctx, append([]keystore.Store{w.store}, w.more...), volume.UnlockOptions{More: w.sealer, ReadOnly: w.ro})
 }
 
 // sealer opens a recipient that only wraps.
@@ -121,6 +122,7 @@ func (w *world) unlockWith(rec *volume.Record) (*volume.Unlocked, error) {
 
 func (w *world) open(o volume.Options) {
 	w.t.Helper()
+	w.ro = o.ReadOnly
 	u, err := w.unlock()
 	if err != nil {
 		w.t.Fatal(err)

@@ -146,6 +146,10 @@ func (c *content) finish(h *half, keys *blockcrypt.FileKeys) error {
 		f.Reserved(h.st.Blocks * 512) // as many were reserved, and left so when it settled
 	}
 	c.attach(f)
+	f.mu.Lock()
+	f.regroup() // the lists may be others since the header was read
+	f.unlock()
+	c.target()                               // for when it has no name any more
 	if err := f.refuses(false); err != nil { // just now, and its key was not among those wiped
 		f.mu.Lock()
 		f.wipe()

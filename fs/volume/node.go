@@ -74,8 +74,8 @@ type content struct {
 	n *Node
 
 	lost      lost
-	immutable atomic.Bool            // by [Node.SetFlags]
-	unnamed   atomic.Pointer[domain] // in which the file was made, if it was made without a name
+	immutable atomic.Bool                     // by [Node.SetFlags]
+	dirs      atomic.Pointer[[]blockcrypt.ID] // above the file when it had a name last, the nearest first; nil while no directory has keys
 	file      atomic.Pointer[file]
 
 	// openMu is held while the file is loaded, repaired or let go. It guards the fields below.

@@ -46,8 +46,6 @@ type Recipients struct {
 	mu  sync.Mutex
 	now atomic.Pointer[listed] // written under mu
 
-	dropped []*domain // of directories, that are of no list any more; guarded by mu
-
 	// stable is held for reading while a file is given recipients of cfg, for writing while it is
 	// made sure that no file needs one that goes.
 	stable sync.RWMutex
@@ -326,6 +324,9 @@ func (r *Recipients) replace(next blockcrypt.Config, stores, ofDirectories []key
 			lists = append(lists, keys.Recipients)
 		}
 	}
+	if len(lists) > MaxLists {
+		return nil, ErrManyLists
+	}
 	for _, list := range lists {
 		if n := blockcrypt.RecipientsFit(inFiles(list, next.Branch != nil)); n == 0 || n > next.Header {
 			return nil, fmt.Errorf("%w: files of this volume have one of %d bytes", ErrNoRoom, next.Header)
@@ -348,35 +349,53 @@ func (r *Recipients) replace(next blockcrypt.Config, stores, ofDirectories []key
 		}
 	}
 	before := r.now.Load()
+	v.access.mu.Lock() // a ring that is made now is suspended with the others
 	r.now.Store(&listed{&next, stores, v.newDomains(&next, before.domains, ofDirectories)})
+	v.access.mu.Unlock()
 	v.headers.Store(&sizes)
 	if sameList := urisOf(before.cfg.Recipients) == urisOf(next.Recipients); !sameList {
 		v.own.ring.SetStores(stores, r.sample())
 	}
-	r.regroup(before.domains.all)
+	r.regroup(before.domains)
 	v.access.renewKeys()
 	return record(&next, v.vk), err
 }
 
-// regroup gives open files the domains of the present lists, and lets those go that were of lists
-// before. mu is held.
-func (r *Recipients) regroup(before []*domain) {
+// regroup gives open files the domains of the present lists, and ends the use of those that are of no
+// list any more. mu is held.
+func (r *Recipients) regroup(before *domains) {
 	v := r.v
-	if len(before) == 1 && len(v.domains().all) == 1 {
+	now := v.domains()
+	if len(before.all) == 1 && len(now.all) == 1 {
 		return
 	}
+	for _, d := range now.all[1:] { // no key is made for former recipients
+		switch active := now.active(d); {
+		case active && d.retired:
+			d.ring.SetStores(d.stores, d.sample)
+		case !active && !d.retired:
+			for _, s := range d.stores {
+				d.ring.Retire(s)
+			}
+		}
+		d.retired = !now.active(d)
+	}
+	var refused []*file
 	for _, f := range v.nodes.files() {
 		f.mu.Lock()
-		if f.Header != nil {
-			f.domain.Store(v.domainOf(f.Header))
-		}
+		moved := f.regroup()
 		f.unlock()
-	}
-	for _, d := range before {
-		if !slices.Contains(v.domains().all, d) {
-			d.ring.SetStores(nil, keystore.Sample{}) // keys that were made ahead are not used any more
-			r.dropped = append(r.dropped, d)
+		if moved && f.refuses(false) != nil {
+			refused = append(refused, f)
 		}
+	}
+	if len(refused) > 0 {
+		if err := v.access.dropKeys(refused); err != nil {
+			v.report(".", "before the keys of files were wiped, not everything could be written or settled", err)
+		}
+	}
+	for _, d := range now.dropped[len(before.dropped):] {
+		d.ring.Drop()
 	}
 }
 

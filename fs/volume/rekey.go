@@ -85,7 +85,7 @@ func (ns *namespace) Rekey(ctx context.Context, n *Node, o RekeyOptions) (done R
 		}
 		count(changed, n.PlainPath(), err)
 	}
-	err = ns.eachFile(ctx, n, o.AtOnce, sweep{file, func(at string, err error) { count(false, at, err) }})
+	err = ns.eachFile(ctx, n, o.AtOnce, sweep{file, func(at string, err error) { count(false, at, err) }, nil})
 	if err == nil {
 		err = v.syncAll()
 	}

@@ -39,6 +39,9 @@ type Rewrapped struct {
 	// FormerNeeded is how many files still need a key that a directory had before.
 	FormerNeeded int64 `json:"former_needed,omitempty"`
 
+	// FormerKept says why it is not known whether a file needs one: they stay trusted.
+	FormerKept string `json:"former_kept,omitempty"`
+
 	Record *Record `json:"-"` // what the trust record should say, if kmsfs.json was changed
 }
 
@@ -61,7 +64,7 @@ func (r *Recipients) Rewrap(ctx context.Context, o RewrapOptions) (done Rewrappe
 	if o.Same == nil {
 		o.Same = func(a, b string) bool { return a == b }
 	}
-	p := &rewrapping{v: v, o: o, cancel: cancel}
+	p := &rewrapping{v: v, o: o, cancel: cancel, seen: map[blockcrypt.ID]bool{}}
 	p.r = r
 	p.listed = r.now.Load()
 	if o.To != "" {
@@ -69,7 +72,8 @@ func (r *Recipients) Rewrap(ctx context.Context, o RewrapOptions) (done Rewrappe
 			return done, err
 		}
 	}
-	err = v.eachFile(ctx, v.root, o.AtOnce, sweep{p.file, func(at string, err error) { p.count(false, at, err) }})
+	moves := v.renames.Load()
+	err = v.eachFile(ctx, v.root, o.AtOnce, sweep{p.file, func(at string, err error) { p.count(false, at, err) }, p.saw})
 	if cause := context.Cause(ctx); cause != nil {
 		err = cause
 	}
@@ -77,18 +81,47 @@ func (r *Recipients) Rewrap(ctx context.Context, o RewrapOptions) (done Rewrappe
 		err = v.syncAll()
 	}
 	if err == nil {
-		err = p.dropFormer(ctx)
+		p.dropFormer(ctx, v.renames.Load() == moves)
 	}
 	return p.done, err
 }
 
-// dropFormer is [Recipients.dropFormer], after all files were rewrapped.
-func (p *rewrapping) dropFormer(ctx context.Context) error {
+// saw notes that a directory is there.
+func (p *rewrapping) saw(dir *Node) {
+	if len(p.listed.cfg.Directories) == 0 {
+		return
+	}
+	if id, ok, err := dir.dirIdent(false); ok && err == nil {
+		p.seen[id] = true
+	}
+}
+
+// dropFormer is [Recipients.dropFormer], after all files were rewrapped. The keys of directories that
+// are gone are former ones; allSeen says that none was moved to where it was not looked for.
+func (p *rewrapping) dropFormer(ctx context.Context, allSeen bool) {
 	p.r.mu.Lock()
 	defer p.r.mu.Unlock()
-	rec, needed, err := p.r.dropFormer(ctx)
+	var gone *Record
+	var err error
+	for id, keys := range p.listed.cfg.Directories {
+		_, there := p.r.now.Load().cfg.Directories[id]
+		if there && !p.seen[id] && len(keys.Recipients) > 0 && allSeen && p.done.Failed == 0 && err == nil {
+			former := slices.Concat(keys.Recipients, keys.Former)
+			gone, err = p.r.setDirectory(id, blockcrypt.DirectoryKeys{Former: former}, nil)
+		}
+	}
+	var rec *Record
+	var needed OnlyRecipientError
+	if err == nil {
+		rec, needed, err = p.r.dropFormer(ctx)
+	}
+	if rec == nil {
+		rec = gone
+	}
 	p.done.Record, p.done.FormerNeeded = rec, needed.Files
-	return err
+	if err != nil {
+		p.done.FormerKept = err.Error()
+	}
 }
 
 // rewrapping is a Rewrap under way.
@@ -99,7 +132,8 @@ type rewrapping struct {
 
 	cancel context.CancelCauseFunc
 
-	listed *listed // what the volume had when it began
+	listed *listed                // what the volume had when it began
+	seen   map[blockcrypt.ID]bool // directories that are there; only the sweep uses it
 
 	mu   sync.Mutex
 	done Rewrapped
@@ -204,9 +238,12 @@ type rewrapped struct {
 // staysOpen makes sure that no recipient is taken out of a file whose others are damaged: one that was
 // made just now is good, of the others one must open.
 func (p *rewrapped) staysOpen(ctx context.Context, rs []blockcrypt.Recipient) error {
-	hdr, ring := p.hdr, p.d.ring
+	hdr, next := p.hdr, *p.hdr
+	next.Recipients = rs
+	ring := p.v.domainOf(&next).ring
 	isNew := func(x blockcrypt.Recipient) bool {
-		return !slices.ContainsFunc(hdr.Recipients,
+		s := keystore.StoreFor(p.stores, x.URI)
+		return s != nil && !keystore.OnlySeals(s) && !slices.ContainsFunc(hdr.Recipients,
 			func(y blockcrypt.Recipient) bool { return sameRecipient(x, y) })
 	}
 	if slices.ContainsFunc(rs, isNew) {
@@ -304,7 +341,7 @@ func (p *rewrapped) wanted(ctx context.Context) ([]blockcrypt.Recipient, error) 
 	if len(out) == 0 { // none of them can be had
 		return hdr.Recipients, nil
 	}
-	if p.o.Missing {
+	if p.o.Missing || !p.keySet.opens(out) { // or nobody here could open it any more
 		for _, x := range hdr.Recipients {
 			if !slices.ContainsFunc(out, func(y blockcrypt.Recipient) bool { return y.URI == x.URI }) {
 				out = append(out, x)
@@ -360,7 +397,7 @@ func (c *content) setRecipients(was *blockcrypt.Header,
 			return false, nil
 		}
 		err := f.SetRecipients(rs)
-		f.domain.Store(c.v.domainOf(f.Header))
+		f.regroup()
 		return true, err
 	}
 	fd, err := c.openFor(unix.O_RDWR)

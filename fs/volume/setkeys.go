@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -17,6 +18,7 @@ import (
 var (
 	ErrPlainNames = errors.New("directories of a volume with plain names have no IDs, by which keys are given to them")
 	ErrRootKeys   = errors.New("the keys of the whole volume are its recipients: kmsfs recipients changes them")
+	ErrManyLists  = fmt.Errorf("directories have %d different lists of keys already, which are the most", MaxLists)
 	ErrSealsOnly  = errors.New("with these keys nobody here could read the files: one must be able to unwrap")
 )
 
@@ -67,10 +69,13 @@ func (r *Recipients) SetKeys(ctx context.Context, dir *Node, stores []keystore.S
 		return rec, err
 	}
 	again, _, err := r.dropFormer(ctx)
+	if err != nil { // the keys were set, and the next rewrap looks again
+		v.log.Warn("keys that a directory had before stay trusted", "error", err)
+	}
 	if again != nil {
 		rec = again
 	}
-	return rec, err
+	return rec, nil
 }
 
 func hasURI(rs []blockcrypt.Recipient, uri string) bool {
@@ -103,14 +108,9 @@ func (r *Recipients) setDirectory(id blockcrypt.ID, keys blockcrypt.DirectoryKey
 	return r.replace(next, now.stores, stores)
 }
 
-// former reports whether a recipient is one that directories had before.
+// former reports whether a recipient is one that directories had before, or a replica of it.
 func (l *listed) former(x blockcrypt.Recipient) bool {
-	for _, keys := range l.cfg.Directories {
-		if hasURI(keys.Former, x.URI) {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(l.domains.all[1:], func(d *domain) bool { return !l.domains.active(d) && d.at(x.URI) >= 0 })
 }
 
 // dropFormer takes the former recipients of directories out of kmsfs.json, if no file needs one any
@@ -128,6 +128,11 @@ func (r *Recipients) dropFormer(ctx context.Context) (rec *Record, needed OnlyRe
 	}
 	if !found {
 		return nil, needed, nil
+	}
+	for _, d := range now.domains.all[1:] {
+		if !now.domains.active(d) && d.absent != nil && strings.HasPrefix(d.recipients[0].URI, "aws-kms:") { // which files have it cannot be told: replicas have other URIs
+			return nil, needed, d.absent
+		}
 	}
 	// No file is given a recipient that goes, meanwhile.
 	r.stable.Lock()

@@ -12,6 +12,7 @@ import (
 type sweep struct {
 	file   func(context.Context, *Node) // called for several at the same time
 	failed func(at string, err error)   // told of an entry that cannot be looked up
+	dir    func(*Node)                  // told of each directory, one at a time; it may be nil
 }
 
 // eachFile calls s.file for each regular file below a node, or the node itself, atOnce at the same
@@ -29,7 +30,7 @@ func (ns *namespace) eachFile(ctx context.Context, n *Node, atOnce int, s sweep)
 	}
 	var err error
 	if n.IsDir() {
-		err = ns.filesBelow(ctx, n, jobs, s.failed)
+		err = ns.filesBelow(ctx, n, jobs, s)
 	} else if ns.v.nodes.again(n) {
 		jobs <- n
 	}
@@ -46,8 +47,10 @@ func (ns *namespace) eachFile(ctx context.Context, n *Node, atOnce int, s sweep)
 }
 
 // filesBelow sends the files below a directory, each with a lookup.
-func (ns *namespace) filesBelow(ctx context.Context, n *Node, jobs chan<- *Node,
-	failed func(string, error)) error {
+func (ns *namespace) filesBelow(ctx context.Context, n *Node, jobs chan<- *Node, s sweep) error {
+	if s.dir != nil {
+		s.dir(n)
+	}
 	d, err := n.OpenDir()
 	if err != nil {
 		return err
@@ -62,7 +65,7 @@ func (ns *namespace) filesBelow(ctx context.Context, n *Node, jobs chan<- *Node,
 		switch {
 		case errors.Is(err, unix.ENOENT):
 		case err != nil:
-			failed(n.where()+"/"+e.cname, err)
+			s.failed(n.where()+"/"+e.cname, err)
 		case c.IsFile():
 			select {
 			case jobs <- c:
@@ -71,7 +74,7 @@ func (ns *namespace) filesBelow(ctx context.Context, n *Node, jobs chan<- *Node,
 			}
 		default:
 			if c.IsDir() {
-				fault = errors.Join(fault, ns.filesBelow(ctx, c, jobs, failed))
+				fault = errors.Join(fault, ns.filesBelow(ctx, c, jobs, s))
 			}
 			ns.v.Forget(c.id, 1)
 		}

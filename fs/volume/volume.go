@@ -221,7 +221,8 @@ func (v *Volume) unlockWriter() {
 
 // KeyCounts returns what was done with keys so far.
 func (v *Volume) KeyCounts() (sum keystore.Counts) {
-	for _, d := range v.domains().all {
+	ds := v.domains()
+	for _, d := range slices.Concat(ds.all, ds.dropped) { // they never sink
 		sum = sum.Plus(d.ring.Counts())
 	}
 	return sum
@@ -230,7 +231,15 @@ func (v *Volume) KeyCounts() (sum keystore.Counts) {
 // KeyStates returns what is known of the recipients that are trusted.
 func (v *Volume) KeyStates() (out []keystore.StoreState) {
 	for _, d := range v.domains().all {
-		out = append(out, d.ring.States()...)
+		for _, s := range d.ring.States() {
+			i := slices.IndexFunc(out, func(x keystore.StoreState) bool { return x.URI == s.URI })
+			switch {
+			case i < 0:
+				out = append(out, s)
+			case out[i].Error == nil && s.Error != nil: // of several lists: the worst
+				out[i] = s
+			}
+		}
 	}
 	return out
 }
@@ -283,9 +292,8 @@ func (v *Volume) Close() error {
 
 // closeRings wipes all keys.
 func (v *Volume) closeRings() {
-	v.recipients.mu.Lock()
-	defer v.recipients.mu.Unlock()
-	for _, d := range slices.Concat(v.domains().all, v.recipients.dropped) {
+	ds := v.domains()
+	for _, d := range slices.Concat(ds.all, ds.dropped) {
 		d.ring.Close()
 	}
 }
@@ -329,10 +337,9 @@ type Vitals struct {
 // Vitals returns them.
 func (v *Volume) Vitals() Vitals {
 	out := Vitals{Descriptors: v.disk.Descriptors()}
-	for _, d := range v.domains().all {
-		if r := d.refusal.Load(); r != nil && v.Suspended() == nil {
-			out.Err = errors.Join(out.Err, r.err)
-		}
+	// Somebody may have no right to the keys of a directory, and all is well.
+	if r := v.own.refusal.Load(); r != nil && v.Suspended() == nil {
+		out.Err = r.err
 	}
 	if v.sessions.stuck.Load() {
 		out.Err = errors.Join(out.Err, errStuck)

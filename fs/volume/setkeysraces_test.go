@@ -1,0 +1,284 @@
+package volume_test
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume"
+	"kmsfs/keystore"
+	"kmsfs/keystore/agestore"
+
+	"filippo.io/age"
+)
+
+// twin is a store of a key that has a replica, which wraps in the replica's name.
+type twin struct {
+	keystore.Store
+	own, replica string
+}
+
+func (s twin) URI() string                     { return s.own }
+func (s twin) Matches(uri string) bool         { return uri == s.own || uri == s.replica }
+func (s twin) named(uri string) keystore.Store { return twin{s.Store, uri, s.own} }
+
+func (s twin) Wrap(ctx context.Context, b keystore.Binding, key []byte) (blockcrypt.Recipient, error) {
+	w, err := s.Store.Wrap(ctx, b, key)
+	w.URI = s.own
+	return w, err
+}
+
+// A rewrap by somebody who lacks the keys of a directory leaves no file to an age recipient alone.
+func TestRewrapKeepsOpener(t *testing.T) {
+	w := newWorld(t, volume.Options{})
+	w.quiet = true
+	a := newStore(t)[0]
+	id, err := age.GenerateX25519Identity()
+	w.do("generate", err)
+	safe, err := agestore.New(id.Recipient().String())
+	w.do("recipient", err)
+	w.mkdir("d")
+	w.write("d/f", []byte("content"))
+	w.setKeys("d", a, safe)
+	w.reopen(volume.Options{})
+	if done := w.rewrap(volume.RewrapOptions{}); !slices.Contains(done.Absent, a.URI()) {
+		t.Errorf("%+v", done)
+	}
+	w.under("d/f", safe, w.store)
+	w.want("d/f", []byte("content"))
+	var failed error
+	done, err := w.v.Recipients().Rewrap(ctx, volume.RewrapOptions{From: w.store.URI(), To: safe.URI(),
+		Failed: func(_ string, err error) { failed = err }})
+	if w.do("rewrap", err); done.Failed != 1 || failed == nil {
+		t.Errorf("%+v, %v", done, failed)
+	}
+	w.want("d/f", []byte("content"))
+}
+
+// A former key stays trusted as long as files are under a replica of it.
+func TestFormerReplicaStays(t *testing.T) {
+	w := newWorld(t, volume.Options{})
+	eu := twin{newStore(t)[0], "twin:eu", "twin:us"}
+	us, b := eu.named("twin:us"), newStore(t)[0]
+	w.mkdir("d")
+	w.setKeys("d", eu)
+	w.more = []keystore.Store{us, b}
+	w.reopen(volume.Options{})
+	w.write("d/f", []byte("under the replica"))
+	w.under("d/f", us)
+	w.setKeys("d", b)
+	w.want("d/f", []byte("under the replica"))
+	w.reopen(volume.Options{})
+	w.want("d/f", []byte("under the replica"))
+	if done := w.rewrap(volume.RewrapOptions{}); done.Changed != 1 || done.Record == nil {
+		t.Errorf("%+v", done)
+	}
+	w.under("d/f", b)
+}
+
+// New content is under the keys that the directory has now: of a file without a name, of one that is
+// empty, and of one whose key was taken before.
+func TestSetKeysBesideOpenFiles(t *testing.T) {
+	w, a, b := tenants(t)
+	tmp, _, h, err := w.v.Tmpfile(ctx, w.must("a"), 0o644, volume.Caller{}, true)
+	w.do("tmpfile", err)
+	taken, err := w.create("a/taken")
+	w.do("create", err)
+	both := newStore(t)[0]
+	w.more = append(w.more, both)
+	w.setKeys("a", b)
+	w.setKeys("a", both, b)
+	for _, h := range []*volume.Handle{h, taken} {
+		_, err := h.Write(ctx, []byte("content"), 0)
+		w.do("write", errors.Join(err, h.Release()))
+	}
+	_, _, err = w.v.Link(ctx, tmp, w.must("a"), "linked")
+	w.do("link", err)
+	w.under("a/linked", both, b)
+	w.under("a/taken", both, b)
+	w.setKeys("a", a) // which it had before
+	w.write("a/new", []byte("new"))
+	w.under("a/new", a)
+	w.reopen(volume.Options{})
+	w.want("a/linked", []byte("content"))
+	w.want("a/new", []byte("new"))
+}
+
+// refusesFiles is a store whose service refuses to unwrap keys of files, while it is told so.
+type refusesFiles struct {
+	keystore.Store
+	on    atomic.Bool
+	calls atomic.Int64
+}
+
+func (s *refusesFiles) Unwrap(ctx context.Context, b keystore.Binding, w blockcrypt.Recipient) ([]byte, error) {
+	s.calls.Add(1)
+	if s.on.Load() && b.Use == keystore.ForFile {
+		return nil, &keystore.Error{Kind: keystore.Denied, URI: s.URI(), Op: "unwrap", Err: errors.New("denied")}
+	}
+	return s.Store.Unwrap(ctx, b, w)
+}
+
+// A file is opened by those of its recipients that its own list has, where lists have one in common.
+func TestListsWithOneInCommon(t *testing.T) {
+	w := newWorld(t, volume.Options{})
+	w.quiet = true
+	shared, a := &refusesFiles{Store: newStore(t)[0]}, newStore(t)[0]
+	_, err := w.v.Recipients().Add(ctx, shared)
+	w.do("add", err)
+	w.more = []keystore.Store{shared, a}
+	w.mkdir("d")
+	w.mkdir("e")
+	w.setKeys("d", a, shared)
+	w.setKeys("e", shared)
+	w.write("d/f", []byte("under both"))
+	w.reopen(volume.Options{})
+	shared.on.Store(true)
+	w.want("d/f", []byte("under both"))
+	uris := map[string]int{}
+	for _, s := range w.v.KeyStates() {
+		uris[s.URI]++
+	}
+	if uris[shared.URI()] != 1 || len(uris) != 3 {
+		t.Errorf("%v", uris)
+	}
+}
+
+// Who has no right to the keys of a directory does not ask for them, and the mount is well.
+func TestUnusedDirectoryKeyIsNotAsked(t *testing.T) {
+	w := newWorld(t, volume.Options{})
+	w.quiet = true
+	a := &refusesFiles{Store: newStore(t)[0]}
+	w.more = []keystore.Store{a}
+	w.mkdir("d")
+	w.setKeys("d", a)
+	w.write("d/f", []byte("content"))
+	w.reopen(volume.Options{MaxAge: 200 * time.Millisecond})
+	a.on.Store(true)
+	a.calls.Store(0)
+	time.Sleep(1500 * time.Millisecond) // a watch looks each second
+	if n := a.calls.Load(); n != 0 {
+		t.Errorf("%d calls", n)
+	}
+	if _, err := w.read("d/f"); keystore.KindOf(err) != keystore.Denied {
+		t.Error(err)
+	}
+	if err := w.v.Vitals().Err; err != nil {
+		t.Error(err)
+	}
+}
+
+// A key that is at hand now is taken, of a list that was there without it.
+func TestSetKeysAgain(t *testing.T) {
+	w, a, b := tenants(t)
+	w.quiet = true
+	w.write("a/f", []byte("content"))
+	w.more = []keystore.Store{b}
+	w.reopen(volume.Options{})
+	if _, err := w.read("a/f"); keystore.KindOf(err) != keystore.Untrusted {
+		t.Error(err)
+	}
+	w.setKeys("a", a)
+	w.want("a/f", []byte("content"))
+	w.write("a/new", []byte("new"))
+	w.under("a/new", a)
+}
+
+// The keys of a directory that was removed are trusted no more after a rewrap.
+func TestKeysOfRemovedDirectory(t *testing.T) {
+	w, a, _ := tenants(t)
+	w.write("a/f", []byte("moved out"))
+	open := w.opened("a/f")
+	w.do("unlink", w.v.Unlink(w.must("a"), "f"))
+	w.do("rmdir", w.v.Rmdir(w.v.Root(), "a"))
+	if done := w.rewrap(volume.RewrapOptions{}); done.Record != nil && done.FormerNeeded == 0 {
+		t.Errorf("an open file needs it: %+v", done)
+	}
+	_, err := open.Write(ctx, []byte("M"), 0)
+	w.do("write", errors.Join(err, open.Release()))
+	w.reopen(volume.Options{})
+	if done := w.rewrap(volume.RewrapOptions{}); done.FormerNeeded != 0 {
+		t.Errorf("%+v", done)
+	}
+	l, err := volume.Find(w.dir)
+	w.do("find", err)
+	defer l.Close()
+	for _, keys := range l.Config.Directories {
+		if urisHave(keys.Recipients, a) || urisHave(keys.Former, a) || len(l.Config.Directories) != 1 {
+			t.Errorf("%+v", l.Config.Directories)
+		}
+	}
+}
+
+func urisHave(rs []blockcrypt.Recipient, s keystore.Store) bool {
+	return slices.ContainsFunc(rs, func(x blockcrypt.Recipient) bool { return x.URI == s.URI() })
+}
+
+// Keys that are set while the volume is being locked are locked with it.
+func TestSetKeysBesideSuspend(t *testing.T) {
+	w, a, _ := tenants(t)
+	w.write("a/f", []byte("content"))
+	slow := &entered{Store: newStore(t)[0], in: make(chan struct{}), out: make(chan struct{})}
+	w.more = append(w.more, slow)
+	h := w.opened("a/f")
+	set := make(chan error)
+	go func() {
+		_, err := w.v.Recipients().SetKeys(ctx, w.must("a"), []keystore.Store{slow, a})
+		set <- err
+	}()
+	<-slow.in
+	w.do("suspend", w.v.Suspend())
+	close(slow.out)
+	if err := <-set; err != nil {
+		t.Error(err)
+	}
+	if _, err := h.Write(ctx, []byte("C"), 0); keystore.KindOf(err) != keystore.Credentials {
+		t.Errorf("%v", err)
+	}
+	if n := w.v.KeyCounts().Cached; n != 0 {
+		t.Errorf("%d keys are in memory", n)
+	}
+	w.v.Resume()
+	_, err := h.Write(ctx, []byte("C"), 0)
+	w.do("write", errors.Join(err, h.Release()))
+	w.want("a/f", []byte("Content"))
+}
+
+// entered is a store that waits at the first wrapping.
+type entered struct {
+	keystore.Store
+	once    atomic.Bool
+	in, out chan struct{}
+}
+
+func (s *entered) Wrap(ctx context.Context, b keystore.Binding, key []byte) (blockcrypt.Recipient, error) {
+	if !s.once.Swap(true) {
+		close(s.in)
+		<-s.out
+	}
+	return s.Store.Wrap(ctx, b, key)
+}
+
+// A kmsfs.json is never larger than one that can be read.
+func TestTooManyDirectoryKeys(t *testing.T) {
+	cfg := &blockcrypt.Config{Format: 1, Volume: blockcrypt.NewID(), Generation: 1, Header: 1024,
+		Names:       blockcrypt.NamesEncrypted,
+		Recipients:  []blockcrypt.Recipient{{URI: "local:a"}},
+		Directories: map[blockcrypt.ID]blockcrypt.DirectoryKeys{}}
+	for range 100 {
+		cfg.Directories[blockcrypt.NewID()] = blockcrypt.DirectoryKeys{
+			Recipients: []blockcrypt.Recipient{{URI: "local:b", Wrapped: make([]byte, 60000)}}}
+	}
+	vk, err := blockcrypt.NewVolumeKeys(make([]byte, 32), cfg.Volume)
+	if err == nil {
+		_, err = cfg.Encode(vk)
+	}
+	if blockcrypt.ClassOf(err) != blockcrypt.BadConfig || !strings.Contains(err.Error(), "more than") {
+		t.Error(err)
+	}
+}
