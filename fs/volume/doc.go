@@ -24,13 +24,16 @@
 // The package, from top to bottom; calls go down:
 //
 //	volume.go                     Open and Close of a volume
-//	walk, recipients, rewrap,     what goes on beside requests: repair, changes of keys, and keys
-//	inventory, suspend, prefetch  that are wiped or unwrapped ahead
-//	create, dir, attr, truncate   requests for names and attributes
+//	walk, recipients, setkeys,    what goes on beside requests: repair, changes of keys, and keys
+//	rewrap, rekey, inventory,     that are wiped or unwrapped ahead
+//	lists, suspend, prefetch
+//	create, listing, dir, attr,   requests for names and attributes
+//	truncate
 //	handle, io, load              requests for content: open, read, write
 //	access                        whether content may be used, and its key
 //	descriptors, settler          which files are kept open, and their final form
 //	doubts, sessions, space, lost what is known of syncs, of this mount, of the disk, of lost bytes
+//	domain                        lists of recipients, and which file is of which
 //	file                          an open file: users, lock, descriptors, keys
 //	nodes, node, dirfds           what the kernel knows, and where it is now
 //	internal/cfile                one ciphertext file: pages, state, phases
@@ -49,7 +52,8 @@
 //	sessions.markerMu   while the marker is     the next change of the marker; no request
 //	                    replaced, or a session
 //	                    begins
-//	access.mu           yes                     the next Suspend or Resume
+//	access.mu           yes; not while lists    the next Suspend or Resume, and the use of new lists
+//	                    are replaced            of recipients
 //	Volume.crossing     yes                     renames from one directory to another, as in Linux
 //	Node.entries        shared while an entry   in this directory, a removal or a rename waits for
 //	                    is looked up or made,   all others, and all others wait for it

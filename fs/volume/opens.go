@@ -8,7 +8,7 @@ type event struct {
 
 // opened notes that a file is being opened.
 func (p *prefetcher) opened(n *Node, cold bool) {
-	if p.events == nil || !cold && p.active.Load() == 0 {
+	if !p.on.Load() || !cold && p.active.Load() == 0 {
 		return
 	}
 	n.hold()

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -17,7 +18,7 @@ import (
 // prefetcher unwraps ahead the keys of files that a program is about to open. It
 // follows scans: opens of one file of a directory after the other, in the order
 // of its listing, its names or its inode numbers, into subdirectories too. One
-// goroutine owns all but events and active.
+// goroutine owns all but events, active, once and on.
 //
 // Only opens that had to wait for a key begin a scan, so that nothing is done
 // where keys are known or nobody is to be asked. A scan predicts twice as many
@@ -27,6 +28,8 @@ import (
 type prefetcher struct {
 	v      *Volume
 	events chan event
+	once   sync.Once    // start
+	on     atomic.Bool  // it was started
 	active atomic.Int64 // files that are predicted
 	scans  []*scan      // the most recent first
 }
@@ -77,9 +80,16 @@ type scanEntry struct {
 	dir         bool
 }
 
+// start begins, if a key service has to be waited for, and that is wanted.
 func (p *prefetcher) start(v *Volume) {
-	p.v, p.events = v, make(chan event, 256)
-	v.bg.Go(p.loop)
+	if v.o.NoPrefetch || !v.waits() {
+		return
+	}
+	p.once.Do(func() {
+		p.v, p.events = v, make(chan event, 256)
+		v.bg.Go(p.loop)
+		p.on.Store(true)
+	})
 }
 
 func (p *prefetcher) loop() {

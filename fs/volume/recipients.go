@@ -357,6 +357,7 @@ func (r *Recipients) replace(next blockcrypt.Config, stores, ofDirectories []key
 		v.own.ring.SetStores(stores, r.sample())
 	}
 	r.regroup(before.domains)
+	v.prefetch.start(v)
 	v.access.renewKeys()
 	return record(&next, v.vk), err
 }

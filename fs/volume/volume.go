@@ -186,12 +186,8 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 	if !v.own.ring.MemoryLocked() {
 		v.log.Info("data keys can be swapped out: RLIMIT_MEMLOCK is too low to lock their memory, 1 MiB is enough")
 	}
-	if v.waits() {
-		if !o.NoPrefetch {
-			v.prefetch.start(v)
-		}
-		v.access.renewKeys()
-	}
+	v.prefetch.start(v)
+	v.access.renewKeys()
 	if !o.ReadOnly {
 		v.settler.start(v)
 		if v.repairs() {
@@ -200,14 +196,6 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 	}
 	opened = true
 	return v, nil
-}
-
-// branches returns how long a branch key is used for new files, 0 if none is.
-func branches(c *blockcrypt.Config) time.Duration {
-	if c.Branch == nil {
-		return 0
-	}
-	return time.Duration(c.Branch.Seconds) * time.Second
 }
 
 // unlockWriter gives the locks of [layout.LockWriter] back.
@@ -242,11 +230,6 @@ func (v *Volume) KeyStates() (out []keystore.StoreState) {
 		}
 	}
 	return out
-}
-
-// waits reports whether any key is one of a service that has to be waited for.
-func (v *Volume) waits() bool {
-	return slices.ContainsFunc(v.domains().all, func(d *domain) bool { return d.ring.Waits() })
 }
 
 // ReadOnly reports whether the tree can be changed.
