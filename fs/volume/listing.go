@@ -8,6 +8,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// EntryNotShown is what the log says of an entry whose name cannot be decoded.
+const EntryNotShown = "an entry is not shown"
+
 // Dir is an open directory. Its methods are for one caller at a time.
 type Dir struct {
 	n    *Node
@@ -109,7 +112,7 @@ func (d *Dir) Next(f func(Entry) bool) error {
 			if e.Name != "." && e.Name != ".." {
 				var err error
 				if out.Name, show, err = d.n.decode(d.fd, d.id, e.Name); err != nil {
-					v.report(d.n.where()+"/"+e.Name, "an entry is not shown", err)
+					v.report(d.n.where()+"/"+e.Name, EntryNotShown, err)
 				}
 			}
 			if show && !f(out) {

@@ -1,0 +1,481 @@
+// Package export copies the plaintext of a volume to a directory, without a mount: content, names,
+// modes, owners, times, extended attributes, holes, hard links and special files.
+//
+// A file takes its place when it is whole, with its time of modification. So an export that was
+// interrupted goes on where it ended: files that are there with the same size and time are left alone.
+// All names are opened below the directory by [os.Root]: no symlink leads out of it.
+package export
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume"
+)
+
+// Options of [Tree].
+type Options struct {
+	AtOnce   int                          // files at the same time; 1 if zero
+	Progress func(Counts)                 // told after each file, by one goroutine at a time; it may be nil
+	Failed   func(path string, err error) // told of each entry that was not exported, or not whole, likewise
+}
+
+// Counts counts what was exported.
+type Counts struct {
+	Dirs       int64 `json:"directories"`
+	Files      int64 `json:"files"`
+	Same       int64 `json:"same"` // files that were there already
+	Others     int64 `json:"others"`
+	Bytes      int64 `json:"bytes"` // of plaintext that were copied
+	Failed     int64 `json:"failed"`
+	Incomplete int64 `json:"incomplete"` // files that were being written: what opens was given
+}
+
+// ErrIncomplete says that a file was being written when the volume was copied, or is now.
+var ErrIncomplete = errors.New("it was being written; what opens was exported, the last writes may be missing")
+
+// ErrAttributes says that an entry was exported, and lacks attributes.
+var ErrAttributes = errors.New("it was exported, but not all of its attributes")
+
+// exporter is an export under way.
+type exporter struct {
+	v    *volume.Volume
+	o    Options
+	root *os.Root
+	user bool // not root: files belong to who calls
+	stop context.CancelCauseFunc
+
+	jobs chan job
+
+	mu     sync.Mutex
+	counts Counts
+
+	// Of the goroutine that walks.
+	dirs  []made
+	first map[[2]uint64]string // of files with several names, by device and inode
+	links [][2]string          // further names, each with the first
+}
+
+// job is a file to be copied, with a lookup.
+type job struct {
+	n  *volume.Node
+	at string
+	st volume.Attr
+}
+
+// made is a directory whose times and mode are set at the end.
+type made struct {
+	n  *volume.Node
+	at string
+	st volume.Attr
+}
+
+// Tree exports the nodes with these paths below the volume, "." for all, to a directory, which is made
+// if it is not there. It goes on after an entry that fails; an error says that it did not.
+func Tree(ctx context.Context, v *volume.Volume, paths []string, dst string, o Options) (Counts, error) {
+	if err := os.MkdirAll(dst, 0o700); err != nil {
+		return Counts{}, err
+	}
+	root, err := os.OpenRoot(dst)
+	if err != nil {
+		return Counts{}, err
+	}
+	defer root.Close()
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	x := &exporter{v: v, o: o, root: root, user: os.Geteuid() != 0, stop: stop, jobs: make(chan job),
+		first: map[[2]uint64]string{}}
+	var wg sync.WaitGroup
+	for range max(1, o.AtOnce) {
+		wg.Go(func() {
+			for j := range x.jobs {
+				if ctx.Err() == nil {
+					x.file(ctx, j)
+				}
+				v.Forget(j.n.ID(), 1)
+			}
+		})
+	}
+	for _, p := range paths {
+		x.path(ctx, p)
+	}
+	close(x.jobs)
+	wg.Wait()
+	for _, l := range x.links {
+		if ctx.Err() == nil {
+			same, err := x.link(l[0], l[1])
+			x.note(l[1], err, func(c *Counts) {
+				if same {
+					c.Same++
+				} else {
+					c.Files++
+				}
+			})
+		}
+	}
+	for i := len(x.dirs) - 1; i >= 0; i-- { // from the bottom: to change a directory changes its time
+		d := x.dirs[i]
+		if ctx.Err() == nil {
+			x.note(d.at, x.finishDir(d), func(c *Counts) { c.Dirs++ })
+		}
+		v.Forget(d.n.ID(), 1)
+	}
+	if err := context.Cause(ctx); err != nil {
+		return x.counts, err
+	}
+	return x.counts, x.sync()
+}
+
+// sync makes all durable.
+func (x *exporter) sync() error {
+	d, err := x.root.Open(".")
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return unix.Syncfs(int(d.Fd()))
+}
+
+// note counts an entry, or its failure. A disk that is full ends the export.
+func (x *exporter) note(at string, err error, count func(*Counts)) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	switch {
+	case err == nil:
+		count(&x.counts)
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
+		x.stop(fmt.Errorf("%s: %w", at, err))
+	case errors.Is(err, context.Canceled):
+	case errors.Is(err, ErrIncomplete) && !errors.Is(err, ErrAttributes):
+		count(&x.counts)
+		x.counts.Incomplete++
+		x.o.Failed(at, err)
+	default:
+		x.counts.Failed++
+		x.o.Failed(at, err)
+	}
+	if x.o.Progress != nil {
+		x.o.Progress(x.counts)
+	}
+}
+
+// path exports what has a plaintext path; the directories above are made, with what they have.
+func (x *exporter) path(ctx context.Context, p string) {
+	n, at := x.v.Root(), "."
+	for part := range strings.SplitSeq(path.Clean(p), "/") {
+		if part == "." || part == "" {
+			continue
+		}
+		c, _, _, err := x.v.Lookup(ctx, n, part)
+		if err == nil && n != x.v.Root() {
+			var st volume.Attr
+			if st, err = n.Attr(); err == nil {
+				err = x.dir(n, at, st)
+			}
+		}
+		if err != nil {
+			x.note(path.Join(at, part), err, nil)
+			return
+		}
+		n, at = c, path.Join(at, part)
+	}
+	st, err := n.Attr()
+	if err != nil {
+		x.note(at, err, nil)
+		return
+	}
+	x.entry(ctx, n, at, st)
+}
+
+// entry exports a node, and takes its lookup back when that was done.
+func (x *exporter) entry(ctx context.Context, n *volume.Node, at string, st volume.Attr) {
+	switch {
+	case n.IsDir():
+		if err := x.dir(n, at, st); err != nil {
+			x.note(at, err, nil)
+			return
+		}
+		x.below(ctx, n, at)
+	case n.IsFile():
+		if st.Nlink > 1 {
+			key := [2]uint64{st.Dev, st.Ino}
+			if first, ok := x.first[key]; ok {
+				x.links = append(x.links, [2]string{first, at})
+				x.v.Forget(n.ID(), 1)
+				return
+			}
+			x.first[key] = at
+		}
+		select {
+		case x.jobs <- job{n, at, st}:
+		case <-ctx.Done():
+			x.v.Forget(n.ID(), 1)
+		}
+	default:
+		x.note(at, x.special(n, at, st), func(c *Counts) { c.Others++ })
+		x.v.Forget(n.ID(), 1)
+	}
+}
+
+// below exports the entries of a directory.
+func (x *exporter) below(ctx context.Context, n *volume.Node, at string) {
+	d, err := n.OpenDir()
+	if err != nil {
+		x.note(at, err, nil)
+		return
+	}
+	defer d.Close()
+	err = d.Next(func(e volume.Entry) bool {
+		if e.Name == "." || e.Name == ".." {
+			return ctx.Err() == nil
+		}
+		to := path.Join(at, e.Name)
+		c, st, _, err := d.Lookup(ctx, e)
+		switch {
+		case errors.Is(err, unix.ENOENT): // removed meanwhile
+		case err != nil:
+			x.note(to, err, nil)
+		default:
+			x.entry(ctx, c, to, st)
+		}
+		return ctx.Err() == nil
+	})
+	if err != nil {
+		x.note(at, err, nil)
+	}
+}
+
+// dir makes a directory in which the caller can make entries.
+func (x *exporter) dir(n *volume.Node, at string, st volume.Attr) error {
+	err := x.root.Mkdir(at, 0o700)
+	if errors.Is(err, fs.ErrExist) {
+		var now fs.FileInfo
+		if now, err = x.root.Lstat(at); err == nil && !now.IsDir() {
+			err = fmt.Errorf("what is there is no directory: %w", unix.ENOTDIR)
+		} else if err == nil && now.Mode().Perm()&0o700 != 0o700 {
+			err = x.root.Chmod(at, 0o700)
+		}
+	}
+	if err == nil {
+		x.dirs = append(x.dirs, made{n, at, st})
+	}
+	return err
+}
+
+// finishDir gives a directory all that the volume's has.
+func (x *exporter) finishDir(d made) error {
+	f, err := x.root.Open(d.at)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return x.attributes(int(f.Fd()), d.n, &d.st)
+}
+
+// temporary is the name under which a file is made beside its place: the same in the next export,
+// which takes it away.
+func temporary(at string) string {
+	h := sha256.Sum256([]byte(path.Base(at)))
+	return path.Join(path.Dir(at), ".kmsfs-export-"+hex.EncodeToString(h[:8]))
+}
+
+// file exports one file.
+func (x *exporter) file(ctx context.Context, j job) {
+	if now, err := x.root.Lstat(j.at); err == nil && now.Mode().IsRegular() && now.Size() == j.st.Size &&
+		now.ModTime().Equal(time.Unix(j.st.Mtim.Unix())) && x.whole(j.n) == nil {
+		x.note(j.at, nil, func(c *Counts) { c.Same++ })
+		return
+	}
+	tmp := temporary(j.at)
+	copied, err := x.copy(ctx, j, tmp)
+	there := err == nil || errors.Is(err, ErrIncomplete) || errors.Is(err, ErrAttributes)
+	if there {
+		if rerr := x.root.Rename(tmp, j.at); rerr != nil {
+			err, there = rerr, false
+		}
+	}
+	if !there {
+		x.root.Remove(tmp)
+	}
+	x.note(j.at, err, func(c *Counts) { c.Files++; c.Bytes += copied })
+}
+
+// whole returns ErrIncomplete if a file is being written.
+func (x *exporter) whole(n *volume.Node) error {
+	h, err := n.Header()
+	if err != nil || h == nil {
+		return err
+	}
+	if h.State.Flags&(blockcrypt.Dirty|blockcrypt.Cut) != 0 {
+		return ErrIncomplete
+	}
+	return nil
+}
+
+// chunk is how much is read at once, in bytes.
+const chunk = 1 << 20
+
+// copy copies a file to a new one. Of a file that is being written it returns ErrIncomplete, and it
+// is there all the same.
+func (x *exporter) copy(ctx context.Context, j job, tmp string) (copied int64, err error) {
+	h, err := j.n.Open(ctx, false)
+	if err != nil {
+		return 0, err
+	}
+	defer h.Release()
+	if err := x.root.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return 0, err
+	}
+	f, err := x.root.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	b := make([]byte, min(chunk, max(1, j.st.Size)))
+	end := int64(0)
+	for at := int64(0); ; {
+		next, err := h.Seek(at, unix.SEEK_DATA)
+		if errors.Is(err, unix.ENXIO) {
+			break
+		}
+		if err != nil {
+			return copied, err
+		}
+		hole, err := h.Seek(next, unix.SEEK_HOLE)
+		if err != nil {
+			return copied, err
+		}
+		n, err := h.Read(ctx, b[:min(int64(len(b)), hole-next)], next)
+		if err != nil {
+			return copied, err
+		}
+		if n == 0 {
+			break
+		}
+		if _, err := f.WriteAt(b[:n], next); err != nil {
+			return copied, err
+		}
+		copied += int64(n)
+		at = next + int64(n)
+		end = at
+	}
+	st, err := j.n.Attr() // the size may be another one by now
+	if err != nil {
+		return copied, err
+	}
+	if size := max(st.Size, end); size > end {
+		if err := f.Truncate(size); err != nil {
+			return copied, err
+		}
+	}
+	return copied, errors.Join(x.attributes(int(f.Fd()), j.n, &st), x.whole(j.n))
+}
+
+// link makes a further name of a file that was exported; same says that it was there.
+func (x *exporter) link(first, at string) (same bool, err error) {
+	a, err := x.root.Lstat(first)
+	if err != nil {
+		return false, fmt.Errorf("another name of %s: %w", first, err)
+	}
+	if b, err := x.root.Lstat(at); err == nil {
+		if os.SameFile(a, b) {
+			return true, nil
+		}
+		if err := x.root.Remove(at); err != nil {
+			return false, err
+		}
+	}
+	return false, x.root.Link(first, at)
+}
+
+// special exports a symlink, a pipe, a socket or a device.
+func (x *exporter) special(n *volume.Node, at string, st volume.Attr) error {
+	link, target := st.Mode&unix.S_IFMT == unix.S_IFLNK, ""
+	if link {
+		var err error
+		if target, err = x.v.Readlink(n); err != nil {
+			return err
+		}
+	}
+	if now, err := x.root.Lstat(at); err == nil {
+		if now.IsDir() {
+			return fmt.Errorf("a directory is there: %w", unix.EISDIR)
+		}
+		if err := x.root.Remove(at); err != nil {
+			return err
+		}
+	}
+	dir, err := x.root.Open(path.Dir(at))
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	fd, name := int(dir.Fd()), path.Base(at)
+	if link {
+		err = unix.Symlinkat(target, fd, name)
+	} else {
+		err = unix.Mknodat(fd, name, st.Mode, int(st.Rdev))
+	}
+	if err != nil {
+		return err
+	}
+	if !x.user {
+		if err := unix.Fchownat(fd, name, int(st.Uid), int(st.Gid), unix.AT_SYMLINK_NOFOLLOW); err != nil {
+			return err
+		}
+	}
+	if !link {
+		if err := unix.Fchmodat(fd, name, st.Mode&0o7777, 0); err != nil {
+			return err
+		}
+	}
+	return unix.UtimesNanoAt(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d/%s", fd, name),
+		[]unix.Timespec{st.Atim, st.Mtim}, unix.AT_SYMLINK_NOFOLLOW)
+}
+
+// attributes gives an open file owner, mode, extended attributes and times: as many as it takes, or
+// ErrAttributes.
+func (x *exporter) attributes(fd int, n *volume.Node, st *volume.Attr) error {
+	var errs []error
+	do := func(err error, what string) {
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", what, err))
+		}
+	}
+	if !x.user {
+		do(unix.Fchown(fd, int(st.Uid), int(st.Gid)), "the owner")
+	}
+	do(unix.Fchmod(fd, st.Mode&0o7777), "the mode") // after chown, which takes bits away
+	names, err := n.Listxattr()
+	if !errors.Is(err, unix.EOPNOTSUPP) {
+		do(err, "the extended attributes")
+	}
+	for name := range strings.SplitSeq(strings.TrimSuffix(string(names), "\x00"), "\x00") {
+		if name == "" || x.user && !strings.HasPrefix(name, "user.") && !strings.HasPrefix(name, "system.") {
+			continue // of root alone
+		}
+		v, err := n.Getxattr(name)
+		if err == nil {
+			err = unix.Fsetxattr(fd, name, v, 0)
+		}
+		do(err, name)
+	}
+	do(unix.UtimesNanoAt(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", fd),
+		[]unix.Timespec{st.Atim, st.Mtim}, 0), "the times")
+	if len(errs) == 0 {
+		return nil
+	}
+	return fmt.Errorf("%w: %w", ErrAttributes, errors.Join(errs...))
+}
