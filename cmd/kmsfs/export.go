@@ -14,7 +14,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
-	"kmsfs/fs/export"
+	"kmsfs/fs/transfer"
 	"kmsfs/fs/volume"
 )
 
@@ -24,8 +24,8 @@ type exportFlags struct {
 	acceptOlder, asJSON bool
 }
 
-// exportAtOnce is how many files are copied at the same time: keys of a service are waited for.
-const exportAtOnce = 32
+// transferAtOnce is how many files are copied at the same time: keys of a service are waited for.
+const transferAtOnce = 32
 
 func exportTreeCommand() *cobra.Command {
 	var f exportFlags
@@ -58,10 +58,10 @@ code is 8. Files that cannot be read are named, and the others are exported.`,
 	return c
 }
 
-// exportResult is the output of kmsfs export.
-type exportResult struct {
-	export.Counts
-	Hidden int64        `json:"hidden"` // entries whose names do not decode
+// transferResult is the output of kmsfs export and import.
+type transferResult struct {
+	transfer.Counts
+	Hidden int64        `json:"hidden"` // entries of the volume whose names do not decode
 	Errors []failedFile `json:"errors"` // the first of them
 }
 
@@ -90,51 +90,60 @@ func (f *exportFlags) run(ctx context.Context, cipherDir, dst string, paths []st
 	if err != nil {
 		return err
 	}
-	out := exportResult{Errors: []failedFile{}}
+	out := transferResult{Errors: []failedFile{}}
 	var line progressLine
+	out.Counts, err = transfer.Export(ctx, v, paths, dst, out.options(&line))
+	line.clear()
+	out.Hidden = hidden.n.Load()
+	err = errors.Join(out.show("exported", f.asJSON), out.verdict(ctx, fmt.Sprintf("the export to %s", dst), err))
+	return errors.Join(err, v.Close())
+}
+
+// options report to the result, and show progress.
+func (r *transferResult) options(line *progressLine) transfer.Options {
 	last := time.Time{}
-	out.Counts, err = export.Tree(ctx, v, paths, dst, export.Options{
-		AtOnce: exportAtOnce,
-		Progress: func(c export.Counts) {
+	return transfer.Options{
+		AtOnce: transferAtOnce,
+		Progress: func(c transfer.Counts) {
 			if time.Since(last) > 200*time.Millisecond {
 				last = time.Now()
 				line.show("%d files, %d MiB", c.Files+c.Same, c.Bytes>>20)
 			}
 		},
 		Failed: func(path string, err error) {
-			if len(out.Errors) < mostErrors {
-				out.Errors = append(out.Errors, failedFile{path, err.Error()})
+			if len(r.Errors) < mostErrors {
+				r.Errors = append(r.Errors, failedFile{path, err.Error()})
 			}
 		},
-	})
-	line.clear()
-	out.Hidden = hidden.n.Load()
-	return errors.Join(f.show(&out), f.verdict(ctx, err, &out, dst), v.Close())
+	}
 }
 
-func (f *exportFlags) show(out *exportResult) error {
-	if f.asJSON {
-		return printJSON(out)
+func (r *transferResult) show(done string, asJSON bool) error {
+	if asJSON {
+		return printJSON(r)
 	}
-	for _, x := range out.Errors {
+	for _, x := range r.Errors {
 		say("%s: %s", x.Path, x.Error)
 	}
-	fmt.Printf("%d files exported, %d bytes; %d were there already; %d directories, %d others, %d failed, %d incomplete.\n",
-		out.Files, out.Bytes, out.Same, out.Dirs, out.Others, out.Failed, out.Incomplete)
+	fmt.Printf("%d files %s, %d bytes; %d were there already; %d directories, %d others, %d failed, %d incomplete.\n",
+		r.Files, done, r.Bytes, r.Same, r.Dirs, r.Others, r.Failed, r.Incomplete)
 	return nil
 }
 
-func (f *exportFlags) verdict(ctx context.Context, err error, out *exportResult, dst string) error {
+// verdict is the error of a transfer; what names it, and err is why it ended early.
+func (r *transferResult) verdict(ctx context.Context, what string, err error) error {
 	switch {
 	case ctx.Err() != nil:
-		return hint(errors.New("interrupted; what was exported stays"), "go on with the same command")
+		return hint(errors.New("interrupted; what was copied stays"), "go on with the same command")
 	case err != nil:
-		return hint(fmt.Errorf("the export to %s ended: %w", dst, err), "go on with the same command")
-	case out.Failed > 0 || out.Hidden > 0:
-		return hint(fmt.Errorf("%d entries were not exported, or not whole, and %d have names that cannot be read", out.Failed, out.Hidden),
+		return hint(fmt.Errorf("%s ended: %w", what, err), "go on with the same command")
+	case r.Hidden > 0:
+		return hint(fmt.Errorf("%d entries have names that cannot be read, and %d were not copied, or not whole", r.Hidden, r.Failed),
 			"kmsfs fsck tells what is damaged")
-	case out.Incomplete > 0:
-		return coded{fmt.Errorf("%d files were being written; what opens was exported", out.Incomplete), exitIncomplete}
+	case r.Failed > 0:
+		return hint(fmt.Errorf("%d entries were not copied, or not whole", r.Failed), "see why above, and call the command again")
+	case r.Incomplete > 0:
+		return coded{fmt.Errorf("%d files were being written meanwhile", r.Incomplete), exitIncomplete}
 	}
 	return nil
 }

@@ -23,6 +23,9 @@ import (
 	"kmsfs/keystore/awskms"
 )
 
+// poolBase is how many data keys a volume holds ready in the long run.
+const poolBase = 8
+
 // session is a mount in the process that serves it, from its first look at the volume to its end.
 type session struct {
 	f                     *mountFlags
@@ -91,7 +94,7 @@ func (s *session) open(ctx context.Context) error {
 		grace = -1 // none
 	}
 	s.v, err = openFree(u, s.cipherDir, volume.Options{ReadOnly: f.readOnly, KernelTimes: !f.readOnly,
-		Logger: s.log, Pool: 8, MaxAge: f.maxAge, Grace: grace, FileLease: f.lease == "file",
+		Logger: s.log, Pool: poolBase, MaxAge: f.maxAge, Grace: grace, FileLease: f.lease == "file",
 		NoPrefetch: f.audit == "strict"})
 	if err != nil {
 		return err

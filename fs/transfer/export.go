@@ -1,15 +1,7 @@
-// Package export copies the plaintext of a volume to a directory, without a mount: content, names,
-// modes, owners, times, extended attributes, holes, hard links and special files.
-//
-// A file takes its place when it is whole, with its time of modification. So an export that was
-// interrupted goes on where it ended: files that are there with the same size and time are left alone.
-// All names are opened below the directory by [os.Root]: no symlink leads out of it.
-package export
+package transfer
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -25,42 +17,13 @@ import (
 	"kmsfs/fs/volume"
 )
 
-// Options of [Tree].
-type Options struct {
-	AtOnce   int                          // files at the same time; 1 if zero
-	Progress func(Counts)                 // told after each file, by one goroutine at a time; it may be nil
-	Failed   func(path string, err error) // told of each entry that was not exported, or not whole, likewise
-}
-
-// Counts counts what was exported.
-type Counts struct {
-	Dirs       int64 `json:"directories"`
-	Files      int64 `json:"files"`
-	Same       int64 `json:"same"` // files that were there already
-	Others     int64 `json:"others"`
-	Bytes      int64 `json:"bytes"` // of plaintext that were copied
-	Failed     int64 `json:"failed"`
-	Incomplete int64 `json:"incomplete"` // files that were being written: what opens was given
-}
-
-// ErrIncomplete says that a file was being written when the volume was copied, or is now.
-var ErrIncomplete = errors.New("it was being written; what opens was exported, the last writes may be missing")
-
-// ErrAttributes says that an entry was exported, and lacks attributes.
-var ErrAttributes = errors.New("it was exported, but not all of its attributes")
-
 // exporter is an export under way.
 type exporter struct {
+	*tally
 	v    *volume.Volume
-	o    Options
 	root *os.Root
 	user bool // not root: files belong to who calls
-	stop context.CancelCauseFunc
-
 	jobs chan job
-
-	mu     sync.Mutex
-	counts Counts
 
 	// Of the goroutine that walks.
 	dirs  []made
@@ -82,9 +45,9 @@ type made struct {
 	st volume.Attr
 }
 
-// Tree exports the nodes with these paths below the volume, "." for all, to a directory, which is made
+// Export copies the nodes with these paths below the volume, "." for all, to a directory, which is made
 // if it is not there. It goes on after an entry that fails; an error says that it did not.
-func Tree(ctx context.Context, v *volume.Volume, paths []string, dst string, o Options) (Counts, error) {
+func Export(ctx context.Context, v *volume.Volume, paths []string, dst string, o Options) (Counts, error) {
 	if err := os.MkdirAll(dst, 0o700); err != nil {
 		return Counts{}, err
 	}
@@ -95,8 +58,8 @@ func Tree(ctx context.Context, v *volume.Volume, paths []string, dst string, o O
 	defer root.Close()
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
-	x := &exporter{v: v, o: o, root: root, user: os.Geteuid() != 0, stop: stop, jobs: make(chan job),
-		first: map[[2]uint64]string{}}
+	x := &exporter{tally: &tally{o: o, stop: stop}, v: v, root: root, user: os.Geteuid() != 0,
+		jobs: make(chan job), first: map[[2]uint64]string{}}
 	var wg sync.WaitGroup
 	for range max(1, o.AtOnce) {
 		wg.Go(func() {
@@ -146,29 +109,6 @@ func (x *exporter) sync() error {
 	}
 	defer d.Close()
 	return unix.Syncfs(int(d.Fd()))
-}
-
-// note counts an entry, or its failure. A disk that is full ends the export.
-func (x *exporter) note(at string, err error, count func(*Counts)) {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	switch {
-	case err == nil:
-		count(&x.counts)
-	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
-		x.stop(fmt.Errorf("%s: %w", at, err))
-	case errors.Is(err, context.Canceled):
-	case errors.Is(err, ErrIncomplete) && !errors.Is(err, ErrAttributes):
-		count(&x.counts)
-		x.counts.Incomplete++
-		x.o.Failed(at, err)
-	default:
-		x.counts.Failed++
-		x.o.Failed(at, err)
-	}
-	if x.o.Progress != nil {
-		x.o.Progress(x.counts)
-	}
 }
 
 // path exports what has a plaintext path; the directories above are made, with what they have.
@@ -284,13 +224,6 @@ func (x *exporter) finishDir(d made) error {
 	return x.attributes(int(f.Fd()), d.n, &d.st)
 }
 
-// temporary is the name under which a file is made beside its place: the same in the next export,
-// which takes it away.
-func temporary(at string) string {
-	h := sha256.Sum256([]byte(path.Base(at)))
-	return path.Join(path.Dir(at), ".kmsfs-export-"+hex.EncodeToString(h[:8]))
-}
-
 // file exports one file.
 func (x *exporter) file(ctx context.Context, j job) {
 	if now, err := x.root.Lstat(j.at); err == nil && now.Mode().IsRegular() && now.Size() == j.st.Size &&
@@ -323,9 +256,6 @@ func (x *exporter) whole(n *volume.Node) error {
 	}
 	return nil
 }
-
-// chunk is how much is read at once, in bytes.
-const chunk = 1 << 20
 
 // copy copies a file to a new one. Of a file that is being written it returns ErrIncomplete, and it
 // is there all the same.
