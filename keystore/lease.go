@@ -154,6 +154,7 @@ func (l *lease) Prove(ctx context.Context) error {
 	for {
 		l.r.mu.Lock()
 		c := l.proof
+		l.r.used = true // or a lazy ring would never be probed
 		l.r.mu.Unlock()
 		if known, err := l.ProveNow(); known {
 			return err

@@ -51,6 +51,15 @@ func (r *Ring) Opens(ws []blockcrypt.Recipient) bool {
 	return slices.ContainsFunc(cs, func(c candidate) bool { return !c.s.retiring })
 }
 
+// Good reports whether a recipient among these is trusted, and its key is not known to be lost.
+func (l *lease) Good(ws []blockcrypt.Recipient) bool {
+	r := l.r
+	cs := r.candidates(ws)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.suspended == nil && slices.ContainsFunc(cs, func(c candidate) bool { return c.s.wrong() == nil })
+}
+
 // StillUnwraps reports whether the service of a recipient still takes a wrapped key, without the right to
 // see it.
 func (r *Ring) StillUnwraps(ctx context.Context, file [16]byte, ws []blockcrypt.Recipient) bool {

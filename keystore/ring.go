@@ -160,11 +160,13 @@ func (r *Ring) SetStores(stores []Store, sample Sample) {
 		r.watching.Do(func() { r.wg.Go(r.watch) })
 	}
 	r.waits.Store(waits)
+	r.noted() // who waits for a proof of a store that is gone
 }
 
 // Drop ends the use of the ring but for keys that were handed out: it trusts nobody any more, and
 // wipes what it holds. Close follows at the end.
-func (r *Ring) Drop() {
+func (l *lease) Drop() {
+	r := l.r
 	r.SetStores(nil, Sample{})
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -365,7 +365,7 @@ func (c *control) serveChanges(mux *http.ServeMux) {
 		if err := json.NewDecoder(io.LimitReader(r.Body, maxChange)).Decode(&q); err != nil {
 			return err
 		}
-		rec, err := c.keys.setDirectoryKeys(r.Context(), c.v, q, tell)
+		rec, err := setDirectoryKeys(r.Context(), c.keys, c.v, q, tell)
 		if err == nil {
 			c.log.Info("the keys of a directory were changed", "path", q.Path)
 			tell(news{Record: rec})

@@ -135,7 +135,7 @@ func (f *setKeyFlags) show(out *setKeyResult, path, dir string) error {
 }
 
 // setDirectoryKeys gives a directory keys, in the process that has the volume open. It tells the URI of each.
-func (k *keyFlags) setDirectoryKeys(ctx context.Context, v *volume.Volume, q setKeyRequest,
+func setDirectoryKeys(ctx context.Context, k *keyFlags, v *volume.Volume, q setKeyRequest,
 	tell func(news)) (*volume.Record, error) {
 	n, forget, err := nodeOf(ctx, v, q.rekeyRequest)
 	if err != nil {
@@ -166,7 +166,7 @@ func (k *keyFlags) setDirectoryKeys(ctx context.Context, v *volume.Volume, q set
 }
 
 func (o *openVolume) setKeys(ctx context.Context, q setKeyRequest, tell func(news)) (*volume.Record, error) {
-	return o.k.setDirectoryKeys(ctx, o.v, q, tell)
+	return setDirectoryKeys(ctx, o.k, o.v, q, tell)
 }
 
 func (d *mountDaemon) setKeys(ctx context.Context, q setKeyRequest, tell func(news)) (rec *volume.Record, err error) {

@@ -26,12 +26,12 @@ type access struct {
 
 // refused returns why no content of a node is read or written now, as far as that is known before
 // the file is opened.
-func (c *content) refused() error {
+func (a *access) refused(c *content) error {
 	if f := c.file.Load(); f != nil {
 		return f.refuses(false)
 	}
-	if len(c.v.domains().all) == 1 {
-		return c.v.own.refusal.Load().of(false)
+	if len(a.v.lists.now().all) == 1 {
+		return a.v.lists.own.refusal.Load().of(false)
 	}
 	return nil
 }
@@ -106,11 +106,15 @@ func (f *file) ready(ctx context.Context, delayedWrite bool) error {
 			return nil
 		}
 		waitsOf(ctx).ForKey()
-		keys, err := f.domain.Load().unlock(ctx, hdr)
+		keys, d, err := f.v.lists.unlock(ctx, hdr)
 		if err != nil {
 			return f.failed("unwrapping its key again", err)
 		}
 		f.mu.Lock()
+		if f.Header == hdr && f.Keys == nil {
+			f.domain.Store(d)
+			f.v.lists.keep(f)
+		}
 		err = f.refuses(delayedWrite) // it may be suspended by now
 		if err == nil && f.Header == hdr && f.Keys == nil {
 			f.Keys = keys
@@ -137,7 +141,7 @@ func (f *file) renewKey(ctx context.Context, old *freshKey) (kept *freshKey, err
 	f.mu.Lock()
 	defer f.unlock()
 	if f.next == old {
-		f.takes(k)
+		takes(f, k)
 		k = old
 	}
 	if k != nil {

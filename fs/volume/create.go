@@ -165,17 +165,20 @@ func (c *content) adopt(fd int, st *Attr, key *freshKey, write bool) *Handle {
 	c.openMu.Lock()
 	defer c.openMu.Unlock()
 	c.sound = true
-	c.target() // for when it has no name any more
+	c.v.lists.target(c) // for when it has no name any more
 	f := c.file.Load()
 	if f == nil {
 		f = c.newFile(fd, true, st)
 		f.BelieveEmpty()
 		f.handles = 1
-		f.takes(key)
+		takes(f, key)
 		if write {
 			f.writers = 1
 		}
 		c.attach(f)
+		f.mu.Lock()
+		c.v.lists.keep(f)
+		f.unlock()
 		return &Handle{f, write}
 	}
 	c.v.disk.Close(fd) // another has opened it already
@@ -186,7 +189,7 @@ func (c *content) adopt(fd int, st *Attr, key *freshKey, write bool) *Handle {
 		f.writers++
 	}
 	if f.next == nil && f.Size == 0 {
-		f.takes(key)
+		takes(f, key)
 	} else {
 		key.putBack()
 	}

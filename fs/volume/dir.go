@@ -180,6 +180,7 @@ func (ns *namespace) Symlink(ctx context.Context, dir *Node, name, target string
 // first.
 func (ns *namespace) Link(ctx context.Context, n, dir *Node, name string) (*Node, Attr, error) {
 	ns.renames.Add(1)
+	defer ns.renames.Add(1) // a scan that began meanwhile looks again
 	if err := n.mayLink(dir); err != nil {
 		return nil, Attr{}, err
 	}
@@ -408,6 +409,7 @@ func (ns *namespace) Rename(from *Node, oldName string, to *Node, newName string
 	}
 	unlock := ns.lockDirs(from, to)
 	ns.renames.Add(1)
+	defer ns.renames.Add(1) // a scan that began meanwhile looks again
 	gone, err := ns.renameLocked(from, oldName, to, newName, flags)
 	unlock()
 	gone.dropIfGone()
@@ -491,7 +493,7 @@ func (ns *namespace) renameLocked(from *Node, oldName string, to *Node, newName 
 
 // mayMove is [Node.mayMove] of what is at a place.
 func (ns *namespace) mayMove(at location, to *Node) error {
-	if at.dir == to || len(ns.v.domains().byDir) == 0 {
+	if at.dir == to || len(ns.v.lists.now().byDir) == 0 {
 		return nil
 	}
 	n, _, err := ns.lookup(at.dir, at.cname)

@@ -79,7 +79,7 @@ func (ds *domains) active(d *domain) bool {
 			return true
 		}
 	}
-	return d == d.v.own
+	return d == d.v.lists.own
 }
 
 // directoryBinding is that of the key which shows that a directory's recipients unwrap.
@@ -87,18 +87,30 @@ func directoryBinding(volume, dir blockcrypt.ID) keystore.Binding {
 	return keystore.Binding{Use: keystore.ForDirectory, Volume: volume, ID: dir}
 }
 
-// domains returns the lists as they are now.
-func (v *Volume) domains() *domains { return v.recipients.now.Load().domains }
+// lists gives a volume's lists of recipients, and the domain of each file.
+type lists struct {
+	v   *Volume
+	own *domain // of the volume's own recipients
+}
 
-// domainOf returns the domain of a file with this header: of those that open it the one that has most
-// of its recipients, and of these the one with the shortest list.
-func (v *Volume) domainOf(h *blockcrypt.Header) *domain {
-	all := v.domains().all
+// now returns the lists as they are now.
+func (l *lists) now() *domains { return l.v.recipients.now.Load().domains }
+
+// allOf returns the domains whose recipients a header has, those first that are to be asked first:
+// where a key is not known to be lost; where one is at hand; with most of the header's recipients; with
+// the shortest list. There is one at least.
+func (l *lists) allOf(h *blockcrypt.Header) []*domain {
+	all := l.now().all
 	if len(all) == 1 {
-		return v.own
+		return all
 	}
-	now := v.recipients.now.Load()
-	best, most := v.own, 0
+	type scored struct {
+		d     *domain
+		score int
+	}
+	const more = 2 * blockcrypt.MaxHeader // than a header has recipients
+	now := l.v.recipients.now.Load()
+	var found []scored
 	for _, d := range all {
 		k, has := now.set(d), 0
 		for _, x := range h.Recipients {
@@ -109,19 +121,32 @@ func (v *Volume) domainOf(h *blockcrypt.Header) *domain {
 		if has == 0 {
 			continue
 		}
-		score := has*2*blockcrypt.MaxHeader - len(k.recipients)
+		score := has*more - len(k.recipients)
 		if k.opens(h.Recipients) {
-			score += blockcrypt.MaxHeader * blockcrypt.MaxHeader
+			score += more * more
 		}
-		if score > most {
-			best, most = d, score
+		if d.ring.Good(h.Recipients) {
+			score += 2 * more * more
 		}
+		found = append(found, scored{d, score})
 	}
-	return best
+	slices.SortStableFunc(found, func(a, b scored) int { return b.score - a.score })
+	var out []*domain
+	for _, x := range found {
+		out = append(out, x.d)
+	}
+	if len(out) == 0 {
+		return all[:1]
+	}
+	return out
 }
 
+// of returns the first of allOf.
+func (l *lists) of(h *blockcrypt.Header) *domain { return l.allOf(h)[0] }
+
 // chain returns the IDs of a directory and of those above it, without the root's.
-func (n *Node) chain() (ids []blockcrypt.ID, err error) {
+func (d *directory) chain() (ids []blockcrypt.ID, err error) {
+	n := d.n
 	for n != n.v.root {
 		id, ok, err := n.dirIdent(false)
 		if err != nil {
@@ -150,22 +175,22 @@ func (ds *domains) below(own *domain, ids []blockcrypt.ID) *domain {
 }
 
 // domain returns the domain of new files in a directory.
-func (n *Node) domain() (*domain, error) {
-	ds := n.v.domains()
+func (d *directory) domain() (*domain, error) {
+	ds := d.v.lists.now()
 	if len(ds.byDir) == 0 {
-		return n.v.own, nil
+		return d.v.lists.own, nil
 	}
-	ids, err := n.chain()
+	ids, err := d.chain()
 	if err != nil {
 		return nil, err
 	}
-	return ds.below(n.v.own, ids), nil
+	return ds.below(d.v.lists.own, ids), nil
 }
 
 // target returns the domain that new content of the file belongs to: that of its directory, or, if it
 // has no name, of the one in which it was.
-func (c *content) target() (*domain, error) {
-	ds := c.v.domains()
+func (l *lists) target(c *content) (*domain, error) {
+	ds := l.now()
 	if at, ok := c.n.place(); ok && len(ds.byDir) > 0 {
 		ids, err := at.dir.chain()
 		if err != nil {
@@ -174,16 +199,16 @@ func (c *content) target() (*domain, error) {
 		c.dirs.Store(&ids)
 	}
 	if ids := c.dirs.Load(); ids != nil {
-		return ds.below(c.v.own, *ids), nil
+		return ds.below(l.own, *ids), nil
 	}
-	return c.v.own, nil
+	return l.own, nil
 }
 
 // mayMove returns EXDEV if a file or a directory must not move from its place to another directory,
 // since new content there is for other recipients: then programs copy it. The entries of both
 // directories are held.
 func (n *Node) mayMove(from, to *Node) error {
-	byDir := n.v.domains().byDir
+	byDir := n.v.lists.now().byDir
 	if n.IsDir() {
 		id, ok, err := n.dirIdent(false)
 		if err != nil || ok && byDir[id] != nil {
@@ -201,10 +226,10 @@ func (n *Node) mayMove(from, to *Node) error {
 
 // mayLink is mayMove for a further name of a file.
 func (n *Node) mayLink(to *Node) error {
-	if !n.IsFile() || len(n.v.domains().byDir) == 0 {
+	if !n.IsFile() || len(n.v.lists.now().byDir) == 0 {
 		return nil
 	}
-	d, err := n.target()
+	d, err := n.v.lists.target(&n.content)
 	if err != nil {
 		return err
 	}
@@ -212,9 +237,9 @@ func (n *Node) mayLink(to *Node) error {
 }
 
 // isOf returns EXDEV if the new files of a directory are of another domain.
-func (n *Node) isOf(d *domain) error {
-	own, err := n.domain()
-	if err == nil && own != d {
+func (d *directory) isOf(of *domain) error {
+	own, err := d.domain()
+	if err == nil && own != of {
 		err = unix.EXDEV
 	}
 	return err
@@ -232,20 +257,26 @@ func (k *freshKey) putBack() { k.domain.ring.PutBack(k.DataKey) }
 // current reports whether the key is wrapped for just the recipients that new content of the file has
 // now.
 func (k *freshKey) current(f *file) bool {
-	d, err := f.n.target()
+	d, err := f.v.lists.target(&f.n.content)
 	return err == nil && d == k.domain && k.domain.ring.Current(k.DataKey)
 }
 
-// regroup gives the file its domain, by the present lists; moved says that it had another one. f.mu is
-// held.
-func (f *file) regroup() (moved bool) {
+// keep gives the file another domain only if its own is of no list any more. f.mu is held.
+func (l *lists) keep(f *file) {
+	if f.Header == nil || !slices.Contains(l.now().all, f.domain.Load()) {
+		l.regroup(f)
+	}
+}
+
+// regroup gives the file its domain, by the present lists. f.mu is held.
+func (l *lists) regroup(f *file) {
 	d := f.domain.Load()
 	if f.Header != nil {
-		d = f.v.domainOf(f.Header)
-	} else if t, err := f.n.target(); err == nil {
+		d = l.of(f.Header)
+	} else if t, err := l.target(&f.n.content); err == nil {
 		d = t
 	}
-	return f.domain.Swap(d) != d
+	f.domain.Store(d)
 }
 
 // newKey returns a data key for a new file of a domain, and tells if it waits for a key service.
@@ -265,14 +296,18 @@ func (d *domain) newKey(ctx context.Context) (*freshKey, error) {
 }
 
 // newKeyIn is [domain.newKey] for a new file in a directory.
-func (n *Node) newKeyIn(ctx context.Context) (*freshKey, error) { return n.v.newKeyOf(ctx, n.domain) }
+func (d *directory) newKeyIn(ctx context.Context) (*freshKey, error) {
+	return d.v.lists.newKeyOf(ctx, d.domain)
+}
 
 // newKey is [domain.newKey] for new content of the file.
-func (c *content) newKey(ctx context.Context) (*freshKey, error) { return c.v.newKeyOf(ctx, c.target) }
+func (c *content) newKey(ctx context.Context) (*freshKey, error) {
+	return c.v.lists.newKeyOf(ctx, func() (*domain, error) { return c.v.lists.target(c) })
+}
 
 // newKeyOf is [domain.newKey] of the domain that which returns: again if that is another one when the
 // key comes, or when none comes.
-func (v *Volume) newKeyOf(ctx context.Context, which func() (*domain, error)) (*freshKey, error) {
+func (l *lists) newKeyOf(ctx context.Context, which func() (*domain, error)) (*freshKey, error) {
 	for {
 		d, err := which()
 		if err != nil {
@@ -290,22 +325,39 @@ func (v *Volume) newKeyOf(ctx context.Context, which func() (*domain, error)) (*
 }
 
 // takes makes a key that of the new content of a file, or takes it back, if that is nil. f.mu is held.
-func (f *file) takes(k *freshKey) {
+func takes(f *file, k *freshKey) {
 	if f.next = k; k != nil && f.Header == nil {
 		f.domain.Store(k.domain)
 	}
 }
 
-// unlockNow is [keystore.Ring.UnlockNow] of the domain.
-func (d *domain) unlockNow(h *blockcrypt.Header) (keys *blockcrypt.FileKeys, known bool, err error) {
-	keys, known, err = d.ring.UnlockNow(h)
-	return keys, known, d.named(err)
+// unlockNow is [keystore.Ring.UnlockNow] by the domains of a file. It returns the one that has the key.
+func (l *lists) unlockNow(h *blockcrypt.Header) (keys *blockcrypt.FileKeys, d *domain, known bool, err error) {
+	for _, d := range l.allOf(h) {
+		keys, known, e := d.ring.UnlockNow(h)
+		if !known || e == nil {
+			return keys, d, known, nil
+		}
+		if err == nil {
+			err = d.named(e)
+		}
+	}
+	return nil, nil, true, err
 }
 
-// unlock is [keystore.Ring.Unlock] of the domain.
-func (d *domain) unlock(ctx context.Context, h *blockcrypt.Header) (*blockcrypt.FileKeys, error) {
-	keys, err := d.ring.Unlock(ctx, h)
-	return keys, d.named(err)
+// unlock is [keystore.Ring.Unlock] by the domains of a file: the next one where one refuses. It
+// returns the one that has the key.
+func (l *lists) unlock(ctx context.Context, h *blockcrypt.Header) (keys *blockcrypt.FileKeys, d *domain, err error) {
+	for _, d := range l.allOf(h) {
+		keys, e := d.ring.Unlock(ctx, h)
+		if e == nil || keystore.KindOf(e) == keystore.Canceled {
+			return keys, d, e
+		}
+		if err == nil {
+			err = d.named(e)
+		}
+	}
+	return nil, nil, err
 }
 
 // named returns the error that says which key is not at hand, where nobody's key was.
@@ -317,6 +369,6 @@ func (d *domain) named(err error) error {
 }
 
 // waits reports whether any key is one of a service that has to be waited for.
-func (v *Volume) waits() bool {
-	return slices.ContainsFunc(v.domains().all, func(d *domain) bool { return d.ring.Waits() })
+func (l *lists) waits() bool {
+	return slices.ContainsFunc(l.now().all, func(d *domain) bool { return d.ring.Waits() })
 }

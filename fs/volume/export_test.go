@@ -18,7 +18,7 @@ func (v *Volume) Crash() {
 	v.bg.Wait()
 	v.settler.stop()
 	v.disk.Hook = func(disk.Call) error { return errCrashed }
-	v.closeRings()
+	v.lists.close()
 	for _, f := range v.nodes.files() {
 		f.mu.Lock()
 		unix.Close(f.FD)

@@ -173,7 +173,7 @@ func (f *file) fill(st *Attr) bool {
 
 func (c *content) newFile(fd int, rw bool, st *Attr) *file {
 	f := &file{n: c.n, v: c.v, rw: rw}
-	f.domain.Store(c.v.own)
+	f.domain.Store(c.v.lists.own)
 	rules := cfile.Rules{Calm: c.v.calm, KernelTimes: c.v.o.KernelTimes}
 	f.File = cfile.New(&c.v.disk, c.v.sizes().New, cfile.Opened{FD: fd, Mtime: st.Mtim}, rules, host{f})
 	if c.v.o.ReadOnly {

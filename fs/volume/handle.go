@@ -20,7 +20,7 @@ func (c *content) acquire(ctx context.Context, write bool) (*file, error) {
 	if write && c.v.o.ReadOnly {
 		return nil, unix.EROFS
 	}
-	if err := c.refused(); err != nil {
+	if err := c.v.access.refused(c); err != nil {
 		return nil, err
 	}
 	if write && c.immutable.Load() {
@@ -95,7 +95,7 @@ func (f *file) join(write bool, key **freshKey) (joined bool, err error) {
 		if *key == nil {
 			return false, nil
 		}
-		f.takes(*key)
+		takes(f, *key)
 		*key = nil
 	}
 	f.handles++

@@ -211,7 +211,8 @@ func (f *file) lockForContent(ctx context.Context, delayedWrite bool) (unlock fu
 			}
 			continue
 		}
-		stale := f.Size == 0 && f.next != nil && f.next != kept && !f.next.current(f)
+		stale := f.Size == 0 && f.next != nil && !f.next.current(f) &&
+			!(f.next == kept && kept.domain.ring.Opens(kept.Wrapped))
 		if !stale && (f.Size > 0 || f.next != nil) {
 			return f.unlock, nil
 		}

@@ -17,8 +17,8 @@ const (
 
 // newDomains returns the lists that kmsfs.json names. What was known of a list that was there before
 // is kept, unless a key is at hand now that was not. stores are those of the recipients of directories.
-func (v *Volume) newDomains(cfg *blockcrypt.Config, before *domains, stores []keystore.Store) *domains {
-	out := &domains{byDir: map[blockcrypt.ID]*domain{}, all: []*domain{v.own}}
+func (l *lists) make(cfg *blockcrypt.Config, before *domains, stores []keystore.Store) *domains {
+	out := &domains{byDir: map[blockcrypt.ID]*domain{}, all: []*domain{l.own}}
 	var had []*domain
 	if before != nil {
 		had, out.dropped = before.all[1:], before.dropped
@@ -27,11 +27,11 @@ func (v *Volume) newDomains(cfg *blockcrypt.Config, before *domains, stores []ke
 		}
 	}
 	of := func(id blockcrypt.ID, rs []blockcrypt.Recipient) *domain {
-		same := func(d *domain) bool { return d != v.own && urisOf(d.recipients) == urisOf(rs) }
+		same := func(d *domain) bool { return d != l.own && urisOf(d.recipients) == urisOf(rs) }
 		if i := slices.IndexFunc(out.all, same); i >= 0 {
 			return out.all[i]
 		}
-		d := &domain{v: v, keySet: keySet{recipients: rs}}
+		d := &domain{v: l.v, keySet: keySet{recipients: rs}}
 		for _, r := range rs {
 			if s := keystore.StoreFor(stores, r.URI); s != nil {
 				d.stores = append(d.stores, s)
@@ -45,12 +45,12 @@ func (v *Volume) newDomains(cfg *blockcrypt.Config, before *domains, stores []ke
 		} else {
 			o := keystore.RingOptions{Keys: directoryKeys, Lazy: true,
 				Sample: keystore.Sample{Binding: directoryBinding(cfg.Volume, id), Wrapped: rs}}
-			if v.Suspended() != nil {
+			if l.v.Suspended() != nil {
 				o.Suspended = errSuspended
 				d.refusal.Store(&refusal{errSuspended, true})
 			}
 			d.sample = o.Sample
-			d.ring = v.newRing(d, d.stores, o)
+			d.ring = l.newRing(d, d.stores, o)
 		}
 		out.all = append(out.all, d)
 		return d
@@ -58,7 +58,12 @@ func (v *Volume) newDomains(cfg *blockcrypt.Config, before *domains, stores []ke
 	for _, id := range cfg.DirectoryIDs() {
 		keys := cfg.Directories[id]
 		if len(keys.Recipients) > 0 {
-			out.byDir[id] = of(id, keys.Recipients)
+			d := of(id, keys.Recipients)
+			if d.retired { // it was one of former recipients
+				d.ring.SetStores(d.stores, d.sample)
+				d.retired = false
+			}
+			out.byDir[id] = d
 		}
 		for _, r := range keys.Former { // each by itself: one that is revoked darkens its own files
 			of(id, []blockcrypt.Recipient{r})
@@ -73,16 +78,16 @@ func (v *Volume) newDomains(cfg *blockcrypt.Config, before *domains, stores []ke
 }
 
 // newRing makes the ring of a domain.
-func (v *Volume) newRing(d *domain, stores []keystore.Store, o keystore.RingOptions) *keystore.Ring {
-	if o.Pool = v.o.Pool; v.o.ReadOnly {
+func (l *lists) newRing(d *domain, stores []keystore.Store, o keystore.RingOptions) *keystore.Ring {
+	if o.Pool = l.v.o.Pool; l.v.o.ReadOnly {
 		o.Pool = 0
 	}
-	o.MaxAge, o.Grace, o.EachKey, o.Branches = v.o.MaxAge, v.o.Grace, v.o.FileLease, branches(v.cfg)
+	o.MaxAge, o.Grace, o.EachKey, o.Branches = l.v.o.MaxAge, l.v.o.Grace, l.v.o.FileLease, branches(l.v.cfg)
 	o.Report = func(err error) {
-		v.report("pool", "a data key could not be made ahead, or not for all recipients", err)
+		l.v.report("pool", "a data key could not be made ahead, or not for all recipients", err)
 	}
-	o.Changed, o.Reach = d.changed, v.access.reached
-	return keystore.NewRing(v.cfg.Volume, stores, o)
+	o.Changed, o.Reach = d.changed, l.v.access.reached
+	return keystore.NewRing(l.v.cfg.Volume, stores, o)
 }
 
 // branches returns how long a branch key is used for new files, 0 if none is.
@@ -91,4 +96,16 @@ func branches(c *blockcrypt.Config) time.Duration {
 		return 0
 	}
 	return time.Duration(c.Branch.Seconds) * time.Second
+}
+
+// many reports whether directories have more lists of recipients than there can be.
+func many(dirs map[blockcrypt.ID]blockcrypt.DirectoryKeys) bool {
+	lists := map[string]bool{}
+	for _, keys := range dirs {
+		lists[urisOf(keys.Recipients)] = true
+		for _, r := range keys.Former {
+			lists[r.URI] = true
+		}
+	}
+	return len(lists) > MaxLists
 }

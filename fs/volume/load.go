@@ -107,7 +107,11 @@ func (h *half) keysNow() (keys *blockcrypt.FileKeys, known bool, err error) {
 	if hdr == nil {
 		return nil, true, nil
 	}
-	return h.f.domain.Load().unlockNow(hdr)
+	keys, d, known, err := h.f.v.lists.unlockNow(hdr)
+	if keys != nil {
+		h.f.domain.Store(d)
+	}
+	return keys, known, err
 }
 
 // await unwraps the data key of a file by a key service. openMu is held, but not meanwhile.
@@ -120,7 +124,11 @@ func (c *content) await(ctx context.Context, h *half) (*blockcrypt.FileKeys, err
 		h.waiting--
 	}()
 	waitsOf(ctx).ForKey()
-	return h.f.domain.Load().unlock(ctx, hdr)
+	keys, d, err := c.v.lists.unlock(ctx, hdr)
+	if err == nil {
+		h.f.domain.Store(d)
+	}
+	return keys, err
 }
 
 // finish makes the node's open file of one whose keys are known. openMu is held.
@@ -147,9 +155,9 @@ func (c *content) finish(h *half, keys *blockcrypt.FileKeys) error {
 	}
 	c.attach(f)
 	f.mu.Lock()
-	f.regroup() // the lists may be others since the header was read
+	c.v.lists.keep(f) // the lists may be others since the header was read
 	f.unlock()
-	c.target()                               // for when it has no name any more
+	c.v.lists.target(c)                      // for when it has no name any more
 	if err := f.refuses(false); err != nil { // just now, and its key was not among those wiped
 		f.mu.Lock()
 		f.wipe()
@@ -185,7 +193,7 @@ func (c *content) openHalf() (*half, error) {
 	}
 	if err == nil && f.Header == nil {
 		var d *domain
-		if d, err = c.target(); err == nil {
+		if d, err = c.v.lists.target(c); err == nil {
 			f.domain.Store(d)
 		}
 	}
@@ -235,12 +243,12 @@ const mostAhead = 16 << 10
 func (c *content) readHeader(f *file, length int64) error {
 	v := c.v
 	sizes := v.sizes()
-	n := min(length, mostAhead)
+	n := min(length+1, mostAhead) // one more tells that the file ends there
 	if length > mostAhead {
 		n = sizes.Read()
 	}
 	hdr, b, err := layout.ReadHeader(&v.disk, f.FD, int(n))
-	if v.unwritten(err) && v.repairs() && f.rw {
+	if v.sessions.unwritten(err) && v.repairs() && f.rw {
 		v.log.Warn("a file was never written before the power failed; it is empty now", "at", c.n.where())
 		if err := v.disk.Truncate(f.FD, 0); err != nil {
 			return err
@@ -256,16 +264,9 @@ func (c *content) readHeader(f *file, length int64) error {
 	f.Geo = hdr.Geometry
 	head := slices.Clone(b[:min(len(b), f.Geo.Header())])
 	f.SetHeader(hdr, head)
-	f.domain.Store(v.domainOf(hdr))
+	f.domain.Store(v.lists.of(hdr))
 	f.Ahead.Store(&b)
 	return nil
-}
-
-// unwritten reports whether reading a header failed since a session that did not end well never wrote
-// it whole.
-func (v *Volume) unwritten(err error) bool {
-	u, ok := errors.AsType[layout.Unwritten](err)
-	return ok && (u.Session == 0 || v.sessions.wasBad(u.Session))
 }
 
 // takeState believes the state, or repairs the file. openMu is held.
@@ -369,7 +370,7 @@ func (c *content) needsRepair() (bool, error) {
 	}
 	c.v.disk.ForgetPages(fd, 0, 0) // as load does; a part of a file may be less than the kernel can forget
 	h, _, err := layout.ReadHeader(&c.v.disk, fd, c.v.sizes().Most())
-	if c.v.unwritten(err) {
+	if c.v.sessions.unwritten(err) {
 		return true, nil
 	}
 	if blockcrypt.ClassOf(err) != "" {

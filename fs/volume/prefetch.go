@@ -82,7 +82,7 @@ type scanEntry struct {
 
 // start begins, if a key service has to be waited for, and that is wanted.
 func (p *prefetcher) start(v *Volume) {
-	if v.o.NoPrefetch || !v.waits() {
+	if v.o.NoPrefetch || !v.lists.waits() {
 		return
 	}
 	p.once.Do(func() {
@@ -386,5 +386,5 @@ func (p *prefetcher) fetch(at location) {
 	if err != nil || layout.CheckHeader(hdr, sizes, v.cfg.Volume, v.vk) != nil {
 		return
 	}
-	v.domainOf(hdr).ring.Prefetch(hdr.File, hdr.Recipients)
+	v.lists.of(hdr).ring.Prefetch(hdr.File, hdr.Recipients)
 }

@@ -61,7 +61,7 @@ type listed struct {
 
 // set returns the recipients of a domain.
 func (l *listed) set(d *domain) keySet {
-	if d == d.v.own {
+	if d == d.v.lists.own {
 		return keySet{l.cfg.Recipients, l.stores}
 	}
 	return d.keySet
@@ -147,7 +147,7 @@ func (r *Recipients) Attach(s keystore.Store) (*Record, error) {
 		now := *r.now.Load()
 		now.stores = append(slices.Clone(now.stores), s)
 		r.now.Store(&now)
-		r.v.own.ring.SetStores(now.stores, r.sample())
+		r.v.lists.own.ring.SetStores(now.stores, r.sample())
 	}
 	return record(r.now.Load().cfg, r.v.vk), nil
 }
@@ -175,17 +175,17 @@ func (r *Recipients) Remove(ctx context.Context, uri string) (rec *Record, err e
 	defer r.stable.Unlock()
 	// From here on no file is made for this one; those that are being made are waited for.
 	if s := keystore.StoreFor(r.now.Load().stores, uri); s != nil {
-		r.v.own.ring.Retire(s)
+		r.v.lists.own.ring.Retire(s)
 	}
 	defer func() {
 		if err != nil {
-			r.v.own.ring.SetStores(r.now.Load().stores, r.sample())
+			r.v.lists.own.ring.SetStores(r.now.Load().stores, r.sample())
 		}
 	}()
 	rs := slices.Delete(slices.Clone(r.now.Load().cfg.Recipients), i, i+1)
 	sets := []keySet{{rs, stores}}
 	for _, d := range r.now.Load().domains.all {
-		if d != r.v.own {
+		if d != r.v.lists.own {
 			sets = append(sets, d.keySet)
 		}
 	}
@@ -324,7 +324,7 @@ func (r *Recipients) replace(next blockcrypt.Config, stores, ofDirectories []key
 			lists = append(lists, keys.Recipients)
 		}
 	}
-	if len(lists) > MaxLists {
+	if many(next.Directories) {
 		return nil, ErrManyLists
 	}
 	for _, list := range lists {
@@ -350,11 +350,11 @@ func (r *Recipients) replace(next blockcrypt.Config, stores, ofDirectories []key
 	}
 	before := r.now.Load()
 	v.access.mu.Lock() // a ring that is made now is suspended with the others
-	r.now.Store(&listed{&next, stores, v.newDomains(&next, before.domains, ofDirectories)})
+	r.now.Store(&listed{&next, stores, v.lists.make(&next, before.domains, ofDirectories)})
 	v.access.mu.Unlock()
 	v.headers.Store(&sizes)
 	if sameList := urisOf(before.cfg.Recipients) == urisOf(next.Recipients); !sameList {
-		v.own.ring.SetStores(stores, r.sample())
+		v.lists.own.ring.SetStores(stores, r.sample())
 	}
 	r.regroup(before.domains)
 	v.prefetch.start(v)
@@ -366,34 +366,23 @@ func (r *Recipients) replace(next blockcrypt.Config, stores, ofDirectories []key
 // list any more. mu is held.
 func (r *Recipients) regroup(before *domains) {
 	v := r.v
-	now := v.domains()
+	now := v.lists.now()
 	if len(before.all) == 1 && len(now.all) == 1 {
 		return
 	}
 	for _, d := range now.all[1:] { // no key is made for former recipients
-		switch active := now.active(d); {
-		case active && d.retired:
-			d.ring.SetStores(d.stores, d.sample)
-		case !active && !d.retired:
+		if !now.active(d) && !d.retired {
 			for _, s := range d.stores {
 				d.ring.Retire(s)
 			}
+			d.retired = true
 		}
-		d.retired = !now.active(d)
 	}
-	var refused []*file
 	for _, f := range v.nodes.files() {
 		f.mu.Lock()
-		moved := f.regroup()
+		v.lists.regroup(f)
 		f.unlock()
-		if moved && f.refuses(false) != nil {
-			refused = append(refused, f)
-		}
-	}
-	if len(refused) > 0 {
-		if err := v.access.dropKeys(refused); err != nil {
-			v.report(".", "before the keys of files were wiped, not everything could be written or settled", err)
-		}
+		v.access.dropIfRefused(f)
 	}
 	for _, d := range now.dropped[len(before.dropped):] {
 		d.ring.Drop()

@@ -85,7 +85,7 @@ func (ns *namespace) Rekey(ctx context.Context, n *Node, o RekeyOptions) (done R
 		}
 		count(changed, n.PlainPath(), err)
 	}
-	err = ns.eachFile(ctx, n, o.AtOnce, sweep{file, func(at string, err error) { count(false, at, err) }, nil})
+	err = ns.eachFile(ctx, n, o.AtOnce, sweep{file, func(at string, err error) { count(false, at, err) }})
 	if err == nil {
 		err = v.syncAll()
 	}
@@ -228,7 +228,7 @@ func (x *rekeying) dropHeader() error {
 func (x *rekeying) make(ctx context.Context) error {
 	now := x.v.recipients.now.Load()
 	x.listed = now.cfg.Generation
-	d, err := x.n.target()
+	d, err := x.v.lists.target(&x.n.content)
 	if err != nil {
 		return err
 	}
@@ -259,7 +259,7 @@ func (x *rekeying) make(ctx context.Context) error {
 	x.new = x.n.newFile(fd, true, &Attr{})
 	x.new.BelieveEmpty()
 	x.new.handles, x.new.writers = 1, 1
-	x.new.takes(key)
+	takes(x.new, key)
 	return nil
 }
 

@@ -64,7 +64,7 @@ func (r *Recipients) Rewrap(ctx context.Context, o RewrapOptions) (done Rewrappe
 	if o.Same == nil {
 		o.Same = func(a, b string) bool { return a == b }
 	}
-	p := &rewrapping{v: v, o: o, cancel: cancel, seen: map[blockcrypt.ID]bool{}}
+	p := &rewrapping{v: v, o: o, cancel: cancel}
 	p.r = r
 	p.listed = r.now.Load()
 	if o.To != "" {
@@ -72,8 +72,7 @@ func (r *Recipients) Rewrap(ctx context.Context, o RewrapOptions) (done Rewrappe
 			return done, err
 		}
 	}
-	moves := v.renames.Load()
-	err = v.eachFile(ctx, v.root, o.AtOnce, sweep{p.file, func(at string, err error) { p.count(false, at, err) }, p.saw})
+	err = v.eachFile(ctx, v.root, o.AtOnce, sweep{p.file, func(at string, err error) { p.count(false, at, err) }})
 	if cause := context.Cause(ctx); cause != nil {
 		err = cause
 	}
@@ -81,35 +80,17 @@ func (r *Recipients) Rewrap(ctx context.Context, o RewrapOptions) (done Rewrappe
 		err = v.syncAll()
 	}
 	if err == nil {
-		p.dropFormer(ctx, v.renames.Load() == moves)
+		p.dropFormer(ctx)
 	}
 	return p.done, err
 }
 
-// saw notes that a directory is there.
-func (p *rewrapping) saw(dir *Node) {
-	if len(p.listed.cfg.Directories) == 0 {
-		return
-	}
-	if id, ok, err := dir.dirIdent(false); ok && err == nil {
-		p.seen[id] = true
-	}
-}
-
 // dropFormer is [Recipients.dropFormer], after all files were rewrapped. The keys of directories that
-// are gone are former ones; allSeen says that none was moved to where it was not looked for.
-func (p *rewrapping) dropFormer(ctx context.Context, allSeen bool) {
+// are gone are former ones.
+func (p *rewrapping) dropFormer(ctx context.Context) {
 	p.r.mu.Lock()
 	defer p.r.mu.Unlock()
-	var gone *Record
-	var err error
-	for id, keys := range p.listed.cfg.Directories {
-		_, there := p.r.now.Load().cfg.Directories[id]
-		if there && !p.seen[id] && len(keys.Recipients) > 0 && allSeen && p.done.Failed == 0 && err == nil {
-			former := slices.Concat(keys.Recipients, keys.Former)
-			gone, err = p.r.setDirectory(id, blockcrypt.DirectoryKeys{Former: former}, nil)
-		}
-	}
+	gone, err := p.r.dropRemoved(ctx)
 	var rec *Record
 	var needed OnlyRecipientError
 	if err == nil {
@@ -132,8 +113,7 @@ type rewrapping struct {
 
 	cancel context.CancelCauseFunc
 
-	listed *listed                // what the volume had when it began
-	seen   map[blockcrypt.ID]bool // directories that are there; only the sweep uses it
+	listed *listed // what the volume had when it began
 
 	mu   sync.Mutex
 	done Rewrapped
@@ -201,7 +181,7 @@ func (p *rewrapping) try(ctx context.Context, n *Node) (changed, again bool, err
 	if err != nil || hdr == nil {
 		return false, false, err
 	}
-	d, err := n.target()
+	d, err := p.v.lists.target(&n.content)
 	if err != nil {
 		return false, false, err
 	}
@@ -238,27 +218,34 @@ type rewrapped struct {
 // staysOpen makes sure that no recipient is taken out of a file whose others are damaged: one that was
 // made just now is good, of the others one must open.
 func (p *rewrapped) staysOpen(ctx context.Context, rs []blockcrypt.Recipient) error {
-	hdr, next := p.hdr, *p.hdr
+	next := *p.hdr
 	next.Recipients = rs
-	ring := p.v.domainOf(&next).ring
 	isNew := func(x blockcrypt.Recipient) bool {
 		s := keystore.StoreFor(p.stores, x.URI)
-		return s != nil && !keystore.OnlySeals(s) && !slices.ContainsFunc(hdr.Recipients,
+		return s != nil && !keystore.OnlySeals(s) && !slices.ContainsFunc(p.hdr.Recipients,
 			func(y blockcrypt.Recipient) bool { return sameRecipient(x, y) })
 	}
+	var first error
 	if slices.ContainsFunc(rs, isNew) {
 		return nil
 	}
-	key, err := ring.Unwrap(keystore.WithPurpose(ctx, keystore.ForRewrap), hdr.File, rs)
-	if keystore.KindOf(err) == keystore.Denied && ring.StillUnwraps(ctx, hdr.File, rs) {
-		return nil // by somebody who may rewrap, and not read
+	for _, d := range p.v.lists.allOf(&next) {
+		key, err := d.ring.Unwrap(keystore.WithPurpose(ctx, keystore.ForRewrap), next.File, rs)
+		if keystore.KindOf(err) == keystore.Denied && d.ring.StillUnwraps(ctx, next.File, rs) {
+			return nil // by somebody who may rewrap, and not read
+		}
+		if err == nil {
+			_, err = next.Unlock(key)
+			clear(key)
+		}
+		if err == nil {
+			return nil
+		}
+		if first == nil {
+			first = err
+		}
 	}
-	if err != nil {
-		return err
-	}
-	defer clear(key)
-	_, err = hdr.Unlock(key)
-	return err
+	return first
 }
 
 func sameRecipient(a, b blockcrypt.Recipient) bool {
@@ -365,17 +352,38 @@ func (p *rewrapping) absent(uri string) {
 
 // wrap wraps the file's key for a recipient of the list.
 func (p *rewrapped) wrap(ctx context.Context, to string) (blockcrypt.Recipient, error) {
-	return p.d.ring.Rewrap(ctx, p.v.domainOf(p.hdr).ring, p.hdr, to)
+	var first error
+	for _, d := range p.v.lists.allOf(p.hdr) {
+		w, err := p.d.ring.Rewrap(ctx, d.ring, p.hdr, to)
+		if err == nil || keystore.KindOf(err) == keystore.Canceled {
+			return w, err
+		}
+		if first == nil {
+			first = err
+		}
+	}
+	return blockcrypt.Recipient{}, first
 }
 
 // setRecipients gives the file other recipients, if its header still is what it was.
 func (c *content) setRecipients(was *blockcrypt.Header,
 	rs []blockcrypt.Recipient) (written bool, err error) {
-	if f := c.file.Load(); f != nil { // before openMu: it may have to settle others
+	f := c.file.Load()
+	if f != nil { // before openMu: it may have to settle others
 		if err := f.wake(); err != nil {
 			return false, err
 		}
 	}
+	written, err = setRecipientsAwake(c, was, rs)
+	if f != nil {
+		c.v.access.dropIfRefused(f)
+	}
+	return written, err
+}
+
+// setRecipientsAwake is setRecipients of a file that is not parked.
+func setRecipientsAwake(c *content, was *blockcrypt.Header,
+	rs []blockcrypt.Recipient) (written bool, err error) {
 	c.openMu.Lock()
 	defer c.openMu.Unlock()
 	defer c.n.change()
@@ -397,7 +405,7 @@ func (c *content) setRecipients(was *blockcrypt.Header,
 			return false, nil
 		}
 		err := f.SetRecipients(rs)
-		f.regroup()
+		c.v.lists.regroup(f)
 		return true, err
 	}
 	fd, err := c.openFor(unix.O_RDWR)

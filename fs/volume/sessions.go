@@ -171,3 +171,10 @@ func (v *Volume) beginSession() error {
 	}
 	return err
 }
+
+// unwritten reports whether reading a header failed since a session that did not end well never wrote
+// it whole.
+func (s *sessions) unwritten(err error) bool {
+	u, ok := errors.AsType[layout.Unwritten](err)
+	return ok && (u.Session == 0 || s.wasBad(u.Session))
+}

@@ -11,6 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/disk"
+	"kmsfs/fs/volume/internal/layout"
 	"kmsfs/keystore"
 )
 
@@ -113,6 +115,81 @@ func (l *listed) former(x blockcrypt.Recipient) bool {
 	return slices.ContainsFunc(l.domains.all[1:], func(d *domain) bool { return !l.domains.active(d) && d.at(x.URI) >= 0 })
 }
 
+// dropRemoved makes the recipients of directories that are gone former ones. The record is nil if none
+// is. mu is held.
+func (r *Recipients) dropRemoved(ctx context.Context) (rec *Record, err error) {
+	v := r.v
+	if len(r.now.Load().cfg.Directories) == 0 {
+		return nil, nil
+	}
+	for range scanTries {
+		moves := v.renames.Load()
+		there, err := directoryIDs(ctx, &v.disk, v.rootD)
+		if err != nil {
+			return nil, err
+		}
+		if v.renames.Load() != moves { // one may have been moved to where it was not looked for
+			continue
+		}
+		for id, keys := range r.now.Load().cfg.Directories {
+			if there[id] || len(keys.Recipients) == 0 {
+				continue
+			}
+			keys.Recipients, keys.Former = nil, slices.Concat(keys.Recipients, keys.Former)
+			if rec, err = r.setDirectory(id, keys, nil); err != nil {
+				return rec, err
+			}
+		}
+		return rec, nil
+	}
+	return nil, errors.New("names are moved all the time, so not all directories can be looked at; try again later")
+}
+
+// directoryIDs returns the IDs of all directories below an open one, whether their names decode or not.
+func directoryIDs(ctx context.Context, d *disk.Disk, dir int) (map[blockcrypt.ID]bool, error) {
+	out := map[blockcrypt.ID]bool{}
+	var in func(fd int) error
+	in = func(fd int) error {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		real, err := d.Open(fd, ".", unix.O_RDONLY|unix.O_DIRECTORY, 0)
+		if err != nil {
+			return err
+		}
+		defer d.Close(real)
+		x, err := layout.ReadDirID(d, real)
+		if err != nil {
+			return err
+		}
+		for _, id := range x.IDs {
+			out[id] = true
+		}
+		var names []string
+		err = d.Scan(real, func(e disk.Dirent) error {
+			if e.Type == unix.S_IFDIR || e.Type == 0 {
+				names = append(names, e.Name)
+			}
+			return nil
+		})
+		for _, name := range names {
+			if err != nil {
+				break
+			}
+			sub, oerr := d.Open(real, name, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+			if errors.Is(oerr, unix.ENOENT) || errors.Is(oerr, unix.ENOTDIR) {
+				continue
+			}
+			if err = oerr; err == nil {
+				err = in(sub)
+				d.Close(sub)
+			}
+		}
+		return err
+	}
+	return out, in(dir)
+}
+
 // dropFormer takes the former recipients of directories out of kmsfs.json, if no file needs one any
 // more; else needed says how many do. The record is nil if nothing was changed. mu is held.
 func (r *Recipients) dropFormer(ctx context.Context) (rec *Record, needed OnlyRecipientError, err error) {
@@ -137,7 +214,7 @@ func (r *Recipients) dropFormer(ctx context.Context) (rec *Record, needed OnlyRe
 	// No file is given a recipient that goes, meanwhile.
 	r.stable.Lock()
 	defer r.stable.Unlock()
-	sets := []keySet{now.set(r.v.own)}
+	sets := []keySet{now.set(r.v.lists.own)}
 	for _, d := range now.domains.byDir {
 		sets = append(sets, d.keySet)
 	}
@@ -157,14 +234,14 @@ func (r *Recipients) dropFormer(ctx context.Context) (rec *Record, needed OnlyRe
 
 // Keys returns the URIs of the recipients that new files below a directory get, and whether they are
 // the directory's own.
-func (n *Node) Keys() (uris []string, own bool, err error) {
-	d, err := n.domain()
+func (d *directory) Keys() (uris []string, own bool, err error) {
+	of, err := d.domain()
 	if err != nil {
 		return nil, false, err
 	}
-	for _, x := range n.v.recipients.now.Load().set(d).recipients {
+	for _, x := range d.v.recipients.now.Load().set(of).recipients {
 		uris = append(uris, x.URI)
 	}
-	id, ok, err := n.dirIdent(false)
-	return uris, ok && n.v.domains().byDir[id] != nil, err
+	id, ok, err := d.dirIdent(false)
+	return uris, ok && d.v.lists.now().byDir[id] != nil, err
 }

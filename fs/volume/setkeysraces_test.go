@@ -282,3 +282,69 @@ func TestTooManyDirectoryKeys(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// Files of a directory one of whose keys is broken are opened by the other one, also when both are
+// former keys, and rewrapped.
+func TestBrokenFormerKey(t *testing.T) {
+	for _, kept := range []bool{false, true} {
+		w := newWorld(t, volume.Options{})
+		w.quiet = true
+		k1, k2, k3 := &refusesFiles{Store: newStore(t)[0]}, newStore(t)[0], newStore(t)[0]
+		w.more = []keystore.Store{k1, hidden{k2}, k3}
+		w.mkdir("d")
+		w.setKeys("d", k1, hidden{k2})
+		w.write("d/f", []byte("content"))
+		w.reopen(volume.Options{})
+		k1.on.Store(true)
+		w.want("d/f", []byte("content"))
+		keys := []keystore.Store{k3}
+		if kept {
+			keys = append(keys, hidden{k2})
+		}
+		w.setKeys("d", keys...)
+		w.want("d/f", []byte("content"))
+		w.reopen(volume.Options{})
+		w.want("d/f", []byte("content"))
+		if done := w.rewrap(volume.RewrapOptions{}); done.Changed != 1 || done.FormerNeeded != 0 {
+			t.Errorf("%+v", done)
+		}
+		w.under("d/f", keys...)
+		w.want("d/f", []byte("content"))
+	}
+}
+
+// A file that is opened long after the mount waits for a proof of a key that nobody used before.
+func TestProofOfUnusedKey(t *testing.T) {
+	w := newWorld(t, volume.Options{})
+	a := hidden{newStore(t)[0]}
+	w.more = []keystore.Store{a}
+	w.mkdir("d")
+	w.setKeys("d", a)
+	w.write("d/empty", nil)
+	w.reopen(volume.Options{MaxAge: time.Second})
+	time.Sleep(1100 * time.Millisecond)
+	short, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	h, err := w.must("d/empty").Open(short, false)
+	w.do("open", err)
+	w.do("close", h.Release())
+}
+
+// A lock takes the keys of a file that gets new content, of other keys, just then.
+func TestSuspendBetweenDomains(t *testing.T) {
+	w, a, _ := tenants(t)
+	w.write("c/f", []byte("under the volume's"))
+	w.setKeys("c", a)
+	h := w.opened("c/f")
+	_, err := h.Node().SetAttr(ctx, size(0))
+	w.do("truncate", err)
+	w.do("write", h.WriteDelayed(ctx, []byte("new"), 0))
+	w.do("suspend", w.v.Suspend())
+	if h.HasKeys() {
+		t.Error("its keys are in memory")
+	}
+	w.v.Resume()
+	w.do("close", h.Release())
+	w.want("c/f", []byte("new"))
+	w.under("c/f", a)
+}

@@ -49,7 +49,7 @@ func (v *Volume) Suspend() error {
 	defer v.access.mu.Unlock()
 	v.access.suspended.Store(true)
 	v.access.keysForWriters(nil, v.access.writeWithin/6) // for what the kernel holds back
-	all := v.domains().all
+	all := v.lists.now().all
 	errs := make([]error, len(all))
 	sideBySide(all, func(i int, d *domain) {
 		d.unwritten.Store(nil)
@@ -58,6 +58,9 @@ func (v *Volume) Suspend() error {
 			errs[i] = *e
 		}
 	})
+	if len(all) > 1 { // a file may have gone from one domain to another meanwhile
+		errs = append(errs, v.access.dropKeys(v.nodes.files()))
+	}
 	return errors.Join(errs...)
 }
 
@@ -66,14 +69,14 @@ func (v *Volume) Resume() {
 	v.access.mu.Lock()
 	defer v.access.mu.Unlock()
 	v.access.suspended.Store(false)
-	for _, d := range v.domains().all {
+	for _, d := range v.lists.now().all {
 		d.ring.Resume()
 	}
 }
 
 // RetryKeys asks key services again that were not asked any more.
 func (v *Volume) RetryKeys() {
-	for _, d := range v.domains().all {
+	for _, d := range v.lists.now().all {
 		d.ring.Retry()
 	}
 }
@@ -121,11 +124,19 @@ func (d *domain) changed(verdict error) {
 		a.v.log.Info("the volume is locked")
 	} else {
 		at := "keys"
-		if d != a.v.own {
+		if d != a.v.lists.own {
 			at += " of directories: " + urisOf(d.recipients)
 		}
 		a.v.report(at,
 			"the volume's keys may not be used any more; its files answer with the verdict until they may", verdict)
+	}
+	if len(a.v.lists.now().all) > 1 {
+		for _, f := range d.files() { // those that another key opens; not one that a slow disk holds
+			if f.mu.TryLock() {
+				a.v.lists.regroup(f)
+				f.unlock()
+			}
+		}
 	}
 	err := a.letKernelWrite(d)
 	d.refusal.Store(&refusal{verdict, true})
@@ -137,7 +148,7 @@ func (d *domain) changed(verdict error) {
 
 // attrs are what the log says of a domain: the recipients, of directories.
 func (d *domain) attrs() []any {
-	if d == d.v.own {
+	if d == d.v.lists.own {
 		return nil
 	}
 	return []any{"directory keys", urisOf(d.recipients)}
@@ -281,16 +292,32 @@ func (a *access) syncWithin(d time.Duration) error {
 func (a *access) dropKey(f *file, hdr *blockcrypt.Header, verdict error) error {
 	f.refusal.Store(&refusal{err: verdict}) // or it would change meanwhile
 	err := a.letGo(f.n.id)
-	f.domain.Load().ring.Forget(hdr.File, hdr.Recipients)
+	if hdr != nil {
+		f.domain.Load().ring.Forget(hdr.File, hdr.Recipients)
+	}
 	f.refusal.Store(&refusal{verdict, true})
 	err = errors.Join(err, a.dropKeys([]*file{f}), a.letGo(f.n.id)) // somebody may have read it meanwhile
 	f.refusal.Store(nil)                                            // from here on its key is asked for
 	return err
 }
 
+// dropIfRefused wipes the keys of a file that came to a domain whose keys may not be used.
+func (a *access) dropIfRefused(f *file) {
+	verdict := f.refuses(false)
+	if verdict == nil {
+		return
+	}
+	f.mu.RLock()
+	hdr, has := f.Header, f.Keys != nil
+	f.mu.RUnlock()
+	if has {
+		f.failed("settling it before its key was wiped", a.dropKey(f, hdr, verdict))
+	}
+}
+
 // renewKeys begins the lease of single files, if that is asked for and a service has to be asked.
 func (a *access) renewKeys() {
-	if a.v.o.FileLease && a.v.waits() {
+	if a.v.o.FileLease && a.v.lists.waits() {
 		a.renewing.Do(func() { a.v.bg.Go(a.renewer) })
 	}
 }

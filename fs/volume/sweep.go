@@ -12,7 +12,6 @@ import (
 type sweep struct {
 	file   func(context.Context, *Node) // called for several at the same time
 	failed func(at string, err error)   // told of an entry that cannot be looked up
-	dir    func(*Node)                  // told of each directory, one at a time; it may be nil
 }
 
 // eachFile calls s.file for each regular file below a node, or the node itself, atOnce at the same
@@ -48,9 +47,6 @@ func (ns *namespace) eachFile(ctx context.Context, n *Node, atOnce int, s sweep)
 
 // filesBelow sends the files below a directory, each with a lookup.
 func (ns *namespace) filesBelow(ctx context.Context, n *Node, jobs chan<- *Node, s sweep) error {
-	if s.dir != nil {
-		s.dir(n)
-	}
 	d, err := n.OpenDir()
 	if err != nil {
 		return err

@@ -21,6 +21,7 @@ type Tree struct {
 	Config *blockcrypt.Config
 	Keys   *blockcrypt.VolumeKeys // nil before Unlock
 	Stores []keystore.Store       // none before Unlock
+	lists  *lists                 // nil before Open
 }
 
 // Tree gives the ciphertext, of which nothing is authenticated.
@@ -34,12 +35,13 @@ func (u *Unlocked) Tree() Tree {
 // Tree gives the ciphertext with the volume's keys, while it is open.
 func (v *Volume) Tree() Tree {
 	now := v.recipients.now.Load()
-	return Tree{Disk: &v.disk, Root: v.rootD, Config: now.cfg, Keys: v.vk, Stores: now.stores}
+	return Tree{Disk: &v.disk, Root: v.rootD, Config: now.cfg, Keys: v.vk, Stores: now.stores, lists: &v.lists}
 }
 
-// Unlock unwraps the data key of a file; see [keystore.Ring.Unlock].
-func (v *Volume) Unlock(ctx context.Context, h *blockcrypt.Header) (*blockcrypt.FileKeys, error) {
-	return v.domainOf(h).unlock(ctx, h)
+// Unlock unwraps the data key of a file of a volume that is open; see [keystore.Ring.Unlock].
+func (t Tree) Unlock(ctx context.Context, h *blockcrypt.Header) (*blockcrypt.FileKeys, error) {
+	keys, _, err := t.lists.unlock(ctx, h)
+	return keys, err
 }
 
 // Sizes says how large the headers of files are, and so where their blocks lie.

@@ -90,7 +90,7 @@ func (f *file) empty(ctx context.Context) error {
 	}
 	defer f.unlock()
 	_, err := f.Clear()
-	if err == nil {
+	if takes(f, f.next); err == nil {
 		f.n.lost.cut(0)
 	}
 	return err

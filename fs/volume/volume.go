@@ -84,7 +84,7 @@ type base struct {
 type Volume struct {
 	base
 	namespace
-	own         *domain // of the volume's own recipients
+	lists       lists
 	nodes       nodeTable
 	dirFDs      dirFDs
 	descriptors descriptors
@@ -175,15 +175,15 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 	if v.o.MaxAge == 0 {
 		v.o.MaxAge = 5 * time.Minute
 	}
-	v.own = &domain{v: v}
-	v.own.ring = v.newRing(v.own, u.stores,
+	v.lists = lists{v, &domain{v: v}}
+	v.lists.own.ring = v.lists.newRing(v.lists.own, u.stores,
 		keystore.RingOptions{Sample: keystore.SampleOfVolume(u.Config.Volume, u.Config.Recipients)})
 	v.recipients.v = v
 	v.headers.Store(&sizes)
-	v.recipients.now.Store(&listed{u.Config, u.stores, v.newDomains(u.Config, nil, u.ofDirectories)})
+	v.recipients.now.Store(&listed{u.Config, u.stores, v.lists.make(u.Config, nil, u.ofDirectories)})
 	u.root = -1
 	v.disk.Adopt()
-	if !v.own.ring.MemoryLocked() {
+	if !v.lists.own.ring.MemoryLocked() {
 		v.log.Info("data keys can be swapped out: RLIMIT_MEMLOCK is too low to lock their memory, 1 MiB is enough")
 	}
 	v.prefetch.start(v)
@@ -209,7 +209,7 @@ func (v *Volume) unlockWriter() {
 
 // KeyCounts returns what was done with keys so far.
 func (v *Volume) KeyCounts() (sum keystore.Counts) {
-	ds := v.domains()
+	ds := v.lists.now()
 	for _, d := range slices.Concat(ds.all, ds.dropped) { // they never sink
 		sum = sum.Plus(d.ring.Counts())
 	}
@@ -218,7 +218,7 @@ func (v *Volume) KeyCounts() (sum keystore.Counts) {
 
 // KeyStates returns what is known of the recipients that are trusted.
 func (v *Volume) KeyStates() (out []keystore.StoreState) {
-	for _, d := range v.domains().all {
+	for _, d := range v.lists.now().all {
 		for _, s := range d.ring.States() {
 			i := slices.IndexFunc(out, func(x keystore.StoreState) bool { return x.URI == s.URI })
 			switch {
@@ -259,7 +259,7 @@ func (v *Volume) Close() error {
 		v.settler.stop()
 		err = v.endSession()
 	}
-	v.closeRings()
+	v.lists.close()
 	for _, f := range v.nodes.files() { // that could not be settled
 		f.mu.Lock()
 		f.closed = true
@@ -274,8 +274,8 @@ func (v *Volume) Close() error {
 }
 
 // closeRings wipes all keys.
-func (v *Volume) closeRings() {
-	ds := v.domains()
+func (l *lists) close() {
+	ds := l.now()
 	for _, d := range slices.Concat(ds.all, ds.dropped) {
 		d.ring.Close()
 	}
@@ -321,7 +321,7 @@ type Vitals struct {
 func (v *Volume) Vitals() Vitals {
 	out := Vitals{Descriptors: v.disk.Descriptors()}
 	// Somebody may have no right to the keys of a directory, and all is well.
-	if r := v.own.refusal.Load(); r != nil && v.Suspended() == nil {
+	if r := v.lists.own.refusal.Load(); r != nil && v.Suspended() == nil {
 		out.Err = r.err
 	}
 	if v.sessions.stuck.Load() {

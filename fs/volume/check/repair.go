@@ -194,7 +194,7 @@ func (r *repairer) keepRest(ctx context.Context, cpath string) (done string, err
 	if err != nil {
 		return "", err
 	}
-	keys, err := r.v.Unlock(ctx, hdr)
+	keys, err := r.Unlock(ctx, hdr)
 	if err != nil {
 		return "", err
 	}

@@ -24,7 +24,7 @@ func unwritten(b []byte, ended bool) (session uint64, ok bool) {
 	}
 	floor, session := blockcrypt.WrittenBy(b)
 	end := min(h, blockcrypt.RecipientsEnd(b))
-	if floor != 0 || end <= blockcrypt.PageSize {
+	if floor != 0 || session == 0 || end <= blockcrypt.PageSize {
 		return 0, false
 	}
 	if len(b) < end {
