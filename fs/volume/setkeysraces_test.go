@@ -3,6 +3,9 @@ package volume_test
 import (
 	"context"
 	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -347,4 +350,33 @@ func TestSuspendBetweenDomains(t *testing.T) {
 	w.do("close", h.Release())
 	w.want("c/f", []byte("new"))
 	w.under("c/f", a)
+}
+
+// A file of which only a part of the header was on the disk when the power failed is an empty one.
+func TestHeaderCutByPowerFailure(t *testing.T) {
+	w := newWorld(t, volume.Options{})
+	w.quiet = true
+	_, err := w.v.Recipients().SetHeaderSize(8192)
+	w.do("set the size", err)
+	_, _, err = w.v.Recipients().Reheader(ctx, volume.RekeyOptions{})
+	w.do("reheader", err)
+	for range 45 {
+		w.more = append(w.more, newStore(t)...)
+	}
+	w.mkdir("d")
+	w.setKeys("d", w.more...)
+	w.write("d/f", []byte("never synced"))
+	w.crash()
+	w.do("walk", filepath.WalkDir(w.dir, func(path string, e fs.DirEntry, err error) error {
+		if fi, ferr := e.Info(); err == nil && ferr == nil && fi.Mode().IsRegular() && fi.Size() > 8000 && e.Name() != blockcrypt.ConfigName {
+			return os.Truncate(path, 4096)
+		}
+		return err
+	}))
+	w.open(volume.Options{})
+	w.want("d/f", nil)
+	w.reopen(volume.Options{})
+	if fs, _ := w.fsck(); len(fs) != 0 {
+		t.Errorf("%+v", fs)
+	}
 }
