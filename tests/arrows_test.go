@@ -29,8 +29,9 @@ var arrows = map[string]string{
 
 	"kmsfs/fs/volume":         "kmsfs/blockcrypt kmsfs/fs/volume/internal/cfile kmsfs/fs/volume/internal/disk kmsfs/fs/volume/internal/layout kmsfs/fs/volume/internal/ranges kmsfs/keystore",
 	"kmsfs/fs/volume/check":   "kmsfs/blockcrypt kmsfs/fs/volume kmsfs/fs/volume/internal/cfile kmsfs/fs/volume/internal/disk kmsfs/fs/volume/internal/layout kmsfs/keystore",
+	"kmsfs/fs/transfer":       "kmsfs/blockcrypt kmsfs/fs/volume",
 	"kmsfs/fs":                "kmsfs/blockcrypt kmsfs/fs/volume kmsfs/keystore",
-	"kmsfs/cmd/kmsfs":         "kmsfs/blockcrypt kmsfs/fs kmsfs/fs/volume kmsfs/fs/volume/check kmsfs/keystore kmsfs/keystore/agestore kmsfs/keystore/awskms kmsfs/keystore/local",
+	"kmsfs/cmd/kmsfs":         "kmsfs/blockcrypt kmsfs/fs kmsfs/fs/volume kmsfs/fs/transfer kmsfs/fs/volume/check kmsfs/keystore kmsfs/keystore/agestore kmsfs/keystore/awskms kmsfs/keystore/local",
 	"kmsfs/tests":             "",
 	"kmsfs/tests/cutdisk":     "",
 	"kmsfs/tests/independent": "",
