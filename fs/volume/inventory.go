@@ -145,9 +145,9 @@ func inventoried(d *disk.Disk, dir int, name string) (x Inventoried, there bool)
 	x.Change = time.Unix(st.Ctim.Unix())
 	if x.Length = st.Size; st.Size > 0 {
 		n := blockcrypt.PageSize // most headers are shorter
-		hdr, b, err := layout.ReadHeader(d, fd, n)
+		hdr, b, err := layout.ReadHeader(d, fd, n, false)
 		if h, herr := blockcrypt.HeaderSize(b); herr == nil && h > n {
-			hdr, _, err = layout.ReadHeader(d, fd, h)
+			hdr, _, err = layout.ReadHeader(d, fd, h, false)
 		}
 		x.Header, x.Err = hdr, err
 		if err != nil {

@@ -243,11 +243,11 @@ const mostAhead = 16 << 10
 func (c *content) readHeader(f *file, length int64) error {
 	v := c.v
 	sizes := v.sizes()
-	n := min(length+1, mostAhead) // one more tells that the file ends there
+	n := min(length, mostAhead)
 	if length > mostAhead {
 		n = sizes.Read()
 	}
-	hdr, b, err := layout.ReadHeader(&v.disk, f.FD, int(n))
+	hdr, b, err := layout.ReadHeader(&v.disk, f.FD, int(n), n == length)
 	if v.sessions.unwritten(err) && v.repairs() && f.rw {
 		v.log.Warn("a file was never written before the power failed; it is empty now", "at", c.n.where())
 		if err := v.disk.Truncate(f.FD, 0); err != nil {
@@ -369,7 +369,7 @@ func (c *content) needsRepair() (bool, error) {
 		return false, nil
 	}
 	c.v.disk.ForgetPages(fd, 0, 0) // as load does; a part of a file may be less than the kernel can forget
-	h, _, err := layout.ReadHeader(&c.v.disk, fd, c.v.sizes().Most())
+	h, _, err := layout.ReadHeader(&c.v.disk, fd, c.v.sizes().Most(), false)
 	if c.v.sessions.unwritten(err) {
 		return true, nil
 	}
@@ -424,7 +424,7 @@ func (c *content) readOwn(fd int) (*blockcrypt.Header, []byte, error) {
 		return nil, nil, err
 	}
 	sizes := c.v.sizes()
-	hdr, raw, err := layout.ReadHeader(&c.v.disk, fd, sizes.Most())
+	hdr, raw, err := layout.ReadHeader(&c.v.disk, fd, sizes.Most(), false)
 	if err == nil {
 		err = layout.CheckHeader(hdr, sizes, c.v.cfg.Volume, c.v.vk)
 	}

@@ -54,7 +54,7 @@ func (l *Lone) readHeader() error {
 		return nil
 	}
 	var err error
-	l.Header, _, err = layout.ReadHeader(&l.disk, l.fd, blockcrypt.MaxHeader)
+	l.Header, _, err = layout.ReadHeader(&l.disk, l.fd, blockcrypt.MaxHeader, false)
 	return err
 }
 

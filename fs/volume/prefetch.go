@@ -382,7 +382,7 @@ func (p *prefetcher) fetch(at location) {
 	}
 	defer v.disk.Close(f)
 	sizes := v.sizes()
-	hdr, _, err := layout.ReadHeader(&v.disk, f, sizes.Most())
+	hdr, _, err := layout.ReadHeader(&v.disk, f, sizes.Most(), false)
 	if err != nil || layout.CheckHeader(hdr, sizes, v.cfg.Volume, v.vk) != nil {
 		return
 	}

@@ -78,7 +78,7 @@ func (k *fileCheck) check(ctx context.Context) error {
 	if k.length = st.Size; k.length == 0 {
 		return nil
 	}
-	hdr, _, err := layout.ReadHeader(k.Disk, k.fd, k.sizes.Most())
+	hdr, _, err := layout.ReadHeader(k.Disk, k.fd, k.sizes.Most(), false)
 	if u, ok := errors.AsType[layout.Unwritten](err); ok && (u.Session == 0 && len(k.bad) > 0 || k.bad[u.Session]) {
 		k.unconfirmed(FoundSession, "it was made, and never written to the disk, in a session that did not end well",
 			"the next mount makes it empty")

@@ -151,7 +151,7 @@ func (r *repairer) headerOf(dir int, name string) (*blockcrypt.Header, error) {
 	if err != nil {
 		return nil, err
 	}
-	hdr, _, err := layout.ReadHeader(r.Disk, fd, sizes.Most())
+	hdr, _, err := layout.ReadHeader(r.Disk, fd, sizes.Most(), false)
 	if err == nil {
 		err = layout.CheckHeader(hdr, sizes, r.Config.Volume, r.Keys)
 	}

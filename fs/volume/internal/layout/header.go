@@ -39,8 +39,8 @@ func unwritten(b []byte, ended bool) (session uint64, ok bool) {
 }
 
 // ReadHeader reads the first n bytes of a file, and its header from them. It returns all that it
-// has read.
-func ReadHeader(d *disk.Disk, fd, n int) (*blockcrypt.Header, []byte, error) {
+// has read. ended says that the file is known to have no more: to read on would cost a call.
+func ReadHeader(d *disk.Disk, fd, n int, ended bool) (*blockcrypt.Header, []byte, error) {
 	b := make([]byte, n)
 	m, err := d.Pread(fd, b, 0)
 	if err != nil {
@@ -50,7 +50,7 @@ func ReadHeader(d *disk.Disk, fd, n int) (*blockcrypt.Header, []byte, error) {
 	hdr, err := blockcrypt.ParseHeader(b)
 	if err != nil && m > 0 && blockcrypt.IsHole(b[:min(m, blockcrypt.PageSize)]) {
 		err = Unwritten{err, 0}
-	} else if session, ok := unwritten(b, m < n); err != nil && ok {
+	} else if session, ok := unwritten(b, ended || m < n); err != nil && ok {
 		err = Unwritten{err, session}
 	}
 	return hdr, b, err

@@ -159,7 +159,7 @@ func TestReadHeader(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		hdr, b, err := ReadHeader(d, fd, g.Header())
+		hdr, b, err := ReadHeader(d, fd, g.Header(), false)
 		d.Close(fd)
 		if hdr != nil || isUnwritten(err) != c.unwritten ||
 			blockcrypt.ClassOf(err) != blockcrypt.BadHeader {

@@ -71,7 +71,7 @@ func TestUnwrittenPages(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, _, err = ReadHeader(d, fd, g.Header())
+		_, _, err = ReadHeader(d, fd, g.Header(), false)
 		d.Close(fd)
 		u, ok := errors.AsType[Unwritten](err)
 		if ok != c.want || ok && u.Session != 77 || (err == nil) != (name == "whole") {
