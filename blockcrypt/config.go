@@ -33,8 +33,8 @@ type Config struct {
 	line, mac []byte
 }
 
-// DirectoryKeys are the recipients of the files below a directory. What is wrapped for each is a
-// random key of no other use, which shows whether the recipient unwraps.
+// DirectoryKeys are the recipients of the files below a directory. A random key is wrapped for each of
+// them, which has no other use than to show whether the recipient unwraps.
 type DirectoryKeys struct {
 	Recipients []Recipient `json:"recipients,omitempty"` // of new files; none: those of the directory above
 	Former     []Recipient `json:"former,omitempty"`     // that files may have yet which were made before
@@ -163,7 +163,7 @@ func (c *Config) Encode(vk *VolumeKeys) ([]byte, error) {
 	mac := vk.mac(vk.json, line)
 	b := append(append(bytes.Clone(line), '\n'), hex.EncodeToString(mac)+"\n"...)
 	if len(b) > maxConfig {
-		return nil, damaged(BadConfig, "more than %d bytes, of so many keys of directories", maxConfig)
+		return nil, damaged(BadConfig, "more than %d bytes, from the keys of its directories", maxConfig)
 	}
 	c.line, c.mac = line, mac
 	return b, nil

@@ -392,7 +392,7 @@ var virtual = map[string]func(*volume.Node) (string, error){
 	// Those of a directory are the ones that its new files get.
 	"user.kmsfs.recipients": func(n *volume.Node) (string, error) {
 		if n.IsDir() {
-			uris, _, err := n.Keys()
+			uris, err := n.Keys()
 			return strings.Join(uris, " "), err
 		}
 		return ofHeader(n, func(h *blockcrypt.Header) string {

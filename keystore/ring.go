@@ -160,7 +160,7 @@ func (r *Ring) SetStores(stores []Store, sample Sample) {
 		r.watching.Do(func() { r.wg.Go(r.watch) })
 	}
 	r.waits.Store(waits)
-	r.noted() // who waits for a proof of a store that is gone
+	r.noted() // for callers that wait for a proof by a store that is gone
 }
 
 // Drop ends the use of the ring but for keys that were handed out: it trusts nobody any more, and

@@ -32,8 +32,8 @@ func exportTreeCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "export CIPHERDIR DSTDIR [PATH...]",
 		Short: "Copy the plaintext of a volume to a directory, without a mount",
-		Long: `Copy the plaintext of a volume, or what has these plaintext PATHs in it, to a directory, without a
-mount: content, modes, owners (as root), times, extended attributes, holes, hard links and special
+		Long: `Copy the plaintext of a volume, or the files and directories with these plaintext PATHs in it, to a
+directory, without a mount: content, modes, owners (as root), times, extended attributes, holes, hard links and special
 files. A file takes its place when it is whole; called again, the command goes on where it was
 interrupted, and leaves files alone that have the same size and time. Nothing in DSTDIR is removed.
 
@@ -134,14 +134,14 @@ func (r *transferResult) show(done string, asJSON bool) error {
 func (r *transferResult) verdict(ctx context.Context, what string, err error) error {
 	switch {
 	case ctx.Err() != nil:
-		return hint(errors.New("interrupted; what was copied stays"), "go on with the same command")
+		return hint(errors.New("interrupted; the files that were copied stay"), "go on with the same command")
 	case err != nil:
 		return hint(fmt.Errorf("%s ended: %w", what, err), "go on with the same command")
 	case r.Hidden > 0:
 		return hint(fmt.Errorf("%d entries have names that cannot be read, and %d were not copied, or not whole", r.Hidden, r.Failed),
 			"kmsfs fsck tells what is damaged")
 	case r.Failed > 0:
-		return hint(fmt.Errorf("%d entries were not copied, or not whole", r.Failed), "see why above, and call the command again")
+		return hint(fmt.Errorf("%d entries were not copied, or not whole", r.Failed), "see why above; kmsfs fsck tells of damage in the volume")
 	case r.Incomplete > 0:
 		return coded{fmt.Errorf("%d files were being written meanwhile", r.Incomplete), exitIncomplete}
 	}

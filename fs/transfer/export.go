@@ -8,7 +8,6 @@ import (
 	"os"
 	"path"
 	"strings"
-	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -19,63 +18,45 @@ import (
 
 // exporter is an export under way.
 type exporter struct {
-	*tally
+	*copying
 	v    *volume.Volume
-	root *os.Root
-	user bool // not root: files belong to who calls
-	jobs chan job
+	jobs chan exported
 
 	// Of the goroutine that walks.
-	dirs  []made
-	first map[[2]uint64]string // of files with several names, by device and inode
-	links [][2]string          // further names, each with the first
+	dirs  []exported  // whose modes and times are set at the end
+	links [][2]string // further names, each with the first
 }
 
-// job is a file to be copied, with a lookup.
-type job struct {
-	n  *volume.Node
-	at string
-	st volume.Attr
-}
-
-// made is a directory whose times and mode are set at the end.
-type made struct {
+// exported is a file or a directory to be exported, with a lookup.
+type exported struct {
 	n  *volume.Node
 	at string
 	st volume.Attr
 }
 
 // Export copies the nodes with these paths below the volume, "." for all, to a directory, which is made
-// if it is not there. It goes on after an entry that fails; an error says that it did not.
+// if it does not exist. It goes on after an entry that fails; an error says that it did not.
 func Export(ctx context.Context, v *volume.Volume, paths []string, dst string, o Options) (Counts, error) {
 	if err := os.MkdirAll(dst, 0o700); err != nil {
 		return Counts{}, err
 	}
-	root, err := os.OpenRoot(dst)
+	ctx, c, err := begin(ctx, dst, o)
 	if err != nil {
 		return Counts{}, err
 	}
-	defer root.Close()
-	ctx, stop := context.WithCancelCause(ctx)
-	defer stop(nil)
-	x := &exporter{tally: &tally{o: o, stop: stop}, v: v, root: root, user: os.Geteuid() != 0,
-		jobs: make(chan job), first: map[[2]uint64]string{}}
-	var wg sync.WaitGroup
-	for range max(1, o.AtOnce) {
-		wg.Go(func() {
-			for j := range x.jobs {
-				if ctx.Err() == nil {
-					x.file(ctx, j)
-				}
-				v.Forget(j.n.ID(), 1)
-			}
-		})
-	}
+	defer c.end()
+	x := &exporter{copying: c, v: v}
+	jobs, wait := crew(o.AtOnce, func(e exported) {
+		if ctx.Err() == nil {
+			x.file(ctx, e)
+		}
+		v.Forget(e.n.ID(), 1)
+	})
+	x.jobs = jobs
 	for _, p := range paths {
 		x.path(ctx, p)
 	}
-	close(x.jobs)
-	wg.Wait()
+	wait()
 	for _, l := range x.links {
 		if ctx.Err() == nil {
 			same, err := x.link(l[0], l[1])
@@ -88,7 +69,7 @@ func Export(ctx context.Context, v *volume.Volume, paths []string, dst string, o
 			})
 		}
 	}
-	for i := len(x.dirs) - 1; i >= 0; i-- { // from the bottom: to change a directory changes its time
+	for i := len(x.dirs) - 1; i >= 0; i-- { // from the bottom: the mode of one above can keep its owner out
 		d := x.dirs[i]
 		if ctx.Err() == nil {
 			x.note(d.at, x.finishDir(d), func(c *Counts) { c.Dirs++ })
@@ -111,7 +92,7 @@ func (x *exporter) sync() error {
 	return unix.Syncfs(int(d.Fd()))
 }
 
-// path exports what has a plaintext path; the directories above are made, with what they have.
+// path exports the node with a plaintext path, and makes the directories above it.
 func (x *exporter) path(ctx context.Context, p string) {
 	n, at := x.v.Root(), "."
 	for part := range strings.SplitSeq(path.Clean(p), "/") {
@@ -159,7 +140,7 @@ func (x *exporter) entry(ctx context.Context, n *volume.Node, at string, st volu
 			x.first[key] = at
 		}
 		select {
-		case x.jobs <- job{n, at, st}:
+		case x.jobs <- exported{n, at, st}:
 		case <-ctx.Done():
 			x.v.Forget(n.ID(), 1)
 		}
@@ -203,19 +184,19 @@ func (x *exporter) dir(n *volume.Node, at string, st volume.Attr) error {
 	if errors.Is(err, fs.ErrExist) {
 		var now fs.FileInfo
 		if now, err = x.root.Lstat(at); err == nil && !now.IsDir() {
-			err = fmt.Errorf("what is there is no directory: %w", unix.ENOTDIR)
+			err = fmt.Errorf("another entry is in the way of this directory: %w", unix.ENOTDIR)
 		} else if err == nil && now.Mode().Perm()&0o700 != 0o700 {
 			err = x.root.Chmod(at, 0o700)
 		}
 	}
 	if err == nil {
-		x.dirs = append(x.dirs, made{n, at, st})
+		x.dirs = append(x.dirs, exported{n, at, st})
 	}
 	return err
 }
 
 // finishDir gives a directory all that the volume's has.
-func (x *exporter) finishDir(d made) error {
+func (x *exporter) finishDir(d exported) error {
 	f, err := x.root.Open(d.at)
 	if err != nil {
 		return err
@@ -225,7 +206,7 @@ func (x *exporter) finishDir(d made) error {
 }
 
 // file exports one file.
-func (x *exporter) file(ctx context.Context, j job) {
+func (x *exporter) file(ctx context.Context, j exported) {
 	if now, err := x.root.Lstat(j.at); err == nil && now.Mode().IsRegular() && now.Size() == j.st.Size &&
 		now.ModTime().Equal(time.Unix(j.st.Mtim.Unix())) && x.whole(j.n) == nil {
 		x.note(j.at, nil, func(c *Counts) { c.Same++ })
@@ -259,7 +240,7 @@ func (x *exporter) whole(n *volume.Node) error {
 
 // copy copies a file to a new one. Of a file that is being written it returns ErrIncomplete, and it
 // is there all the same.
-func (x *exporter) copy(ctx context.Context, j job, tmp string) (copied int64, err error) {
+func (x *exporter) copy(ctx context.Context, j exported, tmp string) (copied int64, err error) {
 	h, err := j.n.Open(ctx, false)
 	if err != nil {
 		return 0, err
@@ -273,33 +254,13 @@ func (x *exporter) copy(ctx context.Context, j job, tmp string) (copied int64, e
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
-	b := make([]byte, min(chunk, max(1, j.st.Size)))
-	end := int64(0)
-	for at := int64(0); ; {
-		next, err := h.Seek(at, unix.SEEK_DATA)
-		if errors.Is(err, unix.ENXIO) {
-			break
-		}
-		if err != nil {
-			return copied, err
-		}
-		hole, err := h.Seek(next, unix.SEEK_HOLE)
-		if err != nil {
-			return copied, err
-		}
-		n, err := h.Read(ctx, b[:min(int64(len(b)), hole-next)], next)
-		if err != nil {
-			return copied, err
-		}
-		if n == 0 {
-			break
-		}
-		if _, err := f.WriteAt(b[:n], next); err != nil {
-			return copied, err
-		}
-		copied += int64(n)
-		at = next + int64(n)
-		end = at
+	d := data{h.Seek, func(b []byte, off int64) (int, error) { return h.Read(ctx, b, off) }}
+	copied, end, err := d.copyTo(j.st.Size, func(b []byte, off int64) error {
+		_, err := f.WriteAt(b, off)
+		return err
+	})
+	if err != nil {
+		return copied, err
 	}
 	st, err := j.n.Attr() // the size may be another one by now
 	if err != nil {
@@ -378,34 +339,26 @@ func (x *exporter) special(n *volume.Node, at string, st volume.Attr) error {
 // attributes gives an open file owner, mode, extended attributes and times: as many as it takes, or
 // ErrAttributes.
 func (x *exporter) attributes(fd int, n *volume.Node, st *volume.Attr) error {
-	var errs []error
-	do := func(err error, what string) {
-		if err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", what, err))
-		}
-	}
+	var lacks attributeErrors
 	if !x.user {
-		do(unix.Fchown(fd, int(st.Uid), int(st.Gid)), "the owner")
+		lacks.note(unix.Fchown(fd, int(st.Uid), int(st.Gid)), "the owner")
 	}
-	do(unix.Fchmod(fd, st.Mode&0o7777), "the mode") // after chown, which takes bits away
+	lacks.note(unix.Fchmod(fd, st.Mode&0o7777), "the mode") // after chown, which takes bits away
 	names, err := n.Listxattr()
 	if !errors.Is(err, unix.EOPNOTSUPP) {
-		do(err, "the extended attributes")
+		lacks.note(err, "the extended attributes")
 	}
 	for name := range strings.SplitSeq(strings.TrimSuffix(string(names), "\x00"), "\x00") {
-		if name == "" || x.user && !strings.HasPrefix(name, "user.") && !strings.HasPrefix(name, "system.") {
-			continue // of root alone
+		if name == "" || x.user && rootOnly(name) {
+			continue
 		}
 		v, err := n.Getxattr(name)
 		if err == nil {
 			err = unix.Fsetxattr(fd, name, v, 0)
 		}
-		do(err, name)
+		lacks.note(err, name)
 	}
-	do(unix.UtimesNanoAt(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", fd),
+	lacks.note(unix.UtimesNanoAt(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", fd),
 		[]unix.Timespec{st.Atim, st.Mtim}, 0), "the times")
-	if len(errs) == 0 {
-		return nil
-	}
-	return fmt.Errorf("%w: %w", ErrAttributes, errors.Join(errs...))
+	return lacks.err()
 }

@@ -9,7 +9,6 @@ import (
 	"os"
 	"path"
 	"strings"
-	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -18,20 +17,17 @@ import (
 )
 
 // ErrChanged says that a file was changed while it was read.
-var ErrChanged = errors.New("it was changed while it was imported; a mix of old and new may be there")
+var ErrChanged = errors.New("the file was changed while it was imported; the copy may be a mix of old and new")
 
 // importer is an import under way.
 type importer struct {
-	*tally
+	*copying
 	v    *volume.Volume
-	root *os.Root // of the source
-	user bool     // not root: files belong to who calls
 	jobs chan source
 
 	// Of the goroutine that walks.
-	dirs  []source
-	first map[[2]uint64]string // of files with several names, by device and inode
-	links []source             // further names, each with the first as its target
+	dirs  []source // whose modes and times are set at the end
+	links []source // further names of files
 }
 
 // source is an entry to be imported.
@@ -45,34 +41,26 @@ type source struct {
 // Import copies a directory into a volume that is open for writing, below its root. It goes on after an
 // entry that fails; an error says that it did not. All is durable when the volume was closed.
 func Import(ctx context.Context, v *volume.Volume, src string, o Options) (Counts, error) {
-	root, err := os.OpenRoot(src)
+	ctx, c, err := begin(ctx, src, o)
 	if err != nil {
 		return Counts{}, err
 	}
-	defer root.Close()
-	ctx, stop := context.WithCancelCause(ctx)
-	defer stop(nil)
-	x := &importer{tally: &tally{o: o, stop: stop}, v: v, root: root, user: os.Geteuid() != 0,
-		jobs: make(chan source), first: map[[2]uint64]string{}}
-	var wg sync.WaitGroup
-	for range max(1, o.AtOnce) {
-		wg.Go(func() {
-			for j := range x.jobs {
-				if ctx.Err() == nil {
-					x.file(ctx, j)
-				}
-			}
-		})
-	}
+	defer c.end()
+	x := &importer{copying: c, v: v}
+	jobs, wait := crew(o.AtOnce, func(s source) {
+		if ctx.Err() == nil {
+			x.file(ctx, s)
+		}
+	})
+	x.jobs = jobs
 	x.below(ctx, source{at: ".", to: v.Root()})
-	close(x.jobs)
-	wg.Wait()
+	wait()
 	for _, l := range x.links {
 		if ctx.Err() == nil {
 			x.link(ctx, l)
 		}
 	}
-	for i := len(x.dirs) - 1; i >= 0; i-- { // from the bottom: to change a directory changes its time
+	for i := len(x.dirs) - 1; i >= 0; i-- { // from the bottom: the mode of one above can keep its owner out
 		d := x.dirs[i]
 		if ctx.Err() == nil {
 			x.note(d.at, x.finishDir(ctx, d), func(c *Counts) { c.Dirs++ })
@@ -145,13 +133,13 @@ func (x *importer) entry(ctx context.Context, to *volume.Node, at string) {
 	}
 }
 
-// dir makes a directory, or takes the one that is there.
+// dir makes a directory, or looks it up if it exists.
 func (x *importer) dir(ctx context.Context, in *volume.Node, name string) (*volume.Node, error) {
 	n, _, err := x.v.Mkdir(ctx, in, name, 0o700, volume.Caller{})
 	if errors.Is(err, unix.EEXIST) {
 		if n, _, _, err = x.v.Lookup(ctx, in, name); err == nil && !n.IsDir() {
 			x.v.Forget(n.ID(), 1)
-			err = fmt.Errorf("what is there is no directory: %w", unix.ENOTDIR)
+			err = fmt.Errorf("another entry is in the way of this directory: %w", unix.ENOTDIR)
 		}
 	}
 	return n, err
@@ -264,41 +252,30 @@ func (s source) stat(now *unix.Stat_t) syscall.Stat_t {
 	return st
 }
 
-// content copies what is data, and leaves holes.
+// content copies the data of a file, and leaves holes.
 func (x *importer) content(ctx context.Context, h *volume.Handle, f *os.File, size int64) (copied int64, err error) {
-	b := make([]byte, min(chunk, max(1, size)))
-	end, fd := int64(0), int(f.Fd())
-	for at := int64(0); ; {
-		next, err := unix.Seek(fd, at, unix.SEEK_DATA)
-		if errors.Is(err, unix.ENXIO) {
-			break
-		}
-		if err != nil {
-			return copied, err
-		}
-		hole, err := unix.Seek(fd, next, unix.SEEK_HOLE)
-		if err != nil {
-			return copied, err
-		}
-		n, err := f.ReadAt(b[:min(int64(len(b)), hole-next)], next)
-		if n == 0 && errors.Is(err, io.EOF) {
-			break
-		}
-		if err != nil && !errors.Is(err, io.EOF) {
-			return copied, err
-		}
-		for done := 0; done < n; {
-			m, err := h.Write(ctx, b[done:n], next+int64(done))
-			if err != nil {
-				return copied, err
+	fd := int(f.Fd())
+	d := data{
+		func(off int64, whence int) (int64, error) { return unix.Seek(fd, off, whence) },
+		func(b []byte, off int64) (int, error) {
+			n, err := f.ReadAt(b, off)
+			if errors.Is(err, io.EOF) {
+				err = nil
 			}
-			done += m
-		}
-		copied += int64(n)
-		at = next + int64(n)
-		end = at
+			return n, err
+		},
 	}
-	if size > end {
+	copied, end, err := d.copyTo(size, func(b []byte, off int64) error {
+		for len(b) > 0 {
+			n, err := h.Write(ctx, b, off)
+			if err != nil {
+				return err
+			}
+			b, off = b[n:], off+int64(n)
+		}
+		return nil
+	})
+	if err == nil && size > end {
 		_, err = h.Node().SetAttr(ctx, volume.SetAttr{Size: &size})
 	}
 	return copied, err
@@ -390,14 +367,15 @@ func (x *importer) special(ctx context.Context, s source) error {
 // ErrAttributes.
 func (x *importer) attributes(ctx context.Context, n *volume.Node, f *os.File, st *syscall.Stat_t) error {
 	fd := int(f.Fd())
-	var errs []error
-	b := make([]byte, 64<<10) // XATTR_LIST_MAX
-	k, err := unix.Flistxattr(fd, b)
-	if err != nil && !errors.Is(err, unix.EOPNOTSUPP) {
-		errs = append(errs, fmt.Errorf("the extended attributes: %w", err))
+	var lacks attributeErrors
+	names := make([]byte, 64<<10) // XATTR_LIST_MAX
+	k, err := unix.Flistxattr(fd, names)
+	if !errors.Is(err, unix.EOPNOTSUPP) {
+		lacks.note(err, "the extended attributes")
 	}
-	for name := range strings.SplitSeq(strings.TrimSuffix(string(b[:max(0, k)]), "\x00"), "\x00") {
-		if name == "" || strings.HasPrefix(name, "security.") && name != "security.capability" {
+	for name := range strings.SplitSeq(strings.TrimSuffix(string(names[:max(0, k)]), "\x00"), "\x00") {
+		if name == "" || x.user && rootOnly(name) ||
+			strings.HasPrefix(name, "security.") && name != "security.capability" {
 			continue // of a security module, which gives the copy its own
 		}
 		v := make([]byte, 64<<10) // XATTR_SIZE_MAX
@@ -405,16 +383,10 @@ func (x *importer) attributes(ctx context.Context, n *volume.Node, f *os.File, s
 		if err == nil {
 			err = n.Setxattr(name, v[:m], 0, false)
 		}
-		if err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", name, err))
-		}
+		lacks.note(err, name)
 	}
 	at, mt := unix.Timespec(st.Atim), unix.Timespec(st.Mtim)
-	if _, err := n.SetAttr(ctx, volume.SetAttr{Atime: &at, Mtime: &mt}); err != nil {
-		errs = append(errs, fmt.Errorf("the times: %w", err))
-	}
-	if len(errs) == 0 {
-		return nil
-	}
-	return fmt.Errorf("%w: %w", ErrAttributes, errors.Join(errs...))
+	_, err = n.SetAttr(ctx, volume.SetAttr{Atime: &at, Mtime: &mt})
+	lacks.note(err, "the times")
+	return lacks.err()
 }

@@ -12,7 +12,9 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"os"
 	"path"
+	"strings"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -37,22 +39,125 @@ type Counts struct {
 }
 
 // ErrIncomplete says that a file was being written when the volume was copied, or is now.
-var ErrIncomplete = errors.New("it was being written; what opens was exported, the last writes may be missing")
+var ErrIncomplete = errors.New("the file was being written; the blocks that open were exported, the last writes may be missing")
 
 // ErrAttributes says that an entry is there, and lacks attributes.
 var ErrAttributes = errors.New("it was copied, but not all of its attributes")
 
-// tally counts what was transferred, and ends the transfer where it cannot go on.
-type tally struct {
-	o    Options
-	stop context.CancelCauseFunc
+// attributeErrors say which attributes an entry lacks. They are ErrAttributes, on one line.
+type attributeErrors []error
+
+func (e attributeErrors) Error() string {
+	var out []string
+	for _, err := range e {
+		out = append(out, err.Error())
+	}
+	return ErrAttributes.Error() + ": " + strings.Join(out, "; ")
+}
+
+// Unwrap returns all of them.
+func (e attributeErrors) Unwrap() []error { return append([]error{ErrAttributes}, e...) }
+
+// note adds the failure of an attribute.
+func (e *attributeErrors) note(err error, attribute string) {
+	if err != nil {
+		*e = append(*e, fmt.Errorf("%s: %w", attribute, err))
+	}
+}
+
+// err returns nil if there was none.
+func (e attributeErrors) err() error {
+	if len(e) == 0 {
+		return nil
+	}
+	return e
+}
+
+// copying is an export or an import under way, with what both have.
+type copying struct {
+	o     Options
+	root  *os.Root                // outside the volume
+	user  bool                    // this is not root: the copies belong to the caller
+	stop  context.CancelCauseFunc // ends it
+	first map[[2]uint64]string    // the first of the names of a file that has several, by device and inode
 
 	mu     sync.Mutex
 	counts Counts
 }
 
-// note counts an entry, or its failure. A disk that is full ends the transfer.
-func (x *tally) note(at string, err error, count func(*Counts)) {
+// begin opens the directory outside the volume. The context ends when the copying cannot go on.
+func begin(ctx context.Context, dir string, o Options) (context.Context, *copying, error) {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, nil, err
+	}
+	c := &copying{o: o, root: root, user: os.Geteuid() != 0, first: map[[2]uint64]string{}}
+	ctx, c.stop = context.WithCancelCause(ctx)
+	return ctx, c, nil
+}
+
+// end closes the directory.
+func (x *copying) end() {
+	x.stop(nil)
+	x.root.Close()
+}
+
+// crew calls do for what is sent to jobs, for several at the same time, until wait, which ends that.
+func crew[T any](atOnce int, do func(T)) (jobs chan T, wait func()) {
+	jobs = make(chan T)
+	var wg sync.WaitGroup
+	for range max(1, atOnce) {
+		wg.Go(func() {
+			for x := range jobs {
+				do(x)
+			}
+		})
+	}
+	return jobs, func() {
+		close(jobs)
+		wg.Wait()
+	}
+}
+
+// rootOnly reports whether an extended attribute is one that root alone can set.
+func rootOnly(name string) bool {
+	return !strings.HasPrefix(name, "user.") && !strings.HasPrefix(name, "system.")
+}
+
+// data is a file with holes, to be read.
+type data struct {
+	seek func(off int64, whence int) (int64, error)
+	read func(b []byte, off int64) (int, error) // 0 at the end
+}
+
+// copyTo copies the data of a file of about this size, and leaves holes out. end is where it ends.
+func (d data) copyTo(size int64, write func(b []byte, off int64) error) (copied, end int64, err error) {
+	b := make([]byte, min(chunk, max(1, size)))
+	for {
+		next, err := d.seek(end, unix.SEEK_DATA)
+		if errors.Is(err, unix.ENXIO) {
+			return copied, end, nil
+		}
+		if err != nil {
+			return copied, end, err
+		}
+		hole, err := d.seek(next, unix.SEEK_HOLE)
+		if err != nil {
+			return copied, end, err
+		}
+		n, err := d.read(b[:min(int64(len(b)), hole-next)], next)
+		if err == nil && n > 0 {
+			err = write(b[:n], next)
+		}
+		if err != nil || n == 0 {
+			return copied, end, err
+		}
+		copied, end = copied+int64(n), next+int64(n)
+	}
+}
+
+// note counts an entry, or its failure. A disk that is full ends all.
+func (x *copying) note(at string, err error, count func(*Counts)) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	switch {
@@ -74,11 +179,11 @@ func (x *tally) note(at string, err error, count func(*Counts)) {
 	}
 }
 
-// temporary is the name under which a file is made beside its place: the same in the next export,
-// which takes it away.
+// temporary is the name under which a file is made beside its place: the same the next time, which
+// takes it away.
 func temporary(at string) string {
 	h := sha256.Sum256([]byte(path.Base(at)))
-	return path.Join(path.Dir(at), ".kmsfs-export-"+hex.EncodeToString(h[:8]))
+	return path.Join(path.Dir(at), ".kmsfs-part-"+hex.EncodeToString(h[:8]))
 }
 
 // chunk is how much is read at once, in bytes.

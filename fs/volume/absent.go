@@ -5,8 +5,8 @@ import (
 	"time"
 )
 
-// absentFor is how long a name that was taken away is known to be absent: as long as the kernel
-// believes that others are.
+// absentFor is how long a name that was taken away is known to be absent. The kernel believes an answer
+// that a name is absent for longer.
 const absentFor = time.Second
 
 // mostAbsent bounds the names that are remembered of a directory.

@@ -203,11 +203,11 @@ type Unlocked struct {
 
 	keys   *blockcrypt.VolumeKeys
 	stores []keystore.Store
+	disk   disk.Disk
+	root   int
 
 	ofDirectories []keystore.Store // of the recipients of directories whose keys are at hand
 	absent        []error          // why those of others are not
-	disk          disk.Disk
-	root          int
 }
 
 // UnlockOptions of [Found.Unlock].

@@ -491,7 +491,7 @@ func (ns *namespace) renameLocked(from *Node, oldName string, to *Node, newName 
 	return gone, nil
 }
 
-// mayMove is [Node.mayMove] of what is at a place.
+// mayMove is [Node.mayMove] of the node at a place.
 func (ns *namespace) mayMove(at location, to *Node) error {
 	if at.dir == to || len(ns.v.lists.now().byDir) == 0 {
 		return nil

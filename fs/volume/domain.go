@@ -12,15 +12,13 @@ import (
 	"kmsfs/keystore"
 )
 
-// domain is a list of recipients, with what is known of their keys: the volume's own list, or that of
-// directories. The files of a domain can be used, or none of them can. A file is of the domain whose
+// domain is a list of recipients, with their keys as far as they are known: the volume's own list, or
+// that of directories. The files of a domain can be used, or none of them can. A file is of the domain whose
 // recipients open it, wherever it lies; a new file is of the domain of its directory.
 type domain struct {
 	v       *Volume
 	ring    *keystore.Ring
 	refusal atomic.Pointer[refusal]
-
-	unwritten atomic.Pointer[error] // the error of writing or settling when keys were wiped last
 
 	// Of directories only; the volume's own list stands in [listed].
 	keySet
@@ -96,9 +94,9 @@ type lists struct {
 // now returns the lists as they are now.
 func (l *lists) now() *domains { return l.v.recipients.now.Load().domains }
 
-// allOf returns the domains whose recipients a header has, those first that are to be asked first:
-// where a key is not known to be lost; where one is at hand; with most of the header's recipients; with
-// the shortest list. There is one at least.
+// allOf returns the domains whose recipients a header has, in the order in which they are asked: first
+// those with a key at hand that is not known to be lost; of these, those with most of the header's
+// recipients; then those with the shortest list. There is one at least.
 func (l *lists) allOf(h *blockcrypt.Header) []*domain {
 	all := l.now().all
 	if len(all) == 1 {
@@ -122,11 +120,8 @@ func (l *lists) allOf(h *blockcrypt.Header) []*domain {
 			continue
 		}
 		score := has*more - len(k.recipients)
-		if k.opens(h.Recipients) {
-			score += more * more
-		}
 		if d.ring.Good(h.Recipients) {
-			score += 2 * more * more
+			score += more * more
 		}
 		found = append(found, scored{d, score})
 	}

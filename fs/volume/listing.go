@@ -2,10 +2,11 @@ package volume
 
 import (
 	"context"
-	"kmsfs/blockcrypt"
-	"kmsfs/fs/volume/internal/disk"
 
 	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/disk"
 )
 
 // EntryNotShown is what the log says of an entry whose name cannot be decoded.

@@ -2,10 +2,11 @@ package volume
 
 import (
 	"errors"
-	"kmsfs/blockcrypt"
-	"kmsfs/keystore"
 	"slices"
 	"time"
+
+	"kmsfs/blockcrypt"
+	"kmsfs/keystore"
 )
 
 const (
@@ -15,9 +16,9 @@ const (
 	MaxLists = 1000
 )
 
-// newDomains returns the lists that kmsfs.json names. What was known of a list that was there before
-// is kept, unless a key is at hand now that was not. stores are those of the recipients of directories.
-func (l *lists) make(cfg *blockcrypt.Config, before *domains, stores []keystore.Store) *domains {
+// renewed returns the lists that kmsfs.json names. A list of before goes on with its ring, unless a key
+// of it is at hand now that was not. stores are those of the recipients of directories.
+func (l *lists) renewed(cfg *blockcrypt.Config, before *domains, stores []keystore.Store) *domains {
 	out := &domains{byDir: map[blockcrypt.ID]*domain{}, all: []*domain{l.own}}
 	var had []*domain
 	if before != nil {

@@ -350,7 +350,7 @@ func (r *Recipients) replace(next blockcrypt.Config, stores, ofDirectories []key
 	}
 	before := r.now.Load()
 	v.access.mu.Lock() // a ring that is made now is suspended with the others
-	r.now.Store(&listed{&next, stores, v.lists.make(&next, before.domains, ofDirectories)})
+	r.now.Store(&listed{&next, stores, v.lists.renewed(&next, before.domains, ofDirectories)})
 	v.access.mu.Unlock()
 	v.headers.Store(&sizes)
 	if sameList := urisOf(before.cfg.Recipients) == urisOf(next.Recipients); !sameList {

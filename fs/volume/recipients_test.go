@@ -13,14 +13,14 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"filippo.io/age"
+	"golang.org/x/sys/unix"
+
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
 	"kmsfs/fs/volume/check"
 	"kmsfs/keystore"
 	"kmsfs/keystore/agestore"
-
-	"filippo.io/age"
-	"golang.org/x/sys/unix"
 )
 
 // named returns how many files of the volume name each recipient.

@@ -215,6 +215,12 @@ type rewrapped struct {
 	keySet
 }
 
+// has returns the place in the header of a recipient of the list, -1 if it lacks that.
+func (p *rewrapped) has(uri string) int {
+	i := p.at(uri)
+	return slices.IndexFunc(p.hdr.Recipients, func(x blockcrypt.Recipient) bool { return p.at(x.URI) == i })
+}
+
 // staysOpen makes sure that no recipient is taken out of a file whose others are damaged: one that was
 // made just now is good, of the others one must open.
 func (p *rewrapped) staysOpen(ctx context.Context, rs []blockcrypt.Recipient) error {
@@ -258,12 +264,8 @@ var ErrLargeHeader = errors.New("its header has more than 4096 bytes, and gets a
 // again encrypts a file again, if it is not to have just the recipients that it has: two pages of a
 // header can be of two times after a power cut. It gets those of the list, and a new data key.
 func (p *rewrapped) again(ctx context.Context, n *Node) (changed bool, err error) {
-	in := func(ws []blockcrypt.Recipient, uri string) bool {
-		i := p.at(uri)
-		return slices.ContainsFunc(ws, func(x blockcrypt.Recipient) bool { return x.URI == uri || i >= 0 && p.at(x.URI) == i })
-	}
 	lacks := slices.ContainsFunc(p.keySet.recipients, func(x blockcrypt.Recipient) bool {
-		if in(p.hdr.Recipients, x.URI) {
+		if p.has(x.URI) >= 0 {
 			return false
 		}
 		if keystore.StoreFor(p.stores, x.URI) == nil {
@@ -288,10 +290,6 @@ func (p *rewrapped) again(ctx context.Context, n *Node) (changed bool, err error
 // that the authenticated kmsfs.json names, and never none.
 func (p *rewrapped) wanted(ctx context.Context) ([]blockcrypt.Recipient, error) {
 	hdr := p.hdr
-	has := func(uri string) int { // the place in the header of a recipient of the list
-		i := p.at(uri)
-		return slices.IndexFunc(hdr.Recipients, func(x blockcrypt.Recipient) bool { return p.at(x.URI) == i })
-	}
 	if p.o.From != "" {
 		if p.at(p.o.To) < 0 {
 			return hdr.Recipients, nil // not for the files of this directory
@@ -302,7 +300,7 @@ func (p *rewrapped) wanted(ctx context.Context) ([]blockcrypt.Recipient, error) 
 			return hdr.Recipients, nil
 		}
 		out := slices.Clone(hdr.Recipients)
-		if has(p.o.To) < 0 {
+		if p.has(p.o.To) < 0 {
 			w, err := p.wrap(ctx, p.o.To)
 			out[i] = w
 			return out, err
@@ -311,7 +309,7 @@ func (p *rewrapped) wanted(ctx context.Context) ([]blockcrypt.Recipient, error) 
 	}
 	var out []blockcrypt.Recipient
 	for _, x := range p.keySet.recipients {
-		if i := has(x.URI); i >= 0 {
+		if i := p.has(x.URI); i >= 0 {
 			out = append(out, hdr.Recipients[i])
 			continue
 		}

@@ -232,16 +232,14 @@ func (r *Recipients) dropFormer(ctx context.Context) (rec *Record, needed OnlyRe
 	return rec, needed, err
 }
 
-// Keys returns the URIs of the recipients that new files below a directory get, and whether they are
-// the directory's own.
-func (d *directory) Keys() (uris []string, own bool, err error) {
+// Keys returns the URIs of the recipients that new files below a directory get.
+func (d *directory) Keys() (uris []string, err error) {
 	of, err := d.domain()
 	if err != nil {
-		return nil, false, err
+		return nil, err
 	}
 	for _, x := range d.v.recipients.now.Load().set(of).recipients {
 		uris = append(uris, x.URI)
 	}
-	id, ok, err := d.dirIdent(false)
-	return uris, ok && d.v.lists.now().byDir[id] != nil, err
+	return uris, nil
 }

@@ -86,6 +86,8 @@ func TestDirectoryKeys(t *testing.T) {
 	w.write("c/f", []byte("again"))
 	w.under("c/f", a)
 	// So is that of a file that was removed, and is open.
+	w.v.Settle()
+	w.reopen(volume.Options{})
 	h, n := w.opened("c/f"), w.must("c/f")
 	w.do("unlink", w.v.Unlink(w.must("c"), "f"))
 	_, err := n.SetAttr(ctx, size(0))
@@ -129,6 +131,7 @@ func TestDirectoryKeysKeepNames(t *testing.T) {
 	_, _, err = w.v.Link(ctx, w.must("a/f"), root, "f")
 	wantErr(t, "a link", err, unix.EXDEV)
 	w.do("within", rename("a", "f", "a/d", "f", 0))
+	wantErr(t, "a file for a symlink", rename("a", "l", "c", "g", unix.RENAME_EXCHANGE), unix.EXDEV)
 	w.do("a symlink", rename("a", "l", "c", "l", 0))
 	w.do("a directory with keys of its own", rename("c", "own", "b", "own", 0))
 	w.do("one with the same keys", rename("a", "d", "b/own", "d", 0))
@@ -252,6 +255,12 @@ func TestDirectoryKeysChange(t *testing.T) {
 func TestFormerKeyStays(t *testing.T) {
 	w, a, b := tenants(t)
 	w.write("a/f", []byte("under a"))
+	w.setKeys("a", b)
+	// A former key can be used for new files again.
+	w.setKeys("a", a)
+	w.write("a/again", []byte("under a again"))
+	w.under("a/again", a)
+	w.do("unlink", w.v.Unlink(w.must("a"), "again"))
 	w.setKeys("a", b)
 	w.write("a/new", []byte("under b"))
 	w.under("a/new", b)

@@ -12,12 +12,12 @@ import (
 	"testing"
 	"time"
 
+	"filippo.io/age"
+
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
 	"kmsfs/keystore"
 	"kmsfs/keystore/agestore"
-
-	"filippo.io/age"
 )
 
 // twin is a store of a key that has a replica, which wraps in the replica's name.
@@ -152,7 +152,7 @@ func TestListsWithOneInCommon(t *testing.T) {
 	}
 }
 
-// Who has no right to the keys of a directory does not ask for them, and the mount is well.
+// A mount without the right to the keys of a directory does not ask for them, and is well.
 func TestUnusedDirectoryKeyIsNotAsked(t *testing.T) {
 	w := newWorld(t, volume.Options{})
 	w.quiet = true
@@ -379,4 +379,181 @@ func TestHeaderCutByPowerFailure(t *testing.T) {
 	if fs, _ := w.fsck(); len(fs) != 0 {
 		t.Errorf("%+v", fs)
 	}
+}
+
+// revocable is a store of a service whose key can be revoked.
+type revocable struct {
+	keystore.Store
+	revoked atomic.Bool
+}
+
+func (s *revocable) Unwrap(ctx context.Context, b keystore.Binding, w blockcrypt.Recipient) ([]byte, error) {
+	if s.revoked.Load() {
+		return nil, &keystore.Error{Kind: keystore.Revoked, URI: s.URI(), Op: "unwrap", Err: errors.New("revoked")}
+	}
+	return s.Store.Unwrap(ctx, b, w)
+}
+
+// A file that is open goes on by another of its keys when one is revoked, though each is a former key of
+// its own. When that one is revoked too it is dark.
+func TestOpenFileOutlivesOneKey(t *testing.T) {
+	w := newWorld(t, volume.Options{})
+	w.quiet = true
+	k1, k2, k3 := &revocable{Store: newStore(t)[0]}, &revocable{Store: newStore(t)[0]}, newStore(t)[0]
+	w.more = []keystore.Store{k1, k2, k3}
+	w.mkdir("d")
+	w.setKeys("d", k1, k2)
+	w.write("d/f", []byte("content"))
+	w.setKeys("d", k3)
+	w.reopen(volume.Options{MaxAge: time.Second})
+	h, err := w.must("d/f").Open(ctx, false)
+	w.do("open", err)
+	read := func() error { return errOf(h.Read(ctx, make([]byte, 7), 0)) }
+	for _, s := range []*revocable{k1, k2} { // it does not matter which one opened it
+		w.do("read", read())
+		s.revoked.Store(true)
+		for until := time.Now().Add(3 * time.Second); s == k1 && time.Now().Before(until); time.Sleep(20 * time.Millisecond) {
+			if err := read(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for until := time.Now().Add(10 * time.Second); keystore.KindOf(read()) != keystore.Revoked; time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(until) {
+			t.Fatal("it can be read though both of its keys are revoked")
+		}
+	}
+	w.do("close", h.Release())
+}
+
+// No file is written under a key that is forgotten at that moment.
+func TestWriteWhileKeyIsForgotten(t *testing.T) {
+	var replaced atomic.Int32
+	var write func()
+	w := newWorld(t, volume.Options{}.Hooked(func(c volume.Call) error {
+		if strings.HasPrefix(c.Op, "rename") && write != nil && replaced.Add(1) == 2 {
+			write()
+		}
+		return nil
+	}))
+	w.quiet = true
+	a, b := newStore(t)[0], &counting{Store: newStore(t)[0]}
+	w.more = []keystore.Store{a, b}
+	w.mkdir("d")
+	w.setKeys("d", a)
+	h, err := w.create("d/f") // with a key that is wrapped for a
+	w.do("create", err)
+	var wrote error
+	write = func() {
+		b.deny.Store(true)
+		_, wrote = h.Write(ctx, []byte("content"), 0)
+	}
+	w.setKeys("d", b)
+	if replaced.Load() < 2 {
+		t.Fatal("the former key was not forgotten")
+	}
+	write = nil
+	b.deny.Store(false)
+	w.do("release", h.Release())
+	w.reopen(volume.Options{})
+	if got, err := w.read("d/f"); err != nil || (wrote == nil) != (string(got) == "content") {
+		t.Errorf("the write said %v; there is %q, %v", wrote, got, err)
+	}
+}
+
+// Keys of a list that is no more are wiped at once, and those of a file that was being opened by it with
+// the others.
+func TestDroppedListKeepsNoKeys(t *testing.T) {
+	w := newWorld(t, volume.Options{})
+	slow := &service{Store: hidden{newStore(t)[0]}}
+	b := newStore(t)[0]
+	w.more = []keystore.Store{slow, b}
+	w.mkdir("d")
+	w.setKeys("d", slow)
+	w.write("d/f", []byte("content"))
+	w.write("d/g", []byte("content"))
+	w.reopen(volume.Options{})
+	w.want("d/g", []byte("content"))
+	if n := w.v.KeyCounts().Cached; n == 0 {
+		t.Fatal("no key is in memory")
+	}
+	wait := make(chan struct{})
+	slow.wait.Store(&wait)
+	opened := make(chan *volume.Handle)
+	n := w.must("d/f")
+	go func() {
+		h, err := n.Open(ctx, false)
+		if err != nil {
+			t.Error(err)
+		}
+		opened <- h
+	}()
+	for slow.waiting.Load() == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	w.setKeys("d", slow, b)
+	if n := w.v.KeyCounts().Cached; n != 0 {
+		t.Errorf("%d keys are in memory", n)
+	}
+	slow.wait.Store(nil)
+	close(wait)
+	h := <-opened
+	w.do("suspend", w.v.Suspend())
+	if h.HasKeys() {
+		t.Error("its keys are in memory")
+	}
+	w.v.Resume()
+	w.do("close", h.Release())
+}
+
+// A former key of KMS that is not at hand is not forgotten: which files are under its replicas cannot be
+// told.
+func TestAbsentFormerKeyOfKMS(t *testing.T) {
+	w := newWorld(t, volume.Options{})
+	w.quiet = true
+	eu := twin{newStore(t)[0], "aws-kms:eu", "aws-kms:us"}
+	us, b := eu.named("aws-kms:us"), newStore(t)[0]
+	w.mkdir("d")
+	w.setKeys("d", eu)
+	w.more = []keystore.Store{us}
+	w.reopen(volume.Options{})
+	w.write("d/f", []byte("under the replica"))
+	w.close()
+	w.more = []keystore.Store{b}
+	w.open(volume.Options{})
+	w.setKeys("d", b)
+	if done, err := w.v.Recipients().Rewrap(ctx, volume.RewrapOptions{}); err != nil || done.FormerKept == "" {
+		t.Errorf("%+v, %v", done, err)
+	}
+	w.more = []keystore.Store{us, b}
+	w.reopen(volume.Options{})
+	w.want("d/f", []byte("under the replica"))
+}
+
+// A file that was emptied is of the keys of its new content: that those of the old content are revoked
+// does not keep it from being written.
+func TestEmptiedFileOfRevokedKey(t *testing.T) {
+	w := newWorld(t, volume.Options{})
+	w.quiet = true
+	old, a := &revocable{Store: newStore(t)[0]}, newStore(t)[0]
+	w.more = []keystore.Store{old, a}
+	w.mkdir("d")
+	w.setKeys("d", old)
+	w.write("d/f", []byte("old"))
+	w.write("d/g", []byte("old"))
+	w.reopen(volume.Options{MaxAge: time.Second})
+	w.setKeys("d", a)
+	h := w.opened("d/f")
+	_, err := h.Node().SetAttr(ctx, size(0))
+	w.do("truncate", err)
+	g := w.opened("d/g")
+	old.revoked.Store(true)
+	for until := time.Now().Add(10 * time.Second); keystore.KindOf(errOf(g.Read(ctx, make([]byte, 3), 0))) != keystore.Revoked; time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(until) {
+			t.Fatal("the other file can be read though its key is revoked")
+		}
+	}
+	_, err = h.Write(ctx, []byte("new"), 0)
+	w.do("write", errors.Join(err, h.Release(), g.Release()))
+	w.want("d/f", []byte("new"))
 }

@@ -50,18 +50,23 @@ func (v *Volume) Suspend() error {
 	v.access.suspended.Store(true)
 	v.access.keysForWriters(nil, v.access.writeWithin/6) // for what the kernel holds back
 	all := v.lists.now().all
-	errs := make([]error, len(all))
-	sideBySide(all, func(i int, d *domain) {
-		d.unwritten.Store(nil)
-		d.ring.Suspend(errSuspended)
-		if e := d.unwritten.Load(); e != nil {
-			errs[i] = *e
-		}
-	})
-	if len(all) > 1 { // a file may have gone from one domain to another meanwhile
-		errs = append(errs, v.access.dropKeys(v.nodes.files()))
+	sideBySide(all, func(_ int, d *domain) { d.ring.Suspend(errSuspended) })
+	v.log.Info("the volume is locked")
+	return v.access.wipe(errSuspended, all)
+}
+
+// wipe makes the kernel write what it holds back of the files of some domains, refuses delayed writes
+// from then on, and wipes the files' keys.
+func (a *access) wipe(verdict error, of []*domain) error {
+	err := a.letKernelWrite(of)
+	for _, d := range of {
+		d.refusal.Store(&refusal{verdict, true})
 	}
-	return errors.Join(errs...)
+	files := slices.DeleteFunc(a.v.nodes.files(), func(f *file) bool { return !slices.Contains(of, f.domain.Load()) })
+	if err = errors.Join(err, a.dropKeys(files)); err != nil {
+		a.v.report(".", "before the keys were wiped, not everything could be written or settled", err)
+	}
+	return err
 }
 
 // Resume ends Suspend, after one that is under way.
@@ -115,21 +120,23 @@ func (d *domain) changed(verdict error) {
 	a := &d.v.access
 	if verdict == nil {
 		d.refusal.Store(nil)
-		a.v.log.Info("the volume's keys can be used again", d.attrs()...)
+		if d == a.v.lists.own {
+			a.v.log.Info("the volume's keys can be used again")
+		} else {
+			a.v.log.Info("a directory's keys can be used again", "keys", urisOf(d.recipients))
+		}
 		a.keysForWriters(d, a.writeWithin)
 		return
 	}
 	d.refusal.Store(&refusal{err: verdict})
-	if a.v.Suspended() != nil {
-		a.v.log.Info("the volume is locked")
-	} else {
-		at := "keys"
-		if d != a.v.lists.own {
-			at += " of directories: " + urisOf(d.recipients)
-		}
-		a.v.report(at,
-			"the volume's keys may not be used any more; its files answer with the verdict until they may", verdict)
+	if verdict == error(errSuspended) {
+		return // Suspend goes on
 	}
+	at, msg := "keys", "the volume's keys may not be used any more; its files answer with the verdict until they may"
+	if d != a.v.lists.own {
+		at, msg = urisOf(d.recipients), "a directory's keys may not be used any more; its files answer with the verdict until they may"
+	}
+	a.v.report(at, msg, verdict)
 	if len(a.v.lists.now().all) > 1 {
 		for _, f := range d.files() { // those that another key opens; not one that a slow disk holds
 			if f.mu.TryLock() {
@@ -138,20 +145,7 @@ func (d *domain) changed(verdict error) {
 			}
 		}
 	}
-	err := a.letKernelWrite(d)
-	d.refusal.Store(&refusal{verdict, true})
-	if err = errors.Join(err, a.dropKeys(d.files())); err != nil {
-		a.v.report(".", "before the keys were wiped, not everything could be written or settled", err)
-		d.unwritten.Store(&err)
-	}
-}
-
-// attrs are what the log says of a domain: the recipients, of directories.
-func (d *domain) attrs() []any {
-	if d == d.v.lists.own {
-		return nil
-	}
-	return []any{"directory keys", urisOf(d.recipients)}
+	a.wipe(verdict, []*domain{d})
 }
 
 // files returns the open files of the domain.
@@ -211,15 +205,15 @@ func (a *access) keysForWriters(d *domain, atMost time.Duration) {
 }
 
 // letKernelWrite makes the kernel write what it holds back of every file, but open ones of other
-// domains, and forget the rest, and its entries of directories. A disk that does not answer
+// domains than these, and forget the rest, and its entries of directories. A disk that does not answer
 // does not keep the keys alive.
-func (a *access) letKernelWrite(d *domain) error {
+func (a *access) letKernelWrite(of []*domain) error {
 	if a.kernel.Load() == nil {
 		return nil
 	}
 	nodes := slices.DeleteFunc(a.v.nodes.all(), func(n *Node) bool {
 		f := n.file.Load()
-		return f != nil && f.domain.Load() != d
+		return f != nil && !slices.Contains(of, f.domain.Load())
 	})
 	_, ok := within(a.writeWithin, func() (_ struct{}) {
 		var wg sync.WaitGroup

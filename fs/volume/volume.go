@@ -180,7 +180,7 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 		keystore.RingOptions{Sample: keystore.SampleOfVolume(u.Config.Volume, u.Config.Recipients)})
 	v.recipients.v = v
 	v.headers.Store(&sizes)
-	v.recipients.now.Store(&listed{u.Config, u.stores, v.lists.make(u.Config, nil, u.ofDirectories)})
+	v.recipients.now.Store(&listed{u.Config, u.stores, v.lists.renewed(u.Config, nil, u.ofDirectories)})
 	u.root = -1
 	v.disk.Adopt()
 	if !v.lists.own.ring.MemoryLocked() {

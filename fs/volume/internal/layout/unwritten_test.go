@@ -19,7 +19,7 @@ func isUnwritten(err error) bool {
 	return ok
 }
 
-// Of a header of several pages, those that hold recipients are looked at, where nothing was confirmed.
+// Of a header of several pages, those that hold recipients are looked at if nothing was confirmed.
 func TestUnwrittenPages(t *testing.T) {
 	g, err := blockcrypt.NewGeometry(3 * blockcrypt.PageSize)
 	if err != nil {
