@@ -243,6 +243,23 @@ func TestFullDisk(t *testing.T) {
 		}
 	}
 	write(t, m.path("after"), keep)
+	// The log has it once a minute for each kind of request, not once for each file.
+	fill := filepath.Join(cipher, "fill")
+	if err := os.WriteFile(fill, make([]byte, 16<<20), 0o600); !errors.Is(err, unix.ENOSPC) {
+		t.Fatal(err)
+	}
+	failed := 0
+	for i := range 20 {
+		if os.WriteFile(m.path(fmt.Sprint("more", i)), noise(10000), 0o600) != nil {
+			failed++
+		}
+	}
+	if err := os.Remove(fill); err != nil {
+		t.Fatal(err)
+	}
+	if n := strings.Count(m.log(), "no space left on device"); failed == 0 || n == 0 || n > 5 {
+		t.Errorf("the log tells of the full disk %d times:\n%s", n, m.log())
+	}
 	m.remount()
 	want(t, m.path("keep"), keep)
 	want(t, m.path("after"), keep)

@@ -6,6 +6,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"kmsfs/blockcrypt"
 	"kmsfs/keystore"
 )
@@ -19,23 +21,29 @@ type reports struct {
 	kinds map[string]uint64    // how many were logged, by the class of damage or the kind of a key service's failure
 }
 
-// reportAgain is when a key service's failure is told again: it may be another one.
+// reportAgain is when the failure of a key service, or a full disk, is told again: it may be
+// another one.
 const reportAgain = time.Minute
 
-// fault logs a fault once for each what and error, a key service's again after a
-// while. When it returns the log has it, whoever wrote it.
+// fault logs a fault once for each what and error, a key service's and that of a full disk, which
+// every file has, once for all and again after a while. When it returns the log has it, whoever
+// wrote it.
 func (r *reports) fault(what, msg string, err error) {
 	e, ok := errors.AsType[*keystore.Error](err)
 	if ok && (e.Kind == keystore.Canceled || e == errSuspended) { // no faults
 		return
 	}
-	key := what + "\x00" + err.Error()
-	if ok { // the text has the number of the request
-		key = what + "\x00" + e.URI + "\x00" + e.Op + "\x00" + e.Kind.String()
+	key, again, hint := what+"\x00"+err.Error(), false, ""
+	switch {
+	case ok: // the text has the number of the request
+		key, again, hint = what+"\x00"+e.URI+"\x00"+e.Op+"\x00"+e.Kind.String(), true, e.Hint
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
+		key, again = msg+"\x00"+err.Error(), true
+		hint = "free space on the disk of the ciphertext directory; other files may have failed too"
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if t, known := r.last[key]; known && (!ok || time.Since(t) < reportAgain) {
+	if t, known := r.last[key]; known && (!again || time.Since(t) < reportAgain) {
 		return
 	}
 	if len(r.last) >= 10000 || r.last == nil {
@@ -49,9 +57,9 @@ func (r *reports) fault(what, msg string, err error) {
 	attrs := []any{"at", what, "error", err}
 	if ok {
 		attrs = append(attrs, "kind", e.Kind.String())
-		if e.Hint != "" {
-			attrs = append(attrs, "hint", e.Hint)
-		}
+	}
+	if hint != "" {
+		attrs = append(attrs, "hint", hint)
 	}
 	r.log.Error(msg, attrs...)
 }
