@@ -6,7 +6,9 @@ GO      ?= go
 BIN     := bin/kmsfs
 FUZZ    ?= 100000
 
-.PHONY: build install demo test soak lint bench deps deps-test fuzz
+DIST    ?= dist
+
+.PHONY: build install release demo test soak lint bench deps deps-test fuzz
 
 build:
 	$(GO) build -ldflags '-X main.version=$(VERSION)' -o $(BIN) ./cmd/kmsfs
@@ -17,6 +19,10 @@ install: build
 	install -d $(DESTDIR)/sbin
 	ln -sf $(PREFIX)/bin/kmsfs $(DESTDIR)/sbin/mount.fuse.kmsfs
 	ln -sf $(PREFIX)/bin/kmsfs $(DESTDIR)/sbin/umount.fuse.kmsfs
+
+# Static programs, packages, bills of materials and checksums, in a new directory: see packaging.
+release:
+	sh packaging/release.sh $(DIST)
 
 deps:
 	@sh tests/deps.sh fuse3

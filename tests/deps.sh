@@ -26,6 +26,8 @@ if [ "${1:-}" = test ]; then
 	want borgbackup borg
 	want rclone rclone
 	want rdiff-backup rdiff-backup
+	want rpm rpm
+	want qemu-user qemu-aarch64
 	want python3 python3
 	export PATH="$PWD/.venv/bin:$PATH"
 	command -v aws >/dev/null 2>&1 || need="$need awscli"

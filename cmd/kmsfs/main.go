@@ -76,7 +76,7 @@ Exit codes:
 		encryptCommand(), decryptCommand(), fsckCommand(), keyCommand(), versionCommand(),
 		recipientsCommand(), rewrapCommand(), rekeyCommand(), pathCommand(), reheaderCommand(), setKeyCommand(), inventoryCommand(), passwdCommand(), policyCommand(),
 		doctorCommand(), topCommand())
-	root.AddCommand(exportTreeCommand(), importTreeCommand())
+	root.AddCommand(exportTreeCommand(), importTreeCommand(), generateCommand())
 	root.AddCommand(controlCommands()...)
 	usageOf(root)
 	return root
