@@ -27,6 +27,9 @@ if [ "${1:-}" = test ]; then
 	want rclone rclone
 	want rdiff-backup rdiff-backup
 	want rpm rpm
+	want podman podman
+	want runc runc
+	want debootstrap debootstrap
 	want qemu-user qemu-aarch64
 	want python3 python3
 	export PATH="$PWD/.venv/bin:$PATH"

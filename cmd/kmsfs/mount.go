@@ -252,8 +252,12 @@ func (f *mountFlags) places(cipherDir, mountPoint string) (c, m string, err erro
 	if mi, err := findMount(m); err != nil {
 		return "", "", err
 	} else if mi != nil {
+		do := "kmsfs umount " + m
+		if mi.fstype != "fuse.kmsfs" { // as the volumes of containers are
+			do = "name a directory in it"
+		}
 		return "", "", coded{hint(fmt.Errorf("the mountpoint %s is in use: %s is mounted there", m,
-			mi.source), "kmsfs umount %s", m), exitBusy}
+			mi.source), "%s", do), exitBusy}
 	}
 	if entries, err := os.ReadDir(m); err != nil {
 		return "", "", err

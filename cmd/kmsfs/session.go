@@ -11,6 +11,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime/debug"
+	"strings"
 	"time"
 
 	systemd "github.com/coreos/go-systemd/v22/daemon" // tells systemd when the mount can be used
@@ -201,9 +202,17 @@ func openFree(u *volume.Unlocked, cipherDir string, o volume.Options) (*volume.V
 	}
 }
 
+// mountFailed says what to do. fusermount3 tells only in words what went wrong.
 func mountFailed(err error) error {
-	h := "see dmesg"
-	if os.Geteuid() != 0 {
+	h, text := "see dmesg", err.Error()
+	switch device := strings.Contains(text, "/dev/fuse"); {
+	case device && strings.Contains(text, "ermission denied"):
+		h = "/dev/fuse must have the mode 0666, which is usual, and a container the device: --device /dev/fuse"
+	case device:
+		h = "load the kernel module (modprobe fuse); a container needs --device /dev/fuse"
+	case strings.Contains(text, "peration not permitted"):
+		h = "a container needs --cap-add SYS_ADMIN"
+	case os.Geteuid() != 0:
 		h = "fuse3 must be installed; allow_other needs user_allow_other in /etc/fuse.conf"
 	}
 	return hint(fmt.Errorf("mounting failed: %w", err), "%s", h)

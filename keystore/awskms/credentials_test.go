@@ -311,6 +311,56 @@ func TestSlowRotation(t *testing.T) {
 	}
 }
 
+// In a container, credentials come from what EKS and ECS put into its environment.
+func TestContainerCredentials(t *testing.T) {
+	var asked atomic.Pointer[http.Request]
+	agent := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked.Store(r)
+		fmt.Fprintf(w, `{"AccessKeyId":"AKIDAGENT","SecretAccessKey":"s","Token":"t","Expiration":%q}`,
+			time.Now().Add(time.Hour).UTC().Format(time.RFC3339))
+	}))
+	defer agent.Close()
+	token := filepath.Join(t.TempDir(), "token")
+	if err := os.WriteFile(token, []byte("TOKEN"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct {
+		env             map[string]string
+		accessKey, auth string
+	}{
+		"a role for a service account": {map[string]string{"AWS_WEB_IDENTITY_TOKEN_FILE": token,
+			"AWS_ROLE_ARN": "arn:aws:iam::111122223333:role/kmsfs"}, "WEBTOKEN", ""},
+		"Pod Identity": {map[string]string{"AWS_CONTAINER_CREDENTIALS_FULL_URI": agent.URL + "/v1/credentials",
+			"AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE": token}, "AKIDAGENT", "TOKEN"},
+		"ECS": {map[string]string{"AWS_CONTAINER_CREDENTIALS_FULL_URI": agent.URL + "/v2/credentials/1",
+			"AWS_CONTAINER_AUTHORIZATION_TOKEN": "FIXED"}, "AKIDAGENT", "FIXED"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			srv := keystoretest.NewServer(t)
+			t.Setenv("AWS_ACCESS_KEY_ID", "")
+			t.Setenv("AWS_SECRET_ACCESS_KEY", "")
+			for k, v := range c.env {
+				t.Setenv(k, v)
+			}
+			asked.Store(nil)
+			s, err := awskms.New(quick).Open(t.Context(), srv.AddKey(""))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, _, err := s.Generate(t.Context(), fileKey); err != nil {
+				t.Fatal(err)
+			}
+			if r := asked.Load(); c.auth != "" && (r == nil || r.Header.Get("Authorization") != c.auth) {
+				t.Errorf("the agent was asked with another token: %v", r)
+			}
+			srv.Refuse(c.accessKey, "AccessDeniedException") // it is this one
+			if _, _, err := s.Generate(t.Context(), fileKey); keystore.KindOf(err) != keystore.Denied {
+				t.Errorf("%s is refused: %v", c.accessKey, err)
+			}
+		})
+	}
+}
+
 // A container's agent that is silent once is asked again.
 func TestSilentAgent(t *testing.T) {
 	srv := keystoretest.NewServer(t)

@@ -8,8 +8,9 @@ import (
 	"time"
 )
 
-// serveSTS answers GetCallerIdentity and AssumeRole, in the query protocol. A
-// session's access key ID is SESSION and how many there were before.
+// serveSTS answers GetCallerIdentity, AssumeRole and AssumeRoleWithWebIdentity, in the query
+// protocol. A session's access key ID is SESSION and how many of its kind there were before, and
+// for a web identity WEB and its token.
 func (s *Server) serveSTS(w http.ResponseWriter, r *http.Request, body string) {
 	q, _ := url.ParseQuery(body)
 	op := q.Get("Action")
@@ -44,6 +45,10 @@ func (s *Server) serveSTS(w http.ResponseWriter, r *http.Request, body string) {
 		fmt.Fprintf(w,
 			`<AssumeRoleResponse><AssumeRoleResult><Credentials><AccessKeyId>SESSION%d</AccessKeyId><SecretAccessKey>s</SecretAccessKey><SessionToken>t</SessionToken><Expiration>%s</Expiration></Credentials></AssumeRoleResult></AssumeRoleResponse>`,
 			n, time.Now().Add(lasts).UTC().Format(time.RFC3339))
+	case "AssumeRoleWithWebIdentity":
+		fmt.Fprintf(w,
+			`<AssumeRoleWithWebIdentityResponse><AssumeRoleWithWebIdentityResult><Credentials><AccessKeyId>WEB%s</AccessKeyId><SecretAccessKey>s</SecretAccessKey><SessionToken>t</SessionToken><Expiration>%s</Expiration></Credentials></AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>`,
+			q.Get("WebIdentityToken"), time.Now().Add(lasts).UTC().Format(time.RFC3339))
 	default:
 		w.WriteHeader(http.StatusBadRequest)
 	}
