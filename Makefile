@@ -36,6 +36,7 @@ demo: deps build
 lint:
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
+	for os in darwin windows; do GOOS=$$os CGO_ENABLED=0 $(GO) vet -trimpath ./cmd/kmsfs || exit 1; done
 	@test -z "$$(gofmt -l .)" || { echo "not gofmt-ed:"; gofmt -l .; exit 1; }
 
 # -race for what has goroutines. The mounts are never taken from the cache of results,

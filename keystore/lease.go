@@ -9,8 +9,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"kmsfs/blockcrypt"
 )
 
@@ -69,13 +67,6 @@ const (
 	remembered   = time.Minute // a refusal to wrap new keys
 	suspendWaits = 500         // milliseconds, for calls that are under way
 )
-
-// bootTime is CLOCK_BOOTTIME, which goes on while the machine sleeps.
-func bootTime() time.Duration {
-	var t unix.Timespec
-	unix.ClockGettime(unix.CLOCK_BOOTTIME, &t)
-	return time.Duration(t.Nano())
-}
 
 // stale is [health.stale]; a store that waits for nobody never is. mu is held.
 func (s *standing) stale(now, maxAge time.Duration) bool {

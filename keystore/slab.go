@@ -1,7 +1,5 @@
 package keystore
 
-import "golang.org/x/sys/unix" // memory that is locked, and in no core dump
-
 // slab holds raw keys in slots of [KeySize] bytes that are neither swapped out
 // nor dumped, nor moved by the garbage collector, as far as newSlab gets such memory. Its owner's mutex guards it.
 type slab struct {
@@ -15,17 +13,12 @@ type slab struct {
 // (RLIMIT_MEMLOCK) is too low it is not locked, and where the kernel gives no
 // pages it is of Go's memory.
 func newSlab(n int) *slab {
-	page := unix.Getpagesize()
-	locked := false
-	mem, err := unix.Mmap(-1, 0, (n*KeySize+page-1)/page*page, unix.PROT_READ|unix.PROT_WRITE,
-		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
-	if err != nil {
-		mem = make([]byte, n*KeySize)
+	s := &slab{free: make([]int32, n)}
+	if s.mem, s.locked = mapPages(n * KeySize); s.mem == nil {
+		s.mem = make([]byte, n*KeySize)
 	} else {
-		locked = unix.Mlock(mem) == nil
-		unix.Madvise(mem, unix.MADV_DONTDUMP)
+		s.mapped = true
 	}
-	s := &slab{mem: mem, mapped: err == nil, locked: locked, free: make([]int32, n)}
 	for i := range s.free {
 		s.free[i] = int32(n - 1 - i)
 	}
@@ -58,7 +51,7 @@ func (s *slab) give(i int32) {
 func (s *slab) close() {
 	clear(s.mem)
 	if s.mapped {
-		unix.Munmap(s.mem)
+		unmapPages(s.mem)
 	}
 	s.mem, s.free = nil, nil
 }

@@ -1,3 +1,5 @@
+//go:build linux && !portable
+
 package main
 
 import (
@@ -135,7 +137,7 @@ type openVolume struct {
 // openForChange opens a volume that is not mounted. Keys of recipients that are not at hand are no
 // obstacle: they may be the ones to be replaced.
 func (k *keyFlags) openForChange(ctx context.Context, dir string) (administrator, error) {
-	m := mountFlags{keyFlags: *k, incomplete: true}
+	m := unlockFlags{keyFlags: *k, incomplete: true}
 	u, err := m.unlock(ctx, dir)
 	if err != nil {
 		return nil, err

@@ -1,3 +1,5 @@
+//go:build linux && !portable
+
 package main
 
 import (
@@ -23,9 +25,6 @@ type exportFlags struct {
 	keyFlags
 	acceptOlder, asJSON bool
 }
-
-// transferAtOnce is how many files are copied at the same time: keys of a service are waited for.
-const transferAtOnce = 32
 
 func exportTreeCommand() *cobra.Command {
 	var f exportFlags
@@ -79,7 +78,7 @@ func (f *exportFlags) run(ctx context.Context, cipherDir, dst string, paths []st
 	}
 	ctx, stop := signal.NotifyContext(ctx, unix.SIGINT, unix.SIGTERM)
 	defer stop()
-	m := mountFlags{keyFlags: f.keyFlags, readOnly: true, acceptOlder: f.acceptOlder}
+	m := unlockFlags{keyFlags: f.keyFlags, readOnly: true, acceptOlder: f.acceptOlder}
 	u, err := m.unlock(ctx, cipherDir)
 	if err != nil {
 		return err

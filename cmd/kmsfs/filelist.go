@@ -1,3 +1,5 @@
+//go:build linux && !portable
+
 package main
 
 import (
@@ -21,7 +23,7 @@ type fileList struct {
 
 // newList begins the list of a volume, which it opens.
 func (f *inventoryFlags) newList(ctx context.Context, dir string) (*fileList, error) {
-	m := mountFlags{keyFlags: f.keyFlags, readOnly: true, acceptOlder: true}
+	m := unlockFlags{keyFlags: f.keyFlags, readOnly: true, acceptOlder: true}
 	u, err := m.unlock(ctx, dir)
 	if err != nil {
 		return nil, err

@@ -9,10 +9,9 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strings"
+	"syscall"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
-
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
 	"kmsfs/keystore"
@@ -134,11 +133,11 @@ func (k *keyFlags) encryptTo(ctx context.Context, ms []made, r io.Reader, in, ou
 			func(f *os.File) error { return volume.Encrypt(ctx, f, r, stores(ms)) })
 	}
 	// The header is written last, so what goes to a pipe is made in a file first.
-	f, err := spool()
+	f, _, err := spool()
 	if err != nil {
 		return err
 	}
-	defer f.Close()
+	defer unspool(f)
 	if err := volume.Encrypt(ctx, f, r, stores(ms)); err != nil {
 		return err
 	}
@@ -149,30 +148,21 @@ func (k *keyFlags) encryptTo(ctx context.Context, ms []made, r io.Reader, in, ou
 	return err
 }
 
-// spool makes a file without a name; it holds ciphertext only.
-func spool() (*os.File, error) {
-	f, err := os.CreateTemp("", "kmsfs-*")
-	if err != nil {
-		return nil, err
-	}
-	return f, os.Remove(f.Name())
-}
-
 // spoolStdin makes a ciphertext that comes from a pipe one that can be read at
 // any offset; other names are given back as they are.
 func spoolStdin(in string) (path string, cleanup func(), err error) {
 	if in != "-" {
 		return in, func() {}, nil
 	}
-	f, err := spool()
+	f, path, err := spool()
 	if err != nil {
 		return "", nil, err
 	}
 	if _, err := io.Copy(f, os.Stdin); err != nil {
-		f.Close()
+		unspool(f)
 		return "", nil, err
 	}
-	return fmt.Sprintf("/proc/self/fd/%d", f.Fd()), func() { f.Close() }, nil
+	return path, func() { unspool(f) }, nil
 }
 
 // modeOf is the mode of a file made from in: in's own, or 0600.
@@ -196,9 +186,7 @@ func writeWhole(path string, mode os.FileMode, f func(*os.File) error) error {
 		return err
 	}
 	defer removeOnSignal(tmp.Name())()
-	umask := unix.Umask(0)
-	unix.Umask(umask)
-	err = tmp.Chmod(mode &^ os.FileMode(umask))
+	err = tmp.Chmod(mode &^ umask())
 	var partial error
 	if err == nil {
 		if err = f(tmp); exitCode(err) == exitIncomplete {
@@ -215,11 +203,11 @@ func writeWhole(path string, mode os.FileMode, f func(*os.File) error) error {
 // function that it returns ends that.
 func removeOnSignal(path string) (stop func()) {
 	c := make(chan os.Signal, 1)
-	signal.Notify(c, unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
+	signal.Notify(c, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	go func() {
 		if s, ok := <-c; ok {
 			os.Remove(path)
-			os.Exit(128 + int(s.(unix.Signal)))
+			os.Exit(128 + int(s.(syscall.Signal)))
 		}
 	}()
 	return func() {
@@ -258,7 +246,7 @@ func (k *keyFlags) decrypt(ctx context.Context, path string, w io.Writer) error 
 
 // named adds a path to an error that lacks it.
 func named(path string, err error) error {
-	if _, ok := errors.AsType[*os.PathError](err); ok || errors.Is(err, unix.EPIPE) {
+	if _, ok := errors.AsType[*os.PathError](err); ok || errors.Is(err, syscall.EPIPE) {
 		return err
 	}
 	return fmt.Errorf("%s: %w", path, err)
@@ -279,7 +267,7 @@ func skipper(w io.Writer) func(int64) error {
 	if err != nil || at != st.Size() {
 		return nil
 	}
-	if flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFL, 0); err != nil || flags&unix.O_APPEND != 0 {
+	if appends(f) {
 		return nil
 	}
 	return func(n int64) error {

@@ -1,3 +1,5 @@
+//go:build linux && !portable
+
 package main
 
 import (
@@ -62,7 +64,7 @@ func (f *importFlags) run(ctx context.Context, src, cipherDir string) error {
 	}
 	ctx, stop := signal.NotifyContext(ctx, unix.SIGINT, unix.SIGTERM)
 	defer stop()
-	m := mountFlags{keyFlags: f.keyFlags}
+	m := unlockFlags{keyFlags: f.keyFlags}
 	u, err := m.unlock(ctx, cipherDir)
 	if err != nil {
 		return err

@@ -11,16 +11,14 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra" // help, completion and GNU-style flags as people know them
-	"golang.org/x/sys/unix"
 )
 
 func main() { os.Exit(run(os.Args)) }
 
 // run is the whole program; it returns the exit code.
 func run(args []string) int {
-	unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}) // a core dump would hold keys
-	unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0)     // nor may others look into the memory
-	absoluteEnvironment()                            // before anything changes the directory
+	harden()
+	absoluteEnvironment() // before anything changes the directory
 	root := command()
 	rest := args[1:]
 	// As mount(8) and umount(8) call their helpers.
@@ -72,12 +70,9 @@ Exit codes:
 		return usageError{err,
 			c.CommandPath()}
 	})
-	root.AddCommand(initCommand(), mountCommand(), umountCommand(), infoCommand(), catCommand(),
-		encryptCommand(), decryptCommand(), fsckCommand(), keyCommand(), versionCommand(),
-		recipientsCommand(), rewrapCommand(), rekeyCommand(), pathCommand(), reheaderCommand(), setKeyCommand(), inventoryCommand(), passwdCommand(), policyCommand(),
-		doctorCommand(), topCommand())
-	root.AddCommand(exportTreeCommand(), importTreeCommand(), generateCommand())
-	root.AddCommand(controlCommands()...)
+	root.AddCommand(infoCommand(), catCommand(), encryptCommand(), decryptCommand(), fsckCommand(),
+		lsCommand(), findCommand(), exportTreeCommand(), versionCommand(), generateCommand())
+	root.AddCommand(linuxCommands()...)
 	usageOf(root)
 	return root
 }

@@ -1,3 +1,5 @@
+//go:build linux && !portable
+
 package main
 
 import (
@@ -16,21 +18,16 @@ import (
 	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
-	"kmsfs/blockcrypt"
 	"kmsfs/fs"
 	"kmsfs/fs/volume"
-	"kmsfs/keystore"
-	"kmsfs/keystore/local"
 )
 
 type mountFlags struct {
-	keyFlags
+	unlockFlags
 	create      bool
 	plainNames  bool
 	foreground  bool
-	readOnly    bool
 	allowOther  bool
-	acceptOlder bool
 	options     []string
 	maxAge      time.Duration
 	grace       time.Duration
@@ -38,9 +35,6 @@ type mountFlags struct {
 	audit       string
 	metricsAddr string
 	idle        time.Duration
-
-	unvouched  bool // only an age identity, and no trust record, says that the volume is the user's
-	incomplete bool // keys of recipients need not be at hand
 
 	again bool     // remount
 	pass  []string // options for the kernel
@@ -285,64 +279,6 @@ func realDir(dir string) (string, error) {
 	return filepath.EvalSymlinks(dir)
 }
 
-// unlock finds the volume's keys and checks it against its trust record.
-func (f *mountFlags) unlock(ctx context.Context, cipherDir string) (*volume.Unlocked, error) {
-	l, err := volume.Find(cipherDir)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", cipherDir, err)
-	}
-	defer l.Close()
-	rec, err := readRecord(l.Config.Volume)
-	if err == nil {
-		_, err = stateDir()
-	}
-	if err != nil {
-		return nil, err
-	}
-	trusted, err := f.trusted(ctx, recipientsOfAll(l.Config), rec)
-	if err != nil {
-		return nil, err
-	}
-	if len(trusted) == 0 {
-		return nil, untrusted(l.Config.Recipients, cipherDir, rec)
-	}
-	if f.unvouched = len(f.identityFiles) > 0 && rec == nil; f.unvouched {
-		// Everybody who knows the public key can make a volume that the identity opens.
-		if !f.readOnly && !f.acceptUnverified {
-			return nil, coded{hint(fmt.Errorf("no trust record on this machine vouches for the volume %s, and anybody who knows the age recipient can have made it", l.Config.Volume),
-				"if you are sure that it is yours: --accept-unverified"), exitKey}
-		}
-		say("warning: no trust record on this machine vouches for the volume %s: anybody who knows the age recipient can have made it", l.Config.Volume)
-	}
-	o := volume.UnlockOptions{Record: rec, AcceptOlder: f.acceptOlder, ReadOnly: f.readOnly,
-		Incomplete: f.incomplete,
-		More:       func(ctx context.Context, r blockcrypt.Recipient) (keystore.Store, error) { return f.open(ctx, r, rec) }}
-	if len(f.identityFiles) > 0 && f.readOnly {
-		o.More = nil // nothing else is asked
-	}
-	u, err := l.Unlock(ctx, trusted, o)
-	if err != nil {
-		return nil, err
-	}
-	for _, err := range u.Absent() {
-		say("warning: %v", err)
-	}
-	for _, key := range f.keys {
-		if path, ok := strings.CutPrefix(key, local.Scheme); ok { // where it is now
-			s, err := local.OpenFile(path)
-			if err == nil {
-				path, err = filepath.Abs(path)
-			}
-			if err != nil {
-				u.Close()
-				return nil, err
-			}
-			u.Record.SetLocal(s.URI(), path)
-		}
-	}
-	return u, nil
-}
-
 // remember writes the trust record, if it says something new.
 func (f *mountFlags) remember(rec *volume.Record, cipherDir string) error {
 	if old, err := readRecord(rec.Volume); err == nil && old != nil && sameRecord(old, rec) {
@@ -359,36 +295,6 @@ func (f *mountFlags) remember(rec *volume.Record, cipherDir string) error {
 func sameRecord(a, b *volume.Record) bool {
 	return a.Generation == b.Generation && a.Local == b.Local && maps.Equal(a.Locals, b.Locals) &&
 		slices.Equal(a.Recipients, b.Recipients)
-}
-
-// untrusted refuses a volume whose keys nobody named, with the line that would
-// accept it.
-func untrusted(rs []blockcrypt.Recipient, cipherDir string, rec *volume.Record) error {
-	key := rs[0].URI
-	switch {
-	case strings.HasPrefix(key, local.Scheme):
-		key = "local:PATH"
-	case strings.HasPrefix(key, local.PassphraseScheme):
-		key = passphraseKey
-	}
-	why := "nobody named this key for the volume, and there is no trust record here"
-	if rec != nil {
-		why = "the volume's trust record does not name this key"
-	}
-	err := &keystore.Error{Kind: keystore.Untrusted, URI: rs[0].URI, Op: "mount", Err: errors.New(why)}
-	// The line is made to be pasted, and whoever wrote kmsfs.json chose the key.
-	return hint(err, "if it is yours: kmsfs mount --key %s %s MOUNTPOINT", shellWord(key),
-		shellWord(cipherDir))
-}
-
-// shellWord quotes s for a shell where that is needed.
-func shellWord(s string) string {
-	for _, r := range s {
-		if !strings.ContainsRune("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-./:@%+,", r) {
-			return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
-		}
-	}
-	return s
 }
 
 // bootTime is CLOCK_BOOTTIME.

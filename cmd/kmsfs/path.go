@@ -1,3 +1,5 @@
+//go:build linux && !portable
+
 package main
 
 import (
@@ -56,7 +58,7 @@ func otherPath(ctx context.Context, k *keyFlags, p string) (out string, err erro
 		}
 		return out, nil
 	}
-	m := mountFlags{keyFlags: *k, readOnly: true, acceptOlder: true}
+	m := unlockFlags{keyFlags: *k, readOnly: true, acceptOlder: true}
 	u, err := m.unlock(ctx, dir)
 	if err != nil {
 		return "", err

@@ -1,3 +1,5 @@
+//go:build linux && !portable
+
 package main
 
 import (
@@ -13,8 +15,6 @@ import (
 	"kmsfs/keystore/awskms"
 	"kmsfs/keystore/local"
 )
-
-const openVolumeUsage = "open the volume with this `KEY` (repeatable); default: what the trust record names"
 
 func recipientsCommand() *cobra.Command {
 	c := &cobra.Command{
@@ -265,12 +265,4 @@ func (k *keyFlags) uriOf(ctx context.Context, key string, list []string) (string
 			"name one by its URI: kmsfs recipients list")
 	}
 	return "", badKey(key)
-}
-
-// contextOf returns the context of a command.
-func contextOf(c *cobra.Command) context.Context {
-	if ctx := c.Context(); ctx != nil {
-		return ctx
-	}
-	return context.Background()
 }

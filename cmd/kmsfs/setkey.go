@@ -1,3 +1,5 @@
+//go:build linux && !portable
+
 package main
 
 import (
@@ -9,7 +11,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
 	"kmsfs/keystore"
 )
@@ -181,24 +182,4 @@ func (d *mountDaemon) setKeys(ctx context.Context, q setKeyRequest, tell func(ne
 		err = errors.New("the daemon's answer lacks the trust record")
 	}
 	return rec, err
-}
-
-// recipientsOfAll returns the recipients of a volume and of its directories, each once.
-func recipientsOfAll(c *blockcrypt.Config) []blockcrypt.Recipient {
-	var out []blockcrypt.Recipient
-	seen := map[string]bool{}
-	add := func(rs []blockcrypt.Recipient) {
-		for _, r := range rs {
-			if !seen[r.URI] {
-				seen[r.URI] = true
-				out = append(out, r)
-			}
-		}
-	}
-	add(c.Recipients)
-	for _, id := range c.DirectoryIDs() {
-		add(c.Directories[id].Recipients)
-		add(c.Directories[id].Former)
-	}
-	return out
 }

@@ -7,8 +7,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-
-	"golang.org/x/sys/unix"
+	"runtime"
+	"syscall"
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
@@ -55,7 +55,7 @@ func stateDir() (string, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return "", noState(err)
 	}
-	if err := unix.Access(dir, unix.W_OK|unix.X_OK); err != nil {
+	if err := canWrite(dir); err != nil {
 		return "", noState(fmt.Errorf("%s: %w", dir, err))
 	}
 	return dir, nil
@@ -85,7 +85,7 @@ func readRecord(id blockcrypt.ID) (*volume.Record, error) {
 	}
 	path := filepath.Join(dir, id.String()+".json")
 	b, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
 		return nil, nil
 	}
 	if err != nil {
@@ -97,52 +97,6 @@ func readRecord(id blockcrypt.ID) (*volume.Record, error) {
 			"remove it and mount once with --key")
 	}
 	return rec, nil
-}
-
-// lockState keeps others from changing trust records until unlock is called.
-func lockState() (unlock func(), err error) {
-	dir, err := stateDir()
-	if err != nil {
-		return nil, err
-	}
-	f, err := os.Open(dir)
-	if err != nil {
-		return nil, noState(err)
-	}
-	for {
-		err = unix.Flock(int(f.Fd()), unix.LOCK_EX)
-		if !errors.Is(err, unix.EINTR) {
-			break
-		}
-	}
-	if err != nil {
-		f.Close()
-		return nil, noState(err)
-	}
-	return func() { f.Close() }, nil
-}
-
-// writeRecord puts the trust record in its place, and a copy of kmsfs.json
-// beside it.
-func writeRecord(rec *volume.Record, cipherDir string) error {
-	dir, err := stateDir()
-	if err != nil {
-		return err
-	}
-	b, err := json.MarshalIndent(rec, "", "  ")
-	if err != nil {
-		return err
-	}
-	if cfg, err := os.ReadFile(filepath.Join(cipherDir, blockcrypt.ConfigName)); err == nil {
-		if err := replaceFile(filepath.Join(dir, rec.Volume.String()+"."+blockcrypt.ConfigName),
-			cfg); err != nil {
-			return noState(err)
-		}
-	}
-	if err := replaceFile(filepath.Join(dir, rec.Volume.String()+".json"), append(b, '\n')); err != nil {
-		return noState(err)
-	}
-	return nil
 }
 
 // replaceFile replaces a file durably: it is the old one or the new one.
@@ -169,18 +123,26 @@ func finish(f *os.File, path string, err error) error {
 		os.Remove(f.Name())
 		return err
 	}
-	d, err := os.Open(filepath.Dir(path))
+	if err := syncDir(filepath.Dir(path)); err != nil {
+		return placedError{err}
+	}
+	return nil
+}
+
+// syncDir makes the entries of a directory durable.
+func syncDir(path string) error {
+	if runtime.GOOS == "windows" {
+		return nil // it has no such call
+	}
+	d, err := os.Open(path)
 	if errors.Is(err, fs.ErrPermission) {
 		return nil // a directory that can only be written to: the disk gets it in time
 	}
 	if err != nil {
-		return placedError{err}
+		return err
 	}
 	defer d.Close()
-	if err := d.Sync(); err != nil {
-		return placedError{err}
-	}
-	return nil
+	return d.Sync()
 }
 
 // placedError says that a file is in its place, and that a power cut may still undo that.

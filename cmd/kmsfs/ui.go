@@ -8,8 +8,8 @@ import (
 	"os"
 	"os/signal"
 	"strings"
+	"syscall"
 
-	"golang.org/x/sys/unix"
 	"golang.org/x/term" // reads a passphrase without showing it
 
 	"kmsfs/blockcrypt"
@@ -91,33 +91,20 @@ func hintOf(err error) string {
 	if u, ok := errors.AsType[usageError](err); ok {
 		return "see " + u.command + " --help"
 	}
+	if h := hintOfWriting(err); h != "" {
+		return h
+	}
 	switch {
 	case errors.Is(err, volume.ErrNotVolume):
 		return "make one with kmsfs init, or mount with --create"
-	case errors.Is(err, volume.ErrLocked):
-		return "one mount at a time can write; unmount the other, on its host, or mount with --read-only"
-	case errors.Is(err, unix.EROFS):
+	case errors.Is(err, syscall.EROFS):
 		return "mount with --read-only"
-	case errors.Is(err, volume.ErrLockFile):
-		return "kmsfs.lock must be a regular file that this user may write; if the volume is mounted nowhere, remove it and mount again; or mount with --read-only"
-	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
 		return "free some space, and try again"
-	case errors.As(err, new(*volume.UnfitError)) && errors.Is(err, unix.EACCES):
-		return "make it as a user who may write there"
-	case errors.As(err, new(*volume.UnfitError)):
-		return "make the volume on another filesystem"
 	case errors.Is(err, volume.ErrOlder):
 		return "if a backup was restored on purpose, mount with --accept-older"
 	case errors.Is(err, volume.ErrOtherKey):
 		return "this is not the volume that was mounted here before, or kmsfs.json was exchanged; restore kmsfs.json from a backup"
-	case errors.As(err, new(*volume.OnlyRecipientError)):
-		return "give them another one first: kmsfs rewrap --missing"
-	case errors.Is(err, volume.ErrNoRoom):
-		return "kmsfs reheader CIPHERDIR makes room; or remove a recipient first"
-	case errors.Is(err, volume.ErrNotRecipient):
-		return "kmsfs recipients list names those that it has"
-	case errors.Is(err, volume.ErrNotEmpty):
-		return "name an empty directory, or a new one"
 	}
 	switch blockcrypt.ClassOf(err) {
 	case blockcrypt.BadConfig, blockcrypt.BadConfigMAC:
@@ -152,7 +139,7 @@ func exitCode(err error) int {
 	switch {
 	case blockcrypt.ClassOf(err) != "", errors.Is(err, volume.ErrOlder), errors.Is(err, volume.ErrOtherKey):
 		return exitDamaged
-	case errors.Is(err, volume.ErrLocked), errors.Is(err, unix.EBUSY):
+	case isBusy(err):
 		return exitBusy
 	}
 	return exitFailed
@@ -174,7 +161,7 @@ func askPassphrase(file string, isNew bool) ([]byte, error) {
 		}
 		return b, nil
 	}
-	tty, err := os.OpenFile("/dev/tty", os.O_RDWR, 0) // stdin may be what is encrypted
+	tty, err := os.OpenFile(terminal, os.O_RDWR, 0) // stdin may be what is encrypted
 	if err != nil {
 		return nil, hint(errors.New("there is no terminal to ask for the passphrase"),
 			"give --passphrase-file")
@@ -207,27 +194,22 @@ func readHidden(tty *os.File, prompt string) ([]byte, error) {
 	}
 	// Ctrl-C must not leave the terminal silent.
 	c := make(chan os.Signal, 1)
-	signal.Notify(c, unix.SIGINT, unix.SIGTERM)
+	signal.Notify(c, syscall.SIGINT, syscall.SIGTERM)
 	defer signal.Stop(c)
 	go func() {
 		if s, ok := <-c; ok {
 			term.Restore(fd, was)
-			fmt.Fprintln(tty)
-			os.Exit(128 + int(s.(unix.Signal)))
+			fmt.Fprintln(terminalOut(tty))
+			os.Exit(128 + int(s.(syscall.Signal)))
 		}
 	}()
 	// No echo before the prompt shows: who types at once must not be shown it.
-	quiet, err := unix.IoctlGetTermios(fd, unix.TCGETS)
-	if err != nil {
-		return nil, err
-	}
-	quiet.Lflag &^= unix.ECHO
-	if err := unix.IoctlSetTermios(fd, unix.TCSETS, quiet); err != nil {
+	if err := hideEcho(fd); err != nil {
 		return nil, err
 	}
 	defer term.Restore(fd, was)
-	fmt.Fprint(tty, prompt)
+	fmt.Fprint(terminalOut(tty), prompt)
 	p, err := term.ReadPassword(fd)
-	fmt.Fprintln(tty)
+	fmt.Fprintln(terminalOut(tty))
 	return p, err
 }

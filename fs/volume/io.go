@@ -1,3 +1,5 @@
+//go:build linux && !portable
+
 package volume
 
 import (
@@ -128,8 +130,6 @@ func (h *Handle) CopyFrom(ctx context.Context, in *Handle, inOff, outOff, n int6
 	}
 	return done, err
 }
-
-const copyChunk = 1 << 20
 
 // copyChunk copies as much as b holds.
 func (h *Handle) copyChunk(ctx context.Context, in *Handle, b []byte, inOff, outOff int64) (int64, error) {

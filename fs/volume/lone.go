@@ -7,8 +7,6 @@ import (
 	"io"
 	"os"
 
-	"golang.org/x/sys/unix"
-
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume/internal/cfile"
 	"kmsfs/fs/volume/internal/disk"
@@ -22,7 +20,7 @@ type Lone struct {
 	Header *blockcrypt.Header // nil: an empty file
 	Length int64              // of the ciphertext
 
-	disk disk.Disk
+	disk *disk.Disk
 	f    *cfile.Content
 	fd   int
 }
@@ -30,31 +28,31 @@ type Lone struct {
 // OpenLone opens a ciphertext file and reads its header; nothing is
 // authenticated before [Lone.Unlock].
 func OpenLone(path string) (*Lone, error) {
-	l := &Lone{}
+	l := &Lone{disk: &disk.Disk{}}
 	var err error
-	if l.fd, err = l.disk.OpenPath(path, unix.O_RDONLY|unix.O_NONBLOCK); err != nil {
+	if l.fd, err = l.disk.OpenFilePath(path); err != nil {
 		return nil, &os.PathError{Op: "open", Path: path, Err: err}
 	}
-	if err := l.readHeader(); err != nil {
+	if err := l.readHeader(blockcrypt.MaxHeader); err != nil {
 		l.Close()
 		return nil, err
 	}
 	return l, nil
 }
 
-func (l *Lone) readHeader() error {
-	var st unix.Stat_t
-	if err := l.disk.Fstat(l.fd, &st); err != nil {
+// readHeader reads the header, which is not longer than most bytes.
+func (l *Lone) readHeader(most int) error {
+	st, err := l.disk.Info(l.fd)
+	if err != nil {
 		return err
 	}
-	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+	if !st.Mode.IsRegular() {
 		return errors.New("not a regular file")
 	}
 	if l.Length = st.Size; l.Length == 0 {
 		return nil
 	}
-	var err error
-	l.Header, _, err = layout.ReadHeader(&l.disk, l.fd, blockcrypt.MaxHeader, false)
+	l.Header, _, err = layout.ReadHeader(l.disk, l.fd, most, false)
 	return err
 }
 
@@ -70,7 +68,7 @@ func (l *Lone) Unlock(dataKey []byte) (incomplete bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	l.f = &cfile.Content{Disk: &l.disk, Geo: l.Header.Geometry, FD: l.fd, Header: l.Header, Keys: keys}
+	l.f = &cfile.Content{Disk: l.disk, Geo: l.Header.Geometry, FD: l.fd, Header: l.Header, Keys: keys}
 	if l.f.Unfinished() {
 		return true, l.f.LookThrough(l.Length)
 	}
@@ -80,6 +78,9 @@ func (l *Lone) Unlock(dataKey []byte) (incomplete bool, err error) {
 
 // Size returns the plaintext's size after Unlock.
 func (l *Lone) Size() int64 { return l.f.Size }
+
+// copyChunk is how much is copied at once, in bytes.
+const copyChunk = 1 << 20
 
 // CopyTo writes the plaintext to w, after Unlock. Holes are passed to skip, which makes the
 // next n bytes of the output zeros; if it is nil they are written.
@@ -113,28 +114,8 @@ func (l *Lone) CopyTo(w io.Writer, skip func(n int64) error) error {
 	return nil
 }
 
-// SetRecipients gives the file other recipients. It must have been opened by a path that can be
-// written. Length, mode and time of modification stay; it is durable when it returns.
-func (l *Lone) SetRecipients(rs []blockcrypt.Recipient) error {
-	fd, err := l.disk.Reopen(l.fd, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC)
-	if err != nil {
-		return err
-	}
-	defer l.disk.Close(fd)
-	raw := make([]byte, l.Header.Geometry.Header())
-	if _, err := l.disk.Pread(fd, raw, 0); err != nil {
-		return err
-	}
-	head := cfile.Head{Disk: &l.disk, FD: fd, Raw: raw, Header: l.Header}
-	if _, err := head.SetRecipients(rs); err != nil {
-		return err
-	}
-	l.Header.Recipients = rs
-	return l.disk.Fsync(fd)
-}
-
 // Ciphertext gives the descriptor of the file, for package check, which stands above.
-func (l *Lone) Ciphertext() (d *disk.Disk, fd int) { return &l.disk, l.fd }
+func (l *Lone) Ciphertext() (d *disk.Disk, fd int) { return l.disk, l.fd }
 
 // Close closes the file.
 func (l *Lone) Close() { l.disk.Close(l.fd) }
@@ -213,36 +194,8 @@ func sealAll(w *os.File, r io.Reader, g blockcrypt.Geometry,
 	}
 }
 
-// skipHole moves r, if it is a file, over the whole blocks of a hole at its position, and
-// returns how many they are: 0 for a hole of less than a MiB. The last block of a file is
-// never skipped.
-func skipHole(r io.Reader) (blocks int64, err error) {
-	f, ok := r.(io.Seeker)
-	if !ok {
-		return 0, nil
-	}
-	at, err := f.Seek(0, io.SeekCurrent)
-	if err != nil {
-		return 0, nil // a pipe
-	}
-	end, err := f.Seek(0, io.SeekEnd)
-	if err == nil {
-		var data int64
-		if data, err = f.Seek(at, unix.SEEK_DATA); err == nil {
-			end = min(data, end)
-		} else if !errors.Is(err, unix.ENXIO) { // no holes are told there
-			end = at
-		}
-		if blocks = (end - at - 1) / blockcrypt.BlockSize; blocks*blockcrypt.BlockSize <= cfile.MaxGap {
-			blocks = 0
-		}
-		_, err = f.Seek(at+blocks*blockcrypt.BlockSize, io.SeekStart)
-	}
-	return blocks, err
-}
-
 // PlainSize returns the plaintext size that the ciphertext's length says; no key is needed.
 func (l *Lone) PlainSize() (int64, error) {
 	g := l.Header.Geometry
-	return g.Plain(l.Length, func(k int64) (int, error) { return cfile.SealedLen(&l.disk, g, l.fd, k) })
+	return g.Plain(l.Length, func(k int64) (int, error) { return cfile.SealedLen(l.disk, g, l.fd, k) })
 }

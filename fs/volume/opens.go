@@ -1,3 +1,5 @@
+//go:build linux && !portable
+
 package volume
 
 // event is an open that waits for a key, or one while there are predictions.

@@ -1,3 +1,5 @@
+//go:build linux && !portable
+
 package volume
 
 import (
@@ -19,14 +21,11 @@ import (
 	"kmsfs/keystore"
 )
 
-// Faults of a volume, besides its keys and damage.
+// Faults of a volume that is to be written, besides its keys and damage.
 var (
-	ErrNotVolume = layout.ErrNotVolume
-	ErrLocked    = layout.ErrLocked   // see LockedError
-	ErrLockFile  = layout.ErrLockFile // kmsfs.lock could not be opened
-	ErrOlder     = errors.New("kmsfs.json is older than the last one seen")
-	ErrOtherKey  = errors.New("the volume's key is not the one in the trust record")
-	ErrNotEmpty  = errors.New("the directory is not empty")
+	ErrLocked   = layout.ErrLocked   // see LockedError
+	ErrLockFile = layout.ErrLockFile // kmsfs.lock could not be opened
+	ErrNotEmpty = errors.New("the directory is not empty")
 )
 
 // LockedError says that another mount has the volume open for writing.

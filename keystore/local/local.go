@@ -19,9 +19,10 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
+	"syscall"
 
 	"golang.org/x/crypto/argon2" // Argon2id (RFC 9106), which the standard library lacks
-	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
 	"kmsfs/keystore"
@@ -88,7 +89,7 @@ func (s *Store) Unwrap(_ context.Context, b keystore.Binding, w blockcrypt.Recip
 // OpenFile reads a key file: exactly 32 bytes, a regular file that nobody but
 // its owner can read.
 func OpenFile(path string) (*Store, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, hinted(fmt.Errorf("the key file %s does not exist", path),
 			"restore it from its backup, or name the place it moved to with --key local:PATH")
@@ -104,7 +105,7 @@ func OpenFile(path string) (*Store, error) {
 	if !st.Mode().IsRegular() {
 		return nil, invalid(Scheme, fmt.Errorf("the key file %s is not a regular file", path))
 	}
-	if st.Mode().Perm()&0o077 != 0 {
+	if st.Mode().Perm()&0o077 != 0 && runtime.GOOS != "windows" { // which has no such bits
 		return nil, hinted(fmt.Errorf("the key file %s is open to others (mode %04o)", path,
 			st.Mode().Perm()), "chmod 600 "+path)
 	}

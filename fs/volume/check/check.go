@@ -14,8 +14,6 @@ import (
 	"sync"
 	"sync/atomic"
 
-	"golang.org/x/sys/unix"
-
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
 	"kmsfs/fs/volume/internal/disk"
@@ -77,6 +75,13 @@ type Counts struct {
 	Expected                   int64              // bytes of ciphertext to read, without holes
 }
 
+// Repaired is what a repair did about a finding.
+type Repaired struct {
+	Finding
+	Done string // the repair that was made, "" if none
+	Err  error  // why not
+}
+
 // Options of a check.
 type Options struct {
 	Found    func(Finding)      // told of each finding, one at a time
@@ -122,11 +127,6 @@ func Volume(ctx context.Context, u *volume.Unlocked, o Options) (Counts, error) 
 	return c.run(ctx)
 }
 
-// hasWriter reports whether a mount is writing to the volume now.
-func (c *checker) hasWriter() bool {
-	return errors.Is(c.Writer(), volume.ErrLocked)
-}
-
 func (c *checker) run(ctx context.Context) (Counts, error) {
 	var err error
 	if c.sizes, err = c.Sizes(); err != nil {
@@ -150,9 +150,7 @@ func (c *checker) run(ctx context.Context) (Counts, error) {
 			}
 		})
 	}
-	var st unix.Stat_t
-	if err := c.Disk.Stat(c.Root, layout.LockName, &st); err == nil &&
-		(st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink > 1) {
+	if st, err := c.Disk.InfoAt(c.Root, layout.LockName); err == nil && (!st.Mode.IsRegular() || st.Links > 1) {
 		c.found(Finding{Path: layout.LockName, Grade: Damaged, What: FoundForeign,
 			Detail: "it is not a regular file with one name, so the volume cannot be mounted for writing",
 			Advice: "if the volume is mounted nowhere, remove it: the next mount makes it again"})
@@ -222,10 +220,6 @@ func (c *checker) readMarker() error {
 	return nil
 }
 
-func (c *checker) open(cpath string, flags int) (int, error) {
-	return c.Disk.OpenBelow(c.Root, cpath, flags)
-}
-
 // walk checks a directory and all below it. id is nil where its ID must be read.
 func (c *checker) walk(ctx context.Context, in checkJob, id *blockcrypt.ID) {
 	cpath, ppath, want := in.cpath, in.ppath, in.want
@@ -234,7 +228,7 @@ func (c *checker) walk(ctx context.Context, in checkJob, id *blockcrypt.ID) {
 	}
 	c.dirs.Add(1)
 	c.progress()
-	fd, err := c.open(cpath, unix.O_RDONLY|unix.O_DIRECTORY)
+	fd, err := c.Disk.OpenDir(c.Root, cpath)
 	if err != nil {
 		c.found(Finding{Path: cpath, Name: ppath, Grade: Unchecked, What: FoundIO, Detail: err.Error()})
 		return
@@ -265,16 +259,15 @@ func (c *checker) walk(ctx context.Context, in checkJob, id *blockcrypt.ID) {
 		}
 		j := checkJob{path.Join(cpath, e.Name), name, want}
 		c.checkAttrs(fd, e, j)
-		switch c.typeOf(fd, e) {
-		case unix.S_IFDIR:
+		switch c.Disk.TypeOf(fd, e) {
+		case disk.TypeDir:
 			subdirs = append(subdirs, j)
-		case unix.S_IFREG:
-			var st unix.Stat_t
-			if c.Disk.Stat(fd, e.Name, &st) == nil {
-				c.expected.Add(min(st.Size, st.Blocks*512))
+		case disk.TypeFile:
+			if st, err := c.Disk.InfoAt(fd, e.Name); err == nil {
+				c.expected.Add(min(st.Size, st.Stored))
 			}
 			c.jobs <- j
-		case unix.S_IFLNK:
+		case disk.TypeLink:
 			c.checkTarget(fd, e, j)
 		}
 	}
@@ -282,17 +275,6 @@ func (c *checker) walk(ctx context.Context, in checkJob, id *blockcrypt.ID) {
 	for _, j := range subdirs {
 		c.walk(ctx, j, nil)
 	}
-}
-
-func (c *checker) typeOf(fd int, e disk.Dirent) uint32 {
-	if e.Type != 0 {
-		return e.Type
-	}
-	var st unix.Stat_t
-	if c.Disk.Stat(fd, e.Name, &st) != nil {
-		return 0
-	}
-	return st.Mode & unix.S_IFMT
 }
 
 // dirID returns a directory's ID, nil if none is known. One that is in doubt is tried: names tell
@@ -409,45 +391,6 @@ func (c *checker) checkTarget(fd int, e disk.Dirent, j checkJob) {
 		c.found(Finding{Path: j.cpath, Name: j.ppath, Grade: Damaged,
 			What: string(blockcrypt.BadValue), Detail: "the symlink's target cannot be read",
 			Advice: "make it again, or restore it from a backup"})
-	}
-}
-
-// checkAttrs opens the extended attributes that are encrypted.
-func (c *checker) checkAttrs(fd int, e disk.Dirent, j checkJob) {
-	if c.Keys == nil {
-		return
-	}
-	p, err := c.Disk.Open(fd, e.Name, unix.O_PATH, 0)
-	if err != nil {
-		return // of a file, checkFile says so
-	}
-	defer c.Disk.Close(p)
-	raw, err := c.Disk.Listxattr(p)
-	if err != nil || len(raw) == 0 || e.Type == unix.S_IFLNK {
-		return
-	}
-	for name := range strings.SplitSeq(string(raw), "\x00") {
-		if _, rest, _ := strings.Cut(name, "."); !strings.HasPrefix(rest,
-			blockcrypt.Reserved) { // ACLs and capabilities are not encrypted; a mount shows no others
-			continue
-		}
-		f := Finding{Path: j.cpath, Name: j.ppath, Grade: Damaged,
-			What:   string(blockcrypt.BadValue),
-			Advice: "set the attribute again, or remove it with setfattr"}
-		attr, err := c.Keys.DecodeAttr(name)
-		if err != nil {
-			f.Detail = "the name of an extended attribute does not decode"
-			c.found(f)
-			continue
-		}
-		v, err := c.Disk.Getxattr(p, name)
-		if err == nil {
-			_, err = c.Keys.OpenValue(attr, v)
-		}
-		if err != nil {
-			f.Detail = "the value of an extended attribute does not open"
-			c.found(f)
-		}
 	}
 }
 

@@ -4,9 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"slices"
-
-	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume/internal/cfile"
@@ -19,8 +18,8 @@ func (c *checker) checkFile(ctx context.Context, j checkJob) {
 	defer c.progress()
 	c.files.Add(1)
 	f := Finding{Path: j.cpath, Name: j.ppath}
-	fd, err := c.open(j.cpath, unix.O_RDONLY)
-	if errors.Is(err, unix.ENOENT) {
+	fd, err := c.Disk.OpenFileBelow(c.Root, j.cpath)
+	if errors.Is(err, fs.ErrNotExist) {
 		return // it went while this ran
 	}
 	if err != nil {
@@ -70,11 +69,11 @@ func (k *fileCheck) fail(err error) {
 }
 
 func (k *fileCheck) check(ctx context.Context) error {
-	var st unix.Stat_t
-	if err := k.Disk.Fstat(k.fd, &st); err != nil {
+	st, err := k.Disk.Info(k.fd)
+	if err != nil {
 		return err
 	}
-	k.stored = st.Blocks * 512
+	k.stored = st.Stored
 	if k.length = st.Size; k.length == 0 {
 		return nil
 	}

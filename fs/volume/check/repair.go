@@ -1,3 +1,5 @@
+//go:build linux && !portable
+
 package check
 
 import (
@@ -15,13 +17,6 @@ import (
 	"kmsfs/fs/volume/internal/disk"
 	"kmsfs/fs/volume/internal/layout"
 )
-
-// Repaired is what a repair did about a finding.
-type Repaired struct {
-	Finding
-	Done string // the repair that was made, "" if none
-	Err  error  // why not
-}
 
 // Repair mends the findings of a check as far as it can: a finding with one right
 // answer by itself; a damaged file's readable rest is kept as a copy beside it

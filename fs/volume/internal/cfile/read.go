@@ -1,11 +1,8 @@
 package cfile
 
 import (
-	"errors"
 	"sync"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume/internal/disk"
@@ -161,7 +158,7 @@ func (c *Content) Extent(off int64) (hole bool, n int64, err error) {
 			return true, g.Start(data) - off, nil
 		}
 	}
-	at, err := c.Disk.Seek(c.FD, g.PageOff(k+1)-1, unix.SEEK_HOLE)
+	at, err := c.Disk.NextHole(c.FD, g.PageOff(k+1)-1)
 	if err != nil {
 		return false, 0, err
 	}
@@ -174,12 +171,9 @@ func (c *Content) Extent(off int64) (hole bool, n int64, err error) {
 // dataFrom returns the first block from k on in whose page the backing file has
 // data; a large number where there is none.
 func (c *Content) dataFrom(k int64) (int64, error) {
-	at, err := c.Disk.Seek(c.FD, c.Geo.PageOff(k), unix.SEEK_DATA)
-	if errors.Is(err, unix.ENXIO) {
-		return 1 << 62, nil
-	}
-	if err != nil {
-		return 0, err
+	at, err := c.Disk.NextData(c.FD, c.Geo.PageOff(k))
+	if err != nil || at == disk.End {
+		return disk.End, err
 	}
 	return c.Geo.BlockAt(at), nil
 }

@@ -1,3 +1,5 @@
+//go:build linux && !portable
+
 // Package disk makes every syscall on the ciphertext tree, relative to descriptors of
 // directories. It never follows a symlink, but in a path that the user gave.
 //

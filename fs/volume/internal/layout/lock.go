@@ -1,3 +1,5 @@
+//go:build linux && !portable
+
 package layout
 
 import (
@@ -20,7 +22,6 @@ import (
 // that is replaced protects nothing.
 
 const (
-	LockName = "kmsfs.lock"
 	// lockByte lies beyond the end of any file: SMB's locks are mandatory, and must not
 	// meet what is read and written.
 	lockByte = 1 << 62

@@ -2,8 +2,7 @@ package layout
 
 import (
 	"errors"
-
-	"golang.org/x/sys/unix"
+	"io/fs"
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume/internal/disk"
@@ -18,7 +17,7 @@ const MarkerName = "kmsfs.mounted"
 func ReadMarker(d *disk.Disk, root int, vk *blockcrypt.VolumeKeys) ([]uint64, error) {
 	target, err := d.Readlink(root, MarkerName)
 	switch {
-	case errors.Is(err, unix.ENOENT):
+	case errors.Is(err, fs.ErrNotExist):
 		return nil, nil
 	case err != nil:
 		return nil, err
@@ -26,25 +25,4 @@ func ReadMarker(d *disk.Disk, root int, vk *blockcrypt.VolumeKeys) ([]uint64, er
 		return blockcrypt.ParseMarker(target)
 	}
 	return vk.OpenMarker(target)
-}
-
-// ReplaceMarker makes durable that the marker names these sessions; without any there is none.
-func ReplaceMarker(d *disk.Disk, root int, vk *blockcrypt.VolumeKeys, sessions []uint64) error {
-	if len(sessions) == 0 {
-		if err := disk.Ignore(d.Unlink(root, MarkerName, 0), unix.ENOENT); err != nil {
-			return err
-		}
-		return d.Fsync(root)
-	}
-	const tmp = MarkerName + ".new"
-	if err := disk.Ignore(d.Unlink(root, tmp, 0), unix.ENOENT); err != nil {
-		return err
-	}
-	if err := d.Symlink(vk.SealMarker(sessions), root, tmp); err != nil {
-		return err
-	}
-	if err := d.Rename(root, tmp, root, MarkerName, 0); err != nil {
-		return err
-	}
-	return d.Fsync(root)
 }

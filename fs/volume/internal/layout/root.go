@@ -7,9 +7,9 @@ package layout
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"strings"
-
-	"golang.org/x/sys/unix"
+	"syscall"
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume/internal/disk"
@@ -17,6 +17,10 @@ import (
 
 // ErrNotVolume says that a directory has no kmsfs.json.
 var ErrNotVolume = errors.New("not a kmsfs volume: it has no kmsfs.json")
+
+// LockName is a file in the root, by whose locks a mount that writes keeps others out. A copy of it
+// does no harm.
+const LockName = "kmsfs.lock"
 
 // LinksName is a symlink in the root. A copy of the volume that has kmsfs.lock and lacks
 // it was made by a tool that leaves symlinks out: the volume's symlinks and its long names
@@ -33,19 +37,11 @@ const RekeyPrefix = blockcrypt.Reserved + "rekey."
 // RootNames are the entries that only the root has.
 var RootNames = []string{blockcrypt.ConfigName, MarkerName, LockName, LinksName}
 
-// MakeRootEntries makes kmsfs.lock and kmsfs.links in a volume that has no kmsfs.lock: a new
-// one, or one of an earlier version.
-func MakeRootEntries(d *disk.Disk, root int) error {
-	if err := makeLock(d, root); err != nil {
-		return err
-	}
-	return disk.Ignore(d.Symlink(LinksTarget, root, LinksName), unix.EEXIST)
-}
-
 // LacksLinks reports whether the volume seems to have been copied without its symlinks.
 func LacksLinks(d *disk.Disk, root int) bool {
-	var st unix.Stat_t
-	return d.Stat(root, LockName, &st) == nil && errors.Is(d.Stat(root, LinksName, &st), unix.ENOENT)
+	_, locked := d.InfoAt(root, LockName)
+	_, links := d.InfoAt(root, LinksName)
+	return locked == nil && errors.Is(links, fs.ErrNotExist)
 }
 
 // IsOwn reports whether a ciphertext name is reserved: that of an entry of kmsfs' own, or of an
@@ -56,9 +52,9 @@ func IsOwn(name string) bool { return strings.HasPrefix(name, blockcrypt.Reserve
 func OpenRoot(d *disk.Disk, dir string) (int, error) {
 	fd, err := d.OpenRoot(dir)
 	switch {
-	case errors.Is(err, unix.ENOENT):
+	case errors.Is(err, fs.ErrNotExist):
 		return -1, fmt.Errorf("the directory %s does not exist", dir)
-	case errors.Is(err, unix.ENOTDIR):
+	case errors.Is(err, syscall.ENOTDIR):
 		return -1, fmt.Errorf("%s is not a directory", dir)
 	case err != nil:
 		return -1, fmt.Errorf("%s: %w", dir, err)
@@ -68,19 +64,19 @@ func OpenRoot(d *disk.Disk, dir string) (int, error) {
 
 // ReadConfig reads kmsfs.json, without authenticating it.
 func ReadConfig(d *disk.Disk, root int) (*blockcrypt.Config, error) {
-	fd, err := d.Open(root, blockcrypt.ConfigName, unix.O_RDONLY|disk.FileFlags, 0)
-	if errors.Is(err, unix.ENOENT) {
+	fd, err := d.OpenFile(root, blockcrypt.ConfigName)
+	if errors.Is(err, fs.ErrNotExist) {
 		return nil, ErrNotVolume
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", blockcrypt.ConfigName, err)
 	}
 	defer d.Close(fd)
-	var st unix.Stat_t
-	if err := d.Fstat(fd, &st); err != nil {
+	st, err := d.Info(fd)
+	if err != nil {
 		return nil, err
 	}
-	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Size > 4<<20 {
+	if !st.Mode.IsRegular() || st.Size > 4<<20 {
 		return nil, &blockcrypt.DamageError{Class: blockcrypt.BadConfig, Pos: -1,
 			Detail: "kmsfs.json is no file of a sensible size"}
 	}

@@ -1,0 +1,357 @@
+//go:build !linux || portable
+
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/signal"
+	"path"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"kmsfs/fs/volume"
+)
+
+func exportTreeCommand() *cobra.Command {
+	var x exporter
+	c := &cobra.Command{
+		Use:   "export CIPHERDIR DSTDIR [PATH...]",
+		Short: "Copy the plaintext of a volume to a directory, without a mount",
+		Long: `Copy the plaintext of a volume, or the files and directories with these plaintext PATHs in it, to a
+directory: content, permissions, times of modification and symlinks. On Linux, the command copies owners, extended
+attributes, hard links and special files, too. A file takes its place when it is whole; called again, the command
+goes on where it was interrupted, and leaves files alone that have the same size and time. Nothing in DSTDIR is
+removed.
+
+Files that cannot be read are named, and the others are exported. Of files that were being written when they were
+copied what opens is exported, and the exit code is 8.`,
+		Args: cobra.MinimumNArgs(2),
+		RunE: func(c *cobra.Command, args []string) error {
+			paths := args[2:]
+			if len(paths) == 0 {
+				paths = []string{"."}
+			}
+			return x.run(contextOf(c), args[0], args[1], paths)
+		},
+	}
+	x.add(c, openVolumeUsage)
+	x.addIdentities(c)
+	fl := c.Flags()
+	fl.BoolVar(&x.acceptOlder, "accept-older", false,
+		"accept a kmsfs.json that is older than the last one seen: a restored backup")
+	fl.BoolVar(&x.asJSON, "json", false, "print the result as JSON")
+	fl.Float64Var(&x.aws.RPS, "kms-rps", 2000, "calls a second to KMS at most")
+	return c
+}
+
+// exporter is an export under way.
+type exporter struct {
+	unlockFlags
+	asJSON bool
+
+	s   *volume.Stored
+	to  *os.Root
+	ctx context.Context
+
+	mu     sync.Mutex
+	counts exportCounts
+	made   map[string]string // exported paths, by their form in lower case; only if folds
+
+	folds bool // the filesystem does not tell upper case from lower case
+	files chan volume.StoredEntry
+	dirs  []volume.StoredEntry // that get their modes and times at the end
+}
+
+// exportCounts is the result of an export.
+type exportCounts struct {
+	Files      int64        `json:"files"`
+	Same       int64        `json:"same"`
+	Dirs       int64        `json:"dirs"`
+	Others     int64        `json:"others"`
+	Bytes      int64        `json:"bytes"`
+	Failed     int64        `json:"failed"`
+	Incomplete int64        `json:"incomplete"`
+	Errors     []failedFile `json:"errors"` // the first of them
+}
+
+// failedFile is a file of which something failed.
+type failedFile struct {
+	Path  string `json:"path"`
+	Error string `json:"error"`
+}
+
+const mostErrors = 1000
+
+func (x *exporter) run(ctx context.Context, cipherDir, dst string, paths []string) error {
+	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	from, err := filepath.Abs(cipherDir)
+	if err != nil {
+		return err
+	}
+	to, err := filepath.Abs(dst)
+	if err != nil {
+		return err
+	}
+	if rel, err := filepath.Rel(from, to); err == nil && rel != ".." && !strings.HasPrefix(rel, ".."+string(filepath.Separator)) {
+		return usageError{fmt.Errorf("%s lies in the ciphertext directory", dst), "kmsfs export"}
+	}
+	x.readOnly = true
+	u, err := x.unlock(ctx, cipherDir)
+	if err != nil {
+		return err
+	}
+	defer u.Close()
+	if x.s, err = u.Stored(); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(to, 0o700); err != nil {
+		return err
+	}
+	if x.to, err = os.OpenRoot(to); err != nil {
+		return err
+	}
+	defer x.to.Close()
+	if x.folds, err = foldsCase(x.to); err != nil {
+		return err
+	}
+	x.ctx, x.made, x.files, x.counts.Errors = ctx, map[string]string{}, make(chan volume.StoredEntry), []failedFile{}
+	var wg sync.WaitGroup
+	for range transferAtOnce {
+		wg.Go(func() {
+			for e := range x.files {
+				x.file(e)
+			}
+		})
+	}
+	for _, p := range paths {
+		x.path(p)
+	}
+	close(x.files)
+	wg.Wait()
+	for i := len(x.dirs) - 1; i >= 0; i-- {
+		x.note(x.dirs[i].Path, x.attributes(x.dirs[i]), func(c *exportCounts) { c.Dirs++ })
+	}
+	return x.verdict()
+}
+
+// note counts an entry, or tells why it failed.
+func (x *exporter) note(p string, err error, count func(*exportCounts)) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	switch {
+	case err == nil:
+		count(&x.counts)
+	case exitCode(err) == exitIncomplete:
+		x.counts.Incomplete++
+		count(&x.counts)
+	default:
+		x.counts.Failed++
+	}
+	if err != nil && len(x.counts.Errors) < mostErrors {
+		x.counts.Errors = append(x.counts.Errors, failedFile{p, err.Error()})
+	}
+}
+
+func (x *exporter) verdict() error {
+	c := x.counts
+	if x.asJSON {
+		if err := printJSON(c); err != nil {
+			return err
+		}
+	} else {
+		for _, f := range c.Errors {
+			say("%s: %s", f.Path, f.Error)
+		}
+		fmt.Printf("%d files exported, %d bytes; %d were there already; %d directories, %d others, %d failed, %d incomplete.\n",
+			c.Files, c.Bytes, c.Same, c.Dirs, c.Others, c.Failed, c.Incomplete)
+	}
+	switch {
+	case x.ctx.Err() != nil:
+		return hint(errors.New("interrupted; the files that were copied stay"), "go on with the same command")
+	case c.Failed > 0:
+		return hint(fmt.Errorf("%d entries were not copied", c.Failed), "see why above; kmsfs fsck tells of damage in the volume")
+	case c.Incomplete > 0:
+		return coded{fmt.Errorf("%d files were being written meanwhile", c.Incomplete), exitIncomplete}
+	}
+	return nil
+}
+
+// path exports what has a plaintext path, and makes the directories above it.
+func (x *exporter) path(p string) {
+	e, err := x.s.Find(p)
+	if above := path.Dir(e.Path); err == nil && above != "." {
+		err = x.to.MkdirAll(filepath.FromSlash(above), 0o700)
+	}
+	if err != nil {
+		x.note(p, err, nil)
+		return
+	}
+	x.entry(e)
+}
+
+func (x *exporter) entry(e volume.StoredEntry) {
+	err := e.Err
+	if err == nil {
+		err = x.apart(e.Path)
+	}
+	switch {
+	case x.ctx.Err() != nil:
+	case err != nil:
+		x.note(e.Path, err, nil)
+	case e.Mode.IsDir():
+		x.dir(e)
+	case e.Mode.IsRegular():
+		x.files <- e
+	case e.Mode&fs.ModeSymlink != 0:
+		x.note(e.Path, x.link(e), func(c *exportCounts) { c.Others++ })
+	default:
+		x.note(e.Path, errors.New("special files are exported on Linux only"), nil)
+	}
+}
+
+// apart refuses a path that another one of this export differs from in the case of letters only, where the
+// filesystem does not tell them apart.
+func (x *exporter) apart(p string) error {
+	if !x.folds {
+		return nil
+	}
+	folded := strings.ToLower(p)
+	if other, taken := x.made[folded]; taken && other != p {
+		return fmt.Errorf("this filesystem does not tell it apart from %s", other)
+	}
+	x.made[folded] = p
+	return nil
+}
+
+// foldsCase reports whether a filesystem does not tell upper case from lower case.
+func foldsCase(r *os.Root) (bool, error) {
+	const name = ".kmsfs-case"
+	f, err := r.Create(name)
+	if err != nil {
+		return false, err
+	}
+	defer r.Remove(name)
+	f.Close()
+	_, err = r.Lstat(strings.ToUpper(name))
+	return err == nil, nil
+}
+
+func (x *exporter) dir(e volume.StoredEntry) {
+	at := filepath.FromSlash(e.Path)
+	err := x.to.Mkdir(at, 0o700)
+	if errors.Is(err, fs.ErrExist) {
+		var now fs.FileInfo
+		if now, err = x.to.Lstat(at); err == nil && !now.IsDir() {
+			err = errors.New("another entry is in the way of this directory")
+		} else if err == nil && now.Mode().Perm()&0o700 != 0o700 {
+			err = x.to.Chmod(at, 0o700)
+		}
+	}
+	var entries []volume.StoredEntry
+	if err == nil {
+		x.dirs = append(x.dirs, e)
+		entries, err = x.s.List(e)
+	}
+	if err != nil {
+		x.note(e.Path, err, nil)
+	}
+	for _, e := range entries {
+		x.entry(e)
+	}
+}
+
+func (x *exporter) link(e volume.StoredEntry) error {
+	target, err := x.s.Readlink(e)
+	if err != nil {
+		return err
+	}
+	at := filepath.FromSlash(e.Path)
+	if now, err := x.to.Lstat(at); err == nil {
+		if now.IsDir() {
+			return errors.New("a directory is in the way of this symlink")
+		}
+		if err := x.to.Remove(at); err != nil {
+			return err
+		}
+	}
+	return x.to.Symlink(target, at)
+}
+
+// file exports one file.
+func (x *exporter) file(e volume.StoredEntry) {
+	if x.ctx.Err() != nil {
+		return
+	}
+	same, n, err := x.copy(e)
+	x.note(e.Path, err, func(c *exportCounts) {
+		if same {
+			c.Same++
+		} else {
+			c.Files++
+			c.Bytes += n
+		}
+	})
+}
+
+func (x *exporter) copy(e volume.StoredEntry) (same bool, n int64, err error) {
+	l, err := x.s.Open(e)
+	if err != nil {
+		return false, 0, err
+	}
+	defer l.Close()
+	incomplete, err := x.s.Unlock(x.ctx, l)
+	if err != nil {
+		return false, 0, err
+	}
+	if l.Header != nil {
+		n = l.Size()
+	}
+	at := filepath.FromSlash(e.Path)
+	if now, err := x.to.Lstat(at); err == nil && !incomplete && now.Mode().IsRegular() && now.Size() == n && now.ModTime().Equal(e.ModTime) {
+		return true, n, nil
+	}
+	sum := sha256.Sum256([]byte(path.Base(e.Path))) // a long name has no room for a suffix
+	tmp := filepath.Join(filepath.Dir(at), fmt.Sprintf(".kmsfs-%x.part", sum[:12]))
+	if err := x.to.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return false, 0, err
+	}
+	f, err := x.to.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return false, 0, err
+	}
+	err = l.CopyTo(f, nil)
+	if err == nil {
+		err = f.Sync()
+	}
+	if err = errors.Join(err, f.Close()); err == nil {
+		err = x.to.Rename(tmp, at)
+	}
+	if err != nil {
+		x.to.Remove(tmp)
+		return false, 0, err
+	}
+	if err := x.attributes(e); err != nil {
+		return false, n, err
+	}
+	if incomplete {
+		err = coded{errors.New("it was being written when it was copied; what opens was given"), exitIncomplete}
+	}
+	return false, n, err
+}
+
+// attributes gives permissions and time of modification.
+func (x *exporter) attributes(e volume.StoredEntry) error {
+	at := filepath.FromSlash(e.Path)
+	return errors.Join(x.to.Chmod(at, e.Mode.Perm()), x.to.Chtimes(at, time.Time{}, e.ModTime))
+}

@@ -1,0 +1,58 @@
+//go:build linux && !portable
+
+package check
+
+import (
+	"errors"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume"
+	"kmsfs/fs/volume/internal/disk"
+)
+
+// hasWriter reports whether a mount is writing to the volume now.
+func (c *checker) hasWriter() bool {
+	return errors.Is(c.Writer(), volume.ErrLocked)
+}
+
+// checkAttrs opens the extended attributes that are encrypted.
+func (c *checker) checkAttrs(fd int, e disk.Dirent, j checkJob) {
+	if c.Keys == nil {
+		return
+	}
+	p, err := c.Disk.Open(fd, e.Name, unix.O_PATH, 0)
+	if err != nil {
+		return // of a file, checkFile says so
+	}
+	defer c.Disk.Close(p)
+	raw, err := c.Disk.Listxattr(p)
+	if err != nil || len(raw) == 0 || e.Type == disk.TypeLink {
+		return
+	}
+	for name := range strings.SplitSeq(string(raw), "\x00") {
+		if _, rest, _ := strings.Cut(name, "."); !strings.HasPrefix(rest,
+			blockcrypt.Reserved) { // ACLs and capabilities are not encrypted; a mount shows no others
+			continue
+		}
+		f := Finding{Path: j.cpath, Name: j.ppath, Grade: Damaged,
+			What:   string(blockcrypt.BadValue),
+			Advice: "set the attribute again, or remove it with setfattr"}
+		attr, err := c.Keys.DecodeAttr(name)
+		if err != nil {
+			f.Detail = "the name of an extended attribute does not decode"
+			c.found(f)
+			continue
+		}
+		v, err := c.Disk.Getxattr(p, name)
+		if err == nil {
+			_, err = c.Keys.OpenValue(attr, v)
+		}
+		if err != nil {
+			f.Detail = "the value of an extended attribute does not open"
+			c.found(f)
+		}
+	}
+}
