@@ -26,6 +26,7 @@ if [ "${1:-}" = test ]; then
 	want borgbackup borg
 	want rclone rclone
 	want rdiff-backup rdiff-backup
+	want age age-keygen
 	want rpm rpm
 	want podman podman
 	want runc runc
