@@ -56,12 +56,14 @@ type manual struct {
 	replace map[string]string // placeholders, by what the shell makes of them
 	not     string            // why they are not run
 	more    bool              // the commands print more than the page shows
+	fails   bool              // the page shows what goes wrong
 }
 
 const (
 	manualVolume = `mkdir cipher plain; kmsfs init --key alias/files cipher; kmsfs mount cipher plain
 		mkdir -p plain/projects/one plain/letters plain/tenant; echo text >plain/letter; echo text >plain/letters/a.odt`
 	manualCopy = manualVolume + `; kmsfs umount plain; cp -a cipher copy`
+	manualAWS  = `; aws() { command aws --endpoint-url "$AWS_ENDPOINT_URL_KMS" "$@"; }`
 	manualFile = `file() { kmsfs ls --cipher cipher letter | sed 's,.*\t,cipher/,'; }; `
 )
 
@@ -93,9 +95,27 @@ var manualSections = map[string]manual{
 	"docs/keys.md/May a key be deleted?": {setup: manualVolume + `; cp -a cipher backup; kmsfs recipients add cipher alias/next
 		kmsfs rewrap cipher; kmsfs recipients remove cipher alias/files; kmsfs rewrap cipher; rm -r backup; cp -a cipher backup`,
 		replace: map[string]string{"/backup/cipher": "backup"}, more: true},
-	"docs/keys.md/Grants":                {not: "the server of the tests has no grants"},
-	"docs/keys.md/Which files were read": {setup: manualVolume, more: true},
-	"docs/keys.md/Branch keys":           {setup: "mkdir cipher", more: true},
+	"docs/keys.md/Grants":                     {not: "the server of the tests has no grants"},
+	"docs/keys.md/Which files were read":      {setup: manualVolume, more: true},
+	"docs/keys.md/Branch keys":                {setup: "mkdir cipher", more: true},
+	"docs/errors.md/Exit code 1: failed":      {setup: manualCopy, fails: true},
+	"docs/errors.md/Exit code 2: wrong usage": {setup: manualCopy, fails: true},
+	"docs/errors.md/Exit code 3: damaged or altered": {setup: manualVolume + "; kmsfs umount plain;" + manualFile + `
+		printf X | dd of="$(file)" bs=1 seek=1045 conv=notrunc status=none; kmsfs mount cipher plain`,
+		replace: map[string]string{"FILE": "$(file)"}, fails: true},
+	"docs/errors.md/Exit code 4: the key is refused":             {setup: manualCopy + manualAWS + "; aws kms disable-key --key-id alias/files", fails: true},
+	"docs/errors.md/Exit code 5: no AWS credentials":             {setup: manualCopy, fails: true},
+	"docs/errors.md/Exit code 6: the key service did not answer": {setup: manualCopy, fails: true},
+	"docs/errors.md/Exit code 7: busy":                           {setup: manualVolume + "; mkdir other", fails: true},
+	"docs/errors.md/Exit code 8: incomplete": {setup: manualVolume + "; kmsfs umount plain; kmsfs mount cipher plain;" + manualFile + `
+		exec 9>>plain/letter; head -c 20000 /dev/zero >&9; true >>plain/letter; cp -a cipher copy`,
+		replace: map[string]string{"COPY": `$(file | sed s,cipher,copy,)`}, fails: true},
+	"docs/errors.md/Exit code 9: repaired": {setup: manualVolume + `; rm -r plain/projects plain/tenant; kmsfs umount plain
+		rm cipher/$(kmsfs ls --cipher cipher letters/a.odt | sed 's,.*\t\(.*\)/.*,\1,')/kmsfs.dir`, fails: true},
+	"docs/errors.md/Exit code 10: not everything was checked": {setup: manualVolume + manualAWS + `
+		kmsfs setkey plain/tenant alias/next; echo text >plain/tenant/file; kmsfs umount plain; aws kms disable-key --key-id alias/next`, fails: true},
+	"docs/errors.md/Key has been revoked (EKEYREVOKED)": {setup: manualVolume + `; kmsfs umount plain; kmsfs mount cipher plain` + manualAWS, fails: true},
+	"docs/errors.md/Key has expired (EKEYEXPIRED)":      {setup: manualVolume, fails: true},
 	"docs/operations.md/Which ciphertext file is it?": {setup: manualVolume, replace: map[string]string{
 		"/srv/cipher/dRQARpe52IESW9oyGSzXdsC3vXa9FGuNCdwkrKX8LJw": "$(kmsfs path plain/letter)"}},
 }
@@ -107,6 +127,10 @@ var manualValues = []struct {
 	{regexp.MustCompile(`[0-9a-f]{4}…[0-9a-f]{4}|[0-9a-f]{16,}`), "HEX"},
 	{regexp.MustCompile(`/srv/`), "~/"},
 	{regexp.MustCompile(`([A-Z2-7]{4}-){3}[A-Z2-7]{4}`), "CODE"},
+	{regexp.MustCompile(`[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}`), "KEY"},
+	{regexp.MustCompile(`request [-0-9a-z]+`), "request ID"},
+	{regexp.MustCompile(`process \d+ on host "[^"]*"`), "process on host"},
+	{regexp.MustCompile(`since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d`), "since TIME"},
 	{regexp.MustCompile(`[-_A-Za-z0-9]{43}\b`), "NAME"},
 }
 
@@ -157,15 +181,22 @@ func (m manual) try(t *testing.T, commands []shownCommand) {
 			exec.Command("umount", filepath.Join(work, "plain")).Run()
 		}
 	})
-	script := "set -eu -o pipefail; cd " + work + "\n{ :; " + m.setup + "\n} >&2\n"
+	script := "set -eu -o pipefail\n{ :; " + m.setup + "\n} >&2\n"
+	if m.fails {
+		script += "set +e; exec 2>&1\n"
+	}
 	for i, c := range commands {
 		run := c.run
 		for from, to := range m.replace {
 			run = strings.ReplaceAll(run, from, to)
 		}
-		script += fmt.Sprintf("echo; echo @@%d\n%s\n", i, run)
+		script += fmt.Sprintf("status=$?; echo; echo @@%d; (exit $status)\n%s\n", i, run)
+	}
+	if m.fails {
+		script += "exit 0\n"
 	}
 	c := exec.Command("bash", "-c", script)
+	c.Dir = work
 	c.Env = append(os.Environ(), "PATH="+filepath.Join(work, "bin")+":"+os.Getenv("PATH"),
 		"XDG_STATE_HOME="+work+"/.local/state", "XDG_CONFIG_HOME="+work+"/.config", "XDG_RUNTIME_DIR="+work+"/run")
 	for k, v := range keystoretest.Env(srv.URL) {

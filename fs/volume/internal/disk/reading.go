@@ -68,7 +68,7 @@ func infoOf(st *unix.Stat_t) Info {
 	default:
 		mode |= fs.ModeIrregular
 	}
-	return Info{mode, st.Size, st.Blocks * 512, st.Nlink, time.Unix(st.Mtim.Unix())}
+	return Info{mode, st.Size, st.Blocks * 512, uint64(st.Nlink), time.Unix(st.Mtim.Unix())}
 }
 
 // NextData returns where the next data of a file begins, at off or behind it; [End] if there is
