@@ -102,6 +102,61 @@ func TestBackupTools(t *testing.T) {
 	}
 }
 
+// A snapshot of the ciphertext's filesystem is what a power cut at that moment would leave: everything that
+// fsync had confirmed is there, and nothing is damaged.
+func TestSnapshot(t *testing.T) {
+	needRoot(t)
+	needFUSE(t)
+	needTool(t, "btrfs")
+	base := t.TempDir()
+	disk := loopDisk(t, base, "600M", "mkfs.btrfs", "-q")
+	run := func(args ...string) {
+		t.Helper()
+		if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
+			t.Fatalf("%q: %v\n%s", args, err, out)
+		}
+	}
+	sub := filepath.Join(disk, "sub")
+	run("btrfs", "subvolume", "create", sub)
+	v := newVolumeOn(t, base, sub)
+	rest := restingTree(t, v)
+	log, err := os.Create(v.path("log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	for round := range 5 {
+		stop := writeOn(t, v)
+		var lines []byte
+		for i := range 20 { // confirmed before the snapshot
+			lines = fmt.Appendf(lines, "round %d, line %d\n", round, i)
+		}
+		if _, err := log.Write(lines); err != nil {
+			t.Fatal(err)
+		}
+		if err := log.Sync(); err != nil {
+			t.Fatal(err)
+		}
+		b, err := os.ReadFile(v.path("log"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		rest["log"] = b
+		snapshot := filepath.Join(disk, fmt.Sprint("snapshot", round))
+		run("btrfs", "subvolume", "snapshot", "-r", sub, snapshot)
+		stop()
+		at := filepath.Join(base, fmt.Sprint("at", round))
+		if err := os.Symlink(filepath.Join(snapshot, "cipher"), at); err != nil {
+			t.Fatal(err)
+		}
+		out, err := v.try("fsck", at)
+		if code := exitOf(err); code != 0 && code != 8 || !strings.Contains(out, " 0 damaged, 0 unchecked") && !strings.Contains(out, "nothing is wrong") {
+			t.Errorf("fsck of a snapshot: %v\n%s", err, out)
+		}
+		restored(t, v, at, rest)
+	}
+}
+
 // restingTree makes files that nobody writes afterwards, and returns their contents by path.
 func restingTree(t *testing.T, v *mounted) map[string][]byte {
 	t.Helper()
