@@ -1,10 +1,12 @@
 package tests
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -158,6 +160,48 @@ func TestStopDuringOutage(t *testing.T) {
 	for i := range 20 {
 		want(t, v.path(fmt.Sprint("new", i)), sample(5000+i))
 	}
+}
+
+// With --bg a mount that finds no key service returns, says what it waits for, and mounts when there is one;
+// or ends at SIGTERM. A refusal is no reason to wait.
+func TestMountInBackground(t *testing.T) {
+	v := newKMSVolume(t)
+	write(t, v.path("f"), sample(10000))
+	v.umount()
+	v.srv.Fail(func(string) *keystoretest.Failure { return &keystoretest.Failure{Status: 503} })
+	c := exec.Command(binary, "mount", "--bg", "--foreground", "--read-only", v.cipher, t.TempDir())
+	c.Env = v.env
+	var shown bytes.Buffer
+	c.Stderr = &shown
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	out := v.kmsfs("mount", "-o", "bg", v.cipher, v.dir)
+	if !strings.Contains(out, "The key service cannot be reached; "+v.dir+" is mounted when it can. The log is ") || isMount(v.dir) {
+		t.Errorf("%s", out)
+	}
+	if log := v.log(); !strings.Contains(log, `msg="waiting for the key service"`) {
+		t.Errorf("the log does not say what it waits for:\n%s", log)
+	}
+	time.Sleep(500 * time.Millisecond) // the one in the foreground waits, too
+	c.Process.Signal(syscall.SIGTERM)
+	if err := c.Wait(); err == nil || c.ProcessState.ExitCode() != 6 || !strings.Contains(shown.String(), "kmsfs: error: ended before it was mounted: ") {
+		t.Errorf("SIGTERM while it waits: %v\n%s", err, shown.String())
+	}
+	v.srv.Fail(nil)
+	eventually(t, "the mount", func() error {
+		if !isMount(v.dir) {
+			return errors.New(v.log())
+		}
+		return nil
+	})
+	want(t, v.path("f"), sample(10000))
+	v.umount()
+
+	v.srv.Deny("Decrypt")
+	out, err := v.try("mount", "--bg", v.cipher, v.dir)
+	oneClearLine(t, "a refusal", out, err, "AccessDenied")
+	v.srv.Deny()
 }
 
 // A tree that changes while it is imported: each file is whole, at some moment, and what went is told or

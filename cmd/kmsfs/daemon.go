@@ -104,12 +104,13 @@ func foreground() error {
 	return os.NewSyscallError("execve", unix.Exec(self, os.Args, os.Environ()))
 }
 
-// ready tells the waiting command that the mount can be used, and leaves its terminal and,
-// unless stay is set, its directory. In the foreground it only says so.
-func ready(log io.Writer, logPath, mountPoint string, stay bool) error {
+// ready lets the waiting command print that the mount can be used, or what it still waits for, and
+// leaves its terminal and, unless stay is set, its directory. In the foreground, and the second time, it
+// only says so.
+func ready(log io.Writer, says string, stay bool) error {
 	fd, err := strconv.Atoi(os.Getenv(readyEnv))
 	if err != nil {
-		fmt.Fprintf(log, "mounted at %s\n", mountPoint)
+		fmt.Fprintln(log, says)
 		return nil
 	}
 	os.Unsetenv(readyEnv)
@@ -130,6 +131,6 @@ func ready(log io.Writer, logPath, mountPoint string, stay bool) error {
 		l.stderr = true
 	}
 	w := os.NewFile(uintptr(fd), "ready")
-	_, werr := fmt.Fprintf(w, "Mounted at %s. The log is %s.\n", mountPoint, logPath)
+	_, werr := fmt.Fprintln(w, says)
 	return errors.Join(err, werr, w.Close())
 }

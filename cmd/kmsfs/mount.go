@@ -35,6 +35,7 @@ type mountFlags struct {
 	audit       string
 	metricsAddr string
 	idle        time.Duration
+	wait        bool // where the key service does not answer
 
 	again bool     // remount
 	pass  []string // options for the kernel
@@ -77,6 +78,7 @@ with --key.`,
 		"what proves that a file may still be read: its KMS `key` (key), or its own data key (file), for policies on single files")
 	fl.StringVar(&f.audit, "audit", "",
 		"strict: no key is unwrapped before its file is opened, so that CloudTrail shows just what was")
+	fl.BoolVar(&f.wait, "bg", false, "if the key service does not answer, return and go on trying in the background")
 	fl.DurationVar(&f.idle, "idle", 0, "unmount when nothing was asked for this `DURATION`, and nothing is open")
 	fl.StringVar(&f.metricsAddr, "metrics-addr", "",
 		"serve /metrics and /healthz at this `HOST:PORT` of loopback")
@@ -141,7 +143,7 @@ var kernelOptions = []string{"user_id", "group_id", "max_read", "blksize", "root
 // Options of fstab that are flags of the command: "key_max_age=1m" is --key-max-age 1m.
 var flagOptions = []string{"ro", "allow_other", "key", "passphrase_file", "identity", "aws_profile",
 	"aws_region", "aws_endpoint", "aws_role_arn", "grant_token",
-	"key_max_age", "key_grace", "key_lease", "audit", "kms_rps", "metrics_addr", "idle"}
+	"key_max_age", "key_grace", "key_lease", "audit", "kms_rps", "metrics_addr", "idle", "bg"}
 
 // Options that go to the kernel as they are.
 var passedOptions = []string{"rw", "exec", "noexec", "suid", "nosuid", "dev", "nodev", "atime",

@@ -59,7 +59,7 @@ func (f *mountFlags) serve(ctx context.Context, cipherDir, mountPoint string) er
 	f.aws.Meter = &keystore.Meter{}
 	s := &session{f: f, cipherDir: cipherDir, mountPoint: mountPoint, ended: make(chan struct{})}
 	defer s.closeFiles()
-	if err := s.open(ctx); err != nil {
+	if err := s.openOrWait(ctx); err != nil {
 		return err
 	}
 	if err := s.mount(); err != nil {
@@ -83,11 +83,10 @@ func (s *session) open(ctx context.Context) error {
 	if f.usesKMS && awskms.TemporaryEnvironment() {
 		say("warning: the AWS credentials in the environment are temporary, and nobody renews them; use a profile or a role, or kmsfs reload in time")
 	}
-	if s.out, s.logPath, err = f.logger(u.Config.Volume); err != nil {
+	if err := s.openLog(u.Config.Volume); err != nil {
 		return err
 	}
-	s.log = slog.New(slog.NewTextHandler(s.out, nil))
-	if f.metricsAddr != "" {
+	if f.metricsAddr != "" && s.metrics == nil {
 		if s.metrics, err = listenMetrics(f.metricsAddr); err != nil {
 			return err
 		}
@@ -109,6 +108,23 @@ func (s *session) open(ctx context.Context) error {
 		return errors.Join(err, s.v.Close())
 	}
 	return nil
+}
+
+// openLog opens the log, unless it is open.
+func (s *session) openLog(id blockcrypt.ID) (err error) {
+	if s.out == nil {
+		s.out, s.logPath, err = s.f.logger(id)
+		s.log = slog.New(slog.NewTextHandler(s.out, nil))
+	}
+	return err
+}
+
+// says adds where the log is, if it is not here.
+func (s *session) says(text string) string {
+	if s.logPath == "" {
+		return text
+	}
+	return fmt.Sprintf("%s The log is %s.", text, s.logPath)
 }
 
 // mount mounts the volume, and begins to serve its control socket.
@@ -144,7 +160,7 @@ func (s *session) wait(ctx context.Context) {
 	if stay {
 		s.log.Info("the AWS configuration has relative paths, so the daemon stays in the directory in which it was started")
 	}
-	if err := ready(s.out, s.logPath, s.mountPoint, stay); err != nil {
+	if err := ready(s.out, s.says(fmt.Sprintf("Mounted at %s.", s.mountPoint)), stay); err != nil {
 		s.log.Error("going to the background failed", "error", err)
 	}
 	if s.f.idle > 0 {
