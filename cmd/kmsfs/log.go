@@ -28,7 +28,8 @@ const (
 // reading, as journald and docker do when they restart: that must neither end nor stop the
 // daemon. So lines wait in a queue, and are dropped and counted when it is full.
 type pipeLog struct {
-	lines   chan []byte
+	lines   chan func() // each writes one
+	w       io.Writer
 	dropped atomic.Int64
 	quit    chan struct{} // closed by Close
 	done    chan struct{} // closed when the queue is empty after that
@@ -36,24 +37,24 @@ type pipeLog struct {
 }
 
 func newPipeLog(w io.Writer) *pipeLog {
-	l := &pipeLog{lines: make(chan []byte, logQueue), quit: make(chan struct{}), done: make(chan struct{})}
-	go l.run(w)
+	l := &pipeLog{w: w, lines: make(chan func(), logQueue), quit: make(chan struct{}), done: make(chan struct{})}
+	go l.run()
 	return l
 }
 
 // run writes the lines, in its own goroutine: a reader that is slow keeps no request waiting.
-func (l *pipeLog) run(w io.Writer) {
+func (l *pipeLog) run() {
 	defer close(l.done)
-	put := func(b []byte) {
-		w.Write(b) // a failure cannot be told: this is the log
+	put := func(line func()) {
+		line()
 		if n := l.dropped.Swap(0); n > 0 {
-			fmt.Fprintf(w, "level=WARN msg=\"%d lines of the log were dropped: nobody read them\"\n", n)
+			fmt.Fprintf(l.w, "level=WARN msg=\"%d lines of the log were dropped: nobody read them\"\n", n)
 		}
 	}
 	for {
 		select {
-		case b := <-l.lines:
-			put(b)
+		case line := <-l.lines:
+			put(line)
 		case <-l.quit:
 			for len(l.lines) > 0 {
 				put(<-l.lines)
@@ -65,12 +66,18 @@ func (l *pipeLog) run(w io.Writer) {
 
 // Write implements [io.Writer]. It never waits, and never fails.
 func (l *pipeLog) Write(b []byte) (int, error) {
+	b = bytes.Clone(b)
+	l.put(func() { l.w.Write(b) }) // a failure cannot be told: this is the log
+	return len(b), nil
+}
+
+// put queues what writes one line. It never waits.
+func (l *pipeLog) put(line func()) {
 	select {
-	case l.lines <- bytes.Clone(b):
+	case l.lines <- line:
 	default:
 		l.dropped.Add(1)
 	}
-	return len(b), nil
 }
 
 // Close waits a little for the reader. Lines that are written after it are lost.

@@ -35,7 +35,10 @@ type mountFlags struct {
 	audit       string
 	metricsAddr string
 	idle        time.Duration
+	logFormat   string
 	wait        bool // where the key service does not answer
+
+	changed []any // names and values of options that are not the default, for the log
 
 	again bool     // remount
 	pass  []string // options for the kernel
@@ -57,6 +60,11 @@ with --key.`,
 			if err := f.parseOptions(c.Flags()); err != nil {
 				return err
 			}
+			c.Flags().Visit(func(fl *pflag.Flag) {
+				if !slices.Contains(secretFlags, fl.Name) {
+					f.changed = append(f.changed, "option_"+fl.Name, fl.Value.String())
+				}
+			})
 			return f.start(contextOf(c), args[0], args[1])
 		},
 	}
@@ -78,6 +86,7 @@ with --key.`,
 		"what proves that a file may still be read: its KMS `key` (key), or its own data key (file), for policies on single files")
 	fl.StringVar(&f.audit, "audit", "",
 		"strict: no key is unwrapped before its file is opened, so that CloudTrail shows just what was")
+	fl.StringVar(&f.logFormat, "log-format", "", "`FORMAT` of the log: text or json; default: text, and fields where stderr is the journal")
 	fl.BoolVar(&f.wait, "bg", false, "if the key service does not answer, return and go on trying in the background")
 	fl.DurationVar(&f.idle, "idle", 0, "unmount when nothing was asked for this `DURATION`, and nothing is open")
 	fl.StringVar(&f.metricsAddr, "metrics-addr", "",
@@ -137,13 +146,16 @@ var ignoredOptions = []string{"defaults", "auto", "noauto", "user", "users", "no
 	"_netdev", "async", "relatime", "nodiratime", "iversion",
 	"default_permissions"}
 
+// secretFlags name keys, files of secrets and tokens; those of options are seen as flags.
+var secretFlags = []string{"key", "passphrase-file", "identity", "grant-token", "options"}
+
 // What mount(8) finds in /proc/mounts and gives back with remount.
 var kernelOptions = []string{"user_id", "group_id", "max_read", "blksize", "rootmode", "subtype", "fsname"}
 
 // Options of fstab that are flags of the command: "key_max_age=1m" is --key-max-age 1m.
 var flagOptions = []string{"ro", "allow_other", "key", "passphrase_file", "identity", "aws_profile",
 	"aws_region", "aws_endpoint", "aws_role_arn", "grant_token",
-	"key_max_age", "key_grace", "key_lease", "audit", "kms_rps", "metrics_addr", "idle", "bg"}
+	"key_max_age", "key_grace", "key_lease", "audit", "kms_rps", "metrics_addr", "idle", "bg", "log_format"}
 
 // Options that go to the kernel as they are.
 var passedOptions = []string{"rw", "exec", "noexec", "suid", "nosuid", "dev", "nodev", "atime",
@@ -197,6 +209,8 @@ func (f *mountFlags) parseOptions(fl *pflag.FlagSet) error {
 		return usageError{fmt.Errorf(`--key-lease %q: want "key" or "file"`, f.lease), "kmsfs mount"}
 	case f.audit != "" && f.audit != "strict":
 		return usageError{fmt.Errorf(`--audit %q: the only value is "strict"`, f.audit), "kmsfs mount"}
+	case f.logFormat != "" && f.logFormat != "text" && f.logFormat != "json":
+		return usageError{fmt.Errorf(`--log-format %q: want "text" or "json"`, f.logFormat), "kmsfs mount"}
 	case f.maxAge < minMaxAge || f.grace < 0 || f.idle < 0 || f.aws.RPS < 1:
 		return usageError{fmt.Errorf("--key-max-age must be at least %v, --key-grace and --idle not negative, --kms-rps at least 1", minMaxAge), "kmsfs mount"}
 	}

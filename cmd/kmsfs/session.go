@@ -34,6 +34,7 @@ type session struct {
 	f                     *mountFlags
 	cipherDir, mountPoint string
 
+	volume  string         // its ID
 	out     io.WriteCloser // the log
 	logPath string         // "" for stderr
 	log     *slog.Logger
@@ -43,6 +44,8 @@ type session struct {
 	control *control
 	mark    *mountMark    // nil if it could not be made
 	ended   chan struct{} // closed when it was unmounted
+
+	describe []any // what a report of a fault needs to know
 }
 
 // gcPercent is GOGC of a daemon. Requests leave little garbage and little lives, so that with Go's
@@ -95,6 +98,7 @@ func (s *session) open(ctx context.Context) error {
 	if grace == 0 {
 		grace = -1 // none
 	}
+	s.describe = describe(f, u, s.cipherDir, s.mountPoint)
 	s.v, err = openFree(u, s.cipherDir, volume.Options{ReadOnly: f.readOnly, KernelTimes: !f.readOnly,
 		Logger: s.log, Pool: poolBase, MaxAge: f.maxAge, Grace: grace, FileLease: f.lease == "file",
 		NoPrefetch: f.audit == "strict"})
@@ -113,8 +117,10 @@ func (s *session) open(ctx context.Context) error {
 // openLog opens the log, unless it is open.
 func (s *session) openLog(id blockcrypt.ID) (err error) {
 	if s.out == nil {
-		s.out, s.logPath, err = s.f.logger(id)
-		s.log = slog.New(slog.NewTextHandler(s.out, nil))
+		s.volume = id.String()
+		if s.out, s.logPath, err = s.f.logger(id); err == nil {
+			s.log = slog.New(s.logHandler(s.f.logFormat))
+		}
 	}
 	return err
 }
@@ -155,7 +161,9 @@ func (s *session) mount() (err error) {
 
 // wait goes to the background, and returns when the volume was unmounted.
 func (s *session) wait(ctx context.Context) {
-	go s.unmountOnSignal()
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, unix.SIGINT, unix.SIGTERM, unix.SIGHUP) // before anybody is told that it is mounted
+	go s.unmountOnSignal(signals)
 	stay := s.f.usesKMS && s.f.kms().NeedsDirectory(ctx)
 	if stay {
 		s.log.Info("the AWS configuration has relative paths, so the daemon stays in the directory in which it was started")
@@ -163,6 +171,7 @@ func (s *session) wait(ctx context.Context) {
 	if err := ready(s.out, s.says(fmt.Sprintf("Mounted at %s.", s.mountPoint)), stay); err != nil {
 		s.log.Error("going to the background failed", "error", err)
 	}
+	s.log.Info("mounted", s.describe...)
 	if s.f.idle > 0 {
 		go s.unmountWhenIdle(s.f.idle)
 	}
@@ -238,9 +247,7 @@ func mountFailed(err error) error {
 
 // unmountOnSignal unmounts at SIGINT and SIGTERM, as soon as nothing is in use; SIGHUP
 // reloads.
-func (s *session) unmountOnSignal() {
-	c := make(chan os.Signal, 1)
-	signal.Notify(c, unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
+func (s *session) unmountOnSignal(c <-chan os.Signal) {
 	for sig := range c {
 		if sig == unix.SIGHUP {
 			go s.control.reloadNow(context.Background()) // what fails is in the log
