@@ -12,10 +12,12 @@ import (
 	"os/signal"
 	"path"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
+	"unicode"
 
 	"github.com/spf13/cobra"
 
@@ -203,6 +205,9 @@ func (x *exporter) path(p string) {
 func (x *exporter) entry(e volume.StoredEntry) {
 	err := e.Err
 	if err == nil {
+		err = fits(path.Base(e.Path))
+	}
+	if err == nil {
 		err = x.apart(e.Path)
 	}
 	switch {
@@ -218,6 +223,16 @@ func (x *exporter) entry(e volume.StoredEntry) {
 	default:
 		x.note(e.Path, errors.New("special files are exported on Linux only"), nil)
 	}
+}
+
+// fits refuses names that mean something else on Windows: a place in another directory, a stream of another
+// file, or another name.
+func fits(name string) error {
+	if runtime.GOOS == "windows" && name != "." && (strings.ContainsAny(name, `<>:"\|?*`) ||
+		strings.ContainsFunc(name, unicode.IsControl) || strings.TrimRight(name, " .") != name) {
+		return errors.New("a name that Windows cannot have")
+	}
+	return nil
 }
 
 // apart refuses a path that another one of this export differs from in the case of letters only, where the
