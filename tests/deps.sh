@@ -43,8 +43,9 @@ if [ "${1:-}" = soak ]; then
 	want xfsprogs mkfs.xfs
 	[ -n "$(ls /usr/lib/postgresql/*/bin/pg_ctl 2>/dev/null)" ] || need="$need postgresql"
 fi
+sudo=""
 if [ -n "$need" ]; then
-	if [ "$(id -u)" = 0 ]; then sudo=""; elif command -v sudo >/dev/null 2>&1; then sudo=sudo; else
+	if [ "$(id -u)" = 0 ]; then :; elif command -v sudo >/dev/null 2>&1; then sudo=sudo; else
 		echo "please install these packages as root, and try again: apt-get install$need" >&2
 		exit 1
 	fi
@@ -61,5 +62,16 @@ if [ "${1:-}" = test ] && ! command -v moto_server >/dev/null 2>&1; then
 	echo "installing: moto_server into .venv"
 	python3 -m venv .venv
 	.venv/bin/pip install -q 'moto[kms,server]'
+fi
+if [ "${1:-}" = test ] && ! command -v promtool >/dev/null 2>&1; then
+	# Alone: the package of Prometheus would start a server.
+	echo "installing: promtool into .venv"
+	mkdir -p .venv/bin .venv/prometheus
+	(
+		cd .venv/prometheus
+		apt-get download -qq prometheus || { $sudo apt-get update -qq && apt-get download -qq prometheus; }
+		dpkg-deb -x prometheus_*.deb . && mv usr/bin/promtool ../bin/
+	)
+	rm -r .venv/prometheus
 fi
 [ -e /dev/fuse ] || { echo "there is no /dev/fuse: load the kernel module (modprobe fuse), or pass the device to the container" >&2; exit 1; }
