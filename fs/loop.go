@@ -434,7 +434,7 @@ func (l *loop) answer(r *request, in, out []byte) {
 	r.begun = time.Now()
 	n := l.handle(r, in, out)
 	took := time.Since(r.begun)
-	l.count(r.opcode, took, len(in), out[:n])
+	l.count((*fuse.InHeader)(unsafe.Pointer(&in[0])), took, len(in), out[:n])
 	if r.opcode == opRead && !r.missed.IsZero() {
 		l.misses.note(time.Since(r.missed) > longAfter)
 	}
@@ -448,19 +448,23 @@ func (l *loop) answer(r *request, in, out []byte) {
 }
 
 // count counts a request of inLen bytes and its answer.
-func (l *loop) count(opcode uint32, took time.Duration, inLen int, out []byte) {
+func (l *loop) count(h *fuse.InHeader, took time.Duration, inLen int, out []byte) {
 	const outHeader = int(unsafe.Sizeof(fuse.OutHeader{}))
 	status := int32(0)
 	if len(out) >= outHeader {
 		status = (*fuse.OutHeader)(unsafe.Pointer(&out[0])).Status
 	}
-	l.meter.note(opcode, took, status)
+	l.meter.note(h.Opcode, took, status)
 	switch {
 	case status != 0:
-	case opcode == opRead:
-		l.meter.read.Add(uint64(len(out) - outHeader))
-	case opcode == opWrite:
-		l.meter.written.Add(uint64(max(0, inLen-int(unsafe.Sizeof(fuse.WriteIn{})))))
+	case h.Opcode == opRead:
+		n := uint64(len(out) - outHeader)
+		l.meter.read.Add(n)
+		l.meter.hot.note(h.NodeId, n)
+	case h.Opcode == opWrite:
+		n := uint64(max(0, inLen-int(unsafe.Sizeof(fuse.WriteIn{}))))
+		l.meter.written.Add(n)
+		l.meter.hot.note(h.NodeId, n)
 	}
 }
 

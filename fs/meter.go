@@ -13,6 +13,7 @@ import (
 type meter struct {
 	ops           [opcodes]opMeter
 	read, written atomic.Uint64 // bytes of files
+	hot           hot
 }
 
 type opMeter struct {

@@ -109,6 +109,9 @@ func (c *control) start(dev string) (err error) {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /stats",
 		func(w http.ResponseWriter, _ *http.Request) { json.NewEncoder(w).Encode(c.stats()) })
+	mux.HandleFunc("GET /hot", func(w http.ResponseWriter, r *http.Request) {
+		json.NewEncoder(w).Encode(c.hot(r.URL.Query()["node"]))
+	})
 	mux.HandleFunc("POST /lock", func(w http.ResponseWriter, _ *http.Request) {
 		if err := c.v.Suspend(); err != nil {
 			first, _, _ := strings.Cut(err.Error(), "\n")

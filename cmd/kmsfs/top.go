@@ -7,10 +7,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"os"
 	"os/signal"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -26,7 +28,8 @@ func topCommand() *cobra.Command {
 		Use:   "top MOUNTPOINT",
 		Short: "Show what a mounted volume does, again and again",
 		Long: `Show what a mounted volume does, again and again: bytes and requests a second, how long
-requests took, calls to key services and what they cost. Ctrl-C ends it.`,
+requests took, calls to key services and what they cost, and the files that most bytes are read from and
+written to. What the kernel answers from its cache is not seen. Ctrl-C ends it.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
 			if every < 100*time.Millisecond || times < 0 {
@@ -47,6 +50,10 @@ func top(ctx context.Context, dir string, every time.Duration, times int) error 
 	tick := time.NewTicker(every)
 	defer tick.Stop()
 	var last stats
+	bytes := map[string]uint64{}
+	if _, err := hottest(dir, bytes); err != nil {
+		return err
+	}
 	if err := ask(dir, http.MethodGet, "stats", &last); err != nil {
 		return err
 	}
@@ -63,10 +70,14 @@ func top(ctx context.Context, dir string, every time.Duration, times int) error 
 		}
 		took := time.Since(at)
 		at = time.Now()
+		files, err := hottest(dir, bytes)
+		if err != nil {
+			return err
+		}
 		if term.IsTerminal(int(os.Stdout.Fd())) {
 			fmt.Print("\x1b[H\x1b[2J")
 		}
-		fmt.Print(topText(dir, &last, &now, took))
+		fmt.Print(topText(dir, &last, &now, took), hotText(files, took))
 		last = now
 	}
 	return nil
@@ -130,6 +141,82 @@ func topText(dir string, last, now *stats, took time.Duration) string {
 		"\nkeys: %d in memory, %d of %d made ahead; cost now $%.4f an hour, so far $%.4f\n",
 		now.Keys.Cached, now.Keys.Pool, now.Keys.PoolTarget, float64(total)/a*3600*callPrice(0),
 		costOf(now))
+	return b.String()
+}
+
+// hotAnswer says which files are used most.
+type hotAnswer struct {
+	Bytes map[string]uint64 `json:"bytes"` // that went to and from a node
+	Paths map[string]string `json:"paths"` // of the nodes that were asked for
+}
+
+// hot answers which files are used most, and what the paths of some are.
+func (c *control) hot(nodes []string) hotAnswer {
+	a := hotAnswer{Bytes: map[string]uint64{}, Paths: map[string]string{}}
+	for node, n := range c.server.Hot() {
+		a.Bytes[strconv.FormatUint(node, 10)] = n
+	}
+	for _, node := range nodes[:min(len(nodes), hottestFiles)] {
+		id, err := strconv.ParseUint(node, 10, 64)
+		if err != nil {
+			continue
+		}
+		if n := c.v.Node(id); n != nil {
+			a.Paths[node] = n.PlainPath()
+		}
+	}
+	return a
+}
+
+// hottestFiles is how many files top shows.
+const hottestFiles = 5
+
+// hotFile is a file and how many bytes went to and from it since the last look.
+type hotFile struct {
+	path  string
+	bytes uint64
+}
+
+// hottest returns the files that most bytes went to and from since last, which it brings up to date.
+func hottest(dir string, last map[string]uint64) (out []hotFile, err error) {
+	var now hotAnswer
+	if err := ask(dir, http.MethodGet, "hot", &now); err != nil {
+		return nil, err
+	}
+	var nodes []string
+	grown := map[string]uint64{}
+	for node, n := range now.Bytes {
+		if before := last[node]; n > before {
+			grown[node] = n - before
+			nodes = append(nodes, node)
+		}
+	}
+	clear(last)
+	maps.Copy(last, now.Bytes)
+	slices.SortFunc(nodes, func(a, b string) int { return cmp.Or(cmp.Compare(grown[b], grown[a]), cmp.Compare(a, b)) })
+	if nodes = nodes[:min(len(nodes), hottestFiles)]; len(nodes) == 0 {
+		return nil, nil
+	}
+	if err := ask(dir, http.MethodGet, "hot?node="+strings.Join(nodes, "&node="), &now); err != nil {
+		return nil, err
+	}
+	for _, node := range nodes {
+		if p, ok := now.Paths[node]; ok { // it may have gone
+			out = append(out, hotFile{p, grown[node]})
+		}
+	}
+	return out, nil
+}
+
+// hotText is the list of the hottest files.
+func hotText(files []hotFile, took time.Duration) string {
+	var b strings.Builder
+	for i, f := range files {
+		if i == 0 {
+			b.WriteString("\nfiles with most bytes a second\n")
+		}
+		fmt.Fprintf(&b, "%12s  %s\n", bytesText(float64(f.bytes)/took.Seconds()), shown(f.path, true))
+	}
 	return b.String()
 }
 
