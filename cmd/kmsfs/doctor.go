@@ -122,6 +122,7 @@ func (d *doctor) machine() {
 	if unix.Uname(&u) == nil {
 		d.ok("kernel", "Linux %s", unix.ByteSliceToString(u.Release[:]))
 	}
+	d.clock()
 	d.limit("memory that is locked", unix.RLIMIT_MEMLOCK, 1<<20,
 		"ulimit -l 1024, or LimitMEMLOCK=, or keys can be swapped out")
 	d.limit("open files", unix.RLIMIT_NOFILE, 4096,
@@ -308,11 +309,50 @@ func (d *doctor) backing(dir string, plainNames bool) {
 		}
 		d.line(state, "space", advice, "%.0f %% free", 100*free)
 	}
+	d.pageWrites(tmp)
 	if took, err := syncTakes(tmp); err != nil {
 		d.failed("speed", err)
 	} else {
 		d.ok("speed", "a write with fsync takes %v, the median of %d",
 			took.Round(10*time.Microsecond), syncProbes)
+	}
+}
+
+// clock looks whether somebody sets the clock.
+func (d *doctor) clock() {
+	var t unix.Timex
+	if state, err := unix.Adjtimex(&t); err != nil {
+		d.line("note", "clock", "", "the kernel does not say whether it is synchronized: %v", err)
+	} else if state == unix.TIME_ERROR || t.Status&unix.STA_UNSYNC != 0 {
+		d.line("note", "clock", "run chrony or systemd-timesyncd: AWS refuses requests whose time is off by five minutes, until kmsfs has learned by how much",
+			"nobody synchronizes it")
+	} else {
+		d.ok("clock", "synchronized")
+	}
+}
+
+// pageWrites tells how the disk writes pages: that changes what an overwriting write waits for.
+func (d *doctor) pageWrites(dir string) {
+	f, err := os.CreateTemp(dir, "writes")
+	if err != nil {
+		return // the next line says so
+	}
+	defer f.Close()
+	var x unix.Statx_t
+	if unix.Statx(int(f.Fd()), "", unix.AT_EMPTY_PATH, unix.STATX_TYPE|unix.STATX_WRITE_ATOMIC, &x) != nil {
+		return
+	}
+	if x.Mask&unix.STATX_WRITE_ATOMIC != 0 && x.Atomic_write_unit_max >= 4096 {
+		d.ok("page writes", "the disk writes up to %d bytes as a whole", x.Atomic_write_unit_max)
+	} else {
+		d.ok("page writes", "the disk does not promise to write a page as a whole; kmsfs does not need that")
+	}
+	stable, err := os.ReadFile(fmt.Sprintf("/sys/dev/block/%d:%d/queue/stable_writes", x.Dev_major, x.Dev_minor))
+	if err != nil {
+		stable, err = os.ReadFile(fmt.Sprintf("/sys/dev/block/%d:%d/../queue/stable_writes", x.Dev_major, x.Dev_minor))
+	}
+	if err == nil && strings.TrimSpace(string(stable)) == "1" {
+		d.ok("stable pages", "the disk needs them: the kernel itself waits before a page is overwritten that is being written")
 	}
 }
 
