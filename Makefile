@@ -42,7 +42,7 @@ lint:
 # -race for what has goroutines. The mounts are never taken from the cache of results,
 # which does not know that they build the program.
 test: deps-test lint
-	$(MAKE) fuzz FUZZ=50000
+	$(MAKE) fuzz FUZZ=20000
 	PATH="$(CURDIR)/.venv/bin:$$PATH" $(GO) test -race -timeout 20m ./blockcrypt/... ./keystore/... ./fs/... ./cmd/...
 	PATH="$(CURDIR)/.venv/bin:$$PATH" $(GO) test -count 1 -timeout 20m ./tests/...
 
