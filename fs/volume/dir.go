@@ -486,6 +486,10 @@ func (ns *namespace) renameLocked(from *Node, oldName string, to *Node, newName 
 	}
 	gone = ns.v.nodes.leaves(x)
 	ns.v.nodes.moved(n, a, b)
+	var st unix.Stat_t
+	if old.name != "" && ns.v.disk.Stat(ofd, old.cname, &st) == nil {
+		return gone, nil // another name of the same file was there, of which nothing was known: it did nothing
+	}
 	if flags&unix.RENAME_WHITEOUT == 0 {
 		from.absent.gone(old.cname)
 		old.dropName(&ns.v.disk, ofd)

@@ -184,3 +184,21 @@ func (w *world) removeAll(dir, name string) {
 	}
 	w.do("remove "+p, err)
 }
+
+// A rename of one name of a file to another one, of which nobody has asked yet, does nothing, and loses no
+// name.
+func TestRenameToUnknownLink(t *testing.T) {
+	w := newWorld(t, volume.Options{})
+	w.mkdir("d")
+	a, b := strings.Repeat("a", 200), strings.Repeat("b", 200)
+	w.write("d/"+a, noise(100))
+	_, _, err := w.v.Link(ctx, w.must("d/"+a), w.must("d"), b)
+	w.do("link", err)
+	w.reopen(volume.Options{})
+	w.must("d/" + a)
+	w.do("rename", w.v.Rename(w.must("d"), a, w.must("d"), b, 0))
+	w.reopen(volume.Options{})
+	if got := w.list("d"); !slices.Equal(got, []string{a, b}) {
+		t.Errorf("%.20q", got)
+	}
+}
