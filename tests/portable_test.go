@@ -1,6 +1,7 @@
 package tests
 
 import (
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -195,13 +196,51 @@ func TestPortable(t *testing.T) {
 		t.Errorf("a symlink was followed: %v, %v", left, err)
 	}
 
+	// Of a path, the directories above have their modes and times, too; nothing that is there is followed or
+	// taken for the program's own.
+	part := filepath.Join(m.base, "part")
+	if err := os.MkdirAll(filepath.Join(part, "real"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	write(t, filepath.Join(part, ".kmsfs-case"), []byte("mine"))
+	if out, code := run(program, "export", backup, part, "dir/big", "dir/big", "dir/"); code != 1 || !strings.Contains(out, "1 files exported") {
+		t.Errorf("a path: exit %d, %s", code, out)
+	}
+	want(t, filepath.Join(part, "dir/big"), files["dir/big"])
+	want(t, filepath.Join(part, ".kmsfs-case"), []byte("mine"))
+	if err := unix.Stat(filepath.Join(part, "dir"), &st); err != nil || st.Mode&0o777 != 0o755 || !time.Unix(st.Mtim.Unix()).Equal(old) {
+		t.Errorf("the directory above: %o, %v, %v", st.Mode, time.Unix(st.Mtim.Unix()), err)
+	}
+	if err := errors.Join(os.RemoveAll(filepath.Join(part, "dir")), os.Symlink("real", filepath.Join(part, "dir"))); err != nil {
+		t.Fatal(err)
+	}
+	if out, code := run(program, "export", backup, part, "dir/big"); code != 1 || !strings.Contains(out, "dir: another entry is in the way") {
+		t.Errorf("a symlink above a path: exit %d, %s", code, out)
+	}
+	if err := os.Symlink(backup, filepath.Join(m.base, "elsewhere")); err != nil {
+		t.Fatal(err)
+	}
+	for _, to := range []string{filepath.Join(backup, "new"), filepath.Join(m.base, "elsewhere", "new")} {
+		for _, from := range []string{backup, filepath.Join(m.base, "elsewhere")} {
+			if out := same("export", from, to); !strings.Contains(out, "lies in the ciphertext directory") {
+				t.Errorf("%s to %s: %s", from, to, out)
+			}
+		}
+	}
+	if out, code := run(program, "fsck", "--repair", backup); code != 2 || !strings.Contains(out, "on Linux only") {
+		t.Errorf("a repair: exit %d, %s", code, out)
+	}
+	// A FIFO is not waited for.
+	if err := errors.Join(os.Remove(filepath.Join(backup, "kmsfs.json")), unix.Mkfifo(filepath.Join(backup, "kmsfs.json"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	same("ls", backup)
+	same("cat", filepath.Join(backup, "kmsfs.json"))
+
 	// Files by themselves, through pipes.
 	if out, code := run("bash", "-c", `set -e; cd "$1"; echo text >p; "$0" encrypt --key local:k p c; "$2" decrypt --key local:k c -
 		"$2" encrypt --key local:k - - <p | "$0" decrypt --key local:k - q; cat q`, program, t.TempDir(), binary); code != 0 ||
 		strings.Count(out, "text\n") != 2 {
 		t.Errorf("encrypt: exit %d, %s", code, out)
-	}
-	if out, code := run(program, "fsck", "--repair", backup); code != 2 || !strings.Contains(out, "on Linux only") {
-		t.Errorf("a repair: exit %d, %s", code, out)
 	}
 }

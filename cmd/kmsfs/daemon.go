@@ -105,12 +105,11 @@ func foreground() error {
 }
 
 // ready lets the waiting command print that the mount can be used, or what it still waits for, and
-// leaves its terminal and, unless stay is set, its directory. In the foreground, and the second time, it
-// only says so.
+// leaves its terminal and, unless stay is set, its directory. In the foreground, and the second time, the
+// log says so.
 func ready(log io.Writer, says string, stay bool) error {
 	fd, err := strconv.Atoi(os.Getenv(readyEnv))
 	if err != nil {
-		fmt.Fprintln(log, says)
 		return nil
 	}
 	os.Unsetenv(readyEnv)

@@ -8,8 +8,6 @@ import (
 	"fmt"
 	"log/slog"
 	"os/signal"
-	"path/filepath"
-	"strings"
 	"sync/atomic"
 	"time"
 
@@ -69,12 +67,8 @@ func (f *exportFlags) run(ctx context.Context, cipherDir, dst string, paths []st
 	if err != nil {
 		return err
 	}
-	to, err := filepath.Abs(dst)
-	if err != nil {
+	if _, err := outside(dst, cipherDir); err != nil {
 		return err
-	}
-	if strings.HasPrefix(to+"/", cipherDir+"/") {
-		return usageError{fmt.Errorf("%s lies in the ciphertext directory", dst), "kmsfs export"}
 	}
 	ctx, stop := signal.NotifyContext(ctx, unix.SIGINT, unix.SIGTERM)
 	defer stop()

@@ -4,10 +4,10 @@ package main
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/rand/v2"
 	"os"
 	"os/signal"
 	"path"
@@ -20,7 +20,11 @@ import (
 	"unicode"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/text/cases" // which names macOS and Windows take for the same
+	"golang.org/x/text/unicode/norm"
 
+	"kmsfs/blockcrypt"
+	"kmsfs/fs/transfer"
 	"kmsfs/fs/volume"
 )
 
@@ -64,13 +68,15 @@ type exporter struct {
 	s   *volume.Stored
 	to  *os.Root
 	ctx context.Context
+	end context.CancelCauseFunc
 
 	mu     sync.Mutex
 	counts exportCounts
-	made   map[string]string // exported paths, by their form in lower case; only if folds
+	made   map[string]string // exported paths, by their folded form; only if folds
 
-	folds bool // the filesystem does not tell upper case from lower case
+	folds bool // the filesystem does not tell all names apart
 	files chan volume.StoredEntry
+	late  []volume.StoredEntry // files whose names can be temporary ones of others: after them
 	dirs  []volume.StoredEntry // that get their modes and times at the end
 }
 
@@ -97,16 +103,11 @@ const mostErrors = 1000
 func (x *exporter) run(ctx context.Context, cipherDir, dst string, paths []string) error {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	from, err := filepath.Abs(cipherDir)
+	ctx, x.end = context.WithCancelCause(ctx)
+	defer x.end(nil)
+	to, err := outside(dst, cipherDir)
 	if err != nil {
 		return err
-	}
-	to, err := filepath.Abs(dst)
-	if err != nil {
-		return err
-	}
-	if rel, err := filepath.Rel(from, to); err == nil && rel != ".." && !strings.HasPrefix(rel, ".."+string(filepath.Separator)) {
-		return usageError{fmt.Errorf("%s lies in the ciphertext directory", dst), "kmsfs export"}
 	}
 	x.readOnly = true
 	u, err := x.unlock(ctx, cipherDir)
@@ -124,9 +125,7 @@ func (x *exporter) run(ctx context.Context, cipherDir, dst string, paths []strin
 		return err
 	}
 	defer x.to.Close()
-	if x.folds, err = foldsCase(x.to); err != nil {
-		return err
-	}
+	x.folds = foldsNames(x.to)
 	x.ctx, x.made, x.files, x.counts.Errors = ctx, map[string]string{}, make(chan volume.StoredEntry), []failedFile{}
 	var wg sync.WaitGroup
 	for range transferAtOnce {
@@ -136,11 +135,14 @@ func (x *exporter) run(ctx context.Context, cipherDir, dst string, paths []strin
 			}
 		})
 	}
-	for _, p := range paths {
+	for _, p := range transfer.Apart(paths) {
 		x.path(p)
 	}
 	close(x.files)
 	wg.Wait()
+	for _, e := range x.late {
+		x.file(e)
+	}
 	for i := len(x.dirs) - 1; i >= 0; i-- {
 		x.note(x.dirs[i].Path, x.attributes(x.dirs[i]), func(c *exportCounts) { c.Dirs++ })
 	}
@@ -157,6 +159,11 @@ func (x *exporter) note(p string, err error, count func(*exportCounts)) {
 	case exitCode(err) == exitIncomplete:
 		x.counts.Incomplete++
 		count(&x.counts)
+	case x.ctx.Err() != nil && errors.Is(err, context.Canceled):
+		return
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+		x.end(fmt.Errorf("%s: %w", p, err))
+		return
 	default:
 		x.counts.Failed++
 	}
@@ -179,6 +186,8 @@ func (x *exporter) verdict() error {
 			c.Files, c.Bytes, c.Same, c.Dirs, c.Others, c.Failed, c.Incomplete)
 	}
 	switch {
+	case x.ctx.Err() != nil && context.Cause(x.ctx) != x.ctx.Err():
+		return fmt.Errorf("the export ended: %w", context.Cause(x.ctx))
 	case x.ctx.Err() != nil:
 		return hint(errors.New("interrupted; the files that were copied stay"), "go on with the same command")
 	case c.Failed > 0:
@@ -192,30 +201,52 @@ func (x *exporter) verdict() error {
 // path exports what has a plaintext path, and makes the directories above it.
 func (x *exporter) path(p string) {
 	e, err := x.s.Find(p)
-	if above := path.Dir(e.Path); err == nil && above != "." {
-		err = x.to.MkdirAll(filepath.FromSlash(above), 0o700)
-	}
 	if err != nil {
 		x.note(p, err, nil)
 		return
 	}
+	if e.Path != "." {
+		for i, c := range e.Path {
+			if c != '/' {
+				continue
+			}
+			above, err := x.s.Find(e.Path[:i])
+			if err == nil {
+				err = x.may(above)
+			}
+			if err == nil {
+				err = x.makeDir(above)
+			}
+			if err != nil {
+				x.note(e.Path[:i], err, nil)
+				return
+			}
+		}
+	}
 	x.entry(e)
 }
 
+// may says why an entry cannot be exported.
+func (x *exporter) may(e volume.StoredEntry) error {
+	if e.Err != nil {
+		return e.Err
+	}
+	if err := fits(path.Base(e.Path)); err != nil {
+		return err
+	}
+	return x.apart(e.Path)
+}
+
 func (x *exporter) entry(e volume.StoredEntry) {
-	err := e.Err
-	if err == nil {
-		err = fits(path.Base(e.Path))
-	}
-	if err == nil {
-		err = x.apart(e.Path)
-	}
+	err := x.may(e)
 	switch {
 	case x.ctx.Err() != nil:
 	case err != nil:
 		x.note(e.Path, err, nil)
 	case e.Mode.IsDir():
 		x.dir(e)
+	case e.Mode.IsRegular() && transfer.IsLate(e.Path):
+		x.late = append(x.late, e)
 	case e.Mode.IsRegular():
 		x.files <- e
 	case e.Mode&fs.ModeSymlink != 0:
@@ -235,13 +266,13 @@ func fits(name string) error {
 	return nil
 }
 
-// apart refuses a path that another one of this export differs from in the case of letters only, where the
-// filesystem does not tell them apart.
+// apart refuses a path that the filesystem does not tell apart from another one of this export: macOS and
+// Windows take upper and lower case, and macOS also the two forms of é, for the same.
 func (x *exporter) apart(p string) error {
 	if !x.folds {
 		return nil
 	}
-	folded := strings.ToLower(p)
+	folded := norm.NFC.String(cases.Fold().String(norm.NFC.String(p)))
 	if other, taken := x.made[folded]; taken && other != p {
 		return fmt.Errorf("this filesystem does not tell it apart from %s", other)
 	}
@@ -249,20 +280,40 @@ func (x *exporter) apart(p string) error {
 	return nil
 }
 
-// foldsCase reports whether a filesystem does not tell upper case from lower case.
-func foldsCase(r *os.Root) (bool, error) {
-	const name = ".kmsfs-case"
-	f, err := r.Create(name)
+// foldsNames reports whether a filesystem does not tell all names apart. Where nothing can be made, which the
+// next step says, it does.
+func foldsNames(r *os.Root) bool {
+	name := fmt.Sprintf(".kmsfs-\u00e9-%x", rand.Uint64())
+	f, err := r.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
-		return false, err
+		return true
 	}
-	defer r.Remove(name)
 	f.Close()
-	_, err = r.Lstat(strings.ToUpper(name))
-	return err == nil, nil
+	defer r.Remove(name)
+	for _, other := range []string{strings.ToUpper(name), norm.NFD.String(name)} {
+		if _, err := r.Lstat(other); err == nil {
+			return true
+		}
+	}
+	return false
 }
 
 func (x *exporter) dir(e volume.StoredEntry) {
+	err := x.makeDir(e)
+	var entries []volume.StoredEntry
+	if err == nil {
+		entries, err = x.s.List(e)
+	}
+	if err != nil {
+		x.note(e.Path, err, nil)
+	}
+	for _, e := range entries {
+		x.entry(e)
+	}
+}
+
+// makeDir makes a directory in which the caller can make entries.
+func (x *exporter) makeDir(e volume.StoredEntry) error {
 	at := filepath.FromSlash(e.Path)
 	err := x.to.Mkdir(at, 0o700)
 	if errors.Is(err, fs.ErrExist) {
@@ -273,17 +324,10 @@ func (x *exporter) dir(e volume.StoredEntry) {
 			err = x.to.Chmod(at, 0o700)
 		}
 	}
-	var entries []volume.StoredEntry
 	if err == nil {
 		x.dirs = append(x.dirs, e)
-		entries, err = x.s.List(e)
 	}
-	if err != nil {
-		x.note(e.Path, err, nil)
-	}
-	for _, e := range entries {
-		x.entry(e)
-	}
+	return err
 }
 
 func (x *exporter) link(e volume.StoredEntry) error {
@@ -336,8 +380,7 @@ func (x *exporter) copy(e volume.StoredEntry) (same bool, n int64, err error) {
 	if now, err := x.to.Lstat(at); err == nil && !incomplete && now.Mode().IsRegular() && now.Size() == n && now.ModTime().Equal(e.ModTime) {
 		return true, n, nil
 	}
-	sum := sha256.Sum256([]byte(path.Base(e.Path))) // a long name has no room for a suffix
-	tmp := filepath.Join(filepath.Dir(at), fmt.Sprintf(".kmsfs-%x.part", sum[:12]))
+	tmp := filepath.FromSlash(transfer.Temporary(e.Path))
 	if err := x.to.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return false, 0, err
 	}
@@ -345,9 +388,9 @@ func (x *exporter) copy(e volume.StoredEntry) (same bool, n int64, err error) {
 	if err != nil {
 		return false, 0, err
 	}
-	err = l.CopyTo(f, nil)
-	if err == nil {
-		err = f.Sync()
+	out := &sparseFile{ctx: x.ctx, f: f}
+	if err = l.CopyTo(out, nil); err == nil {
+		err = errors.Join(f.Truncate(out.size), f.Sync())
 	}
 	if err = errors.Join(err, f.Close()); err == nil {
 		err = x.to.Rename(tmp, at)
@@ -363,6 +406,27 @@ func (x *exporter) copy(e volume.StoredEntry) (same bool, n int64, err error) {
 		err = coded{errors.New("it was being written when it was copied; what opens was given"), exitIncomplete}
 	}
 	return false, n, err
+}
+
+// sparseFile writes to a new file, and leaves out what is zeros only, until the context ends.
+type sparseFile struct {
+	ctx  context.Context
+	f    *os.File
+	size int64
+}
+
+// Write implements [io.Writer].
+func (w *sparseFile) Write(b []byte) (int, error) {
+	if err := w.ctx.Err(); err != nil {
+		return 0, err
+	}
+	if !blockcrypt.IsHole(b) {
+		if _, err := w.f.WriteAt(b, w.size); err != nil {
+			return 0, err
+		}
+	}
+	w.size += int64(len(b))
+	return len(b), nil
 }
 
 // attributes gives permissions and time of modification.

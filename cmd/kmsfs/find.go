@@ -32,7 +32,7 @@ With --cipher, a backup tool can restore just these files.`,
 			if err != nil {
 				return usageError{err, c.CommandPath()}
 			}
-			l.match, l.depth = wanted.match, -1
+			l.match, l.patterns, l.depth = wanted.match, wanted.patterns, -1
 			l.sizes = l.long || l.asJSON || wanted.sizes
 			return l.run(contextOf(c), args[0], in)
 		},

@@ -177,10 +177,11 @@ func (f *fsckFlags) check(ctx context.Context, dir string) error {
 
 // place names a finding's file: its ciphertext path, and the plaintext path if it is known.
 func place(x check.Finding) string {
+	path := shown(x.Path, true)
 	if x.Name == "" {
-		return x.Path
+		return path
 	}
-	return fmt.Sprintf("%s (%s)", x.Path, strconv.Quote(x.Name))
+	return fmt.Sprintf("%s (%s)", path, strconv.Quote(x.Name))
 }
 
 // printFinding prints a finding for people, with its advice.

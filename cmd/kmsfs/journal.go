@@ -20,6 +20,9 @@ func (s *session) logHandler(format string) slog.Handler {
 		}
 	}
 	if format == "json" {
+		if q, ok := s.out.(*pipeLog); ok {
+			q.json = true
+		}
 		return slog.NewJSONHandler(s.out, nil)
 	}
 	return slog.NewTextHandler(s.out, nil)

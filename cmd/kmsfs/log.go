@@ -19,6 +19,11 @@ import (
 // write fails instead. Programs that it starts are not affected.
 func ignorePipe() { signal.Notify(make(chan os.Signal, 1), unix.SIGPIPE) }
 
+// droppedFormats are events of the log in text and in JSON.
+var droppedFormats = map[bool]string{
+	false: "level=WARN msg=\"%d lines of the log were dropped: nobody read them\"\n",
+	true:  `{"level":"WARN","msg":"%d lines of the log were dropped: nobody read them"}` + "\n"}
+
 const (
 	logQueue   = 1024            // lines that wait for the reader of a log
 	logAtClose = 2 * time.Second // how long they are waited for at the end
@@ -30,6 +35,7 @@ const (
 type pipeLog struct {
 	lines   chan func() // each writes one
 	w       io.Writer
+	json    bool // set before the first line
 	dropped atomic.Int64
 	quit    chan struct{} // closed by Close
 	done    chan struct{} // closed when the queue is empty after that
@@ -48,7 +54,7 @@ func (l *pipeLog) run() {
 	put := func(line func()) {
 		line()
 		if n := l.dropped.Swap(0); n > 0 {
-			fmt.Fprintf(l.w, "level=WARN msg=\"%d lines of the log were dropped: nobody read them\"\n", n)
+			fmt.Fprintf(l.w, droppedFormats[l.json], n)
 		}
 	}
 	for {

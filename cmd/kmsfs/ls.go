@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 	"unicode"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
@@ -24,19 +25,21 @@ type listing struct {
 	unlockFlags
 	long, cipher, asJSON, zero bool
 
-	s      *volume.Stored
-	match  func(listed) bool // nil: all; it needs sizes if needSize is set
-	depth  int               // of directories below those that were named, -1: all
-	sizes  bool              // of files are wanted
-	wrong  int               // entries that cannot be read
-	screen bool              // stdout is a terminal
+	s        *volume.Stored
+	match    func(listed) bool // nil: all
+	patterns []string          // of names, that match looks at
+	depth    int               // of directories below those that were named, -1: all
+	sizes    bool              // of files are wanted
+	wrong    int               // entries that cannot be read
+	screen   bool              // stdout is a terminal
 }
 
 // listed is an entry with what is printed of it, also as JSON.
 type listed struct {
-	Path   string    `json:"path"` // below the volume
-	Type   string    `json:"type"` // file, directory, symlink or other
-	Size   int64     `json:"size"` // of the plaintext, in bytes; -1 if it was not asked for
+	Path   string    `json:"path"`               // below the volume
+	Raw    []byte    `json:"path_raw,omitempty"` // in base64, of a path that is not UTF-8
+	Type   string    `json:"type"`               // file, directory, symlink or other
+	Size   int64     `json:"size"`               // of the plaintext, in bytes; -1 if it was not asked for
 	Mode   string    `json:"mode"`
 	Mtime  time.Time `json:"mtime"`
 	Cipher string    `json:"cipher_path"` // below the ciphertext directory
@@ -168,6 +171,9 @@ func (l *listing) print(ctx context.Context, entries []volume.StoredEntry) error
 			return ctx.Err()
 		case x.e.Err != nil:
 			l.fault(x.Path, x.e.Err)
+			if l.match != nil && !matches(l.patterns, x.Path) {
+				continue
+			}
 		case l.match != nil && !l.match(x):
 			continue
 		}
@@ -220,6 +226,9 @@ func (l *listing) line(x listed) error {
 		if x.e.Err != nil {
 			x.Error = x.e.Err.Error()
 		}
+		if !utf8.ValidString(x.Path) {
+			x.Raw = []byte(x.Path)
+		}
 		b, err := json.Marshal(x)
 		if err == nil {
 			_, err = fmt.Printf("%s\n", b)
@@ -241,7 +250,7 @@ func (l *listing) line(x listed) error {
 		}
 	}
 	if l.cipher {
-		text += "\t" + x.Cipher
+		text += "\t" + shown(x.Cipher, l.screen)
 	}
 	end := "\n"
 	if l.zero {
@@ -270,7 +279,8 @@ func matches(patterns []string, p string) bool {
 	for _, pattern := range patterns {
 		name := path.Base(p)
 		if strings.Contains(pattern, "/") {
-			name = p
+			// In a path * is any text, too: to path.Match a slash is what * does not stand for.
+			name, pattern = strings.ReplaceAll(p, "/", "\x00"), strings.ReplaceAll(pattern, "/", "\x00")
 		}
 		if ok, _ := path.Match(pattern, name); ok { // a bad pattern was refused before
 			return true

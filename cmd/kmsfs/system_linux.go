@@ -28,6 +28,8 @@ func harden() {
 // hintOfWriting is hintOf for what can only go wrong where volumes are mounted and changed.
 func hintOfWriting(err error) string {
 	switch {
+	case errors.Is(err, volume.ErrNotVolume):
+		return "make one with kmsfs init, or mount with --create"
 	case errors.Is(err, volume.ErrLocked):
 		return "one mount at a time can write; unmount the other, on its host, or mount with --read-only"
 	case errors.Is(err, volume.ErrLockFile):

@@ -3,8 +3,11 @@
 package main
 
 import (
+	"errors"
 	"os"
 	"runtime"
+
+	"kmsfs/fs/volume"
 )
 
 // What this system has instead of Linux's own: see system_linux.go.
@@ -22,7 +25,12 @@ func terminalOut(tty *os.File) *os.File {
 
 func harden() {}
 
-func hintOfWriting(error) string { return "" }
+func hintOfWriting(err error) string {
+	if errors.Is(err, volume.ErrNotVolume) {
+		return "name the directory of a volume: it has kmsfs.json"
+	}
+	return ""
+}
 
 func isBusy(error) bool { return false }
 

@@ -77,8 +77,8 @@ func show(err error) int {
 
 // say prints one line for people on stderr.
 func say(format string, args ...any) {
-	fmt.Fprintln(os.Stderr,
-		"kmsfs: "+strings.ReplaceAll(strings.TrimSpace(fmt.Sprintf(format, args...)), "\n", "; "))
+	line := strings.ReplaceAll(strings.TrimSpace(fmt.Sprintf(format, args...)), "\n", "; ")
+	fmt.Fprintln(os.Stderr, "kmsfs: "+shown(line, true)) // names of files can hold what would change the terminal
 }
 
 func hintOf(err error) string {
@@ -95,8 +95,6 @@ func hintOf(err error) string {
 		return h
 	}
 	switch {
-	case errors.Is(err, volume.ErrNotVolume):
-		return "make one with kmsfs init, or mount with --create"
 	case errors.Is(err, syscall.EROFS):
 		return "mount with --read-only"
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):

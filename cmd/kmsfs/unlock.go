@@ -105,7 +105,7 @@ func untrusted(rs []blockcrypt.Recipient, cipherDir string, rec *volume.Record) 
 	}
 	err := &keystore.Error{Kind: keystore.Untrusted, URI: rs[0].URI, Op: "mount", Err: errors.New(why)}
 	// The line is made to be pasted, and whoever wrote kmsfs.json chose the key.
-	return hint(err, "if it is yours: kmsfs mount --key %s %s MOUNTPOINT", shellWord(key),
+	return hint(err, "if it is yours: kmsfs mount --key %s %s MOUNTPOINT; other commands take --key, too", shellWord(key),
 		shellWord(cipherDir))
 }
 
@@ -145,4 +145,34 @@ func contextOf(c *cobra.Command) context.Context {
 		return ctx
 	}
 	return context.Background()
+}
+
+// outside returns the absolute path of a directory, which may not exist yet, and refuses one that lies in the
+// ciphertext directory.
+func outside(dst, cipherDir string) (string, error) {
+	from, err := filepath.Abs(cipherDir)
+	if err == nil {
+		from, err = filepath.EvalSymlinks(from)
+	}
+	to, terr := filepath.Abs(dst)
+	if terr != nil || err != nil { // what is wrong with the ciphertext directory is told later
+		return to, terr
+	}
+	real, rest := to, ""
+	for { // symlinks on the part that exists
+		r, err := filepath.EvalSymlinks(real)
+		if err == nil {
+			real = filepath.Join(r, rest)
+			break
+		}
+		if up := filepath.Dir(real); up != real {
+			real, rest = up, filepath.Join(filepath.Base(real), rest)
+			continue
+		}
+		return "", err
+	}
+	if rel, err := filepath.Rel(from, real); err == nil && rel != ".." && !strings.HasPrefix(rel, ".."+string(filepath.Separator)) {
+		return "", usageError{fmt.Errorf("%s lies in the ciphertext directory", dst), "kmsfs export"}
+	}
+	return to, nil
 }

@@ -4,14 +4,19 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"os"
 	"os/signal"
+	"path/filepath"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"kmsfs/fs/volume"
 	"kmsfs/keystore"
+	"kmsfs/keystore/local"
 )
 
 const (
@@ -36,24 +41,37 @@ func (s *session) openOrWait(ctx context.Context) error {
 	if ferr := s.openLog(id); ferr != nil {
 		return ferr
 	}
+	if err := absolutePaths(&s.f.keyFlags); err != nil { // before the directory changes
+		return err
+	}
 	ctx, stop := signal.NotifyContext(ctx, unix.SIGINT, unix.SIGTERM)
 	defer stop()
+	again := make(chan os.Signal, 1)
+	signal.Notify(again, unix.SIGHUP)
+	defer signal.Stop(again)
 	stay := s.f.usesKMS && s.f.kms().NeedsDirectory(ctx)
-	if rerr := ready(s.out, s.says(fmt.Sprintf("The key service cannot be reached; %s is mounted when it can.", s.mountPoint)), stay); rerr != nil {
+	if rerr := ready(s.out, s.says(fmt.Sprintf("The key service cannot be reached; %s is mounted when it can, by process %d.", s.mountPoint, os.Getpid())), stay); rerr != nil {
 		return rerr
 	}
 	pause := firstRetry
 	for try := 0; ; try++ {
 		if try%tellEvery == 0 {
-			s.log.Warn("waiting for the key service", "error", err, "mountpoint", s.mountPoint)
+			s.log.Warn("waiting for the key service", "error", err, "mountpoint", s.mountPoint, "process", os.Getpid())
 		}
 		notifySystemd("STATUS=waiting for the key service: "+err.Error(), s.log)
 		select {
 		case <-ctx.Done():
 			return fmt.Errorf("ended before it was mounted: %w", err)
+		case <-again:
 		case <-time.After(pause):
 		}
-		if err = s.open(ctx); !unreached(err) {
+		if err = s.open(ctx); err == nil {
+			// Meanwhile another volume, or this one, may have been mounted there.
+			if _, _, err = s.f.places(s.cipherDir, s.mountPoint); err != nil {
+				return errors.Join(err, s.v.Close())
+			}
+			return nil
+		} else if !unreached(err) {
 			return err
 		}
 		pause = min(2*pause, lastRetry)
@@ -65,4 +83,26 @@ func (s *session) openOrWait(ctx context.Context) error {
 func unreached(err error) bool {
 	k := keystore.KindOf(err)
 	return k == keystore.Outage || k == keystore.Credentials
+}
+
+// absolutePaths makes the paths absolute that flags name.
+func absolutePaths(k *keyFlags) error {
+	var errs []error
+	abs := func(p string) string {
+		a, err := filepath.Abs(p)
+		errs = append(errs, err)
+		return a
+	}
+	for i, key := range k.keys {
+		if p, ok := strings.CutPrefix(key, local.Scheme); ok && p != "" {
+			k.keys[i] = local.Scheme + abs(p)
+		}
+	}
+	for i, p := range k.identityFiles {
+		k.identityFiles[i] = abs(p)
+	}
+	if k.passphraseFile != "" {
+		k.passphraseFile = abs(k.passphraseFile)
+	}
+	return errors.Join(errs...)
 }

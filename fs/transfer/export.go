@@ -1,3 +1,5 @@
+//go:build linux && !portable
+
 package transfer
 
 import (
@@ -25,6 +27,7 @@ type exporter struct {
 	// Of the goroutine that walks.
 	dirs  []exported  // whose modes and times are set at the end
 	links [][2]string // further names, each with the first
+	late  []exported  // see IsLate
 }
 
 // exported is a file or a directory to be exported, with a lookup.
@@ -53,10 +56,16 @@ func Export(ctx context.Context, v *volume.Volume, paths []string, dst string, o
 		v.Forget(e.n.ID(), 1)
 	})
 	x.jobs = jobs
-	for _, p := range paths {
+	for _, p := range Apart(paths) {
 		x.path(ctx, p)
 	}
 	wait()
+	for _, e := range x.late {
+		if ctx.Err() == nil {
+			x.file(ctx, e)
+		}
+		v.Forget(e.n.ID(), 1)
+	}
 	for _, l := range x.links {
 		if ctx.Err() == nil {
 			same, err := x.link(l[0], l[1])
@@ -139,6 +148,10 @@ func (x *exporter) entry(ctx context.Context, n *volume.Node, at string, st volu
 			}
 			x.first[key] = at
 		}
+		if IsLate(at) {
+			x.late = append(x.late, exported{n, at, st})
+			return
+		}
 		select {
 		case x.jobs <- exported{n, at, st}:
 		case <-ctx.Done():
@@ -212,7 +225,7 @@ func (x *exporter) file(ctx context.Context, j exported) {
 		x.note(j.at, nil, func(c *Counts) { c.Same++ })
 		return
 	}
-	tmp := temporary(j.at)
+	tmp := Temporary(j.at)
 	copied, err := x.copy(ctx, j, tmp)
 	there := err == nil || errors.Is(err, ErrIncomplete) || errors.Is(err, ErrAttributes)
 	if there {
@@ -255,7 +268,7 @@ func (x *exporter) copy(ctx context.Context, j exported, tmp string) (copied int
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
 	d := data{h.Seek, func(b []byte, off int64) (int, error) { return h.Read(ctx, b, off) }}
-	copied, end, err := d.copyTo(j.st.Size, func(b []byte, off int64) error {
+	copied, end, err := d.copyTo(ctx, j.st.Size, func(b []byte, off int64) error {
 		_, err := f.WriteAt(b, off)
 		return err
 	})

@@ -1,3 +1,5 @@
+//go:build linux && !portable
+
 package transfer
 
 import (
@@ -28,6 +30,7 @@ type importer struct {
 	// Of the goroutine that walks.
 	dirs  []source // whose modes and times are set at the end
 	links []source // further names of files
+	late  []source // see IsLate
 }
 
 // source is an entry to be imported.
@@ -55,6 +58,11 @@ func Import(ctx context.Context, v *volume.Volume, src string, o Options) (Count
 	x.jobs = jobs
 	x.below(ctx, source{at: ".", to: v.Root()})
 	wait()
+	for _, s := range x.late {
+		if ctx.Err() == nil {
+			x.file(ctx, s)
+		}
+	}
 	for _, l := range x.links {
 		if ctx.Err() == nil {
 			x.link(ctx, l)
@@ -124,6 +132,10 @@ func (x *importer) entry(ctx context.Context, to *volume.Node, at string) {
 			}
 			x.first[key] = at
 		}
+		if IsLate(at) {
+			x.late = append(x.late, s)
+			return
+		}
 		select {
 		case x.jobs <- s:
 		case <-ctx.Done():
@@ -185,7 +197,7 @@ func (x *importer) file(ctx context.Context, s source) {
 			return
 		}
 	}
-	tmp := path.Base(temporary(s.at))
+	tmp := path.Base(Temporary(s.at))
 	copied, err := x.copy(ctx, s, tmp)
 	there := err == nil || errors.Is(err, ErrChanged) || errors.Is(err, ErrAttributes)
 	if there {
@@ -265,7 +277,7 @@ func (x *importer) content(ctx context.Context, h *volume.Handle, f *os.File, si
 			return n, err
 		},
 	}
-	copied, end, err := d.copyTo(size, func(b []byte, off int64) error {
+	copied, end, err := d.copyTo(ctx, size, func(b []byte, off int64) error {
 		for len(b) > 0 {
 			n, err := h.Write(ctx, b, off)
 			if err != nil {

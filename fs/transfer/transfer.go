@@ -1,3 +1,5 @@
+//go:build linux && !portable
+
 // Package transfer copies trees out of a volume and into it, without a mount: content, names,
 // modes, owners, times, extended attributes, holes, hard links and special files.
 //
@@ -8,12 +10,9 @@ package transfer
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
-	"path"
 	"strings"
 	"sync"
 
@@ -131,9 +130,12 @@ type data struct {
 }
 
 // copyTo copies the data of a file of about this size, and leaves holes out. end is where it ends.
-func (d data) copyTo(size int64, write func(b []byte, off int64) error) (copied, end int64, err error) {
+func (d data) copyTo(ctx context.Context, size int64, write func(b []byte, off int64) error) (copied, end int64, err error) {
 	b := make([]byte, min(chunk, max(1, size)))
 	for {
+		if err := ctx.Err(); err != nil {
+			return copied, end, err
+		}
 		next, err := d.seek(end, unix.SEEK_DATA)
 		if errors.Is(err, unix.ENXIO) {
 			return copied, end, nil
@@ -177,13 +179,6 @@ func (x *copying) note(at string, err error, count func(*Counts)) {
 	if x.o.Progress != nil {
 		x.o.Progress(x.counts)
 	}
-}
-
-// temporary is the name under which a file is made beside its place: the same the next time, which
-// takes it away.
-func temporary(at string) string {
-	h := sha256.Sum256([]byte(path.Base(at)))
-	return path.Join(path.Dir(at), ".kmsfs-part-"+hex.EncodeToString(h[:8]))
 }
 
 // chunk is how much is read at once, in bytes.

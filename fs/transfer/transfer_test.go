@@ -1,12 +1,16 @@
+//go:build linux && !portable
+
 package transfer_test
 
 import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -143,6 +147,54 @@ func TestExportOfUnfinishedFile(t *testing.T) {
 		if b, err := os.ReadFile(filepath.Join(dir, "out", "f")); err != nil || len(b) != 15000 {
 			t.Errorf("%d bytes, %v", len(b), err)
 		}
+	}
+}
+
+// A file is exported once, however often it is named, and one that has the name of another's temporary copy
+// is exported, too.
+func TestExportOfOverlappingPaths(t *testing.T) {
+	dir := t.TempDir()
+	v := opened(t, filepath.Join(dir, "v"), false, volume.Options{})
+	d, _, err := v.Mkdir(t.Context(), v.Root(), "d", 0o755, volume.Caller{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	part := filepath.Base(transfer.Temporary("f"))
+	for _, name := range []string{part, "f"} {
+		_, _, h, err := v.Create(t.Context(), d, name, volume.NewFile{Write: true, NewNode: volume.NewNode{Mode: 0o644}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := h.Write(t.Context(), []byte(name), 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := h.Release(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := v.Close(); err != nil {
+		t.Fatal(err)
+	}
+	r := opened(t, filepath.Join(dir, "v"), false, volume.Options{ReadOnly: true})
+	defer r.Close()
+	failed := failures{}
+	for _, paths := range [][]string{{"d/f", "d/", "./d/f", "d"}, {"d", "."}, {".", "d/" + part}} {
+		out := filepath.Join(dir, "out"+strings.ReplaceAll(fmt.Sprint(paths), "/", "_"))
+		done, err := transfer.Export(t.Context(), r, paths, out, failed.options())
+		if err != nil || done.Files != 2 || done.Failed != 0 {
+			t.Errorf("%q: %+v, %v, %v", paths, done, err, failed)
+		}
+		for _, name := range []string{part, "f"} {
+			if b, err := os.ReadFile(filepath.Join(out, "d", name)); err != nil || string(b) != name {
+				t.Errorf("%q: %q, %v", paths, b, err)
+			}
+		}
+	}
+	// And the other way round.
+	w := opened(t, filepath.Join(dir, "w"), false, volume.Options{})
+	defer w.Close()
+	if done, err := transfer.Import(t.Context(), w, filepath.Join(dir, "out[d .]"), failed.options()); err != nil || done.Files != 2 || done.Failed != 0 {
+		t.Errorf("%+v, %v, %v", done, err, failed)
 	}
 }
 

@@ -128,6 +128,9 @@ func (s *Stored) Find(p string) (StoredEntry, error) {
 }
 
 func (s *Stored) lookup(dir StoredEntry, name string) (StoredEntry, error) {
+	if name == ".." {
+		return StoredEntry{}, fs.ErrNotExist
+	}
 	d := s.t.Disk
 	fd, err := d.OpenDir(s.t.Root, dir.Cipher)
 	if err != nil {
@@ -147,8 +150,11 @@ func (s *Stored) lookup(dir StoredEntry, name string) (StoredEntry, error) {
 				return StoredEntry{}, err
 			}
 			var ok bool
-			if id, ok, _, err = x.Resolve(); err != nil || !ok {
-				return StoredEntry{}, errors.Join(err, fs.ErrNotExist)
+			if id, ok, _, err = x.Resolve(); err == nil && !ok {
+				err = fs.ErrNotExist
+			}
+			if err != nil {
+				return StoredEntry{}, err
 			}
 		}
 		if cname, err = s.t.Keys.EncodeName(id, name); err != nil {

@@ -4,6 +4,7 @@ package disk
 
 import (
 	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -53,15 +54,36 @@ func (d *Disk) OpenPath(path string, flags int) (fd int, err error) {
 	return fd, err
 }
 
+// mostPath is how long a path may be for one call; PATH_MAX is 4,096 with the final zero.
+const mostPath = 4000
+
 // OpenBelow opens the object with a path below a directory; no part of the path may be a
 // symlink.
 func (d *Disk) OpenBelow(dir int, path string, flags int) (fd int, err error) {
+	for len(path) > mostPath { // by way of a directory on the path
+		cut := strings.LastIndexByte(path[:mostPath], '/')
+		if cut < 0 {
+			return -1, unix.ENAMETOOLONG
+		}
+		if dir, err = d.openBelow(dir, path[:cut], unix.O_PATH|unix.O_DIRECTORY); err != nil {
+			return -1, err
+		}
+		defer d.Close(dir)
+		path = path[cut+1:]
+	}
+	return d.openBelow(dir, path, flags)
+}
+
+func (d *Disk) openBelow(dir int, path string, flags int) (fd int, err error) {
 	if path == "" {
 		path = "."
 	}
 	fd = -1
 	how := unix.OpenHow{Flags: uint64(flags | FileFlags),
 		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS}
+	if flags&unix.O_PATH != 0 {
+		how.Flags &^= unix.O_NONBLOCK // openat2 does not take both
+	}
 	err = d.do(Call{Op: "openat2", FD: dir, Name: path, Mode: uint32(flags)}, func() error {
 		return d.opens(func() error {
 			fd, err = unix.Openat2(dir, path, &how)

@@ -93,7 +93,7 @@ func (d *Disk) OpenRoot(path string) (int, error) {
 
 // OpenFilePath opens a file for reading by a path that the user gave.
 func (d *Disk) OpenFilePath(path string) (int, error) {
-	f, err := os.Open(path)
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a FIFO is not waited for
 	if err != nil {
 		return -1, bare(err)
 	}
@@ -124,7 +124,7 @@ func (d *Disk) openIn(r *os.Root, name string) (int, error) {
 	if err != nil {
 		return -1, bare(err)
 	}
-	f, err := r.Open(name)
+	f, err := r.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return -1, bare(err)
 	}

@@ -57,19 +57,24 @@ func (d *Disk) InfoAt(dir int, name string) (Info, error) {
 	return infoOf(&st), err
 }
 
+// infoOf gives a mode the form of package os.
 func infoOf(st *unix.Stat_t) Info {
 	mode := fs.FileMode(st.Mode & 0o777)
-	switch st.Mode & unix.S_IFMT {
-	case unix.S_IFREG:
-	case unix.S_IFDIR:
-		mode |= fs.ModeDir
-	case unix.S_IFLNK:
-		mode |= fs.ModeSymlink
-	default:
-		mode |= fs.ModeIrregular
+	if st.Mode&unix.S_ISUID != 0 {
+		mode |= fs.ModeSetuid
 	}
+	if st.Mode&unix.S_ISGID != 0 {
+		mode |= fs.ModeSetgid
+	}
+	if st.Mode&unix.S_ISVTX != 0 {
+		mode |= fs.ModeSticky
+	}
+	mode |= typeModes[st.Mode&unix.S_IFMT]
 	return Info{mode, st.Size, st.Blocks * 512, uint64(st.Nlink), time.Unix(st.Mtim.Unix())}
 }
+
+var typeModes = map[uint32]fs.FileMode{unix.S_IFDIR: fs.ModeDir, unix.S_IFLNK: fs.ModeSymlink, unix.S_IFIFO: fs.ModeNamedPipe,
+	unix.S_IFSOCK: fs.ModeSocket, unix.S_IFBLK: fs.ModeDevice, unix.S_IFCHR: fs.ModeDevice | fs.ModeCharDevice}
 
 // NextData returns where the next data of a file begins, at off or behind it; [End] if there is
 // none.
