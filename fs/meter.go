@@ -1,11 +1,12 @@
 package fs
 
 import (
-	"math/bits"
 	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"kmsfs/fs/volume"
 )
 
 // meter counts the requests of a mount: how many of each kind there were, how long they took, and
@@ -17,27 +18,16 @@ type meter struct {
 }
 
 type opMeter struct {
-	buckets [meterBuckets]atomic.Uint64 // by duration, see bucketOf
-	nanos   atomic.Uint64
-	errors  [maxErrno]atomic.Uint64
+	took   volume.Latency
+	errors [maxErrno]atomic.Uint64
 }
 
-const (
-	firstBucket  = 8 * time.Microsecond // each bucket reaches four times as far as the one before
-	meterBuckets = 12                   // the last one has no end
-	maxErrno     = 134                  // errnos of Linux, and 0
-)
-
-// bucketOf returns the bucket of a duration.
-func bucketOf(d time.Duration) int {
-	return min((bits.Len64(uint64(max(0, d-1)/firstBucket))+1)/2, meterBuckets-1)
-}
+const maxErrno = 134 // errnos of Linux, and 0
 
 // note counts a request and the status of its answer, 0 or a negative errno.
 func (m *meter) note(opcode uint32, took time.Duration, status int32) {
 	o := &m.ops[opcode%opcodes]
-	o.buckets[bucketOf(took)].Add(1)
-	o.nanos.Add(uint64(took))
+	o.took.Note(took)
 	if status < 0 && -status < maxErrno {
 		o.errors[-status].Add(1)
 	}
@@ -55,11 +45,9 @@ var opNames = [opcodes]string{1: "lookup", 2: "forget", 3: "getattr", 4: "setatt
 
 // Requests are those of one kind.
 type Requests struct {
-	Op     string
-	Count  uint64
-	Took   time.Duration      // all of them
-	Within map[float64]uint64 // how many took so many seconds at most; all buckets but the last
-	Errnos map[string]uint64  // by the errno's name
+	Op string
+	volume.Durations
+	Errnos map[string]uint64 // by the errno's name
 }
 
 // Metrics are the counts of a mount since it was made.
@@ -75,16 +63,7 @@ func (s *Server) Metrics() Metrics {
 	out := Metrics{InFlight: int(s.loop.queue.busy.Load()), Read: m.read.Load(), Written: m.written.Load()}
 	for op := range m.ops {
 		o := &m.ops[op]
-		r := Requests{Op: opNames[op], Within: map[float64]uint64{}, Errnos: map[string]uint64{},
-			Took: time.Duration(o.nanos.Load())}
-		bound := firstBucket
-		for i := range o.buckets {
-			r.Count += o.buckets[i].Load()
-			if i < meterBuckets-1 {
-				r.Within[bound.Seconds()] = r.Count
-				bound *= 4
-			}
-		}
+		r := Requests{Op: opNames[op], Durations: o.took.Durations(), Errnos: map[string]uint64{}}
 		for e := range o.errors {
 			if n := o.errors[e].Load(); n > 0 {
 				r.Errnos[unix.ErrnoName(unix.Errno(e))] = n

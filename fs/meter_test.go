@@ -3,26 +3,9 @@ package fs
 import (
 	"testing"
 	"time"
-)
 
-// A duration that is a bucket's bound lies in it, and a longer one in the next.
-func TestBucketOf(t *testing.T) {
-	bound := firstBucket
-	for i := range meterBuckets - 1 {
-		if got := bucketOf(bound); got != i {
-			t.Errorf("%v: bucket %d, want %d", bound, got, i)
-		}
-		if got := bucketOf(bound + 1); got != i+1 {
-			t.Errorf("%v: bucket %d, want %d", bound+1, got, i+1)
-		}
-		bound *= 4
-	}
-	for d, want := range map[time.Duration]int{0: 0, -time.Second: 0, time.Hour: meterBuckets - 1} {
-		if got := bucketOf(d); got != want {
-			t.Errorf("%v: bucket %d, want %d", d, got, want)
-		}
-	}
-}
+	"kmsfs/fs/volume"
+)
 
 // The counts are those of the requests, with their errors, and a kind without a name is left out.
 func TestMeter(t *testing.T) {
@@ -41,7 +24,7 @@ func TestMeter(t *testing.T) {
 		r.Errnos["EIO"] != 2 || len(r.Errnos) != 1 {
 		t.Errorf("%+v", r)
 	}
-	if r.Within[8e-6] != 1 || r.Within[128e-6] != 2 || len(r.Within) != meterBuckets-1 {
+	if r.Within[8e-6] != 1 || r.Within[128e-6] != 2 || len(r.Within) != volume.LatencyBuckets-1 {
 		t.Errorf("%v", r.Within)
 	}
 }

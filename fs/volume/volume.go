@@ -96,6 +96,7 @@ type Volume struct {
 	walker      walker
 	settler     settler
 	prefetch    prefetcher
+	backing     backing
 
 	clock atomic.Uint64 // counts changes of attributes, see told
 
@@ -118,6 +119,7 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 		v.log = slog.New(slog.DiscardHandler)
 	}
 	v.reports.log = v.log
+	v.disk.Took = v.backing.took
 	v.namespace.v, v.descriptors.v = v, v
 	v.access.v, v.access.writeWithin = v, writeWithin
 	v.walker.v, v.walker.done = v, make(chan struct{})
@@ -314,11 +316,14 @@ type Vitals struct {
 	// a key service's failure, "other".
 	Faults      map[string]uint64
 	Descriptors int64 // of the ciphertext, that are open
+	// Backing is how long the filesystem of the ciphertext took: for a "read" of pages that are not in
+	// its page cache, a "sync", and to "settle" pages before they are overwritten.
+	Backing map[string]Durations
 }
 
 // Vitals returns them.
 func (v *Volume) Vitals() Vitals {
-	out := Vitals{Descriptors: v.disk.Descriptors()}
+	out := Vitals{Descriptors: v.disk.Descriptors(), Backing: v.backing.durations()}
 	// Somebody may have no right to the keys of a directory, and all is well.
 	if r := v.lists.own.refusal.Load(); r != nil && v.Suspended() == nil {
 		out.Err = r.err

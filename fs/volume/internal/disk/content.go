@@ -2,7 +2,11 @@
 
 package disk
 
-import "golang.org/x/sys/unix"
+import (
+	"time"
+
+	"golang.org/x/sys/unix"
+)
 
 // Pread reads until b is full or the file ends. To see the end costs a call, so b should
 // not reach beyond it.
@@ -25,6 +29,9 @@ func (d *Disk) PreadOr(waits func(), fd int, b []byte, off int64) (n int, err er
 			default: // EAGAIN, or a part is there; another error comes again
 				n = max(m, 0)
 				waits()
+				if d.Took != nil {
+					defer func(begun time.Time) { d.Took("pread", time.Since(begun)) }(time.Now())
+				}
 			}
 		}
 		for n < len(b) {
@@ -80,19 +87,19 @@ func (d *Disk) Seek(fd int, off int64, whence int) (at int64, err error) {
 }
 
 func (d *Disk) Datasync(fd int) error {
-	return d.do(Call{Op: "fdatasync", FD: fd}, func() error {
+	return d.timed(Call{Op: "fdatasync", FD: fd}, func() error {
 		return again(func() error { return unix.Fdatasync(fd) })
 	})
 }
 
 func (d *Disk) Fsync(fd int) error {
-	return d.do(Call{Op: "fsync", FD: fd}, func() error {
+	return d.timed(Call{Op: "fsync", FD: fd}, func() error {
 		return again(func() error { return unix.Fsync(fd) })
 	})
 }
 
 func (d *Disk) Syncfs(fd int) error {
-	return d.do(Call{Op: "syncfs", FD: fd}, func() error {
+	return d.timed(Call{Op: "syncfs", FD: fd}, func() error {
 		return again(func() error { return unix.Syncfs(fd) })
 	})
 }
@@ -101,7 +108,7 @@ func (d *Disk) Syncfs(fd int) error {
 // not being written, so that a rewrite cannot tear them.
 func (d *Disk) SettlePages(fd int, off, n int64) error {
 	const how = unix.SYNC_FILE_RANGE_WAIT_BEFORE | unix.SYNC_FILE_RANGE_WRITE | unix.SYNC_FILE_RANGE_WAIT_AFTER
-	return d.do(Call{Op: "sync_file_range", FD: fd, Off: off, Len: n, Mode: how}, func() error {
+	return d.timed(Call{Op: "sync_file_range", FD: fd, Off: off, Len: n, Mode: how}, func() error {
 		return again(func() error { return unix.SyncFileRange(fd, off, n, how) })
 	})
 }

@@ -50,6 +50,10 @@ type Disk struct {
 
 	blind atomic.Bool // the filesystem does not say what is in the page cache
 
+	// Took is told how long the calls took that wait for the disk: reads of pages that are not in
+	// the page cache, syncs, and SettlePages. It may be nil.
+	Took func(op string, took time.Duration)
+
 	fds  atomic.Int64 // descriptors that are open
 	Idle func() bool  // closes some that are not in use, if there are any; it may be nil
 }
@@ -63,6 +67,16 @@ func (d *Disk) opens(f func() error) error {
 	}
 	if err == nil {
 		d.fds.Add(1)
+	}
+	return err
+}
+
+// timed makes a call that waits for the disk.
+func (d *Disk) timed(c Call, f func() error) error {
+	begun := time.Now()
+	err := d.do(c, f)
+	if d.Took != nil {
+		d.Took(c.Op, time.Since(begun))
 	}
 	return err
 }
