@@ -68,10 +68,11 @@ type exporter struct {
 	s   *volume.Stored
 	to  *os.Root
 	ctx context.Context
-	end context.CancelCauseFunc
+	end context.CancelFunc
 
 	mu     sync.Mutex
 	counts exportCounts
+	full   error             // the disk has no room
 	made   map[string]string // exported paths, by their folded form; only if folds
 
 	folds bool // the filesystem does not tell all names apart
@@ -103,8 +104,8 @@ const mostErrors = 1000
 func (x *exporter) run(ctx context.Context, cipherDir, dst string, paths []string) error {
 	ctx, stop := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	ctx, x.end = context.WithCancelCause(ctx)
-	defer x.end(nil)
+	ctx, x.end = context.WithCancel(ctx)
+	defer x.end()
 	to, err := outside(dst, cipherDir)
 	if err != nil {
 		return err
@@ -162,7 +163,8 @@ func (x *exporter) note(p string, err error, count func(*exportCounts)) {
 	case x.ctx.Err() != nil && errors.Is(err, context.Canceled):
 		return
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
-		x.end(fmt.Errorf("%s: %w", p, err))
+		x.full = fmt.Errorf("%s: %w", p, err)
+		x.end()
 		return
 	default:
 		x.counts.Failed++
@@ -186,8 +188,8 @@ func (x *exporter) verdict() error {
 			c.Files, c.Bytes, c.Same, c.Dirs, c.Others, c.Failed, c.Incomplete)
 	}
 	switch {
-	case x.ctx.Err() != nil && context.Cause(x.ctx) != x.ctx.Err():
-		return fmt.Errorf("the export ended: %w", context.Cause(x.ctx))
+	case x.full != nil:
+		return fmt.Errorf("the export ended: %w", x.full)
 	case x.ctx.Err() != nil:
 		return hint(errors.New("interrupted; the files that were copied stay"), "go on with the same command")
 	case c.Failed > 0:
