@@ -21,7 +21,7 @@ type podman struct {
 
 func newPodman(t *testing.T) *podman {
 	dir := shortDir(t)
-	// The only file that podman has elsewhere.
+	// What podman has in memory; an empty cache in /var/lib/containers stays.
 	const locks = "/dev/shm/libpod_lock"
 	if _, err := os.Lstat(locks); os.IsNotExist(err) {
 		t.Cleanup(func() { os.Remove(locks) })
