@@ -34,7 +34,7 @@ type listing struct {
 	screen   bool              // stdout is a terminal
 }
 
-// listed is an entry with what is printed of it, also as JSON.
+// listed is an entry with the fields that are printed, also as JSON.
 type listed struct {
 	Path   string    `json:"path"`               // below the volume
 	Raw    []byte    `json:"path_raw,omitempty"` // in base64, of a path that is not UTF-8

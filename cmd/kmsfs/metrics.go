@@ -60,7 +60,7 @@ var (
 		"How long ago a recipient last proved that its key may be used.", "uri")
 	descUsable    = desc("recipient_usable", "1 if a recipient is asked, 0 while it is not.", "uri")
 	descFaults    = desc("faults_total", "Faults that were logged, by kind.", "kind")
-	descBacking   = desc("backing_duration_seconds", "How long the ciphertext's filesystem took, where it waited for its disk.", "op")
+	descBacking   = desc("backing_duration_seconds", "How long calls took in which the ciphertext's filesystem waited for its disk.", "op")
 	descFree      = desc("backing_free_bytes", "Bytes that are free on the ciphertext's filesystem.")
 	descSize      = desc("backing_size_bytes", "Size of the ciphertext's filesystem.")
 	descOpenFiles = desc("open_descriptors", "Descriptors of the ciphertext that the daemon has open.")

@@ -25,7 +25,7 @@ func harden() {
 	unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0)
 }
 
-// hintOfWriting is hintOf for what can only go wrong where volumes are mounted and changed.
+// hintOfWriting is hintOf for errors of mounts and of changes of volumes.
 func hintOfWriting(err error) string {
 	switch {
 	case errors.Is(err, volume.ErrNotVolume):

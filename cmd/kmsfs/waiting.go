@@ -25,7 +25,7 @@ const (
 	tellEvery  = 10 // tries, after which the log is told again that there is no answer
 )
 
-// openOrWait is open. With --bg, where the key service cannot be reached, as at boot before there is a
+// openOrWait is open. With --bg, if the key service cannot be reached, as at boot before there is a
 // network, it tells so and tries again until it can.
 func (s *session) openOrWait(ctx context.Context) error {
 	err := s.open(ctx)

@@ -53,7 +53,7 @@ func (l *Latency) Durations() Durations {
 	return out
 }
 
-// backing counts how long the filesystem of the ciphertext takes for what waits for its disk.
+// backing counts how long calls take in which the filesystem of the ciphertext waits for its disk.
 type backing struct {
 	read   Latency // of pages that are not in its page cache
 	sync   Latency // fsync and the like
@@ -71,7 +71,7 @@ func (b *backing) took(op string, d time.Duration) {
 	}
 }
 
-// durations returns the counts by what was waited for.
+// durations returns the counts by the kind of call.
 func (b *backing) durations() map[string]Durations {
 	return map[string]Durations{"read": b.read.Durations(), "sync": b.sync.Durations(), "settle": b.settle.Durations()}
 }
