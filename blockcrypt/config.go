@@ -26,6 +26,7 @@ type Config struct {
 	Header      int                  `json:"header"`
 	Former      int                  `json:"former_header,omitempty"` // that files may have which were not changed yet
 	Names       string               `json:"names"`
+	Shared      bool                 `json:"shared,omitempty"` // several hosts may write at the same time
 	Recipients  []Recipient          `json:"recipients"`
 	Directories map[ID]DirectoryKeys `json:"directories"` // by the IDs of directories
 	Branch      *ConfigBranch        `json:"branch"`      // how new files are wrapped under branch keys; nil if they are not

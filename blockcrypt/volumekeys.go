@@ -133,6 +133,10 @@ func validName(s string) bool {
 	return s != "" && len(s) <= maxName && s != "." && s != ".." && !strings.ContainsAny(s, "/\x00")
 }
 
+// MostShort is the length in bytes of the longest name that is used as it is when it is encoded; all
+// longer ones have a [LongHash].
+const MostShort = 160
+
 // LongHash returns what stands for an encoded name of more than 255 bytes: the
 // entry is [LongPrefix] ‖ hash, beside a symlink [LongName] ‖ hash whose target
 // is the encoded name. long is false where the encoded name is used as it is.

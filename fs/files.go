@@ -30,10 +30,13 @@ func accessOf(flags uint32) uint32 {
 	return unix.R_OK | unix.W_OK
 }
 
-func (f *fileSystem) opened(out *fuse.OpenOut, h *volume.Handle, writes bool) {
+func (f *fileSystem) opened(out *fuse.OpenOut, h *volume.Handle, flags uint32) {
 	out.Fh = f.files.put(h)
+	writes := writes(flags)
 	switch {
-	case f.v.ReadOnly() || h.Reread(): // the kernel reads the content again
+	case f.v.ReadOnly() || h.Reread() || h.Foreign(): // the kernel reads the content again
+	case f.v.Shared() && flags&syscall.O_APPEND != 0:
+		out.OpenFlags |= fuse.FOPEN_DIRECT_IO // the end is where the daemon finds it
 	case writes && f.v.NearFull():
 		out.OpenFlags |= fuse.FOPEN_DIRECT_IO // so that write itself fails
 	default:
@@ -54,7 +57,7 @@ func (f *fileSystem) Create(cancel <-chan struct{}, in *fuse.CreateIn, name stri
 		return status(err)
 	}
 	f.entry(&out.EntryOut, n, &st, true)
-	f.opened(&out.OpenOut, h, writes(in.Flags))
+	f.opened(&out.OpenOut, h, in.Flags)
 	return fuse.OK
 }
 
@@ -69,7 +72,7 @@ func (f *fileSystem) Tmpfile(cancel <-chan struct{}, in *fuse.CreateIn, out *fus
 		return status(err)
 	}
 	f.entry(&out.EntryOut, n, &st, true)
-	f.opened(&out.OpenOut, h, writes(in.Flags))
+	f.opened(&out.OpenOut, h, in.Flags)
 	return fuse.OK
 }
 
@@ -87,7 +90,7 @@ func (f *fileSystem) Open(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.Ope
 	if err != nil {
 		return status(err)
 	}
-	f.opened(out, h, writes(in.Flags))
+	f.opened(out, h, in.Flags)
 	return fuse.OK
 }
 
@@ -115,8 +118,22 @@ func (f *fileSystem) Write(cancel <-chan struct{}, in *fuse.WriteIn, data []byte
 		}
 		return uint32(len(data)), status(err)
 	}
+	if f.v.Shared() && in.Flags&syscall.O_APPEND != 0 {
+		return f.append(cancel, in, h, data)
+	}
 	n, err := h.WriteThrough(f.with(cancel, &in.InHeader), data, int64(in.Offset))
 	return uint32(n), status(err)
+}
+
+// append writes at the end of a file of a shared volume, which may be elsewhere than the kernel
+// believes.
+func (f *fileSystem) append(cancel <-chan struct{}, in *fuse.WriteIn, h *volume.Handle, data []byte) (uint32, fuse.Status) {
+	off, n, err := h.Append(f.with(cancel, &in.InHeader), data)
+	if err != nil {
+		return 0, status(err)
+	}
+	f.notify.dropPages(in.NodeId, off, int64(n)) // and the attributes
+	return uint32(n), fuse.OK
 }
 
 func (f *fileSystem) Fallocate(cancel <-chan struct{}, in *fuse.FallocateIn) fuse.Status {
@@ -243,13 +260,24 @@ func (f *fileSystem) CopyFileRange(cancel <-chan struct{}, in *fuse.CopyFileRang
 // would say yes even where the daemon is dead and the kernel has thrown the
 // written pages away.
 func (f *fileSystem) Flush(_ <-chan struct{}, in *fuse.FlushIn) fuse.Status {
-	return status(f.files.get(in.Fh).Flush())
+	h := f.files.get(in.Fh)
+	err := h.Flush()
+	h.Node().DropLocks(in.LockOwner, false)
+	return status(err)
 }
 
 func (f *fileSystem) Fsync(_ <-chan struct{}, in *fuse.FsyncIn) fuse.Status {
 	return status(f.files.get(in.Fh).Fsync())
 }
 
+// releaseFlock is FUSE_RELEASE_FLOCK_UNLOCK (linux/fuse.h): the open file had locks by flock(2).
+const releaseFlock = 1 << 1
+
 func (f *fileSystem) Release(_ <-chan struct{}, in *fuse.ReleaseIn) {
-	f.files.take(in.Fh).Release() // what fails is in the log: the kernel takes no answer
+	h := f.files.take(in.Fh)
+	n := h.Node()
+	h.Release() // what fails is in the log: the kernel takes no answer
+	if in.ReleaseFlags&releaseFlock != 0 {
+		n.DropLocks(in.LockOwner, true)
+	}
 }

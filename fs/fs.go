@@ -43,7 +43,7 @@ func (nobody) behind(uint64)       {}
 func newFS(v *volume.Volume, kernelChecks bool) *fileSystem {
 	f := &fileSystem{RawFileSystem: fuse.NewDefaultRawFileSystem(), v: v, timeout: remember,
 		kernelChecks: kernelChecks, waits: nobody{}}
-	if v.ReadOnly() {
+	if v.ReadOnly() || v.Shared() {
 		f.timeout = rememberRead
 	}
 	return f
@@ -106,7 +106,9 @@ func (f *fileSystem) entry(out *fuse.EntryOut, n *volume.Node, st *volume.Attr, 
 	out.NodeId, out.Generation = n.ID(), 1
 	setAttr(&out.Attr, st)
 	if final {
-		out.SetEntryTimeout(f.timeout)
+		if !f.v.Shared() || n.IsDir() { // else each open looks it up
+			out.SetEntryTimeout(f.timeout)
+		}
 		out.SetAttrTimeout(f.attrTimeout(st))
 	}
 }
@@ -139,7 +141,9 @@ func (f *fileSystem) Lookup(cancel <-chan struct{}, h *fuse.InHeader, name strin
 	}
 	n, st, final, err := f.v.Lookup(f.with(cancel, h), dir, name)
 	if s := status(err); s == fuse.ENOENT { // the kernel may remember that too
-		out.SetEntryTimeout(f.timeout)
+		if !f.v.Shared() {
+			out.SetEntryTimeout(f.timeout)
+		}
 		return fuse.OK
 	} else if !s.Ok() {
 		return s

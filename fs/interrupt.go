@@ -108,7 +108,7 @@ func (r *requests) interrupt(unique uint64, dying func(tid uint32) bool, end fun
 		switch {
 		case q == nil && (met || time.Since(begun) > lookAtMost):
 			return // it is answered
-		case q != nil && (q.thread == 0 || dying(q.thread)):
+		case q != nil && (q.thread == 0 || q.opcode == opSetLkw || dying(q.thread)): // the kernel restarts a lock's call
 			if end() {
 				return
 			}

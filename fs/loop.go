@@ -355,7 +355,7 @@ const (
 	opRead, opWrite, opFsync, opFsyncDir, opCopyFileRange = 15, 16, 20, 30, 47
 	opGetXattr, opListXattr                               = 22, 23
 	opReadDir, opReadDirPlus                              = 28, 44
-	opInterrupt, opIoctl                                  = 36, 39
+	opSetLkw, opInterrupt, opIoctl                        = 33, 36, 39
 	opForget, opBatchForget, opRelease, opReleaseDir      = 2, 42, 18, 29
 	opSetAttr, opFlush, opDestroy                         = 4, 25, 38
 

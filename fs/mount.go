@@ -30,7 +30,7 @@ type Server struct {
 }
 
 // Mount mounts v at dir and returns when it can be used. The volume must have
-// been opened with KernelTimes, unless it is read-only. The caller closes it
+// been opened with KernelTimes, unless it is read-only or shared. The caller closes it
 // after Wait.
 func Mount(v *volume.Volume, dir string, o MountOptions) (*Server, error) {
 	if o.Logger == nil {
@@ -57,9 +57,12 @@ func Mount(v *volume.Volume, dir string, o MountOptions) (*Server, error) {
 		// directory's attributes again after each change.
 		options = append(options, "allow_other", "default_permissions")
 	}
-	if v.ReadOnly() {
+	switch {
+	case v.ReadOnly():
 		options = append(options, "ro")
-	} else {
+	case v.Shared(): // each write is the daemon's at once, and locks are those of all hosts
+		po.EnableLocks = true
+	default:
 		po.ExtraCapabilities |= fuse.CAP_WRITEBACK_CACHE
 	}
 	fd, err := mountDevice(dir, o.Source, options)
@@ -109,7 +112,7 @@ func raiseReadAhead(dir string) {
 }
 
 // Nobody else changes a volume that is mounted for writing, so the kernel may
-// remember what it was told; beside a read-only mount another may write.
+// remember what it was told; beside a read-only mount another may write, and in a shared volume.
 const (
 	remember     = time.Minute
 	rememberRead = time.Second

@@ -21,6 +21,7 @@ import (
 type initFlags struct {
 	keyFlags
 	plainNames bool
+	shared     bool
 	branches   time.Duration
 	trails     uint
 }
@@ -40,6 +41,7 @@ func initCommand() *cobra.Command {
 	c.Flags().DurationVar(&f.branches, "branch-keys", 0,
 		"wrap the files of this `TIME`, such as 24h, under one key of KMS: one call for up to 65,536 new files")
 	c.Flags().BoolVar(&f.plainNames, "plain-names", false, "leave names as they are")
+	c.Flags().BoolVar(&f.shared, "shared", false, "let several hosts mount the volume for writing at the same time")
 	return c
 }
 
@@ -84,7 +86,7 @@ func (f *initFlags) run(ctx context.Context, dir string) error {
 		return usageError{errors.New("an age recipient is for recovery: name another --key too, by which the volume is mounted"), "kmsfs init"}
 	}
 	rec, err := volume.Init(ctx, dir, stores(ms), id,
-		volume.InitOptions{PlainNames: f.plainNames, Branches: f.branches})
+		volume.InitOptions{PlainNames: f.plainNames, Shared: f.shared, Branches: f.branches})
 	if err != nil {
 		unmake(ms)
 		return err

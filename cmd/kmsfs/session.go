@@ -99,7 +99,7 @@ func (s *session) open(ctx context.Context) error {
 		grace = -1 // none
 	}
 	s.describe = describe(f, u, s.cipherDir, s.mountPoint)
-	s.v, err = openFree(u, s.cipherDir, volume.Options{ReadOnly: f.readOnly, KernelTimes: !f.readOnly,
+	s.v, err = openFree(u, s.cipherDir, volume.Options{ReadOnly: f.readOnly, KernelTimes: !f.readOnly && !u.Config.Shared,
 		Logger: s.log, Pool: poolBase, MaxAge: f.maxAge, Grace: grace, FileLease: f.lease == "file",
 		NoPrefetch: f.audit == "strict"})
 	if err != nil {

@@ -27,6 +27,7 @@ func (a *attributes) Attr() (st Attr, err error) {
 	}()
 	f := a.n.file.Load()
 	if f != nil {
+		f.look()
 		if done, err := f.attr(&st, false); done {
 			return st, err
 		}

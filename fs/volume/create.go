@@ -166,7 +166,7 @@ func (ns *namespace) tmpfile(dir *Node, mode uint32, c Caller) (st Attr, fd, las
 func (c *content) adopt(fd int, st *Attr, key *freshKey, write bool) *Handle {
 	c.openMu.Lock()
 	defer c.openMu.Unlock()
-	c.sound = true
+	c.sound = c.v.sessions.sound()
 	c.v.lists.target(c) // for when it has no name any more
 	f := c.file.Load()
 	if f == nil {

@@ -90,7 +90,7 @@ func (d *descriptors) settleOpen() {
 	for i, f := range files {
 		f.mu.Lock()
 		if f.FD >= 0 && f.rw && !f.closed && !f.Broken() && !f.Keyless() && !f.n.Gone() &&
-			!d.v.doubts.of(f.n) {
+			!d.v.doubts.of(f.n) && !d.v.shared() {
 			f.failed("settling", f.SettleWhole(changes[i]))
 		}
 		f.unlock()
@@ -124,7 +124,7 @@ func (f *file) park(used bool) bool {
 	defer f.unlock()
 	var st unix.Stat_t
 	switch {
-	case f.FD < 0 || f.closed || f.Broken() || f.Times().Touched || f.syncing > 0 || f.Unsettled():
+	case f.lease.held || f.lease.wanting || f.FD < 0 || f.closed || f.Broken() || f.Times().Touched || f.syncing > 0 || f.Unsettled():
 		return false
 	case f.Header != nil && (f.Keyless() || f.Partial || !f.Synced() ||
 		f.Unconfirmed() && f.v.sessions.isBad(f.Header.State.Session)):

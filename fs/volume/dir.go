@@ -3,14 +3,19 @@
 package volume
 
 import (
+	"cmp"
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/disk"
+	"kmsfs/fs/volume/internal/layout"
 )
 
 // A Caller is who asks for a new object: a daemon run by root gives it to them.
@@ -43,15 +48,20 @@ func (ns *namespace) find(dir *Node, cname func() (string, error)) (n *Node, st 
 	dir.entries.RLock()
 	defer dir.entries.RUnlock()
 	c, err := cname()
-	if err != nil {
-		return nil, st, err
+	if err == nil {
+		n, st, err = ns.lookup(dir, c)
 	}
-	return ns.lookup(dir, c)
+	if errors.Is(err, unix.ENOENT) && ns.v.shared() && dir.otherID() {
+		if c, err = cname(); err == nil {
+			n, st, err = ns.lookup(dir, c)
+		}
+	}
+	return n, st, err
 }
 
 // lookup finds an entry by its ciphertext name; the directory's entries are held.
 func (ns *namespace) lookup(dir *Node, cname string) (n *Node, st Attr, err error) {
-	if dir.absent.is(cname) {
+	if !ns.v.shared() && dir.absent.is(cname) {
 		return nil, st, unix.ENOENT
 	}
 	fd, err := dir.enter()
@@ -59,17 +69,33 @@ func (ns *namespace) lookup(dir *Node, cname string) (n *Node, st Attr, err erro
 		return nil, st, err
 	}
 	defer dir.leave()
+	if ns.v.shared() { // else its names would be those that this host remembers
+		if err := dir.fresh(fd); err != nil {
+			return nil, st, err
+		}
+	}
 	clock := ns.v.clock.Load()
+	handle := ns.handle(fd, cname)
 	if err := ns.v.disk.Stat(fd, cname, &st); err != nil {
 		return nil, st, err
 	}
-	n = ns.v.nodes.intern(&st, dir, cname)
+	n = ns.v.nodes.internHandle(&st, handle, dir, cname)
 	if err := n.fill(&st, fd, cname); err != nil {
 		ns.v.Forget(n.id, 1)
 		return nil, st, err
 	}
+	n.lookedUp.Store(time.Now().UnixNano())
 	n.tell(&st, clock)
 	return n, st, nil
+}
+
+// handle is [disk.Disk.Handle] in a shared volume, else 0: a mount that alone writes keeps what the
+// kernel knows from being removed behind its back.
+func (ns *namespace) handle(fd int, cname string) uint64 {
+	if !ns.v.shared() {
+		return 0
+	}
+	return ns.v.disk.Handle(fd, cname)
 }
 
 // checked repairs a file of a session that ended badly at its first lookup,
@@ -116,6 +142,11 @@ func (ns *namespace) make(dir *Node, name string, c Caller, mode uint32,
 	f func(fd int, cname string, mode uint32) (int, error)) (n *Node, st Attr, err error) {
 	dir.entries.RLock()
 	defer dir.entries.RUnlock()
+	unlock, err := ns.v.locks.lockLong(name)
+	if err != nil {
+		return nil, st, err
+	}
+	defer unlock()
 	e, fd, err := ns.ensure(dir, name)
 	if err != nil {
 		return nil, st, err
@@ -138,7 +169,7 @@ func (ns *namespace) make(dir *Node, name string, c Caller, mode uint32,
 	if err := ns.v.disk.Fstat(made, &st); err != nil {
 		return nil, st, err
 	}
-	n = ns.v.nodes.intern(&st, dir, e.cname)
+	n = ns.v.nodes.internHandle(&st, ns.handle(made, ""), dir, e.cname)
 	if err := n.fill(&st, fd, e.cname); err != nil {
 		ns.v.Forget(n.id, 1)
 		return nil, st, err
@@ -324,10 +355,7 @@ func (ns *namespace) Unlink(dir *Node, name string) error {
 // Rmdir removes an empty directory, with what kmsfs keeps in it.
 func (ns *namespace) Rmdir(dir *Node, name string) error {
 	return ns.remove(dir, name, func(fd int, cname string) error {
-		if err := ns.clearDir(dir, fd, cname, nil); err != nil {
-			return err
-		}
-		return ns.v.disk.Unlink(fd, cname, unix.AT_REMOVEDIR)
+		return ns.clearDir(dir, fd, cname, nil, func() error { return ns.v.disk.Unlink(fd, cname, unix.AT_REMOVEDIR) })
 	})
 }
 
@@ -338,6 +366,11 @@ func (ns *namespace) remove(dir *Node, name string, f func(fd int, cname string)
 	gone, err := func() (*Node, error) {
 		dir.entries.Lock()
 		defer dir.entries.Unlock()
+		unlock, err := ns.v.locks.lockLong(name)
+		if err != nil {
+			return nil, err
+		}
+		defer unlock()
 		e, err := dir.encode(name, false)
 		if err != nil {
 			return nil, err
@@ -361,9 +394,9 @@ func (ns *namespace) remove(dir *Node, name string, f func(fd int, cname string)
 }
 
 // clearDir removes what kmsfs keeps in the directory dir/cname, if nothing else
-// is there: ENOTEMPTY before touching anything. The entries of dir are held for writing,
-// and of held too if it is not nil.
-func (ns *namespace) clearDir(dir *Node, fd int, cname string, held *Node) error {
+// is there: ENOTEMPTY before touching anything. Then it calls remove, and puts back what it took away
+// if that fails. The entries of dir are held for writing, and of held too if it is not nil.
+func (ns *namespace) clearDir(dir *Node, fd int, cname string, held *Node, remove func() error) error {
 	var st unix.Stat_t
 	if err := ns.v.disk.Stat(fd, cname, &st); err != nil {
 		return err
@@ -390,17 +423,39 @@ func (ns *namespace) clearDir(dir *Node, fd int, cname string, held *Node) error
 		}
 		defer ns.v.disk.Chmod(d, st.Mode&0o7777)
 	}
+	unlock, err := n.lockForRemoval()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	id, has, err := n.ownID(d)
+	if vanished(err) {
+		return unix.ENOENT // another host was faster
+	}
+	if err != nil {
+		return err
+	}
 	own, err := n.emptied(d)
 	if err != nil {
 		return err
 	}
+	// kmsfs.dir first: who sees it sees the other place, too.
+	slices.SortFunc(own, func(a, b string) int { return cmp.Compare(len(a), len(b)) })
 	for _, name := range own {
-		if err := ns.v.disk.Unlink(d, name, 0); err != nil {
-			return err
+		if err = disk.Ignore(ns.v.disk.Unlink(d, name, 0), unix.ENOENT); err != nil {
+			break
 		}
 	}
-	n.forgetID()
-	return nil
+	if err == nil {
+		if err = remove(); err == nil {
+			n.forgetID()
+			return nil
+		}
+	}
+	if has { // somebody has made an entry before; it must not be without the ID
+		err = errors.Join(err, disk.Ignore(layout.MendDirID(&ns.v.disk, d, id), unix.ENOENT))
+	}
+	return err
 }
 
 // Rename moves an entry; flags are those of renameat2: RENAME_NOREPLACE,
@@ -422,6 +477,11 @@ func (ns *namespace) Rename(from *Node, oldName string, to *Node, newName string
 // that has lost its last name, if one has.
 func (ns *namespace) renameLocked(from *Node, oldName string, to *Node, newName string,
 	flags uint32) (gone *Node, err error) {
+	unlock, err := ns.v.locks.lockLong(oldName, newName)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
 	old, err := from.encode(oldName, false)
 	if err != nil {
 		return nil, err
@@ -463,9 +523,9 @@ func (ns *namespace) renameLocked(from *Node, oldName string, to *Node, newName 
 	err = ns.v.disk.Rename(ofd, old.cname, nfd, now.cname, flags)
 	if flags&(unix.RENAME_NOREPLACE|unix.RENAME_EXCHANGE) == 0 &&
 		(errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EEXIST)) {
-		if err = ns.clearDir(to, nfd, now.cname, from); err == nil {
-			err = ns.v.disk.Rename(ofd, old.cname, nfd, now.cname, flags)
-		}
+		err = ns.clearDir(to, nfd, now.cname, from, func() error {
+			return ns.v.disk.Rename(ofd, old.cname, nfd, now.cname, flags)
+		})
 	}
 	if err != nil {
 		ns.v.nodes.stays(x)

@@ -20,6 +20,7 @@ func (v *Volume) Crash() {
 	v.bg.Wait()
 	v.settler.stop()
 	v.disk.Hook = func(disk.Call) error { return errCrashed }
+	v.peers.crash()
 	v.lists.close()
 	for _, f := range v.nodes.files() {
 		f.mu.Lock()
@@ -182,4 +183,18 @@ func (v *Volume) GiveUp() {
 func (v *Volume) Park(h *Handle) bool { return h.f.park(true) }
 
 // Cleaned is what the walk does when it has been everywhere.
-func (v *Volume) Cleaned() error { return v.cleaned() }
+func (v *Volume) Cleaned() error { return v.cleaned(v.sessions.badOnes()) }
+
+// crash ends the host as SIGKILL does: its locks fall.
+func (p *peers) crash() {
+	if !p.on() {
+		return
+	}
+	close(p.stop)
+	p.done.Wait()
+	for _, x := range p.dead {
+		unix.Close(x.fd)
+	}
+	unix.Close(p.fd)
+	unix.Close(p.hosts.Dir)
+}

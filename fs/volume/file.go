@@ -46,6 +46,10 @@ type file struct {
 	next        *freshKey // under which the first byte of an empty file will be written
 	reread      bool      // loaded after a sync that failed: the kernel may have what the disk has not
 	syncing     int       // fsyncs under way, which use FD without mu
+	lease       lease
+
+	stale  atomic.Bool // programs had locks on it that this host may have lost: it must be opened again
+	loaded atomic.Bool // just now, so that it is as the disk has it
 }
 
 func (c *content) attach(f *file) {
@@ -176,12 +180,18 @@ func (f *file) fill(st *Attr) bool {
 func (c *content) newFile(fd int, rw bool, st *Attr) *file {
 	f := &file{n: c.n, v: c.v, rw: rw}
 	f.domain.Store(c.v.lists.own)
-	rules := cfile.Rules{Calm: c.v.calm, KernelTimes: c.v.o.KernelTimes}
-	f.File = cfile.New(&c.v.disk, c.v.sizes().New, cfile.Opened{FD: fd, Mtime: st.Mtim}, rules, host{f})
-	if c.v.o.ReadOnly {
-		f.AheadUntil = time.Now().Add(aheadFor)
-	}
+	f.File = f.blank(fd, st.Mtim)
 	return f
+}
+
+// blank returns the ciphertext file of this descriptor, whose header was not read yet.
+func (f *file) blank(fd int, mtime unix.Timespec) *cfile.File {
+	rules := cfile.Rules{Calm: f.v.calm, KernelTimes: f.v.o.KernelTimes}
+	x := cfile.New(&f.v.disk, f.v.sizes().New, cfile.Opened{FD: fd, Mtime: mtime}, rules, host{f})
+	if f.v.o.ReadOnly || f.v.cfg.Shared {
+		x.AheadUntil = time.Now().Add(aheadFor)
+	}
+	return x
 }
 
 // withFD calls f with a descriptor of the object, O_PATH perhaps.

@@ -59,7 +59,11 @@ func (c *content) acquire(ctx context.Context, write bool) (*file, error) {
 			continue
 		}
 		opened(false)
-		if err := f.ready(ctx, false); err != nil { // a refusal shows at open
+		err = f.ready(ctx, false) // a refusal shows at open
+		if err == nil {
+			err = f.follow(ctx)
+		}
+		if err != nil {
 			f.release(write)
 			return nil, err
 		}
@@ -123,6 +127,10 @@ func (h *Handle) Reread() bool {
 	return was
 }
 
+// Foreign reports, once, whether another host has changed the file, so that the kernel's cache may be
+// of before.
+func (h *Handle) Foreign() bool { return h.f.n.foreign.Swap(false) }
+
 // Node returns the node of the file.
 func (h *Handle) Node() *Node { return h.f.n }
 
@@ -134,7 +142,13 @@ func (h *Handle) Flush() error {
 	}
 	h.f.mu.Lock()
 	defer h.f.unlock()
-	if err := h.f.Rest(); err != nil {
+	err := error(nil)
+	if h.f.v.shared() {
+		err = h.f.failed("close", h.f.giveBack())
+	} else {
+		err = h.f.Rest()
+	}
+	if err != nil {
 		return err
 	}
 	return h.f.n.lost.tell()
@@ -170,6 +184,9 @@ func (h *Handle) fsync() error {
 		return err
 	}
 	defer f.unlock()
+	if f.v.shared() {
+		return f.giveBack() // a file that has no lease is at rest, and durable
+	}
 	return f.Sync(func(fsync func() error) error {
 		f.syncing++
 		f.unlock()

@@ -77,7 +77,7 @@ func newWorldIn(t testing.TB, dir string, o volume.Options, plainNames bool) *wo
 	store := newStore(t)[0]
 	w := &world{t: t, dir: dir, store: store, log: &logBuffer{}}
 	if _, err := volume.Init(ctx, w.dir, []keystore.Store{store}, blockcrypt.NewID(),
-		volume.InitOptions{PlainNames: plainNames}); err != nil {
+		volume.InitOptions{PlainNames: plainNames, Shared: os.Getenv("KMSFS_TEST_SHARED") != ""}); err != nil {
 		t.Fatal(err)
 	}
 	w.open(o)

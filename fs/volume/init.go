@@ -9,6 +9,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume/internal/disk"
 	"kmsfs/fs/volume/internal/layout"
@@ -18,6 +20,7 @@ import (
 // InitOptions of [Init].
 type InitOptions struct {
 	PlainNames bool
+	Shared     bool          // several hosts may write
 	Branches   time.Duration // how long a branch key is used for new files; 0: none is
 
 	hooks disk.Hooks // set by tests only
@@ -46,7 +49,7 @@ func Init(ctx context.Context, dir string, stores []keystore.Store, id blockcryp
 		return nil, err
 	}
 	cfg := &blockcrypt.Config{Format: blockcrypt.Version, Volume: id, Generation: 1,
-		Names: blockcrypt.NamesEncrypted}
+		Names: blockcrypt.NamesEncrypted, Shared: o.Shared}
 	if o.PlainNames {
 		cfg.Names = blockcrypt.NamesPlain
 	}
@@ -60,12 +63,16 @@ func Init(ctx context.Context, dir string, stores []keystore.Store, id blockcryp
 		return nil, err
 	}
 	err = layout.MakeRootEntries(d, root)
+	if err == nil && o.Shared {
+		err = layout.MakeHosts(d, root)
+	}
 	if err == nil {
 		err = d.Replace(root, blockcrypt.ConfigName, b) // last: with it there is a volume
 	}
 	if err != nil {
 		d.Unlink(root, layout.LockName, 0)
 		d.Unlink(root, layout.LinksName, 0)
+		d.Unlink(root, layout.HostsName, unix.AT_REMOVEDIR)
 		return nil, fmt.Errorf("make the volume in %s: %w", dir, err)
 	}
 	return record(cfg, vk), nil

@@ -77,6 +77,7 @@ func (h *headerScan) in(ctx context.Context, fd int, at string) error {
 		own := layout.IsOwn(e.Name) && (h.plain && at == "" ||
 			!h.plain && !strings.HasPrefix(e.Name, blockcrypt.LongPrefix))
 		switch {
+		case typ == unix.S_IFDIR && at == "" && e.Name == layout.HostsName:
 		case typ == unix.S_IFDIR:
 			dirs = append(dirs, e.Name)
 		case typ == unix.S_IFREG && !own:

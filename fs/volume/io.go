@@ -5,6 +5,7 @@ package volume
 import (
 	"context"
 	"errors"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -15,6 +16,37 @@ import (
 
 // Read fills b from offset off; less is read only at the end of the file.
 func (h *Handle) Read(ctx context.Context, b []byte, off int64) (int, error) {
+	if err := h.doubtHoles(ctx); err != nil {
+		return 0, err
+	}
+	n, err := h.read(ctx, b, off)
+	if blockcrypt.ClassOf(err) != "" && h.f.v.shared() {
+		// Another host may have been writing. Under the lease it is known.
+		if err := h.f.freshen(ctx); err != nil {
+			return 0, err
+		}
+		n, err = h.read(ctx, b, off)
+	}
+	return n, h.f.failed("read", err)
+}
+
+// doubtHoles takes the lease of a file of a shared volume that may have holes: pages that another host
+// has not written yet look like them.
+func (h *Handle) doubtHoles(ctx context.Context) error {
+	f := h.f
+	if !f.v.shared() {
+		return nil
+	}
+	f.mu.RLock()
+	doubt := f.Flags()&blockcrypt.Sparse != 0 && !f.lease.held
+	f.mu.RUnlock()
+	if !doubt {
+		return nil
+	}
+	return f.freshen(ctx)
+}
+
+func (h *Handle) read(ctx context.Context, b []byte, off int64) (int, error) {
 	f := h.f
 	for {
 		if err := f.ready(ctx, false); err != nil {
@@ -43,7 +75,7 @@ func (h *Handle) Read(ctx context.Context, b []byte, off int64) (int, error) {
 		}
 		n, err = f.Read(waits, b, off)
 	}
-	return n, f.failed("read", err)
+	return n, err
 }
 
 // Write writes b at offset off. On an error the file keeps its content, but for
@@ -58,6 +90,12 @@ func (h *Handle) WriteThrough(ctx context.Context, b []byte, off int64) (int, er
 	return h.put(ctx, b, off, writeThrough)
 }
 
+// Append is WriteThrough at the end of the file, wherever that is by now. It returns the offset.
+func (h *Handle) Append(ctx context.Context, b []byte) (off int64, n int, err error) {
+	n, err = h.putAt(ctx, b, func() int64 { off = h.f.Size; return off }, writeThrough)
+	return off, n, err
+}
+
 // writeHow says how content comes to the file.
 type writeHow int
 
@@ -68,6 +106,11 @@ const (
 )
 
 func (h *Handle) put(ctx context.Context, b []byte, off int64, how writeHow) (int, error) {
+	return h.putAt(ctx, b, func() int64 { return off }, how)
+}
+
+// putAt is put at the offset that at returns while the file's lock is held.
+func (h *Handle) putAt(ctx context.Context, b []byte, at func() int64, how writeHow) (int, error) {
 	if !h.write {
 		return 0, unix.EBADF
 	}
@@ -80,6 +123,7 @@ func (h *Handle) put(ctx context.Context, b []byte, off int64, how writeHow) (in
 		return 0, err
 	}
 	defer unlock()
+	off := at()
 	if how == writeDelayed && f.Header == nil && off == 0 && len(b) <= mostWritten {
 		err = f.WriteFirst(b)
 	} else {
@@ -184,6 +228,7 @@ func (h *Handle) zero(ctx context.Context, off, n int64) error {
 // lockForContent takes mu with a data key at hand, if the file is empty.
 func (f *file) lockForContent(ctx context.Context, delayedWrite bool) (unlock func(), err error) {
 	var kept *freshKey // goes on to be used, since no newer one can be had
+	var pause time.Duration
 	for {
 		if err := f.ready(ctx, delayedWrite); err != nil {
 			return nil, err
@@ -211,12 +256,23 @@ func (f *file) lockForContent(ctx context.Context, delayedWrite bool) (unlock fu
 			}
 			continue
 		}
+		if ok, err := f.hasLease(); !ok {
+			f.unlock()
+			if err := f.waitLease(ctx, err, &pause); err != nil {
+				return nil, err
+			}
+			continue
+		}
 		stale := f.Size == 0 && f.next != nil && !f.next.current(f) &&
 			!(f.next == kept && kept.domain.ring.Opens(kept.Wrapped))
 		if !stale && (f.Size > 0 || f.next != nil) {
 			return f.unlock, nil
 		}
 		old := f.next
+		if err := f.giveBack(); err != nil { // nobody is to wait for a key service
+			f.unlock()
+			return nil, f.failed("giving its lease back", err)
+		}
 		f.unlock()
 		if stale { // others are the recipients by now
 			if kept, err = f.renewKey(ctx, old); err != nil {

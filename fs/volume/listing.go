@@ -91,6 +91,9 @@ func (d *Dir) SeekTo(off int64) error {
 func (d *Dir) Next(f func(Entry) bool) error {
 	v := d.n.v
 	if !d.ok {
+		if v.shared() {
+			d.n.otherID()
+		}
 		var err error
 		if d.id, _, err = d.n.dirIdent(false); err != nil {
 			return err

@@ -3,6 +3,7 @@
 package volume
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"slices"
@@ -21,7 +22,8 @@ type half struct {
 	f       *file
 	st      unix.Stat_t // before the header was read
 	doubted bool
-	waiting int // calls that wait for its key; guarded by openMu
+	waiting int  // calls that wait for its key; guarded by openMu
+	stale   bool // its lease was given back while its key was waited for
 }
 
 // holds reports whether the data that was read of the file still holds.
@@ -35,9 +37,52 @@ func (h *half) holds() bool {
 // dropHalf closes the file that waits for its key. openMu is held.
 func (c *content) dropHalf() {
 	if c.half != nil {
+		if c.half.f.lease.held {
+			c.half.f.unlease()
+		}
 		c.half.f.closeFDs()
 		c.half = nil
 	}
+}
+
+// openLeased opens the file under its lease, and reads its header. openMu is held, but not while the
+// lease is waited for.
+func (c *content) openLeased(ctx context.Context) error {
+	c.openMu.Unlock()
+	f, st, err := c.openFile()
+	if err == nil {
+		if err = f.lockBare(ctx); err == nil {
+			err = c.v.disk.FstatFresh(f.FD, &st)
+		}
+		if err != nil {
+			f.unlease()
+			f.closeFDs()
+		}
+	}
+	c.openMu.Lock()
+	if err != nil {
+		return err
+	}
+	if c.file.Load() != nil || c.half != nil || c.isPending() {
+		f.unlease()
+		f.closeFDs()
+		return nil // another call was faster
+	}
+	c.half, err = c.halfOf(f, st)
+	return err
+}
+
+// awaitHost waits until it is known whether the host is dead that left the file unfinished. openMu is
+// held, but not meanwhile.
+func (c *content) awaitHost(ctx context.Context, u unsettled) error {
+	c.openMu.Unlock()
+	defer c.openMu.Lock()
+	waitsOf(ctx).ForKey()
+	dead, err := c.v.peers.await(ctx, u.session)
+	if err == nil && !dead {
+		err = c.loadFailed(u.error)
+	}
+	return err
 }
 
 // withFile calls use with the node's open file, under openMu. If the file is not open, it is
@@ -52,6 +97,15 @@ func (c *content) withFile(ctx context.Context, waits func(), use func(*file) er
 			return use(f)
 		}
 		h, resumed, err := c.openedHalf()
+		if errors.Is(err, errNeedsLease) {
+			err = c.openLeased(ctx)
+			if u, ok := errors.AsType[unsettled](err); ok {
+				err = c.awaitHost(ctx, u)
+			}
+			if err == nil {
+				continue
+			}
+		}
 		if err != nil {
 			return c.loadFailed(err)
 		}
@@ -59,6 +113,10 @@ func (c *content) withFile(ctx context.Context, waits func(), use func(*file) er
 		if err == nil && !known {
 			waits()
 			resumed = true
+			if h.f.lease.held { // nobody is to wait for a key service
+				h.f.unlease()
+				h.stale = true
+			}
 			keys, err = c.await(ctx, h)
 		}
 		switch {
@@ -69,11 +127,17 @@ func (c *content) withFile(ctx context.Context, waits func(), use func(*file) er
 			return c.loadFailed(err)
 		case resumed && (c.file.Load() != nil || c.half != h || c.isPending()):
 			continue // another call was faster, or emptied it, or gave the node up
-		case resumed && !h.holds():
+		case resumed && (h.stale || !h.f.lease.held && !h.holds()):
 			c.dropHalf()
 			continue
 		}
-		if err := c.finish(h, keys); err != nil {
+		err = c.finish(h, keys)
+		if u, ok := errors.AsType[unsettled](err); ok {
+			err = c.awaitHost(ctx, u)
+		} else if errors.Is(err, errNeedsLease) {
+			err = c.openLeased(ctx)
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -140,6 +204,9 @@ func (c *content) finish(h *half, keys *blockcrypt.FileKeys) error {
 		f.Keys = keys
 		if err := c.takeState(f, h.st.Size); err != nil {
 			c.dropHalf()
+			if _, ok := errors.AsType[unsettled](err); ok || errors.Is(err, errNeedsLease) {
+				return err
+			}
 			return c.loadFailed(err)
 		}
 	} else {
@@ -156,6 +223,13 @@ func (c *content) finish(h *half, keys *blockcrypt.FileKeys) error {
 		f.Reserved(h.st.Blocks * 512) // as many were reserved, and left so when it settled
 	}
 	c.attach(f)
+	f.loaded.Store(true)
+	if f.lease.held {
+		c.v.leases.add(f)
+	}
+	if head := f.Head(); c.lastHead != nil && !bytes.Equal(c.lastHead, head) {
+		c.foreign.Store(true)
+	}
 	f.mu.Lock()
 	c.v.lists.keep(f) // the lists may be others since the header was read
 	f.unlock()
@@ -184,10 +258,16 @@ func (c *content) openHalf() (*half, error) {
 	if err != nil {
 		return nil, err
 	}
+	return c.halfOf(f, st)
+}
+
+// halfOf reads the header of a file that was opened. openMu is held.
+func (c *content) halfOf(f *file, st unix.Stat_t) (*half, error) {
 	h := &half{f: f, st: st, doubted: c.v.doubts.of(c.n)}
+	err := error(nil)
 	// After a sync that failed, of this mount or of one that ended badly, the page cache
 	// can say more than the disk has.
-	if h.doubted || c.v.repairs() {
+	if h.doubted || c.v.repairs() || c.v.blurred {
 		c.v.disk.ForgetPages(f.FD, 0, 0)
 	}
 	if st.Size > 0 {
@@ -200,6 +280,12 @@ func (c *content) openHalf() (*half, error) {
 		}
 	}
 	if err != nil {
+		if c.v.shared() && !f.lease.held && blockcrypt.ClassOf(err) != "" {
+			err = errNeedsLease // it may be written just now
+		}
+		if f.lease.held {
+			f.unlease()
+		}
 		c.v.disk.Close(f.FD)
 		return nil, err
 	}
@@ -250,12 +336,15 @@ func (c *content) readHeader(f *file, length int64) error {
 		n = sizes.Read()
 	}
 	hdr, b, err := layout.ReadHeader(&v.disk, f.FD, int(n), n == length)
-	if v.sessions.unwritten(err) && v.repairs() && f.rw {
+	if v.sessions.unwritten(err) && v.repairs() && f.rw && (f.lease.held || !v.shared()) {
 		v.log.Warn("a file was never written before the power failed; it is empty now", "at", c.n.where())
 		if err := v.disk.Truncate(f.FD, 0); err != nil {
 			return err
 		}
 		return v.disk.Datasync(f.FD)
+	}
+	if u, ok := errors.AsType[layout.Unwritten](err); ok && f.lease.held && !v.repairs() {
+		return unsettled{err, u.Session}
 	}
 	if err != nil {
 		return err
@@ -275,6 +364,9 @@ func (c *content) readHeader(f *file, length int64) error {
 func (c *content) takeState(f *file, length int64) error {
 	v, s := c.v, f.Header.State
 	dirty := f.Unfinished()
+	if v.shared() && (!v.o.ReadOnly || !f.lease.held) {
+		return c.takeShared(f, length)
+	}
 	if v.o.ReadOnly && dirty {
 		if err := f.BelievePartial(length); err != nil {
 			return err
@@ -296,13 +388,36 @@ func (c *content) takeState(f *file, length int64) error {
 	return f.Believe(length, c.past, bad)
 }
 
+// takeShared is takeState in a volume that other hosts write, too.
+func (c *content) takeShared(f *file, length int64) error {
+	s := &c.v.sessions
+	bad := s.wasBad(f.Header.State.Session)
+	if !f.Unfinished() && !(bad && f.Unconfirmed()) {
+		err := f.Believe(length, c.past, false)
+		if err != nil && !f.lease.held {
+			return errNeedsLease
+		}
+		return err
+	}
+	switch {
+	case !f.lease.held:
+		return errNeedsLease
+	case !f.rw:
+		return unix.EACCES
+	case bad, s.isBad(f.Header.State.Session): // of a host that is dead, or of this one
+		return c.repairLocked(f, length)
+	}
+	return unsettled{&blockcrypt.DamageError{Class: blockcrypt.BadState, Pos: blockcrypt.StateOffset,
+		Detail: "another host has left the file unfinished and is alive (kmsfs hosts), or the file was copied here while it was written; kmsfs cat gives what opens"},
+		f.Header.State.Session}
+}
+
 // errEnding is why a repair stops: the next mount does it.
 var errEnding = errors.New("the volume is being unmounted; the next mount repairs the file")
 
 // repair brings a file into order whose session ended badly. openMu is held, and nobody else has
 // the file.
 func (c *content) repair(f *file, length int64) error {
-	v := c.v
 	if !f.rw {
 		if err := f.needWrite(); err != nil {
 			return err
@@ -310,6 +425,12 @@ func (c *content) repair(f *file, length int64) error {
 	}
 	f.mu.Lock()
 	defer f.unlock()
+	return c.repairLocked(f, length)
+}
+
+// repairLocked is repair of a file that can be written; mu is held, or nobody else knows the file.
+func (c *content) repairLocked(f *file, length int64) error {
+	v := c.v
 	// The sync at the mount's begin does not cover a file of which a later one failed.
 	done, err := f.Repair(length, v.doubts.of(c.n), v.ending)
 	if err == nil && done.Changed {
@@ -321,15 +442,20 @@ func (c *content) repair(f *file, length int64) error {
 // checkSession repairs the file if a session that ended badly wrote it. ok is
 // false where it cannot be done yet, since its key is not to be had.
 func (c *content) checkSession(ctx context.Context) (ok bool, err error) {
-	needs, err := c.unsound()
+	sound := c.v.sessions.sound()
+	needs, err := c.unsound(sound)
 	if err != nil {
 		return false, err
 	}
 	if needs {
-		err := c.withFile(ctx, func() {}, func(f *file) error {
-			f.dropIfIdle()
-			return nil
-		})
+		if f := c.file.Load(); f != nil { // it was opened before that host died
+			err = f.freshen(ctx)
+		} else {
+			err = c.withFile(ctx, func() {}, func(f *file) error {
+				f.dropIfIdle()
+				return nil
+			})
+		}
 		switch {
 		case err == nil, blockcrypt.ClassOf(err) != "", keystore.KindOf(err) == keystore.Damaged:
 			// Damage shows when the file is opened; it can be removed.
@@ -342,15 +468,17 @@ func (c *content) checkSession(ctx context.Context) (ok bool, err error) {
 	}
 	c.openMu.Lock()
 	defer c.openMu.Unlock()
-	c.sound = true
+	c.sound = sound
 	return true, nil
 }
 
 // unsound reports whether the file may have to be repaired.
-func (c *content) unsound() (bool, error) {
+func (c *content) unsound(sound uint64) (bool, error) {
 	c.openMu.Lock()
 	defer c.openMu.Unlock()
-	if c.sound || c.file.Load() != nil {
+	if f := c.file.Load(); f != nil && c.v.shared() {
+		return c.sound != sound, nil
+	} else if c.sound == sound || f != nil {
 		return false, nil
 	}
 	return c.needsRepair()

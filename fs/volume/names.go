@@ -3,8 +3,10 @@
 package volume
 
 import (
+	"errors"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -21,6 +23,10 @@ func (d *directory) dirIdent(create bool) (id blockcrypt.ID, ok bool, err error)
 	}
 	d.dirMu.Lock()
 	defer d.dirMu.Unlock()
+	if create && d.v.shared() && d.n != d.v.root {
+		id, err = d.leaseEntries()
+		return id, err == nil, err
+	}
 	if d.hasID {
 		return d.dirID, true, nil
 	}
@@ -30,6 +36,9 @@ func (d *directory) dirIdent(create bool) (id blockcrypt.ID, ok bool, err error)
 	}
 	defer d.leave()
 	id, ok, err = d.readDirID(fd)
+	if vanished(err) {
+		return id, false, err
+	}
 	if err != nil {
 		d.v.report(d.n.where(), "a directory cannot be read", err)
 		return id, false, unix.EIO
@@ -46,6 +55,48 @@ func (d *directory) dirIdent(create bool) (id blockcrypt.ID, ok bool, err error)
 	return id, ok, nil
 }
 
+// ownID returns the ID that the directory has on the disk; has is false if it has none.
+func (d *directory) ownID(fd int) (id blockcrypt.ID, has bool, err error) {
+	if d.v.plain {
+		return id, false, nil
+	}
+	d.dirMu.Lock()
+	defer d.dirMu.Unlock()
+	id, has, err = d.readDirID(fd)
+	if vanished(err) {
+		return id, false, err
+	}
+	if err != nil {
+		d.v.report(d.n.where(), "a directory cannot be read", err)
+		return id, false, unix.EIO
+	}
+	return id, has, nil
+}
+
+// otherID reports whether the directory has another ID by now than is remembered, since another host
+// has begun to remove it, and takes that.
+func (d *directory) otherID() bool {
+	if d.v.plain || d.n == d.v.root {
+		return false
+	}
+	fd, err := d.enter()
+	if err != nil {
+		return false
+	}
+	defer d.leave()
+	id, has, err := d.ownID(fd)
+	if err != nil {
+		return false
+	}
+	d.dirMu.Lock()
+	defer d.dirMu.Unlock()
+	if d.hasID == has && d.dirID == id {
+		return false
+	}
+	d.dirID, d.hasID, d.idSynced = id, has, false
+	return has
+}
+
 // forgetID is called when the directory's ID was removed from the disk.
 func (d *directory) forgetID() {
 	d.dirMu.Lock()
@@ -58,17 +109,48 @@ func (d *directory) forgetID() {
 // readDirID reads the ID of a directory. A place of it that is lost is made again if the volume
 // is writable; the other one is enough to go on.
 func (d *directory) readDirID(fd int) (id blockcrypt.ID, ok bool, err error) {
-	x, err := layout.ReadDirID(&d.v.disk, fd)
-	if err != nil {
-		return id, false, err
-	}
-	id, ok, lost, err := x.Resolve()
-	if lost && !d.v.o.ReadOnly {
+	id, ok, lost, err := d.lookDirID(fd)
+	// Of a shared volume it is another host, perhaps, that removes the directory just now.
+	if lost && !d.v.o.ReadOnly && !d.v.shared() {
 		if err := layout.MendDirID(&d.v.disk, fd, id); err != nil {
 			d.v.log.Warn("one of the two places of a directory's ID is lost and cannot be made again", "error", err)
 		}
 	}
 	return id, ok, err
+}
+
+// fresh makes this host see the entries that a directory has now. If it was removed, that is ENOENT
+// just after it was looked up; else ESTALE, by which the kernel looks its path up again.
+func (d *directory) fresh(fd int) error {
+	var st unix.Stat_t
+	err := d.v.disk.FstatFresh(fd, &st)
+	if err == nil && st.Nlink == 0 {
+		err = unix.ESTALE
+	}
+	if errors.Is(err, unix.ESTALE) && time.Since(time.Unix(0, d.lookedUp.Load())) < justNow {
+		err = unix.ENOENT
+	}
+	return err
+}
+
+// justNow is how long the kernel takes from a lookup of a directory to the request in it.
+const justNow = 20 * time.Millisecond
+
+// vanished reports whether an error says that the directory itself was removed.
+func vanished(err error) bool { return errors.Is(err, unix.ESTALE) || errors.Is(err, unix.ENOENT) }
+
+// lookDirID reads the ID of a directory; lost says that one of its places is.
+func (d *directory) lookDirID(fd int) (id blockcrypt.ID, ok, lost bool, err error) {
+	if d.v.shared() {
+		if err := d.fresh(fd); err != nil {
+			return id, false, false, err
+		}
+	}
+	x, err := layout.ReadDirID(&d.v.disk, fd)
+	if err != nil {
+		return id, false, false, err
+	}
+	return x.Resolve()
 }
 
 // encode returns the ciphertext name of an entry, and the encoded name in full
@@ -162,10 +244,31 @@ func (d *directory) decode(fd int, id blockcrypt.ID, cname string) (name string,
 // emptied reports whether only kmsfs' own entries are in a directory, and
 // which: those go with it. Anything foreign is ENOTEMPTY.
 func (d *directory) emptied(fd int) (own []string, err error) {
+	for end := time.Now().Add(sillyFor); ; time.Sleep(5 * time.Millisecond) {
+		own, silly, err := d.ownEntries(fd)
+		if err == nil && silly && time.Now().After(end) {
+			err = unix.ENOTEMPTY
+		}
+		if err != nil || !silly {
+			return own, err
+		}
+	}
+}
+
+// sillyFor is how long a directory counts as not empty for a removed file that NFS keeps: the kernel lets
+// go of what it has removed after it was answered.
+const sillyFor = 500 * time.Millisecond
+
+// ownEntries returns the entries of a directory, which are kmsfs' own; silly says that NFS keeps removed
+// files in it.
+func (d *directory) ownEntries(fd int) (own []string, silly bool, err error) {
 	err = d.v.disk.Scan(fd, func(e disk.Dirent) error {
 		switch {
 		case d.v.plain:
 			return unix.ENOTEMPTY
+		case layout.IsSilly(e.Name):
+			silly = true
+			return nil
 		case layout.IsDirID(e.Name):
 		case strings.HasPrefix(e.Name, blockcrypt.LongName) && e.Type&^unix.S_IFLNK == 0:
 			// left behind by a crash; its entry would be seen too
@@ -175,7 +278,7 @@ func (d *directory) emptied(fd int) (own []string, err error) {
 		own = append(own, e.Name)
 		return nil
 	})
-	return own, err
+	return own, silly, err
 }
 
 // syncIDs makes the IDs of a directory and of all its ancestors durable: an

@@ -39,6 +39,7 @@ type Node struct {
 // known is guarded by nodeTable.mu.
 type known struct {
 	lookups uint64     // the kernel's
+	handle  uint64     // of its file, in a shared volume: another file can have the same inode number later
 	holds   int        // of children's links, open files and directories
 	links   []location // its names; the root, and an object that was removed, have none
 	gone    bool       // the last name went
@@ -68,6 +69,11 @@ type directory struct {
 	hasID    bool
 	acl      aclKnown // whether it has a default ACL
 	idSynced bool     // the ID is durable
+	leased   bool     // in a shared volume: this host may make entries, see leaseEntries
+	leasedAt uint64   // peers.late when it was
+
+	lookedUp  atomic.Int64 // when it was last, in nanoseconds of Unix time
+	leaseUsed atomic.Int64 // when an entry was made last, in nanoseconds of Unix time
 }
 
 // content is the part of a node that only a file has.
@@ -79,13 +85,16 @@ type content struct {
 	immutable atomic.Bool                     // by [Node.SetFlags]
 	dirs      atomic.Pointer[[]blockcrypt.ID] // above the file when it had a name last, the nearest first; nil while no directory has keys
 	file      atomic.Pointer[file]
+	programs  programLocks
+	foreign   atomic.Bool // another host has changed the file since the kernel was told
 
 	// openMu is held while the file is loaded, repaired or let go. It guards the fields below.
 	openMu   sync.Mutex
 	half     *half      // a file whose key is still waited for
 	past     cfile.Past // of when it was closed last
-	sound    bool       // no earlier session has left it to be repaired
+	sound    uint64     // no session that ended badly has left it to be repaired, see sessions.sound
 	believed int64      // the size that the file had when it broke, which the kernel goes on to believe in
+	lastHead []byte     // the header when it was closed last, in a shared volume
 }
 
 // newNode returns a node that st describes.
@@ -122,6 +131,13 @@ func (n *Node) Gone() bool {
 	n.v.nodes.mu.Lock()
 	defer n.v.nodes.mu.Unlock()
 	return n.gone
+}
+
+// removed reports whether the node has lost its last name: it gets no other one.
+func (n *Node) removed() bool {
+	n.v.nodes.mu.Lock()
+	defer n.v.nodes.mu.Unlock()
+	return n.leaving
 }
 
 // setNamed notes that what was made without a name gets its first one, or does not
@@ -186,6 +202,22 @@ func (p location) visit(f func(int, string) error) error {
 
 var errMoved = errors.New("another object is there now")
 
+// same reports whether a descriptor is of the node itself, and not of another object that has got its
+// inode number.
+func (n *Node) same(fd int) bool {
+	if !n.v.shared() {
+		return true
+	}
+	n.v.nodes.mu.Lock()
+	handle := n.handle
+	n.v.nodes.mu.Unlock()
+	if handle == 0 {
+		return true
+	}
+	now := n.v.disk.Handle(fd, "")
+	return now == 0 || now == handle
+}
+
 func (n *Node) is(st *unix.Stat_t) bool { return st.Dev == n.dev && st.Ino == n.ino.Load() }
 
 // open opens the object itself, whatever it is called now, and where it has no
@@ -220,7 +252,7 @@ func (n *Node) openNamed(flags int, st *unix.Stat_t) (fd int, err error) {
 			return err
 		}
 		err = n.v.disk.Fstat(fd, st)
-		if err == nil && (!n.is(st) || st.Mode&unix.S_IFMT != n.typ) {
+		if err == nil && (!n.is(st) || st.Mode&unix.S_IFMT != n.typ || !n.same(fd)) {
 			err = errMoved
 		}
 		if err != nil {

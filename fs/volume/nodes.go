@@ -103,20 +103,39 @@ func (t *nodeTable) unlock() {
 // intern returns the node of what st describes, found at dir/cname, counting a
 // lookup.
 func (t *nodeTable) intern(st *unix.Stat_t, dir *Node, cname string) *Node {
+	return t.internHandle(st, 0, dir, cname)
+}
+
+// internHandle is intern of an object with this handle, or none if it is 0.
+func (t *nodeTable) internHandle(st *unix.Stat_t, handle uint64, dir *Node, cname string) *Node {
 	t.mu.Lock()
 	defer t.unlock()
 	key := inodeKey{st.Dev, st.Ino}
 	n := t.byInode[key]
-	if n != nil && n.typ != st.Mode&unix.S_IFMT { // changed behind our back
-		n.gone, n = true, nil
+	if n != nil && (n.typ != st.Mode&unix.S_IFMT || handle != 0 && n.handle != 0 && n.handle != handle) {
+		t.supplanted(n) // behind our back
+		n = nil
 	}
 	if n == nil {
 		n = t.add(st)
 		t.byInode[key] = n
 	}
+	if handle != 0 {
+		n.handle = handle
+	}
 	n.lookups++
 	n.addLink(location{dir, cname})
 	return n
+}
+
+// supplanted notes that another object has a node's inode number, since this one was removed. mu is held.
+func (t *nodeTable) supplanted(n *Node) {
+	n.gone = true
+	n.holds++
+	for len(n.links) > 0 {
+		n.dropLink(n.links[0])
+	}
+	t.unhold(n)
 }
 
 // add makes a node that no inode number leads to. mu is held.

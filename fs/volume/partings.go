@@ -29,7 +29,8 @@ func (t *nodeTable) part(p location, fd int) parting {
 	t.mu.Unlock()
 	n.moving.Add(1)
 	x := parting{at: p, n: n, fd: last}
-	if last < 0 {
+	// A network filesystem keeps the file under another name in the directory while a descriptor is open.
+	if last < 0 && !(t.v.disk.Remote && n.file.Load() == nil) {
 		var err error
 		x.fd, err = t.v.disk.Open(fd, p.cname, unix.O_PATH, 0)
 		x.ours = err == nil

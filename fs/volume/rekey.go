@@ -419,7 +419,7 @@ func (x *rekeying) replace() error {
 	err = x.v.disk.Rename(x.v.rootD, x.name, dir, at.cname, 0)
 	if err == nil {
 		x.v.nodes.replaced(n, st.Ino)
-		n.past, n.sound = cfile.Past{}, true
+		n.past, n.sound = cfile.Past{}, n.content.v.sessions.sound()
 		n.dropHalf()
 		f.wipe()
 		f.closed = true

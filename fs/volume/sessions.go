@@ -5,6 +5,7 @@ package volume
 import (
 	"encoding/binary"
 	"errors"
+	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -21,9 +22,16 @@ type sessions struct {
 	root int
 	vk   *blockcrypt.VolumeKeys
 
-	now   atomic.Uint64 // the one that states name; 0 in a read-only mount
-	wrote atomic.Bool   // something was written since the last one began
-	stuck atomic.Bool   // a file could not be brought into order: the marker stays, so that the next mount repairs it
+	shared bool
+
+	now    atomic.Uint64 // the one that states name; 0 in a read-only mount
+	wrote  atomic.Bool   // something was written since the last one began
+	deaths atomic.Uint64 // how often bad ones were added
+	stuck  atomic.Bool   // a file could not be brought into order: the marker stays, so that the next mount repairs it
+
+	// put makes durable that these are the sessions not known to have ended well: in the marker, or in
+	// the file of this host.
+	put func(sessions []uint64) error
 
 	// markerMu is held while the marker is replaced, across its syscalls.
 	markerMu sync.Mutex
@@ -69,16 +77,41 @@ func (s *sessions) begin() (bad int, err error) {
 	return len(old), s.replace(s.now.Load())
 }
 
+// beginShared begins the first session of a host in a shared volume; peers.begin makes it durable.
+func (s *sessions) beginShared() (mine []uint64) {
+	s.shared = true
+	s.now.Store(newSession())
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.mine = []uint64{s.now.Load()}
+	return s.mine
+}
+
+// addBad adds sessions of a host that died.
+func (s *sessions) addBad(ids []uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.bad == nil {
+		s.bad = map[uint64]bool{}
+	}
+	for _, id := range ids {
+		s.bad[id] = true
+	}
+	s.deaths.Add(1)
+}
+
 // replace makes durable that these are this mount's sessions; without any, and without bad
 // ones, there is no marker. markerMu is held.
 func (s *sessions) replace(mine ...uint64) error {
 	s.mu.Lock()
 	all := slices.Clone(mine)
 	for id := range s.bad {
-		all = append(all, id)
+		if !s.shared { // else they stand in the files of their hosts
+			all = append(all, id)
+		}
 	}
 	s.mu.Unlock()
-	if err := layout.ReplaceMarker(s.d, s.root, s.vk, all); err != nil {
+	if err := s.put(all); err != nil {
 		return err
 	}
 	s.mu.Lock()
@@ -114,21 +147,38 @@ func (s *sessions) next(confirm func() error) error {
 func (s *sessions) end() error {
 	s.markerMu.Lock()
 	defer s.markerMu.Unlock()
+	if s.shared {
+		return nil // its host file goes
+	}
 	return s.replace()
 }
 
-// cleaned forgets the bad ones: every file of theirs is repaired, and that is durable.
-func (s *sessions) cleaned() error {
+// sound is what a node remembers that was looked at after the last death of a host: another number
+// after the next one, and not 0.
+func (s *sessions) sound() uint64 { return s.deaths.Load() + 1 }
+
+// cleaned forgets these bad ones: every file of theirs is repaired, and that is durable.
+func (s *sessions) cleaned(bad map[uint64]bool) error {
 	s.markerMu.Lock()
 	defer s.markerMu.Unlock()
 	if s.stuck.Load() { // a sync failed: a repair may not be on the disk
 		return errStuck
 	}
 	s.mu.Lock()
-	clear(s.bad)
+	maps.DeleteFunc(s.bad, func(id uint64, _ bool) bool { return bad[id] })
 	mine := s.mine
 	s.mu.Unlock()
+	if s.shared {
+		return nil
+	}
 	return s.replace(mine...)
+}
+
+// badOnes returns the sessions that ended badly.
+func (s *sessions) badOnes() map[uint64]bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return maps.Clone(s.bad)
 }
 
 // isBad reports whether a session is not known to have ended well: an earlier one, or one of
@@ -167,6 +217,11 @@ func (v *Volume) ending() error {
 }
 
 func (v *Volume) beginSession() error {
+	v.sessions.put = func(all []uint64) error { return layout.ReplaceMarker(&v.disk, v.rootD, v.vk, all) }
+	if v.cfg.Shared {
+		v.sessions.put = v.peers.setSessions
+		return v.peers.begin(v, v.sessions.beginShared())
+	}
 	bad, err := v.sessions.begin()
 	if bad > 0 {
 		v.log.Warn("the last mount did not end well; files that it was writing are repaired when they are looked up", "sessions", bad)

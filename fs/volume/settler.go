@@ -101,7 +101,10 @@ func (s *settler) settle(files []*file) {
 	sideBySide(files, func(i int, f *file) {
 		if err == nil {
 			f.mu.Lock()
-			if f.writers == 0 && !f.closed {
+			switch {
+			case f.v.shared():
+				f.failed("settling", f.giveBack())
+			case f.writers == 0 && !f.closed:
 				f.failed("settling", f.Settle(changes[i]))
 			}
 			f.unlock()
@@ -137,6 +140,9 @@ func (f *file) settleNow() error {
 	if f.closed || !f.rw {
 		return nil
 	}
+	if f.v.shared() {
+		return f.giveBack()
+	}
 	return f.SettleNow()
 }
 
@@ -147,7 +153,7 @@ func (v *Volume) nextSession() error {
 		for _, f := range v.nodes.files() {
 			f.mu.Lock()
 			err := error(nil)
-			if f.rw && !f.closed {
+			if f.rw && !f.closed && (f.lease.held || !v.shared()) {
 				err = f.Restamp()
 			}
 			f.unlock()
@@ -189,11 +195,16 @@ func (f *file) dropIfIdleLocked() {
 	if f.handles > 0 || f.closed {
 		return
 	}
-	if f.rw && !f.n.Gone() && f.Unsettled() {
+	if f.lease.held {
+		f.failed("close", f.giveBack())
+	}
+	if f.lease.held || f.rw && !f.n.Gone() && f.Unsettled() && !f.v.shared() {
 		f.v.settler.add(f)
 		return
 	}
-	if f.rw && f.FD >= 0 && !f.Broken() && !f.n.Gone() { // the kernel wrote a time back after the last close
+	if f.v.shared() {
+		f.n.lastHead = f.Head()
+	} else if f.rw && f.FD >= 0 && !f.Broken() && !f.n.Gone() { // the kernel wrote a time back after the last close
 		f.failed("close", f.PutMtime())
 	}
 	f.n.past = f.Past()

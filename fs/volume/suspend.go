@@ -95,7 +95,9 @@ func (f *file) settleAndWipe(settle bool, changes uint64) (err error) {
 	if f.refuses(false) == nil {
 		return nil // it took so long that it may be used again
 	}
-	if settle && f.rw && !f.closed && !f.Broken() {
+	if f.v.shared() {
+		err = f.giveBack()
+	} else if settle && f.rw && !f.closed && !f.Broken() {
 		err = errors.Join(f.Rest(), f.Settle(changes))
 	}
 	if f.Header != nil && f.rw && f.Unfinished() {

@@ -26,7 +26,11 @@ func (c *content) truncate(ctx context.Context, size int64) error {
 	write := size > 0
 	err = f.resize(ctx, size)
 	f.mu.Lock()
-	err = errors.Join(err, f.Rest())
+	if c.v.shared() {
+		err = errors.Join(err, f.giveBack())
+	} else {
+		err = errors.Join(err, f.Rest())
+	}
 	f.unlock()
 	f.release(write)
 	return f.failed("truncate", err)
@@ -79,11 +83,15 @@ func (f *file) resize(ctx context.Context, size int64) error {
 // new content's data key is taken before the old content goes.
 func (f *file) empty(ctx context.Context) error {
 	for {
-		if err := f.lockAwake(); err != nil {
+		if err := f.lockLeased(ctx); err != nil {
 			return err
 		}
 		if f.writers == 0 || f.next != nil {
 			break
+		}
+		if err := f.giveBack(); err != nil {
+			f.unlock()
+			return err
 		}
 		f.unlock()
 		if _, err := f.renewKey(ctx, nil); err != nil {

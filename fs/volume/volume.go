@@ -54,6 +54,7 @@ type Options struct {
 	MaxAge      time.Duration // how long a proof that a key may be used is good for; 5 min if zero
 	Grace       time.Duration // how long known keys are used while a key service cannot be reached; 1 h if zero
 	FileLease   bool          // each open file's key is proven by itself
+	Alone       bool          // of a shared volume: no other host may have it mounted
 	NoPrefetch  bool          // no key is unwrapped before its file is opened
 
 	// Set by tests only.
@@ -75,6 +76,7 @@ type base struct {
 	lockFD      int    // of kmsfs.lock, which holds the other; -1 if read-only
 	plain       bool   // names mode
 	calm        bool   // a filesystem in memory: pages cannot tear, no S
+	blurred     bool   // the filesystem's cache on this host may be older than what others wrote
 	super       bool   // running as root: new files are given to their users
 	granularity uint32 // of the times of files on the disk, in nanoseconds
 }
@@ -88,6 +90,9 @@ type Volume struct {
 	dirFDs      dirFDs
 	descriptors descriptors
 	sessions    sessions
+	peers       peers
+	leases      leases
+	locks       hostLocks
 	doubts      doubts
 	space       space
 	access      access
@@ -103,6 +108,14 @@ type Volume struct {
 	bg   sync.WaitGroup
 	quit chan struct{} // closed by Close
 }
+
+// remote are filesystems whose disk is another host's, or may be: NFS, those in user space (GlusterFS,
+// MooseFS and others), SMB, CephFS, Lustre, 9P.
+var remote = []uint32{unix.NFS_SUPER_MAGIC, unix.FUSE_SUPER_MAGIC, 0xff534d42, 0xfe534d42, 0x00c36400, 0x0bd00bd0, unix.V9FS_MAGIC}
+
+// coherent are filesystems whose cache is as new as the last lock or open of a file: those of one host,
+// and NFS.
+var coherent = []int64{unix.NFS_SUPER_MAGIC, unix.EXT4_SUPER_MAGIC, unix.XFS_SUPER_MAGIC, unix.BTRFS_SUPER_MAGIC}
 
 // Open gives the tree of a volume that [Found.Unlock] opened. It takes the volume's
 // lock and the ring, which Close closes.
@@ -122,22 +135,31 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 	v.disk.Took = v.backing.took
 	v.namespace.v, v.descriptors.v = v, v
 	v.access.v, v.access.writeWithin = v, writeWithin
-	v.walker.v, v.walker.done = v, make(chan struct{})
+	v.walker.v, v.leases.v, v.locks.v = v, v, v
 	var err error
 	sizes, err := layout.SizesOf(u.Config)
 	if err != nil {
 		return nil, err
 	}
 	if !o.ReadOnly {
-		if v.lockFD, err = layout.LockWriter(&v.disk, v.rootD); err != nil {
+		if v.lockFD, err = layout.LockWriter(&v.disk, v.rootD, v.cfg.Shared, o.Alone); err != nil {
 			return nil, err
 		}
 	}
+	v.peers.died = func(sessions []uint64) {
+		if err := v.disk.Syncfs(v.rootD); err != nil { // what only the page cache has must be on the disk before a repair believes it
+			v.doubts.beginAll()
+		}
+		v.sessions.addBad(sessions)
+		v.walker.again()
+	}
+	v.peers.met = func() uint64 { return v.recipients.generation() }
 	v.sessions.d, v.sessions.root, v.sessions.vk = &v.disk, v.rootD, v.vk
 	v.space.d, v.space.root = &v.disk, v.rootD
 	opened := false
 	defer func() {
 		if !opened {
+			v.peers.end(false)
 			v.unlockWriter()
 		}
 	}()
@@ -151,6 +173,9 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 	}
 	memory := sfs.Type == unix.TMPFS_MAGIC || sfs.Type == unix.RAMFS_MAGIC
 	v.calm = memory && !o.torn
+	v.disk.Fresh = v.cfg.Shared
+	v.disk.Remote = slices.Contains(remote, uint32(sfs.Type))
+	v.blurred = v.cfg.Shared && !memory && !slices.Contains(coherent, int64(sfs.Type))
 	if memory {
 		v.disk.NeverWaits()
 	}
@@ -192,8 +217,12 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 	if !o.ReadOnly {
 		v.settler.start(v)
 		if v.repairs() {
-			v.bg.Go(v.walker.walk)
+			v.walker.again()
 		}
+	}
+	if v.cfg.Shared {
+		v.bg.Go(v.leases.run)
+		v.peers.start()
 	}
 	opened = true
 	return v, nil
@@ -233,6 +262,9 @@ func (v *Volume) KeyStates() (out []keystore.StoreState) {
 	return out
 }
 
+// Shared reports whether other hosts may write to the volume at the same time.
+func (v *Volume) Shared() bool { return v.shared() }
+
 // ReadOnly reports whether the tree can be changed.
 func (v *Volume) ReadOnly() bool { return v.o.ReadOnly }
 
@@ -253,6 +285,7 @@ func (v *Volume) Statfs() (unix.Statfs_t, error) {
 // Close settles every file, makes all durable and ends the session. Handles
 // must have been released.
 func (v *Volume) Close() error {
+	v.walker.stop()
 	close(v.quit)
 	v.bg.Wait()
 	var err error
@@ -260,6 +293,7 @@ func (v *Volume) Close() error {
 		v.settler.stop()
 		err = v.endSession()
 	}
+	err = errors.Join(err, v.peers.end(err != nil))
 	v.lists.close()
 	for _, f := range v.nodes.files() { // that could not be settled
 		f.mu.Lock()
@@ -289,7 +323,10 @@ func (v *Volume) endSession() error {
 	sideBySide(files, func(i int, f *file) {
 		f.mu.Lock()
 		defer f.unlock()
-		if !f.closed && f.rw && !f.Broken() && !f.n.Gone() {
+		switch {
+		case v.shared():
+			errs[i] = f.failed("settling", f.giveBack())
+		case !f.closed && f.rw && !f.Broken() && !f.n.Gone():
 			errs[i] = f.failed("settling", errors.Join(f.Rest(), f.Settle(f.Changes())))
 		}
 	})

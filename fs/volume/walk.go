@@ -5,6 +5,7 @@ package volume
 import (
 	"context"
 	"errors"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -15,13 +16,59 @@ import (
 type walker struct {
 	v     *Volume
 	moves atomic.Uint64 // of directories, and of files still to be repaired: the walk may have missed them
-	done  chan struct{} // closed when the walk is over
+
+	mu      sync.Mutex    // guards the fields below
+	done    chan struct{} // closed when the walk is over
+	walking bool
+	more    bool // a host died meanwhile
+	closed  bool
+}
+
+// again begins a walk, after the one that is under way.
+func (w *walker) again() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	switch {
+	case w.closed:
+	case w.walking:
+		w.more = true
+	default:
+		w.walking, w.done = true, make(chan struct{})
+		w.v.bg.Go(w.walk)
+	}
+}
+
+// stop lets no walk begin any more.
+func (w *walker) stop() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.closed = true
+}
+
+// over notes that a walk is over, and begins the next one.
+func (w *walker) over() {
+	w.mu.Lock()
+	more := w.more
+	w.walking, w.more = false, false
+	close(w.done)
+	w.mu.Unlock()
+	if more {
+		w.again()
+	}
+}
+
+// end returns what is closed when the walk is over.
+func (w *walker) end() chan struct{} {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.done
 }
 
 // walk looks everything up once after a session that ended badly, so that its
 // files are repaired and it can leave the marker.
 func (w *walker) walk() {
-	defer close(w.done)
+	defer w.over()
+	bad := w.v.sessions.badOnes()
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	go func() {
@@ -40,7 +87,7 @@ func (w *walker) walk() {
 		whole = false // something may have moved from where it was not yet to where it was already
 	}
 	if err == nil && whole {
-		err = w.v.cleaned()
+		err = w.v.cleaned(bad)
 	}
 	switch {
 	case ctx.Err() != nil:
@@ -88,18 +135,21 @@ func (w *walker) dir(ctx context.Context, n *Node) (whole bool, err error) {
 }
 
 // cleaned forgets the sessions that ended badly: the walk has been everywhere.
-func (v *Volume) cleaned() error {
+func (v *Volume) cleaned(bad map[uint64]bool) error {
 	if err := v.syncAll(); err != nil {
 		return err
 	}
-	return v.sessions.cleaned()
+	if err := v.sessions.cleaned(bad); err != nil || !v.shared() {
+		return err
+	}
+	return v.peers.cleaned(bad)
 }
 
 // Wait returns when the background walk after a bad end is over, for tests and tools.
 func (v *Volume) Wait(ctx context.Context) error {
 	for v.repairs() {
 		select {
-		case <-v.walker.done:
+		case <-v.walker.end():
 			return nil // the rest is tried at the next mount
 		case <-ctx.Done():
 			return ctx.Err()

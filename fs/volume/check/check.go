@@ -319,6 +319,8 @@ func (c *checker) entryName(d directory, e disk.Dirent) (name string, show bool)
 	switch {
 	case plain && (d.cpath != "" || !layout.IsOwn(e.Name)):
 		return under(d.cpath, d.ppath, e.Name), true
+	case layout.IsSilly(e.Name):
+		return "", false
 	case !layout.IsOwn(e.Name):
 	case strings.HasPrefix(e.Name, blockcrypt.LongPrefix) && !plain:
 		var err error

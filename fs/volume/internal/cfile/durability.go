@@ -16,6 +16,7 @@ type durability struct {
 	changes   uint64    // of the content
 	cuts      uint64    // of them, truncations
 	synced    int64     // how many changes a sync has covered; -1 if that is not known
+	rested    int64     // how many changes ComeToRest has covered
 }
 
 // Changes counts the changes of the content so far.

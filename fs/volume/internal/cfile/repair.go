@@ -10,6 +10,10 @@ type Repaired struct {
 	Changed   bool  // the ciphertext file was changed, beside its state
 }
 
+// generationsLost is more than the states that a session can have written of a file that others have
+// seen, and that did not last: no generation comes twice.
+const generationsLost = 1 << 32
+
 // Repair brings a file of this length into order whose session ended badly: it ends where it
 // no longer opens, and nothing that was confirmed goes. unsure says that no sync since then
 // covers the file. Now and then it asks stop, and ends with its error.
@@ -18,6 +22,7 @@ func (f *File) Repair(length int64, unsure bool, stop func() error) (done Repair
 	f.Ahead.Store(nil)
 	was := f.Header.State
 	done.Was = was.Size
+	f.Header.State.Generation += generationsLost
 	r, err := f.Assess(length, stop)
 	if err != nil {
 		return done, err

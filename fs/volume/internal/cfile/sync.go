@@ -3,6 +3,8 @@
 package cfile
 
 import (
+	"bytes"
+
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
@@ -165,3 +167,63 @@ func (f *File) Restamp() error {
 	}
 	return f.writeState(f.Flags())
 }
+
+// AtRest reports whether all changes were brought to rest by [File.ComeToRest], or none was made since
+// the state was believed.
+func (f *File) AtRest() bool { return f.rested == int64(f.changes) && !f.Unsettled() }
+
+// ComeToRest brings the file into its final form, durably, so that another host can go on with it. If
+// the content changed, the state has another generation then.
+func (f *File) ComeToRest() error {
+	switch {
+	case f.phase == Broken:
+		return unix.EIO
+	case f.AtRest():
+		return nil
+	case f.Keyless():
+		return unix.EKEYEXPIRED // its changes were settled before the key went, or cannot be
+	}
+	if err := f.trim(); err != nil {
+		return err
+	}
+	if f.Header == nil {
+		return f.restWith(func() error { return f.PutMtime() })
+	}
+	if f.phase == Fresh || !f.Unsettled() { // nothing has to be durable before the state
+		return f.restWith(func() error {
+			if err := f.writeState(f.cleanFlags()); err != nil {
+				return err
+			}
+			return f.PutMtime()
+		})
+	}
+	if err := f.datasync(); err != nil {
+		return err
+	}
+	return f.restWith(func() error { return f.Settle(f.changes) })
+}
+
+// restWith makes the last change of a file that comes to rest, and all durable.
+func (f *File) restWith(last func() error) error {
+	if err := last(); err != nil {
+		return err
+	}
+	if err := f.SyncFailed(f.Disk.Fsync(f.FD)); err != nil {
+		return err
+	}
+	f.Confirm()
+	f.durable, f.synced, f.rested = f.Size, int64(f.changes), int64(f.changes)
+	return nil
+}
+
+// GiveUp makes the file broken: what it has on the disk may be another host's by now.
+func (f *File) GiveUp() { f.enter(Broken) }
+
+// Same reports whether the file on the disk, whose first bytes are given, is as it was left: its state
+// is the one that was believed or written last.
+func (f *File) Same(head []byte) bool {
+	return f.phase != Unread && f.phase != Partial && f.Header != nil && bytes.Equal(f.head, head)
+}
+
+// Head returns a copy of the header's bytes as they are on the disk; none of an empty file.
+func (f *File) Head() []byte { return bytes.Clone(f.head) }

@@ -3,6 +3,7 @@
 package disk
 
 import (
+	"hash/fnv"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -21,6 +22,9 @@ func (d *Disk) Access(fd int, mask uint32) error {
 }
 
 func (d *Disk) Stat(dir int, name string, st *unix.Stat_t) error {
+	if d.Fresh {
+		return d.statx(dir, name, st)
+	}
 	d.sees("fstatat")
 	return again(func() error { return unix.Fstatat(dir, name, st, unix.AT_SYMLINK_NOFOLLOW) })
 }
@@ -28,6 +32,42 @@ func (d *Disk) Stat(dir int, name string, st *unix.Stat_t) error {
 func (d *Disk) Fstat(fd int, st *unix.Stat_t) error {
 	d.sees("fstat")
 	return again(func() error { return unix.Fstat(fd, st) })
+}
+
+// FstatFresh is Fstat that asks the filesystem itself, and not its cache on this host.
+func (d *Disk) FstatFresh(fd int, st *unix.Stat_t) error { return d.statx(fd, "", st) }
+
+// Handle returns a number for the object at an entry, or of the descriptor itself if name is "", which another object with the same inode number
+// does not have: of its file handle. It is 0 where the filesystem has none.
+func (d *Disk) Handle(dir int, name string) uint64 {
+	d.sees("name_to_handle_at")
+	h, _, err := unix.NameToHandleAt(dir, name, unix.AT_EMPTY_PATH)
+	if err != nil {
+		return 0
+	}
+	sum := fnv.New64a()
+	sum.Write(h.Bytes())
+	return sum.Sum64()
+}
+
+// statx is stat of an entry of a directory, or of the object of a descriptor, as the filesystem itself
+// has it.
+func (d *Disk) statx(dir int, name string, st *unix.Stat_t) error {
+	d.sees("statx")
+	const flags = unix.AT_SYMLINK_NOFOLLOW | unix.AT_EMPTY_PATH | unix.AT_STATX_FORCE_SYNC
+	var x unix.Statx_t
+	err := again(func() error { return unix.Statx(dir, name, flags, unix.STATX_BASIC_STATS, &x) })
+	if err != nil {
+		return err
+	}
+	spec := func(t unix.StatxTimestamp) unix.Timespec { return unix.Timespec{Sec: t.Sec, Nsec: int64(t.Nsec)} }
+	*st = unix.Stat_t{
+		Dev: unix.Mkdev(x.Dev_major, x.Dev_minor), Ino: x.Ino, Mode: uint32(x.Mode), Uid: x.Uid, Gid: x.Gid,
+		Rdev: unix.Mkdev(x.Rdev_major, x.Rdev_minor), Size: int64(x.Size), Blocks: int64(x.Blocks),
+		Atim: spec(x.Atime), Mtim: spec(x.Mtime), Ctim: spec(x.Ctime),
+	}
+	setWidths(st, &x)
+	return nil
 }
 
 func (d *Disk) Chmod(fd int, mode uint32) error {
@@ -52,7 +92,17 @@ func (d *Disk) ChownAt(dir int, name string, uid, gid int) error {
 // ChmodAt changes the mode of an entry that was just made; a symlink is not followed.
 func (d *Disk) ChmodAt(dir int, name string, mode uint32) error {
 	return d.do(Call{Op: "fchmodat", FD: dir, Name: name, Mode: mode}, func() error {
-		return unix.Fchmodat(dir, name, mode, unix.AT_SYMLINK_NOFOLLOW)
+		err := unix.Fchmodat(dir, name, mode, unix.AT_SYMLINK_NOFOLLOW)
+		if err != unix.EOPNOTSUPP {
+			return err
+		}
+		// Before Linux 6.6 the system call has no flags.
+		fd, err := unix.Openat(dir, name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		return unix.Chmod(procFD(fd), mode)
 	})
 }
 
@@ -132,3 +182,11 @@ func (d *Disk) Listxattr(fd int) ([]byte, error) {
 		}
 	}
 }
+
+// setWidths sets the fields whose types differ between processors.
+func setWidths(st *unix.Stat_t, x *unix.Statx_t) {
+	widen(&st.Nlink, x.Nlink)
+	widen(&st.Blksize, x.Blksize)
+}
+
+func widen[T ~uint64 | ~uint32 | ~int64 | ~int32](to *T, x uint32) { *to = T(x) }

@@ -107,6 +107,9 @@ func (d *Disk) Syncfs(fd int) error {
 // SettlePages is S of FORMAT.md: it waits until these pages are on the disk and
 // not being written, so that a rewrite cannot tear them.
 func (d *Disk) SettlePages(fd int, off, n int64) error {
+	if d.Remote {
+		return d.Datasync(fd)
+	}
 	const how = unix.SYNC_FILE_RANGE_WAIT_BEFORE | unix.SYNC_FILE_RANGE_WRITE | unix.SYNC_FILE_RANGE_WAIT_AFTER
 	return d.timed(Call{Op: "sync_file_range", FD: fd, Off: off, Len: n, Mode: how}, func() error {
 		return again(func() error { return unix.SyncFileRange(fd, off, n, how) })

@@ -50,6 +50,16 @@ type Disk struct {
 
 	blind atomic.Bool // the filesystem does not say what is in the page cache
 
+	// Remote says that sync_file_range does not reach the disk, which is another host's: fdatasync does.
+	Remote bool
+
+	// Guard is asked before each call that changes something, and its error is the call's. It may be
+	// nil.
+	Guard func() error
+	// Fresh says that others change the tree: attributes are asked of the filesystem itself, which may
+	// be on another host, and not of its cache here.
+	Fresh bool
+
 	// Took is told how long the calls took that wait for the disk: reads of pages that are not in
 	// the page cache, syncs, and SettlePages. It may be nil.
 	Took func(op string, took time.Duration)
@@ -115,9 +125,23 @@ func (d *Disk) sees(op string) {
 	}
 }
 
+// looks are the calls that change nothing on the disk, of those that hooks see.
+var looks = map[string]bool{"pread": true, "open": true, "openat2": true, "fadvise": true, "fcntl": true, "flock": true,
+	"fdatasync": true, "fsync": true, "syncfs": true, "sync_file_range": true}
+
+// changes reports whether a call changes something.
+func (c Call) changes() bool {
+	return !looks[c.Op] && (c.Op != "openat" || c.Mode&unix.O_CREAT != 0)
+}
+
 // do makes a call.
 func (d *Disk) do(c Call, f func() error) error {
 	d.sees(c.Op)
+	if d.Guard != nil && c.changes() {
+		if err := d.Guard(); err != nil {
+			return err
+		}
+	}
 	if d.Hook != nil {
 		if err := d.Hook(c); err == ErrSkip {
 			return nil

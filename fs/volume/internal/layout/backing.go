@@ -109,7 +109,7 @@ func checkFile(d *disk.Disk, fd int) error {
 	if err := d.Fsync(fd); err != nil {
 		return &UnfitError{"does not sync files", err}
 	}
-	if err := d.OFDLock(fd, lockByte); err != nil {
+	if err := d.OFDLock(fd, disk.Lock{Kind: disk.Alone, At: LockByte, N: 1}); err != nil {
 		return errNoLocks{err}
 	}
 	return nil

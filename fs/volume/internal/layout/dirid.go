@@ -85,6 +85,7 @@ func DirIDOf(d *disk.Disk, fd int, entries []disk.Dirent) (x DirID) {
 			add(e.Name, t)
 		case named:
 			add(e.Name, s)
+		case IsSilly(e.Name):
 		case !IsOwn(e.Name), strings.HasPrefix(e.Name, blockcrypt.LongPrefix):
 			x.others = true
 		}

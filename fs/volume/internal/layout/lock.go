@@ -22,9 +22,9 @@ import (
 // that is replaced protects nothing.
 
 const (
-	// lockByte lies beyond the end of any file: SMB's locks are mandatory, and must not
+	// LockByte lies beyond the end of any file: SMB's locks are mandatory, and must not
 	// meet what is read and written.
-	lockByte = 1 << 62
+	LockByte = 1 << 62
 	// lockSize is the length that the first mount gives kmsfs.lock. It stays the same, so that
 	// later ones need no space.
 	lockSize = 512
@@ -77,27 +77,35 @@ func (e errNoLocks) Error() string {
 }
 
 // LockWriter takes both locks of the volume with this root. The descriptor that it returns
-// holds the second one until it is closed; the first one belongs to root.
-func LockWriter(d *disk.Disk, root int) (fd int, err error) {
+// holds the second one until it is closed; the first one belongs to root. Of a shared volume it takes
+// only the second one, shared unless alone is set: flock is in the way of fcntl on some filesystems.
+func LockWriter(d *disk.Disk, root int, shared, alone bool) (fd int, err error) {
+	if shared {
+		kind := disk.Shared
+		if alone {
+			kind = disk.Alone
+		}
+		return lockFile(d, root, kind)
+	}
 	if err := d.Flock(root, unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
 		return -1, lockHolder(d, root)
 	} else if err != nil {
 		return -1, fmt.Errorf("lock the volume: %w", err)
 	}
-	if fd, err = lockFile(d, root); err != nil {
+	if fd, err = lockFile(d, root, disk.Alone); err != nil {
 		d.Flock(root, unix.LOCK_UN)
 	}
 	return fd, err
 }
 
 // lockFile takes the lock that other hosts see.
-func lockFile(d *disk.Disk, root int) (int, error) {
+func lockFile(d *disk.Disk, root int, kind disk.LockKind) (int, error) {
 	for {
 		fd, err := openLock(d, root)
 		if err != nil {
 			return -1, err
 		}
-		if err = d.OFDLock(fd, lockByte); disk.LockBusy(err) {
+		if err = d.OFDLock(fd, disk.Lock{Kind: kind, At: LockByte, N: 1}); disk.LockBusy(err) {
 			err = lockHolder(d, root)
 		} else if err != nil {
 			err = errNoLocks{err}
@@ -107,7 +115,9 @@ func lockFile(d *disk.Disk, root int) (int, error) {
 			err = errors.Join(d.Fstat(fd, &have), d.Stat(root, LockName, &now))
 		}
 		if err == nil && have.Ino == now.Ino && have.Dev == now.Dev {
-			signLock(d, fd)
+			if kind == disk.Alone {
+				signLock(d, fd)
+			}
 			return fd, nil
 		}
 		d.Close(fd)
@@ -216,7 +226,8 @@ func WriterOf(d *disk.Disk, root int) error {
 		return nil // no mount has it, or none that this user can see
 	}
 	defer d.Close(lock)
-	if locked, err := d.OFDLocked(lock, lockByte); err == nil && locked {
+	in, err := d.OFDLocked(lock, disk.Lock{Kind: disk.Alone, At: LockByte, N: 1})
+	if err == nil && in.Kind != disk.None {
 		return lockHolder(d, root)
 	}
 	return nil

@@ -15,9 +15,16 @@ var (
 	ErrNameAltered = errors.New("the name of a long entry was altered")
 )
 
+// IsSilly reports whether an entry is a removed file that NFS keeps under a name of its own while a host
+// has it open. Encoded names hold no dot.
+func IsSilly(cname string) bool { return strings.HasPrefix(cname, ".nfs") }
+
 // EncodedName returns the encoded name of an entry of a directory: its ciphertext name, or for a
 // long one the target of its symlink. It is "" for an entry of kmsfs' own.
 func EncodedName(d *disk.Disk, fd int, cname string) (string, error) {
+	if IsSilly(cname) {
+		return "", nil
+	}
 	if !IsOwn(cname) {
 		return cname, nil
 	}

@@ -34,8 +34,12 @@ const LinksTarget = "copies of this directory need its symlinks"
 // whole. One that no mount is writing was left by a crash.
 const RekeyPrefix = blockcrypt.Reserved + "rekey."
 
+// HostsName is the directory in the root of a shared volume in which each host that has it mounted for
+// writing has a file.
+const HostsName = blockcrypt.Reserved + "hosts"
+
 // RootNames are the entries that only the root has.
-var RootNames = []string{blockcrypt.ConfigName, MarkerName, LockName, LinksName}
+var RootNames = []string{blockcrypt.ConfigName, MarkerName, LockName, LinksName, HostsName}
 
 // LacksLinks reports whether the volume seems to have been copied without its symlinks.
 func LacksLinks(d *disk.Disk, root int) bool {
@@ -64,6 +68,7 @@ func OpenRoot(d *disk.Disk, dir string) (int, error) {
 
 // ReadConfig reads kmsfs.json, without authenticating it.
 func ReadConfig(d *disk.Disk, root int) (*blockcrypt.Config, error) {
+	refresh(d, root)
 	fd, err := d.OpenFile(root, blockcrypt.ConfigName)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, ErrNotVolume

@@ -16,3 +16,9 @@ func MakeRootEntries(d *disk.Disk, root int) error {
 	}
 	return disk.Ignore(d.Symlink(LinksTarget, root, LinksName), unix.EEXIST)
 }
+
+// refresh makes this host see the entries that the root has now, where another host made them.
+func refresh(d *disk.Disk, root int) {
+	var st unix.Stat_t
+	d.FstatFresh(root, &st)
+}

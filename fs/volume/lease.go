@@ -1,0 +1,449 @@
+//go:build linux && !portable
+
+package volume
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/disk"
+	"kmsfs/fs/volume/internal/layout"
+)
+
+const (
+	leaseTick   = 20 * time.Millisecond  // between two looks whether others wait for a lease
+	leaseIdle   = 300 * time.Millisecond // without a write, after which a lease is given back
+	leaseMost   = 5 * time.Second        // after which it is given back anyway
+	leaseYield  = 40 * time.Millisecond  // in which a lease that another waits for is not taken again
+	leasePause  = time.Millisecond       // between two attempts to take a lease, at first
+	leasePauses = 10 * time.Millisecond  // and at most
+)
+
+// lease is the right to write a ciphertext file of a shared volume, and to read what does not open
+// without it: a lock of the file's descriptor. file.mu guards it.
+type lease struct {
+	held    bool
+	late    uint64       // peers.late when it was taken
+	since   atomic.Int64 // when it was taken
+	used    atomic.Int64 // for a write, in nanoseconds of Unix time; read without mu, too
+	wanted  bool         // another host waits for it
+	wanting bool         // this host has said that it waits
+	free    time.Time    // when it may be taken again
+}
+
+// leases are the files whose leases this host has.
+type leases struct {
+	v     *Volume
+	mu    sync.Mutex    // no other lock is taken under it, and no syscall is made
+	files map[*file]int // with their descriptors
+}
+
+// Reasons why a file cannot be used as it is.
+var errNeedsLease = errors.New("the file is being written, perhaps by another host")
+
+// needsKey says that a file has other content, whose key is not at hand.
+type needsKey struct {
+	error
+	hdr *blockcrypt.Header
+}
+
+// unsettled says that a file was left unfinished by another host.
+type unsettled struct {
+	error
+	session uint64
+}
+
+func leaseLock(kind disk.LockKind) disk.Lock {
+	return disk.Lock{Kind: kind, At: layout.LeaseByte, N: 1}
+}
+
+func wantedLock(kind disk.LockKind) disk.Lock {
+	return disk.Lock{Kind: kind, At: layout.WantedByte, N: 1}
+}
+
+// shared reports whether other hosts may write to the volume.
+func (v *Volume) shared() bool { return v.cfg.Shared }
+
+// hasLease takes the lease of the file if it can be had at once, and takes over what others have
+// changed. If it is false, the caller unlocks mu and calls waitLease with the error. mu is held for
+// writing, and the descriptor is open.
+func (f *file) hasLease() (bool, error) {
+	if !f.v.shared() {
+		return true, nil
+	}
+	l := &f.lease
+	late, err := uint64(0), error(nil)
+	if !f.v.o.ReadOnly {
+		if late, err = f.v.peers.leases(); err != nil {
+			return false, err
+		}
+	}
+	if l.held && l.late != late {
+		if f.confirmLease(late); f.Broken() {
+			return false, unix.EIO
+		}
+	}
+	if l.held {
+		l.used.Store(time.Now().UnixNano())
+		return true, nil
+	}
+	if time.Now().Before(l.free) {
+		return false, nil
+	}
+	kind := disk.Shared
+	if f.rw {
+		kind = disk.Alone
+	}
+	if err := f.v.disk.OFDLock(f.FD, leaseLock(kind)); disk.LockBusy(err) {
+		return false, nil
+	} else if err != nil {
+		return false, err
+	}
+	l.held, l.late = true, late
+	l.since.Store(time.Now().UnixNano())
+	l.used.Store(l.since.Load())
+	if l.wanting {
+		f.v.disk.OFDLock(f.FD, wantedLock(disk.None))
+		l.wanting = false
+	}
+	if err := f.reload(); err != nil {
+		f.unlease()
+		return false, err
+	}
+	f.v.leases.add(f)
+	return true, nil
+}
+
+// unlease gives the lock itself back.
+func (f *file) unlease() {
+	f.lease.held = false
+	if f.FD >= 0 {
+		f.v.disk.OFDLock(f.FD, leaseLock(disk.None))
+	}
+	f.v.leases.remove(f)
+}
+
+// confirmLease finds out whether the lease is still this host's after a proof that came too late. It is
+// if the file is as this host left it: nobody else changes it without another state. Where it is not,
+// what was not at rest is lost.
+func (f *file) confirmLease(late uint64) {
+	if f.lease.late == late {
+		return
+	}
+	kind := disk.Shared
+	if f.rw {
+		kind = disk.Alone
+	}
+	if f.v.disk.OFDLock(f.FD, leaseLock(kind)) == nil && f.Header != nil {
+		f.v.disk.ForgetPages(f.FD, 0, blockcrypt.PageSize)
+		head := make([]byte, f.Geo.Header())
+		if n, err := f.v.disk.Pread(f.FD, head, 0); err == nil && f.Same(head[:n]) {
+			f.lease.late = late
+			return
+		}
+	}
+	if !f.AtRest() {
+		f.failed("writing", errDark)
+		f.GiveUp()
+	}
+	f.unlease()
+}
+
+// waitLease waits for what keeps the file from being used, as hasLease said it. No lock is held.
+func (f *file) waitLease(ctx context.Context, why error, pause *time.Duration) error {
+	waitsOf(ctx).ForKey()
+	switch w := why.(type) {
+	case nil:
+	case needsKey:
+		_, _, err := f.v.lists.unlock(ctx, w.hdr)
+		return f.failed("unwrapping its key", err)
+	case unsettled:
+		dead, err := f.v.peers.await(ctx, w.session)
+		if err == nil && !dead {
+			err = f.failed("opening", w.error)
+		}
+		return err
+	default:
+		return f.failed("taking its lease", why)
+	}
+	f.mu.Lock()
+	if !f.lease.wanting && f.FD >= 0 && !f.closed {
+		f.lease.wanting = f.v.disk.OFDLock(f.FD, wantedLock(disk.Shared)) == nil
+	}
+	f.unlock()
+	if *pause == 0 {
+		*pause = leasePause
+	}
+	select {
+	case <-ctx.Done():
+		f.mu.Lock()
+		defer f.unlock()
+		if f.lease.wanting && f.FD >= 0 {
+			f.v.disk.OFDLock(f.FD, wantedLock(disk.None))
+			f.lease.wanting = false
+		}
+		return unix.EINTR
+	case <-time.After(*pause):
+	}
+	*pause = min(2**pause, leasePauses)
+	return nil
+}
+
+// lockLeased takes mu with the descriptor open and the lease at hand.
+func (f *file) lockLeased(ctx context.Context) error {
+	var pause time.Duration
+	for {
+		if err := f.lockAwake(); err != nil {
+			return err
+		}
+		ok, err := f.hasLease()
+		if ok {
+			return nil
+		}
+		f.unlock()
+		if err := f.waitLease(ctx, err, &pause); err != nil {
+			return err
+		}
+	}
+}
+
+// lockBare takes the lease of a file that nobody else uses yet, and whose header was not read.
+func (f *file) lockBare(ctx context.Context) error {
+	kind := disk.Shared
+	if f.rw {
+		kind = disk.Alone
+	}
+	waitsOf(ctx).ForKey()
+	for pause := leasePause; ; pause = min(2*pause, leasePauses) {
+		late, err := uint64(0), error(nil)
+		if !f.v.o.ReadOnly {
+			if late, err = f.v.peers.leases(); err != nil {
+				return err
+			}
+		}
+		err = f.v.disk.OFDLock(f.FD, leaseLock(kind))
+		if err == nil {
+			f.lease.held, f.lease.late = true, late
+			f.lease.since.Store(time.Now().UnixNano())
+			f.lease.used.Store(f.lease.since.Load())
+			f.v.disk.OFDLock(f.FD, wantedLock(disk.None))
+			return nil
+		}
+		if !disk.LockBusy(err) {
+			return err
+		}
+		f.v.disk.OFDLock(f.FD, wantedLock(disk.Shared))
+		select {
+		case <-ctx.Done():
+			return unix.EINTR
+		case <-time.After(pause):
+		}
+	}
+}
+
+// freshen takes over what others have changed, under the lease: after a read found what does not open.
+func (f *file) freshen(ctx context.Context) error {
+	if err := f.lockLeased(ctx); err != nil {
+		return err
+	}
+	f.unlock()
+	return nil
+}
+
+// follow takes over what others have changed, without the lease if the file is at rest.
+func (f *file) follow(ctx context.Context) error {
+	if !f.v.shared() || f.loaded.Swap(false) {
+		return nil
+	}
+	for {
+		if err := f.lockAwake(); err != nil {
+			return err
+		}
+		err := error(nil)
+		if !f.lease.held && !f.Broken() {
+			err = f.reload()
+		}
+		f.unlock()
+		switch w := err.(type) {
+		case nil:
+			return nil
+		case needsKey:
+			waitsOf(ctx).ForKey()
+			if _, _, err := f.v.lists.unlock(ctx, w.hdr); err != nil {
+				return f.failed("unwrapping its key", err)
+			}
+		default: // it is being written, or is damaged
+			return f.freshen(ctx)
+		}
+	}
+}
+
+// look is follow where that needs not wait for anybody: for attributes.
+func (f *file) look() {
+	if !f.v.shared() || !f.mu.TryLock() {
+		return
+	}
+	defer f.unlock()
+	if f.FD >= 0 && !f.closed && !f.lease.held && !f.Broken() {
+		f.reload() // else the file is shown as it was
+	}
+}
+
+// reload reads the header again, and where it is another than before takes the file as it is now.
+// Without the lease it needs a file at rest. On an error the file is as before. mu is held for writing.
+func (f *file) reload() error {
+	v, c := f.v, &f.n.content
+	var st unix.Stat_t
+	if err := v.disk.FstatFresh(f.FD, &st); err != nil {
+		return err
+	}
+	if v.blurred {
+		v.disk.ForgetPages(f.FD, 0, 0)
+	}
+	if st.Size == 0 && f.Header == nil || f.Broken() {
+		return nil
+	}
+	if f.Header != nil && st.Size > 0 {
+		head := make([]byte, f.Geo.Header())
+		n, err := v.disk.Pread(f.FD, head, 0)
+		if err != nil {
+			return err
+		}
+		if f.Same(head[:n]) {
+			return nil
+		}
+	}
+	was, of := f.File, f.domain.Load()
+	f.File = f.blank(f.FD, st.Mtim)
+	err := error(nil)
+	if st.Size > 0 {
+		err = c.readHeader(f, st.Size)
+	}
+	switch {
+	case err != nil:
+	case f.Header == nil:
+		f.BelieveEmpty()
+	default:
+		var known bool
+		if f.Keys, of, known, err = v.lists.unlockNow(f.Header); err == nil && !known {
+			err = needsKey{errNeedsLease, f.Header}
+		}
+		if err == nil {
+			f.domain.Store(of)
+			err = c.takeState(f, st.Size)
+		}
+	}
+	if err != nil {
+		if blockcrypt.ClassOf(err) != "" && !f.lease.held {
+			err = errNeedsLease
+		}
+		f.File = was
+		if of != nil {
+			f.domain.Store(of)
+		}
+		return err
+	}
+	f.moves = f.Times().Moves
+	c.foreign.Store(true)
+	v.lists.keep(f)
+	return nil
+}
+
+// giveBack brings the file to rest and gives its lease back. On an error that leaves the file usable it
+// keeps the lease. mu is held for writing.
+func (f *file) giveBack() error {
+	l := &f.lease
+	if f.Broken() {
+		f.unlease()
+		return unix.EIO
+	}
+	if !l.held {
+		return nil
+	}
+	if !f.v.o.ReadOnly {
+		late, err := f.v.peers.leases()
+		if err != nil && !f.AtRest() {
+			return err
+		}
+		if f.confirmLease(late); f.Broken() {
+			return unix.EIO
+		}
+		if !l.held {
+			return nil
+		}
+	}
+	if f.rw && !f.n.removed() {
+		if err := f.ComeToRest(); err != nil && !f.Broken() {
+			return err
+		} else if err != nil {
+			f.unlease()
+			return err
+		}
+	}
+	if l.wanted {
+		l.wanted, l.free = false, time.Now().Add(leaseYield)
+	}
+	f.unlease()
+	return nil
+}
+
+func (s *leases) add(f *file) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.files == nil {
+		s.files = map[*file]int{}
+	}
+	s.files[f] = f.FD
+}
+
+func (s *leases) remove(f *file) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.files, f)
+}
+
+func (s *leases) now() (files []*file, fds []int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for f, fd := range s.files {
+		files, fds = append(files, f), append(fds, fd)
+	}
+	return files, fds
+}
+
+// run gives leases back that others wait for, or that nobody uses.
+func (s *leases) run() {
+	t := time.NewTicker(leaseTick)
+	defer t.Stop()
+	for {
+		select {
+		case <-s.v.quit:
+			return
+		case <-t.C:
+		}
+		s.v.locks.check()
+		files, fds := s.now()
+		sideBySide(files, func(i int, f *file) { f.checkLease(fds[i]) })
+	}
+}
+
+// checkLease gives the lease back if another host waits for it, or it was not used for a while. No lock
+// is held while the filesystem is asked: at worst the answer is that of another file.
+func (f *file) checkLease(fd int) {
+	in, err := f.v.disk.OFDLocked(fd, wantedLock(disk.Alone))
+	wanted := err == nil && in.Kind != disk.None
+	now := time.Now().UnixNano()
+	if !wanted && now-f.lease.used.Load() < int64(leaseIdle) && now-f.lease.since.Load() < int64(leaseMost) {
+		return
+	}
+	f.mu.Lock()
+	defer f.unlock()
+	f.lease.wanted = wanted
+	f.failed("giving its lease back", f.giveBack())
+}

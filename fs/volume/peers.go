@@ -1,0 +1,410 @@
+//go:build linux && !portable
+
+package volume
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/disk"
+	"kmsfs/fs/volume/internal/layout"
+)
+
+const (
+	beatEvery  = 2 * time.Second // a host proves that it lives
+	proofHolds = 6 * time.Second // T of FORMAT.md, section 6: shorter than the lease of any backing
+	lookEvery  = 5               // beats between two looks for hosts that died
+)
+
+// peers are the hosts that have a shared volume mounted, this one among them. It is unused, with d nil,
+// in a volume that is not shared, and in one that is only read.
+type peers struct {
+	v    *Volume
+	died func(sessions []uint64) // tells of a host that died, whose files can be repaired
+	met  func() (config uint64)  // is called with each proof, and returns the generation of kmsfs.json that this host uses
+	d    *disk.Disk              // without the guard
+	name string                  // of this host's file
+	fd   int                     // of it, which holds its lock
+
+	proven atomic.Int64  // since when, on CLOCK_BOOTTIME in nanoseconds, this host is known to be alive
+	late   atomic.Uint64 // how often a proof came too late: leases of before are lost
+	fenced atomic.Bool   // another host repairs what this one has left: for good
+
+	// mu guards the fields below, and is held while other hosts' files are looked at.
+	mu    sync.Mutex
+	hosts layout.Hosts
+	self  layout.HostFile
+	dead  map[string]*deadHost // by the names of their files
+	stop  chan struct{}
+	done  sync.WaitGroup
+}
+
+// deadHost is one whose lock is gone, and whose file this host has locked.
+type deadHost struct {
+	fd       int
+	sessions []uint64
+	fenced   time.Time // since then it cannot write
+	timed    bool      // that time is waited for
+	bad      bool      // its sessions are among those that ended badly
+}
+
+// errDark is the answer while this host cannot prove that it lives.
+var errDark = fmt.Errorf("this host did not reach the volume's filesystem for more than %v, so that others may take its files over: %w",
+	proofHolds, unix.EIO)
+
+// errFenced is the answer after another host took this one for dead.
+var errFenced = fmt.Errorf("another host has taken this one for dead and repairs its files; unmount and mount the volume again: %w", unix.EIO)
+
+// on reports whether the volume is shared, and mounted for writing.
+func (p *peers) on() bool { return p.d != nil }
+
+func bootTime() int64 {
+	var t unix.Timespec
+	unix.ClockGettime(unix.CLOCK_BOOTTIME, &t)
+	return t.Nano()
+}
+
+// begin makes this host one of those that have the volume mounted, with these sessions.
+func (p *peers) begin(v *Volume, sessions []uint64) error {
+	p.v, p.d = v, &disk.Disk{Hooks: v.disk.Hooks}
+	p.stop, p.dead = make(chan struct{}), map[string]*deadHost{}
+	var err error
+	if p.hosts, err = layout.OpenHosts(p.d, v.rootD); err != nil {
+		return err
+	}
+	p.self = layout.ThisHost()
+	p.self.Sessions, p.self.Config = v.vk.SealMarker(sessions), v.cfg.Generation
+	begun := bootTime()
+	if p.name, p.fd, err = p.hosts.Add(p.self); err != nil {
+		p.d.Close(p.hosts.Dir)
+		return fmt.Errorf("make this host known in %s: %w", layout.HostsName, err)
+	}
+	p.proven.Store(begun)
+	v.disk.Guard = p.alive
+	return nil
+}
+
+// start looks for hosts that died, and proves from now on that this one lives.
+func (p *peers) start() {
+	if p.on() {
+		p.look()
+		p.done.Go(p.run)
+	}
+}
+
+// end makes the host one of the past. With left, it leaves its file, for others to repair what it could
+// not bring into order.
+func (p *peers) end(left bool) (err error) {
+	if !p.on() {
+		return nil
+	}
+	close(p.stop)
+	p.done.Wait()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !left && !p.fenced.Load() {
+		err = p.hosts.Remove(p.name)
+	}
+	for _, x := range p.dead {
+		p.d.Close(x.fd)
+	}
+	p.d.OFDLock(p.fd, disk.Lock{Kind: disk.None, At: layout.LockByte, N: 1})
+	p.d.Close(p.fd)
+	p.d.Close(p.hosts.Dir)
+	return err
+}
+
+// alive returns nil while this host is known to be alive, so that no other takes its files over. It is
+// asked before each call that changes something.
+func (p *peers) alive() error {
+	switch {
+	case p.fenced.Load():
+		return errFenced
+	case bootTime()-p.proven.Load() > int64(proofHolds):
+		return errDark
+	}
+	return nil
+}
+
+// leases returns how often a proof came too late so far, and the error if one is too late now.
+func (p *peers) leases() (late uint64, err error) { return p.late.Load(), p.alive() }
+
+// run proves again and again that this host lives, and looks for others that died.
+func (p *peers) run() {
+	t := time.NewTicker(beatEvery)
+	defer t.Stop()
+	for beats := 1; ; beats++ {
+		select {
+		case <-p.stop:
+			return
+		case <-t.C:
+		}
+		if err := p.beat(); err != nil {
+			p.v.report("hosts", "this host could not prove that it lives", err)
+			continue
+		}
+		if beats%lookEvery == 0 {
+			p.look()
+		}
+	}
+}
+
+// beat proves that this host lives: it has its lock, and nobody has fenced it.
+func (p *peers) beat() error {
+	if p.fenced.Load() {
+		return errFenced
+	}
+	config := p.met()
+	begun := bootTime()
+	p.mu.Lock()
+	p.self.Beat++
+	p.self.Config = config
+	err := p.hosts.Write(p.fd, p.self)
+	p.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	fenced, err := p.hosts.Fenced(p.fd)
+	if err != nil {
+		return err
+	}
+	if !fenced {
+		fenced, err = p.lockLost()
+	}
+	switch {
+	case err != nil:
+		return err
+	case fenced:
+		p.fenced.Store(true)
+		return errFenced
+	}
+	if bootTime()-p.proven.Load() > int64(proofHolds) {
+		p.late.Add(1)
+		p.v.log.Warn("this host did not reach the volume's filesystem for a while; what it was writing then is lost, and its files are read again")
+	}
+	p.proven.Store(begun)
+	return nil
+}
+
+// lockLost reports whether the filesystem has taken this host's lock away.
+func (p *peers) lockLost() (bool, error) {
+	fd, err := p.hosts.Open(p.name)
+	if err != nil {
+		return err == unix.ENOENT, disk.Ignore(err, unix.ENOENT)
+	}
+	defer p.d.Close(fd)
+	in, err := p.d.OFDLocked(fd, disk.Lock{Kind: disk.Alone, At: layout.LockByte, N: 1})
+	return in.Kind == disk.None, err
+}
+
+// setSessions makes durable that these are this host's sessions.
+func (p *peers) setSessions(sessions []uint64) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.self.Sessions = p.v.vk.SealMarker(sessions)
+	return p.hosts.Write(p.fd, p.self)
+}
+
+// look looks for hosts that died, and takes what they have left for something to be repaired.
+func (p *peers) look() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	names, err := p.hosts.Names()
+	if err != nil {
+		p.v.report("hosts", "the hosts that have the volume mounted cannot be listed", err)
+		return
+	}
+	for _, name := range names {
+		if name == p.name || p.dead[name] != nil {
+			continue
+		}
+		x, err := p.find(name)
+		if err != nil {
+			p.v.report("hosts", "the file of another host cannot be used", err)
+		}
+		if x != nil {
+			p.dead[name] = x
+		}
+	}
+	for name := range p.dead {
+		if !slices.Contains(names, name) { // another host has brought its files into order
+			p.forget(name)
+		}
+	}
+	p.take()
+}
+
+// find returns a host if it is dead, locked and fenced; nil if it lives. mu is held.
+func (p *peers) find(name string) (x *deadHost, err error) {
+	fd, err := p.hosts.Open(name)
+	if err != nil {
+		return nil, disk.Ignore(err, unix.ENOENT)
+	}
+	defer func() {
+		if x == nil {
+			p.d.Close(fd)
+		}
+	}()
+	if _, _, _, err := p.hosts.Read(fd, p.v.vk); p.hosts.Unwritten(err) {
+		return nil, p.hosts.RemoveUnwritten(name, fd)
+	}
+	err = p.d.OFDLock(fd, disk.Lock{Kind: disk.Shared, At: layout.LockByte, N: 1})
+	if disk.LockBusy(err) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	host, sessions, fenced, err := p.hosts.Read(fd, p.v.vk) // its owner can write it no more
+	if err != nil {
+		return nil, err
+	}
+	if !fenced {
+		if err := p.hosts.Fence(fd); err != nil {
+			return nil, err
+		}
+	}
+	x = &deadHost{fd: fd, sessions: sessions, fenced: time.Now()}
+	if host.Ended() {
+		x.fenced = x.fenced.Add(-proofHolds)
+	}
+	p.v.log.Warn("a host did not unmount the volume well; files that it was writing are repaired",
+		"host", host.Host, "pid", host.PID, "since", host.Since)
+	return x, nil
+}
+
+// take begins to repair the files of dead hosts whose last proof holds no more. mu is held.
+func (p *peers) take() {
+	for _, x := range p.dead {
+		wait := proofHolds - time.Since(x.fenced)
+		switch {
+		case x.bad, wait > 0 && x.timed:
+		case wait > 0:
+			x.timed = true
+			p.done.Go(func() {
+				select {
+				case <-p.stop:
+				case <-time.After(wait + time.Millisecond):
+					p.mu.Lock()
+					defer p.mu.Unlock()
+					x.timed = false
+					p.take()
+				}
+			})
+		default:
+			x.bad = true
+			p.died(x.sessions)
+		}
+	}
+}
+
+// forget lets go of a dead host. mu is held.
+func (p *peers) forget(name string) {
+	p.d.Close(p.dead[name].fd)
+	delete(p.dead, name)
+}
+
+// cleaned removes the files of dead hosts, all of whose files are in order.
+func (p *peers) cleaned(bad map[uint64]bool) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, name := range slices.Collect(maps.Keys(p.dead)) {
+		if x := p.dead[name]; x.bad && !slices.ContainsFunc(x.sessions, func(s uint64) bool { return !bad[s] }) {
+			if err := p.hosts.Remove(name); err != nil {
+				return err
+			}
+			p.forget(name)
+		}
+	}
+	return nil
+}
+
+// await returns when it is known whether a session is of a host that died: true once its files can be
+// repaired, false if it is of a host that lives, or unknown.
+func (p *peers) await(ctx context.Context, session uint64) (bool, error) {
+	p.look()
+	for {
+		p.mu.Lock()
+		var of *deadHost
+		for _, x := range p.dead {
+			if slices.Contains(x.sessions, session) || session == 0 && (of == nil || !x.bad) { // 0: of any
+				of = x
+			}
+		}
+		p.take()
+		ready := of != nil && of.bad
+		p.mu.Unlock()
+		if of == nil || ready {
+			return ready, nil
+		}
+		select {
+		case <-ctx.Done():
+			return false, unix.EINTR
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// Host is one that has a shared volume mounted.
+type Host struct {
+	layout.HostFile
+	State string // "this one", "alive", "dead" (its files are to be repaired), "unknown"
+}
+
+// Hosts returns the hosts that have the volume in dir mounted for writing; none of a volume that is not
+// shared.
+func Hosts(dir string) (out []Host, err error) {
+	d := &disk.Disk{}
+	root, err := layout.OpenRoot(d, dir)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close(root)
+	fd, err := d.Open(root, layout.HostsName, unix.O_RDONLY|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return nil, disk.Ignore(err, unix.ENOENT)
+	}
+	defer d.Close(fd)
+	hosts := layout.Hosts{Disk: d, Dir: fd}
+	names, err := hosts.Names()
+	if err != nil {
+		return nil, err
+	}
+	slices.Sort(names)
+	for _, name := range names {
+		if x, ok := hostNow(hosts, name); ok {
+			out = append(out, x)
+		}
+	}
+	slices.SortStableFunc(out, func(a, b Host) int { return a.Since.Compare(b.Since) })
+	return out, nil
+}
+
+// hostNow returns what is known of a host; ok is false if its file is gone.
+func hostNow(hosts layout.Hosts, name string) (x Host, ok bool) {
+	fd, err := hosts.Disk.Open(hosts.Dir, name, unix.O_RDONLY|disk.FileFlags, 0)
+	if err != nil {
+		return x, false
+	}
+	defer hosts.Disk.Close(fd)
+	var fenced bool
+	x.HostFile, _, fenced, err = hosts.Read(fd, nil)
+	in, lerr := hosts.Disk.OFDLocked(fd, disk.Lock{Kind: disk.Alone, At: layout.LockByte, N: 1})
+	switch {
+	case err != nil && blockcrypt.ClassOf(err) == "" || lerr != nil:
+		x.State = "unknown"
+	case fenced, in.Kind != disk.Alone:
+		x.State = "dead"
+	default:
+		x.State = "alive"
+	}
+	return x, true
+}
