@@ -117,7 +117,7 @@ func (k *keyFlags) administer(ctx context.Context, dir string, f func(administra
 	defer stop()
 	var a administrator
 	locked := volume.Writer(dir)
-	if errors.Is(locked, volume.ErrLocked) {
+	if e, ok := errors.AsType[*volume.LockedError](locked); ok && !(e.Shared && e.Elsewhere()) {
 		a, err = writerOf(dir, locked)
 	} else {
 		a, err = k.openForChange(ctx, dir)

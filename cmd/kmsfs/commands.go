@@ -9,5 +9,5 @@ func linuxCommands() []*cobra.Command {
 	return append(controlCommands(), initCommand(), mountCommand(), umountCommand(), keyCommand(),
 		recipientsCommand(), rewrapCommand(), rekeyCommand(), pathCommand(), reheaderCommand(),
 		setKeyCommand(), inventoryCommand(), passwdCommand(), policyCommand(), doctorCommand(),
-		topCommand(), importTreeCommand())
+		topCommand(), importTreeCommand(), hostsCommand(), shareCommand())
 }

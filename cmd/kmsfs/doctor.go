@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -26,6 +27,8 @@ import (
 type doctor struct {
 	keyFlags
 	asJSON bool
+	peer   bool
+	within time.Duration
 	lines  []checkup
 }
 
@@ -48,6 +51,13 @@ at KMS. Each line says ok, or what to do. Nothing is changed, but for a director
 CIPHERDIR for a moment.`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
+			if d.peer && len(args) == 0 {
+				return usageError{errors.New("--peer needs CIPHERDIR, or an empty directory beside it"), "kmsfs doctor"}
+			}
+			if d.peer {
+				d.withPeer(contextOf(c), args[0])
+				return d.show()
+			}
 			d.machine()
 			if len(args) > 0 {
 				d.volume(contextOf(c), args[0])
@@ -57,6 +67,8 @@ CIPHERDIR for a moment.`,
 	}
 	d.add(c, openVolumeUsage)
 	c.Flags().BoolVar(&d.asJSON, "json", false, "print JSON")
+	c.Flags().BoolVar(&d.peer, "peer", false, "test with another host, which calls this for the same directory at the same time, whether its filesystem is fit for a shared volume")
+	c.Flags().DurationVar(&d.within, "within", 5*time.Minute, "with --peer, wait this `TIME` for the other host")
 	return c
 }
 
@@ -93,6 +105,51 @@ func (d *doctor) show() error {
 		return quiet(exitFailed)
 	}
 	return nil
+}
+
+// withPeer tests the filesystem of a directory with another host.
+func (d *doctor) withPeer(ctx context.Context, dir string) {
+	if _, err := volume.CheckShared(dir); err != nil {
+		d.failed("locks", err)
+		return
+	}
+	ctx, stop := signal.NotifyContext(ctx, unix.SIGINT, unix.SIGTERM)
+	defer stop()
+	ctx, cancel := context.WithTimeout(ctx, d.within)
+	defer cancel()
+	say("Waiting for kmsfs doctor --peer on another host, for the same directory.")
+	checks, here, err := volume.ProbePeer(ctx, dir)
+	for _, c := range checks {
+		switch {
+		case c.Err != nil:
+			d.line("fail", c.What, peerAdvice(dir), "%v", c.Err)
+		case c.Note != "":
+			d.ok(c.What, "hold between the hosts, %s", c.Note)
+		default:
+			d.ok(c.What, "hold between the hosts")
+		}
+	}
+	if err != nil {
+		d.failed("peer", err)
+	} else if here {
+		d.line("note", "peer", "call it on two hosts", "both ran on this host, so that nothing between hosts was tested")
+	}
+}
+
+// peerAdvice says how a filesystem is mounted so that it is fit for a shared volume.
+func peerAdvice(dir string) string {
+	var st unix.Statfs_t
+	if unix.Statfs(dir, &st) != nil {
+		return ""
+	}
+	switch st.Type {
+	case unix.NFS_SUPER_MAGIC:
+		return "mount it with vers=4.1 or later, and without nolock and local_lock"
+	case unix.FUSE_SUPER_MAGIC:
+		return "GlusterFS: gluster volume set VOLUME client.strict-locks on, and performance.{quick-read,io-cache,read-ahead,write-behind,open-behind,stat-prefetch,readdir-ahead,nl-cache} off; " +
+			"mount with direct-io-mode=enable,attribute-timeout=0,entry-timeout=0"
+	}
+	return "see docs/hosts.md"
 }
 
 // machine looks at what every mount needs.

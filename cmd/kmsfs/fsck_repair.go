@@ -22,6 +22,9 @@ func (f *fsckFlags) besideWriter(l *volume.Found, dir string) error {
 		if !errors.Is(err, volume.ErrLocked) {
 			return fmt.Errorf("%s: %w", dir, err)
 		}
+		if l.Config.Shared { // a repair is that of one host more
+			return nil
+		}
 		if f.repair {
 			return hint(fmt.Errorf("%s: %w", dir, err),
 				"kmsfs umount it first; without --repair it is checked as it is")

@@ -67,6 +67,11 @@ func (f *initFlags) run(ctx context.Context, dir string) error {
 	for _, note := range notes {
 		say("note: %s", note)
 	}
+	if f.shared {
+		if err := checkShared(dir); err != nil {
+			return err
+		}
+	}
 	if _, err := stateDir(); err != nil {
 		return err
 	}

@@ -101,7 +101,9 @@ func (s *session) open(ctx context.Context) error {
 	s.describe = describe(f, u, s.cipherDir, s.mountPoint)
 	s.v, err = openFree(u, s.cipherDir, volume.Options{ReadOnly: f.readOnly, KernelTimes: !f.readOnly && !u.Config.Shared,
 		Logger: s.log, Pool: poolBase, MaxAge: f.maxAge, Grace: grace, FileLease: f.lease == "file",
-		NoPrefetch: f.audit == "strict"})
+		NoPrefetch: f.audit == "strict", Stores: func(ctx context.Context, r blockcrypt.Recipient) (keystore.Store, error) {
+			return f.open(ctx, r, u.Record)
+		}})
 	if err != nil {
 		return err
 	}

@@ -66,6 +66,11 @@ func (h host) asOwner(take func() error) error {
 func (h host) Failed(op string, err error) error { return h.f.failed(op, err) }
 
 func (h host) Broke(bySync bool) {
+	var st unix.Stat_t
+	if h.f.v.shared() && h.f.v.disk.FstatFresh(h.f.FD, &st) == unix.ESTALE { // another host has removed it
+		h.f.n.vanish()
+		return
+	}
 	if bySync {
 		h.f.v.doubts.begin(h.f.n)
 	}

@@ -16,6 +16,9 @@ import (
 
 // Read fills b from offset off; less is read only at the end of the file.
 func (h *Handle) Read(ctx context.Context, b []byte, off int64) (int, error) {
+	if h.f.stale.Load() {
+		return 0, h.f.failed("read", errStale)
+	}
 	if err := h.doubtHoles(ctx); err != nil {
 		return 0, err
 	}

@@ -5,6 +5,7 @@ package volume
 import (
 	"context"
 	"errors"
+	"fmt"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -47,6 +48,9 @@ type leases struct {
 // Reasons why a file cannot be used as it is.
 var errNeedsLease = errors.New("the file is being written, perhaps by another host")
 
+// errStale says that a file must be opened again.
+var errStale = fmt.Errorf("programs had locks on it that this host may have lost; it must be closed, and opened again: %w", unix.EIO)
+
 // needsKey says that a file has other content, whose key is not at hand.
 type needsKey struct {
 	error
@@ -78,6 +82,9 @@ func (f *file) hasLease() (bool, error) {
 		return true, nil
 	}
 	l := &f.lease
+	if f.stale.Load() {
+		return false, errStale
+	}
 	late, err := uint64(0), error(nil)
 	if !f.v.o.ReadOnly {
 		if late, err = f.v.peers.leases(); err != nil {
@@ -219,26 +226,36 @@ func (f *file) lockBare(ctx context.Context) error {
 	if f.rw {
 		kind = disk.Alone
 	}
-	waitsOf(ctx).ForKey()
-	for pause := leasePause; ; pause = min(2*pause, leasePauses) {
-		late, err := uint64(0), error(nil)
-		if !f.v.o.ReadOnly {
-			if late, err = f.v.peers.leases(); err != nil {
-				return err
-			}
-		}
-		err = f.v.disk.OFDLock(f.FD, leaseLock(kind))
-		if err == nil {
-			f.lease.held, f.lease.late = true, late
-			f.lease.since.Store(time.Now().UnixNano())
-			f.lease.used.Store(f.lease.since.Load())
-			f.v.disk.OFDLock(f.FD, wantedLock(disk.None))
-			return nil
-		}
-		if !disk.LockBusy(err) {
+	late, err := uint64(0), error(nil)
+	if !f.v.o.ReadOnly {
+		if late, err = f.v.peers.leases(); err != nil {
 			return err
 		}
-		f.v.disk.OFDLock(f.FD, wantedLock(disk.Shared))
+	}
+	waitsOf(ctx).ForKey()
+	if err := f.v.leaseFD(ctx, f.FD, kind); err != nil {
+		return err
+	}
+	f.lease.held, f.lease.late = true, late
+	f.lease.since.Store(time.Now().UnixNano())
+	f.lease.used.Store(f.lease.since.Load())
+	return nil
+}
+
+// leaseFD takes the lease of the ciphertext file of a descriptor.
+func (v *Volume) leaseFD(ctx context.Context, fd int, kind disk.LockKind) error {
+	asked := false
+	for pause := leasePause; ; pause = min(2*pause, leasePauses) {
+		err := v.disk.OFDLock(fd, leaseLock(kind))
+		if !disk.LockBusy(err) {
+			if asked {
+				v.disk.OFDLock(fd, wantedLock(disk.None))
+			}
+			return err
+		}
+		if !asked {
+			asked = v.disk.OFDLock(fd, wantedLock(disk.Shared)) == nil
+		}
 		select {
 		case <-ctx.Done():
 			return unix.EINTR
@@ -359,6 +376,10 @@ func (f *file) reload() error {
 // keeps the lease. mu is held for writing.
 func (f *file) giveBack() error {
 	l := &f.lease
+	if f.n.removed() {
+		f.unlease()
+		return nil
+	}
 	if f.Broken() {
 		f.unlease()
 		return unix.EIO
@@ -378,10 +399,14 @@ func (f *file) giveBack() error {
 			return nil
 		}
 	}
-	if f.rw && !f.n.removed() {
-		if err := f.ComeToRest(); err != nil && !f.Broken() {
+	if f.rw {
+		err := f.ComeToRest()
+		if errors.Is(err, unix.ESTALE) { // another host has removed it
+			f.n.vanish()
+		} else if err != nil && !f.Broken() {
 			return err
-		} else if err != nil {
+		}
+		if err != nil {
 			f.unlease()
 			return err
 		}

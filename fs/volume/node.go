@@ -38,14 +38,15 @@ type Node struct {
 
 // known is guarded by nodeTable.mu.
 type known struct {
-	lookups uint64     // the kernel's
-	handle  uint64     // of its file, in a shared volume: another file can have the same inode number later
-	holds   int        // of children's links, open files and directories
-	links   []location // its names; the root, and an object that was removed, have none
-	gone    bool       // the last name went
-	leaving bool       // with the space that it took
-	last    int        // O_PATH, of what lost its last name or is about to; -1 otherwise
-	pending bool       // a file that is still to be repaired: nobody may remember it
+	lookups  uint64     // the kernel's
+	handle   uint64     // of its file, in a shared volume: another file can have the same inode number later
+	holds    int        // of children's links, open files and directories
+	links    []location // its names; the root, and an object that was removed, have none
+	gone     bool       // the last name went
+	vanished bool       // another host removed it
+	leaving  bool       // with the space that it took
+	last     int        // O_PATH, of what lost its last name or is about to; -1 otherwise
+	pending  bool       // a file that is still to be repaired: nobody may remember it
 }
 
 // directory is the part of a node that only a directory has.
@@ -137,7 +138,14 @@ func (n *Node) Gone() bool {
 func (n *Node) removed() bool {
 	n.v.nodes.mu.Lock()
 	defer n.v.nodes.mu.Unlock()
-	return n.leaving
+	return n.leaving || n.vanished
+}
+
+// vanish notes that another host has removed the file, so that nothing of it can be brought into order.
+func (n *Node) vanish() {
+	n.v.nodes.mu.Lock()
+	defer n.v.nodes.mu.Unlock()
+	n.gone, n.vanished = true, true
 }
 
 // setNamed notes that what was made without a name gets its first one, or does not

@@ -3,7 +3,9 @@
 package volume
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -27,12 +29,14 @@ const (
 // peers are the hosts that have a shared volume mounted, this one among them. It is unused, with d nil,
 // in a volume that is not shared, and in one that is only read.
 type peers struct {
-	v    *Volume
-	died func(sessions []uint64) // tells of a host that died, whose files can be repaired
-	met  func() (config uint64)  // is called with each proof, and returns the generation of kmsfs.json that this host uses
-	d    *disk.Disk              // without the guard
-	name string                  // of this host's file
-	fd   int                     // of it, which holds its lock
+	v     *Volume
+	died  func(sessions []uint64) // tells of a host that died, whose files can be repaired
+	lost  func()                  // tells that this host could not prove in time that it lives
+	moved func() uint64           // returns how often this host moved a directory
+	met   func() (config uint64)  // is called with each proof, and returns the generation of kmsfs.json that this host uses
+	d     *disk.Disk              // without the guard
+	name  string                  // of this host's file
+	fd    int                     // of it, which holds its lock
 
 	proven atomic.Int64  // since when, on CLOCK_BOOTTIME in nanoseconds, this host is known to be alive
 	late   atomic.Uint64 // how often a proof came too late: leases of before are lost
@@ -166,7 +170,7 @@ func (p *peers) beat() error {
 	begun := bootTime()
 	p.mu.Lock()
 	p.self.Beat++
-	p.self.Config = config
+	p.self.Config, p.self.Moves = config, p.moved()
 	err := p.hosts.Write(p.fd, p.self)
 	p.mu.Unlock()
 	if err != nil {
@@ -188,6 +192,7 @@ func (p *peers) beat() error {
 	}
 	if bootTime()-p.proven.Load() > int64(proofHolds) {
 		p.late.Add(1)
+		p.lost()
 		p.v.log.Warn("this host did not reach the volume's filesystem for a while; what it was writing then is lost, and its files are read again")
 	}
 	p.proven.Store(begun)
@@ -306,6 +311,40 @@ func (p *peers) take() {
 	}
 }
 
+// moves returns what all other hosts say of how often they moved directories. It changes when one of them
+// begins or ends, too.
+func (p *peers) moves() (map[string]uint64, error) {
+	if !p.on() {
+		return nil, nil
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	names, err := p.hosts.Names()
+	if err != nil {
+		return nil, err
+	}
+	out := map[string]uint64{}
+	for _, name := range names {
+		if x, ok := hostNow(p.hosts, name); ok && name != p.name && p.dead[name] == nil {
+			out[name] = x.Moves
+		}
+	}
+	return out, nil
+}
+
+// beaten returns when each host has proven that it lives since this call, so that its moves are known.
+func (p *peers) beaten(ctx context.Context) error {
+	if !p.on() {
+		return nil
+	}
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(proofHolds):
+		return nil
+	}
+}
+
 // forget lets go of a dead host. mu is held.
 func (p *peers) forget(name string) {
 	p.d.Close(p.dead[name].fd)
@@ -330,6 +369,9 @@ func (p *peers) cleaned(bad map[uint64]bool) error {
 // await returns when it is known whether a session is of a host that died: true once its files can be
 // repaired, false if it is of a host that lives, or unknown.
 func (p *peers) await(ctx context.Context, session uint64) (bool, error) {
+	if !p.on() {
+		return false, nil
+	}
 	p.look()
 	for {
 		p.mu.Lock()
@@ -351,6 +393,76 @@ func (p *peers) await(ctx context.Context, session uint64) (bool, error) {
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
+}
+
+// ErrOtherHosts says that other hosts have the volume mounted, or left files to be repaired.
+var ErrOtherHosts = errors.New("other hosts have the volume mounted, or did not unmount it well")
+
+// settled returns when all hosts use the kmsfs.json of this generation: before a recipient may go that
+// they could make files for, and no other.
+func (p *peers) settled(ctx context.Context, generation uint64) error {
+	if !p.on() {
+		return nil
+	}
+	for end := time.Now().Add(4 * proofHolds); ; {
+		p.look()
+		behind, err := p.behind(generation)
+		if err != nil || behind == "" {
+			return err
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("the host %s does not use the present recipients yet (see its log), or did not unmount well", behind)
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(beatEvery / 2):
+		}
+	}
+}
+
+// behind names a host that may use an older kmsfs.json; "" if none does.
+func (p *peers) behind(generation uint64) (string, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	names, err := p.hosts.Names()
+	if err != nil {
+		return "", err
+	}
+	for _, name := range names {
+		if name == p.name {
+			continue
+		}
+		if x, ok := hostNow(p.hosts, name); ok && x.Config < generation {
+			return cmp.Or(x.Host, name), nil
+		}
+	}
+	return "", nil
+}
+
+// alone calls f while no other host has the volume mounted, or can mount it.
+func (p *peers) alone(f func() error) error {
+	if !p.on() {
+		return f()
+	}
+	l := disk.Lock{Kind: disk.Alone, At: layout.LockByte, N: 1}
+	if err := p.v.disk.OFDLock(p.v.lockFD, l); disk.LockBusy(err) {
+		return ErrOtherHosts
+	} else if err != nil {
+		return err
+	}
+	if !p.v.o.Alone {
+		defer func() {
+			l.Kind = disk.Shared
+			p.v.disk.OFDLock(p.v.lockFD, l)
+		}()
+	}
+	// A host whose lock was lost may go on to write for a while; its file tells of it.
+	p.look()
+	if names, err := p.hosts.Names(); err != nil || len(names) > 1 {
+		return cmp.Or(err, ErrOtherHosts)
+	}
+	return f()
 }
 
 // Host is one that has a shared volume mounted.

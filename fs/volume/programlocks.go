@@ -118,7 +118,7 @@ func (c *content) lockFD(o lockOwner) (int, error) {
 func (c *content) lockedProgram(ctx context.Context) error {
 	if f := c.file.Load(); f != nil {
 		if f.stale.Load() {
-			return unix.EIO // it lost its locks: it must be opened again
+			return errStale
 		}
 		if err := f.follow(ctx); err != nil {
 			return err

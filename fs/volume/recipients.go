@@ -14,6 +14,7 @@ import (
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume/internal/cfile"
+	"kmsfs/fs/volume/internal/disk"
 	"kmsfs/fs/volume/internal/layout"
 	"kmsfs/keystore"
 )
@@ -90,11 +91,11 @@ func (r *Recipients) at(s keystore.Store) int {
 // Add makes a store a recipient: new files are wrapped for it from then on, others by
 // [Recipients.Rewrap]. It returns what the trust record should say.
 func (r *Recipients) Add(ctx context.Context, s keystore.Store) (*Record, error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if err := ctx.Err(); err != nil { // the caller went away while it waited
+	unlock, err := r.lock(ctx)
+	if err != nil {
 		return nil, err
 	}
+	defer unlock()
 	if r.at(s) >= 0 {
 		return nil, fmt.Errorf("%s: %w", s.URI(), ErrRecipient)
 	}
@@ -139,8 +140,11 @@ func (r *Recipients) Entries() []blockcrypt.Recipient {
 
 // Attach gives the volume the store of a recipient that it has already, whose key was not at hand.
 func (r *Recipients) Attach(s keystore.Store) (*Record, error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	unlock, err := r.lock(context.Background())
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
 	if r.at(s) < 0 {
 		return nil, fmt.Errorf("%s: %w", s.URI(), ErrNotRecipient)
 	}
@@ -158,9 +162,12 @@ func (r *Recipients) Attach(s keystore.Store) (*Record, error) {
 // [Recipients.Rewrap] takes it out of the others. It refuses if a file has no other one by which it
 // can be opened here.
 func (r *Recipients) Remove(ctx context.Context, uri string) (rec *Record, err error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if err := ctx.Err(); err != nil { // the caller went away while it waited
+	unlock, err := r.lock(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	if err := r.v.peers.settled(ctx, r.generation()); err != nil {
 		return nil, err
 	}
 	i := slices.IndexFunc(r.now.Load().cfg.Recipients,
@@ -280,8 +287,11 @@ func (r *Recipients) sample() keystore.Sample {
 
 // SetFirst makes a recipient the first: the one that makes new keys, if its service does that.
 func (r *Recipients) SetFirst(uri string) (*Record, error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	unlock, err := r.lock(context.Background())
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
 	i := slices.IndexFunc(r.now.Load().cfg.Recipients,
 		func(x blockcrypt.Recipient) bool { return x.URI == uri })
 	if i < 0 {
@@ -350,9 +360,16 @@ func (r *Recipients) replace(next blockcrypt.Config, stores, ofDirectories []key
 			return nil, err
 		}
 	}
+	r.adopt(&next, sizes, stores, ofDirectories)
+	return record(&next, v.vk), err
+}
+
+// adopt uses what kmsfs.json says by now. mu is held.
+func (r *Recipients) adopt(next *blockcrypt.Config, sizes layout.Sizes, stores, ofDirectories []keystore.Store) {
+	v := r.v
 	before := r.now.Load()
 	v.access.mu.Lock() // a ring that is made now is suspended with the others
-	r.now.Store(&listed{&next, stores, v.lists.renewed(&next, before.domains, ofDirectories)})
+	r.now.Store(&listed{next, stores, v.lists.renewed(next, before.domains, ofDirectories)})
 	v.access.mu.Unlock()
 	v.headers.Store(&sizes)
 	if sameList := urisOf(before.cfg.Recipients) == urisOf(next.Recipients); !sameList {
@@ -361,7 +378,94 @@ func (r *Recipients) replace(next blockcrypt.Config, stores, ofDirectories []key
 	r.regroup(before.domains)
 	v.prefetch.start(v)
 	v.access.renewKeys()
-	return record(&next, v.vk), err
+}
+
+// lock takes mu. In a shared volume it keeps other hosts from changing kmsfs.json, and takes over first
+// what they have changed.
+func (r *Recipients) lock(ctx context.Context) (unlock func(), err error) {
+	r.mu.Lock()
+	if err = ctx.Err(); err != nil { // the caller went away while it waited
+		r.mu.Unlock()
+		return nil, err
+	}
+	if !r.v.peers.on() {
+		return r.mu.Unlock, nil
+	}
+	l := disk.Lock{Kind: disk.Alone, At: layout.ConfigByte, N: 1}
+	if err = r.v.locks.take(l, disk.Lock{}); err == nil {
+		if err = r.takeOver(ctx); err == nil {
+			return func() {
+				r.v.locks.give(l)
+				r.mu.Unlock()
+			}, nil
+		}
+		r.v.locks.give(l)
+	}
+	r.mu.Unlock()
+	return nil, err
+}
+
+// follow takes over a kmsfs.json that another host has replaced, and returns the generation that this
+// host uses then.
+func (r *Recipients) follow(ctx context.Context) (generation uint64) {
+	if r.mu.TryLock() { // else a change of this host is under way
+		defer r.mu.Unlock()
+		if err := r.takeOver(ctx); err != nil {
+			r.v.report(blockcrypt.ConfigName, "what another host has changed of the recipients cannot be used here", err)
+		}
+	}
+	return r.generation()
+}
+
+// takeOver is follow; mu is held. Without the key of a recipient the old list stays.
+func (r *Recipients) takeOver(ctx context.Context) error {
+	v := r.v
+	next, err := layout.ReadConfig(&v.disk, v.rootD)
+	if err != nil {
+		return err
+	}
+	now := r.now.Load()
+	if next.Generation <= now.cfg.Generation {
+		return nil
+	}
+	if err := next.Verify(v.vk); err != nil {
+		return err
+	}
+	sizes, err := layout.SizesOf(next)
+	if err != nil {
+		return err
+	}
+	var stores, ofDirectories []keystore.Store
+	for _, x := range next.Recipients {
+		s, err := r.store(ctx, x, now.stores)
+		if err != nil {
+			return fmt.Errorf("cannot write for the recipient %s: %w", x.URI, err)
+		}
+		if !slices.ContainsFunc(stores, func(o keystore.Store) bool { return o.URI() == s.URI() }) {
+			stores = append(stores, s)
+		}
+	}
+	for _, keys := range next.Directories {
+		for _, x := range slices.Concat(keys.Recipients, keys.Former) {
+			if s, err := r.store(ctx, x, nil); err == nil { // without one the rest of the volume can be used
+				ofDirectories = append(ofDirectories, s)
+			}
+		}
+	}
+	r.adopt(next, sizes, stores, ofDirectories)
+	v.log.Info("another host has changed the recipients", "generation", next.Generation)
+	return nil
+}
+
+// store returns the store of a recipient, one of those or another whose key is at hand.
+func (r *Recipients) store(ctx context.Context, x blockcrypt.Recipient, stores []keystore.Store) (keystore.Store, error) {
+	if s := keystore.StoreFor(stores, x.URI); s != nil {
+		return s, nil
+	}
+	if r.v.o.Stores == nil {
+		return nil, errors.New("its key is not at hand")
+	}
+	return r.v.o.Stores(ctx, x)
 }
 
 // regroup gives open files the domains of the present lists, and ends the use of those that are of no

@@ -25,8 +25,11 @@ func (r *Recipients) HeaderSize() (now, former int) {
 // SetHeaderSize gives new files headers of this size in bytes. Those that are there get theirs by
 // [Recipients.Reheader]. It returns what the trust record should say.
 func (r *Recipients) SetHeaderSize(size int) (*Record, error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	unlock, err := r.lock(context.Background())
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
 	next := *r.now.Load().cfg
 	switch {
 	case size > blockcrypt.MaxHeader:
@@ -38,7 +41,11 @@ func (r *Recipients) SetHeaderSize(size int) (*Record, error) {
 		return nil, fmt.Errorf("%w: %d bytes", ErrOtherSize, next.Header)
 	}
 	next.Header, next.Former = size, next.Header
-	rec, err := r.replace(next, r.now.Load().stores, nil)
+	var rec *Record
+	err = r.v.peers.alone(func() error { // others would make files with the former size for a while
+		rec, err = r.replace(next, r.now.Load().stores, nil)
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -66,8 +73,11 @@ func (r *Recipients) Reheader(ctx context.Context, o RekeyOptions) (done Rekeyed
 	if done, err = v.Rekey(ctx, v.root, o); err != nil || done.Failed > 0 {
 		return done, nil, err
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	unlock, err := r.lock(ctx)
+	if err != nil {
+		return done, nil, err
+	}
+	defer unlock()
 	next := *r.now.Load().cfg
 	left, err := r.all(ctx, func(h *blockcrypt.Header) bool { return h.Geometry.Header() != next.Former })
 	if err == nil && left.Files > 0 {

@@ -58,6 +58,16 @@ func (ns *namespace) Rekey(ctx context.Context, n *Node, o RekeyOptions) (done R
 	if v.o.ReadOnly {
 		return done, unix.EROFS
 	}
+	err = v.peers.alone(func() error {
+		done, err = ns.rekeyAlone(ctx, n, o)
+		return err
+	})
+	return done, err
+}
+
+// rekeyAlone is Rekey while no other host has the volume mounted.
+func (ns *namespace) rekeyAlone(ctx context.Context, n *Node, o RekeyOptions) (done Rekeyed, err error) {
+	v := ns.v
 	if err := v.Wait(ctx); err != nil { // files of a session that did not end well are repaired first
 		return done, err
 	}

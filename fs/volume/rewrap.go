@@ -12,6 +12,7 @@ import (
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume/internal/cfile"
+	"kmsfs/fs/volume/internal/disk"
 	"kmsfs/keystore"
 )
 
@@ -90,8 +91,12 @@ func (r *Recipients) Rewrap(ctx context.Context, o RewrapOptions) (done Rewrappe
 // dropFormer is [Recipients.dropFormer], after all files were rewrapped. The keys of directories that
 // are gone are former ones.
 func (p *rewrapping) dropFormer(ctx context.Context) {
-	p.r.mu.Lock()
-	defer p.r.mu.Unlock()
+	unlock, err := p.r.lock(ctx)
+	if err != nil {
+		p.done.FormerKept = err.Error()
+		return
+	}
+	defer unlock()
 	gone, err := p.r.dropRemoved(ctx)
 	var rec *Record
 	var needed OnlyRecipientError
@@ -205,7 +210,7 @@ func (p *rewrapping) try(ctx context.Context, n *Node) (changed, again bool, err
 		p.cancel(ErrChanged)
 		return false, false, ErrChanged
 	}
-	written, err := n.setRecipients(hdr, rs)
+	written, err := n.setRecipients(ctx, hdr, rs)
 	return written, !written && err == nil, err
 }
 
@@ -366,15 +371,18 @@ func (p *rewrapped) wrap(ctx context.Context, to string) (blockcrypt.Recipient, 
 }
 
 // setRecipients gives the file other recipients, if its header still is what it was.
-func (c *content) setRecipients(was *blockcrypt.Header,
+func (c *content) setRecipients(ctx context.Context, was *blockcrypt.Header,
 	rs []blockcrypt.Recipient) (written bool, err error) {
 	f := c.file.Load()
 	if f != nil { // before openMu: it may have to settle others
 		if err := f.wake(); err != nil {
 			return false, err
 		}
+		if err := f.freshen(ctx); err != nil && c.v.shared() {
+			return false, err
+		}
 	}
-	written, err = setRecipientsAwake(c, was, rs)
+	written, err = setRecipientsAwake(ctx, c, was, rs)
 	if f != nil {
 		c.v.access.dropIfRefused(f)
 	}
@@ -382,7 +390,7 @@ func (c *content) setRecipients(was *blockcrypt.Header,
 }
 
 // setRecipientsAwake is setRecipients of a file that is not parked.
-func setRecipientsAwake(c *content, was *blockcrypt.Header,
+func setRecipientsAwake(ctx context.Context, c *content, was *blockcrypt.Header,
 	rs []blockcrypt.Recipient) (written bool, err error) {
 	c.openMu.Lock()
 	defer c.openMu.Unlock()
@@ -404,7 +412,13 @@ func setRecipientsAwake(c *content, was *blockcrypt.Header,
 		if f.FD < 0 || !still(f.Header) {
 			return false, nil
 		}
+		if ok, err := f.hasLease(); !ok || !still(f.Header) {
+			return false, err
+		}
 		err := f.SetRecipients(rs)
+		if err == nil && c.v.shared() {
+			err = f.SyncFailed(c.v.disk.Fsync(f.FD)) // before other hosts have the lease
+		}
 		c.v.lists.regroup(f)
 		return true, err
 	}
@@ -413,11 +427,25 @@ func setRecipientsAwake(c *content, was *blockcrypt.Header,
 		return false, err
 	}
 	defer c.v.disk.Close(fd)
+	if c.v.shared() {
+		if err := c.v.leaseFD(ctx, fd, disk.Alone); err != nil {
+			return false, err
+		}
+		defer c.v.disk.OFDLock(fd, leaseLock(disk.None))
+		if c.v.blurred {
+			c.v.disk.ForgetPages(fd, 0, 0)
+		}
+	}
 	hdr, raw, err := c.readOwn(fd)
 	if err != nil || !still(hdr) {
 		return false, err
 	}
 	_, err = cfile.Head{Disk: &c.v.disk, FD: fd, Raw: raw, Header: hdr, Calm: c.v.calm}.SetRecipients(rs)
+	if err == nil && c.v.shared() {
+		if err = c.v.disk.Fsync(fd); err != nil {
+			err = cfile.SyncFailure(err)
+		}
+	}
 	if _, ok := errors.AsType[cfile.SyncError](err); ok {
 		c.v.doubts.begin(c.n)
 		c.v.sessions.stuck.Store(true)

@@ -31,8 +31,11 @@ var (
 // [Recipients.Rewrap] gives the files that are there the new ones. It returns what the trust record
 // should say.
 func (r *Recipients) SetKeys(ctx context.Context, dir *Node, stores []keystore.Store) (*Record, error) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	unlock, err := r.lock(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
 	v := r.v
 	switch {
 	case ctx.Err() != nil: // the caller went away while it waited

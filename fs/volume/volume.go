@@ -4,6 +4,7 @@ package volume
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -55,7 +56,9 @@ type Options struct {
 	Grace       time.Duration // how long known keys are used while a key service cannot be reached; 1 h if zero
 	FileLease   bool          // each open file's key is proven by itself
 	Alone       bool          // of a shared volume: no other host may have it mounted
-	NoPrefetch  bool          // no key is unwrapped before its file is opened
+	// Stores opens the store of a recipient that another host has added to a shared volume. It may be nil.
+	Stores     func(context.Context, blockcrypt.Recipient) (keystore.Store, error)
+	NoPrefetch bool // no key is unwrapped before its file is opened
 
 	// Set by tests only.
 	hooks   disk.Hooks
@@ -153,7 +156,15 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 		v.sessions.addBad(sessions)
 		v.walker.again()
 	}
-	v.peers.met = func() uint64 { return v.recipients.generation() }
+	v.peers.lost = func() {
+		for _, f := range v.nodes.files() {
+			if f.n.locked() { // a program may go on to write under a lock that another has by now
+				f.stale.Store(true)
+			}
+		}
+	}
+	v.peers.moved = v.walker.moves.Load
+	v.peers.met = func() uint64 { return v.recipients.follow(context.Background()) }
 	v.sessions.d, v.sessions.root, v.sessions.vk = &v.disk, v.rootD, v.vk
 	v.space.d, v.space.root = &v.disk, v.rootD
 	opened := false
@@ -225,6 +236,12 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 		v.peers.start()
 	}
 	opened = true
+	if o.Alone {
+		if err := v.peers.alone(func() error { return nil }); err != nil {
+			v.Close()
+			return nil, err
+		}
+	}
 	return v, nil
 }
 

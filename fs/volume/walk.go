@@ -5,6 +5,7 @@ package volume
 import (
 	"context"
 	"errors"
+	"maps"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -80,8 +81,8 @@ func (w *walker) walk() {
 	}()
 	whole, err := false, error(nil)
 	for range maxWalks {
-		moves := w.moves.Load()
-		if whole, err = w.dir(ctx, w.v.root); err != nil || w.moves.Load() == moves {
+		var still bool
+		if whole, still, err = w.once(ctx); err != nil || still {
 			break
 		}
 		whole = false // something may have moved from where it was not yet to where it was already
@@ -99,6 +100,25 @@ func (w *walker) walk() {
 	default:
 		w.v.log.Info("all files of the mount that did not end well were checked")
 	}
+}
+
+// once goes through the tree; still says that nothing was moved meanwhile, by this host or by others.
+func (w *walker) once(ctx context.Context) (whole, still bool, err error) {
+	moves := w.moves.Load()
+	others, err := w.v.peers.moves()
+	if err != nil {
+		return false, false, err
+	}
+	if whole, err = w.dir(ctx, w.v.root); err != nil || len(others) == 0 && !w.v.shared() {
+		return whole, w.moves.Load() == moves, err
+	}
+	if len(others) > 0 {
+		if err = w.v.peers.beaten(ctx); err != nil {
+			return false, false, err
+		}
+	}
+	now, err := w.v.peers.moves()
+	return whole, w.moves.Load() == moves && maps.Equal(others, now), err
 }
 
 // maxWalks is how often the walk begins again while directories are moved.

@@ -461,7 +461,7 @@ func (p *part) names() error {
 		case 2:
 			name := filepath.Join(dir, long)
 			err := os.WriteFile(name, []byte("long"), 0o644)
-			if err = allowed(err, syscall.ENOENT); err != nil {
+			if err = allowed(err, syscall.ENOENT, syscall.ESTALE); err != nil { // removed while it was open
 				return err
 			}
 		case 3:

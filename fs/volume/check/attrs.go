@@ -3,14 +3,17 @@
 package check
 
 import (
+	"context"
 	"errors"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume"
 	"kmsfs/fs/volume/internal/disk"
+	"kmsfs/fs/volume/internal/layout"
 )
 
 // hasWriter reports whether a mount is writing to the volume now.
@@ -55,4 +58,18 @@ func (c *checker) checkAttrs(fd int, e disk.Dirent, j checkJob) {
 			c.found(f)
 		}
 	}
+}
+
+// leaseWithin is how long a check waits for the hosts that write to a file of a shared volume.
+const leaseWithin = 10 * time.Second
+
+// leaseToRead keeps all hosts from writing to a file of a shared volume until the descriptor is closed.
+func (c *checker) leaseToRead(ctx context.Context, fd int) bool {
+	for end := time.Now().Add(leaseWithin); time.Now().Before(end) && ctx.Err() == nil; time.Sleep(5 * time.Millisecond) {
+		if layout.LeaseToRead(c.Disk, fd) == nil {
+			c.Disk.ForgetPages(fd, 0, 0)
+			return true
+		}
+	}
+	return false
 }

@@ -97,6 +97,7 @@ type checker struct {
 	sizes layout.Sizes
 	lone  bool            // a file without its volume
 	bad   map[uint64]bool // sessions that the marker names
+	alive map[uint64]bool // in a shared volume, whether the host of a session of bad has it mounted; nil in others
 
 	jobs chan checkJob
 
@@ -212,10 +213,41 @@ func (c *checker) readMarker() error {
 	for _, s := range sessions {
 		c.bad[s] = true
 	}
+	if c.Config.Shared {
+		return c.readHosts()
+	}
 	if len(sessions) > 0 && !c.hasWriter() {
 		c.found(Finding{Path: layout.MarkerName, Grade: Mendable, What: FoundSession,
 			Detail: fmt.Sprintf("the last mount did not end well (%d sessions)", len(sessions)),
 			Advice: "the next mount repairs what it was writing"})
+	}
+	return nil
+}
+
+// readHosts learns which sessions of hosts go on, and which did not end well.
+func (c *checker) readHosts() error {
+	hosts, err := layout.FindHosts(c.Disk, c.Root, c.Keys)
+	if err != nil {
+		return err
+	}
+	c.alive = map[uint64]bool{}
+	for _, h := range hosts {
+		f := Finding{Path: path.Join(layout.HostsName, h.Name)}
+		for _, s := range h.Sessions {
+			c.bad[s] = true
+			c.alive[s] = h.Alive
+		}
+		switch {
+		case h.Err != nil:
+			f.Grade, f.What, f.Detail = Damaged, string(blockcrypt.BadMarker), h.Err.Error()
+			f.Advice = "files that this host was writing cannot be repaired until it is restored; without any, remove it by hand"
+			c.found(f)
+		case !h.Alive && len(h.Sessions) > 0:
+			f.Grade, f.What = Mendable, FoundSession
+			f.Detail = fmt.Sprintf("the host %q did not unmount the volume well", h.Host.Host)
+			f.Advice = "a mount, of any host, repairs what it was writing"
+			c.found(f)
+		}
 	}
 	return nil
 }

@@ -29,16 +29,34 @@ func (c *checker) checkFile(ctx context.Context, j checkJob) {
 	}
 	defer c.Disk.Close(fd)
 	k := &fileCheck{checker: c, fd: fd, f: f, want: j.want}
+	k.checkAll(ctx)
+	if len(k.findings) > 0 && c.alive != nil && c.leaseToRead(ctx, fd) {
+		// A host may have been writing to it: now none does.
+		k = &fileCheck{checker: c, fd: fd, f: f, want: j.want}
+		k.checkAll(ctx)
+	}
+	for _, f := range k.findings {
+		c.found(f)
+	}
+}
+
+func (k *fileCheck) checkAll(ctx context.Context) {
 	if err := k.check(ctx); err != nil {
 		k.fail(err)
 	}
 }
 
+// found notes a finding of the file.
+func (k *fileCheck) found(f Finding) { k.findings = append(k.findings, f) }
+
 // fileCheck is the check of one file.
 type fileCheck struct {
 	*checker
-	want   []blockcrypt.Recipient // that it should have, in a volume
-	fd     int
+	want []blockcrypt.Recipient // that it should have, in a volume
+	fd   int
+
+	findings []Finding
+
 	f      Finding // with the path
 	length int64
 	stored int64 // bytes that the disk has for it
@@ -285,7 +303,7 @@ func (k *fileCheck) checkWritten(f *cfile.Content) error {
 func (k *fileCheck) sayWritten(detail string) {
 	s := k.hdr.State
 	switch {
-	case !k.lone && k.bad[s.Session] && k.hasWriter(): // it is being written now
+	case !k.lone && (k.alive[s.Session] || k.alive == nil && k.bad[s.Session] && k.hasWriter()): // it is being written now
 	case k.bad[s.Session]:
 		k.unconfirmed(FoundSession, detail, "the next mount repairs it")
 	default:

@@ -23,6 +23,9 @@ const capabilityName = "security.capability"
 // SyncError is the failure of a sync, which the kernel tells once.
 type SyncError struct{ error }
 
+// SyncFailure makes the error of a sync one.
+func SyncFailure(err error) error { return SyncError{err} }
+
 // Unwrap returns the error itself.
 func (e SyncError) Unwrap() error { return e.error }
 

@@ -43,6 +43,8 @@ type LockedError struct {
 	Since time.Time `json:"since"`
 	Boot  string    `json:"boot"` // its kernel's boot ID
 
+	Shared bool `json:"-"` // the volume is shared: others may write beside it
+
 	known bool
 }
 
@@ -192,6 +194,9 @@ func signLock(d *disk.Disk, fd int) {
 
 // lockHolder returns the error that names the writer of the volume, by the last signature.
 func lockHolder(d *disk.Disk, root int) error {
+	if e := hostHolder(d, root); e != nil {
+		return e
+	}
 	e := &LockedError{}
 	fd, err := d.Open(root, LockName, unix.O_RDONLY|disk.FileFlags, 0)
 	if err != nil {
@@ -204,6 +209,22 @@ func lockHolder(d *disk.Disk, root int) error {
 		return &LockedError{}
 	}
 	e.known = true
+	return e
+}
+
+// hostHolder names a host that has a shared volume mounted, this one rather than another; nil if no host
+// is found.
+func hostHolder(d *disk.Disk, root int) (e *LockedError) {
+	hosts, err := FindHosts(d, root, nil)
+	if err != nil {
+		return nil
+	}
+	for _, h := range hosts {
+		boot, _, _ := strings.Cut(h.Host.Boot, " ")
+		if h.Alive && h.Err == nil && (e == nil || boot == bootID()) {
+			e = &LockedError{Host: h.Host.Host, PID: h.Host.PID, Since: h.Host.Since, Boot: boot, Shared: true, known: true}
+		}
+	}
 	return e
 }
 

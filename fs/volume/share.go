@@ -1,0 +1,98 @@
+//go:build linux && !portable
+
+package volume
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/fs/volume/internal/disk"
+	"kmsfs/fs/volume/internal/layout"
+	"kmsfs/keystore"
+)
+
+// Share makes the volume one that several hosts may write at the same time, or ends that. The volume was
+// opened with the option Alone, by which nobody else has it mounted, and is closed after that. It returns
+// what the trust record should say.
+func (v *Volume) Share(ctx context.Context, on bool) (*Record, error) {
+	if err := v.Wait(ctx); err != nil {
+		return nil, err
+	}
+	if v.repairs() {
+		return nil, errors.New("files of a mount that did not end well could not be repaired; see kmsfs fsck")
+	}
+	r := &v.recipients
+	unlock, err := r.lock(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	next := *r.now.Load().cfg
+	if next.Shared == on {
+		return record(&next, v.vk), nil
+	}
+	if on {
+		if err := disk.Ignore(layout.MakeHosts(&v.disk, v.rootD), unix.EEXIST); err != nil {
+			return nil, err
+		}
+	}
+	next.Shared = on
+	var ofDirectories []keystore.Store // none is new
+	return r.replace(next, slices.Clone(r.now.Load().stores), ofDirectories)
+}
+
+// Unshared removes what only a shared volume has, after [Volume.Share] and Close.
+func Unshared(dir string) error {
+	d := &disk.Disk{}
+	root, err := layout.OpenRoot(d, dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close(root)
+	return disk.Ignore(d.Unlink(root, layout.HostsName, unix.AT_REMOVEDIR), unix.ENOENT)
+}
+
+// CheckShared returns an [UnfitError] if a directory's filesystem is mounted so that other hosts do not see
+// this one's locks, as far as this host alone can tell; local says that no other host can see the
+// directory as this one does.
+func CheckShared(dir string) (local bool, err error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return false, err
+	}
+	options, err := optionsOf(dir)
+	if err != nil {
+		return false, err
+	}
+	for _, o := range []string{"nolock", "local_lock=all", "local_lock=posix", "local_lock=flock", "nobrl"} {
+		if slices.Contains(options, o) {
+			return false, &UnfitError{Lacks: fmt.Sprintf("keeps locks on this host: mount it without the option %s", o)}
+		}
+	}
+	return !slices.Contains(remote, uint32(st.Type)), nil
+}
+
+// optionsOf returns the options of the mount that a directory is in.
+func optionsOf(dir string) ([]string, error) {
+	var st unix.Statx_t
+	if err := unix.Statx(unix.AT_FDCWD, dir, 0, unix.STATX_MNT_ID, &st); err != nil {
+		return nil, err
+	}
+	b, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return nil, err
+	}
+	for line := range strings.Lines(string(b)) {
+		if fields := strings.Fields(line); len(fields) > 6 && fields[0] == fmt.Sprint(st.Mnt_id) {
+			return strings.Split(fields[5]+","+fields[len(fields)-1], ","), nil
+		}
+	}
+	return nil, nil
+}
+
