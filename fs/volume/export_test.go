@@ -77,6 +77,15 @@ func (o Options) Hooked(f func(Call) error) Options {
 	return o
 }
 
+// Beats are options of a host of a shared volume that proves this often that it lives.
+func (o Options) Beats(d time.Duration) Options {
+	o.beat = d
+	return o
+}
+
+// Look looks for hosts that died now.
+func (v *Volume) Look() { v.peers.look() }
+
 // Done are options with a function that is told of each call after it was made.
 func (o Options) Done(f func(Call, error)) Options {
 	o.hooks.Done = f
@@ -197,4 +206,16 @@ func (p *peers) crash() {
 	}
 	unix.Close(p.fd)
 	unix.Close(p.hosts.Dir)
+}
+
+// LoseLocks gives all locks of this host back behind its back, as a filesystem does that has not heard of
+// it for a while.
+func (v *Volume) LoseLocks() {
+	d := &disk.Disk{}
+	for _, f := range v.nodes.files() {
+		f.mu.Lock()
+		d.OFDLock(f.FD, leaseLock(disk.None))
+		f.mu.Unlock()
+	}
+	d.OFDLock(v.peers.fd, disk.Lock{Kind: disk.None, At: layout.LockByte, N: 1})
 }

@@ -130,7 +130,7 @@ func (w *world) open(o volume.Options) {
 		w.t.Fatal(err)
 	}
 	o.Logger = slog.New(slog.NewTextHandler(w.log, nil))
-	if w.v, err = u.Open(o); err != nil {
+	if w.v, err = u.Open(o.Beats(beat)); err != nil {
 		w.t.Fatal(err)
 	}
 }

@@ -30,12 +30,13 @@ const (
 // without it: a lock of the file's descriptor. file.mu guards it.
 type lease struct {
 	held    bool
-	late    uint64       // peers.late when it was taken
-	since   atomic.Int64 // when it was taken
-	used    atomic.Int64 // for a write, in nanoseconds of Unix time; read without mu, too
-	wanted  bool         // another host waits for it
-	wanting bool         // this host has said that it waits
-	free    time.Time    // when it may be taken again
+	late    uint64        // peers.late when it was taken
+	since   atomic.Int64  // when it was taken
+	used    atomic.Int64  // for a write, in nanoseconds of Unix time; read without mu, too
+	doubt   atomic.Uint64 // a session that left the file unfinished, and that no dead host is known to have had
+	wanted  bool          // another host waits for it
+	wanting bool          // this host has said that it waits
+	free    time.Time     // when it may be taken again
 }
 
 // leases are the files whose leases this host has.
@@ -172,7 +173,7 @@ func (f *file) waitLease(ctx context.Context, why error, pause *time.Duration) e
 		return f.failed("unwrapping its key", err)
 	case unsettled:
 		dead, err := f.v.peers.await(ctx, w.session)
-		if err == nil && !dead {
+		if err == nil && !dead && f.lease.doubt.Swap(w.session) == w.session { // else it was repaired just now, perhaps
 			err = f.failed("opening", w.error)
 		}
 		return err
@@ -470,5 +471,8 @@ func (f *file) checkLease(fd int) {
 	f.mu.Lock()
 	defer f.unlock()
 	f.lease.wanted = wanted
-	f.failed("giving its lease back", f.giveBack())
+	if f.failed("giving its lease back", f.giveBack()) != nil {
+		f.lease.used.Store(time.Now().UnixNano()) // and again after a while
+		f.lease.since.Store(f.lease.used.Load())
+	}
 }

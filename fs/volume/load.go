@@ -74,14 +74,15 @@ func (c *content) openLeased(ctx context.Context) error {
 
 // awaitHost waits until it is known whether the host is dead that left the file unfinished. openMu is
 // held, but not meanwhile.
-func (c *content) awaitHost(ctx context.Context, u unsettled) error {
+func (c *content) awaitHost(ctx context.Context, u unsettled, doubt *uint64) error {
 	c.openMu.Unlock()
 	defer c.openMu.Lock()
 	waitsOf(ctx).ForKey()
 	dead, err := c.v.peers.await(ctx, u.session)
-	if err == nil && !dead {
+	if err == nil && !dead && *doubt == u.session+1 {
 		err = c.loadFailed(u.error)
 	}
+	*doubt = u.session + 1 // if the host is not found, the file was repaired just now, perhaps: it is read once more
 	return err
 }
 
@@ -92,7 +93,7 @@ func (c *content) awaitHost(ctx context.Context, u unsettled) error {
 func (c *content) withFile(ctx context.Context, waits func(), use func(*file) error) error {
 	c.openMu.Lock()
 	defer c.openMu.Unlock()
-	for {
+	for doubt := uint64(0); ; {
 		if f := c.file.Load(); f != nil {
 			return use(f)
 		}
@@ -100,7 +101,7 @@ func (c *content) withFile(ctx context.Context, waits func(), use func(*file) er
 		if errors.Is(err, errNeedsLease) {
 			err = c.openLeased(ctx)
 			if u, ok := errors.AsType[unsettled](err); ok {
-				err = c.awaitHost(ctx, u)
+				err = c.awaitHost(ctx, u, &doubt)
 			}
 			if err == nil {
 				continue
@@ -133,7 +134,7 @@ func (c *content) withFile(ctx context.Context, waits func(), use func(*file) er
 		}
 		err = c.finish(h, keys)
 		if u, ok := errors.AsType[unsettled](err); ok {
-			err = c.awaitHost(ctx, u)
+			err = c.awaitHost(ctx, u, &doubt)
 		} else if errors.Is(err, errNeedsLease) {
 			err = c.openLeased(ctx)
 		}

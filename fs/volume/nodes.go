@@ -240,6 +240,7 @@ func (t *nodeTable) replaced(n *Node, ino uint64) {
 	defer t.mu.Unlock()
 	delete(t.byInode, inodeKey{n.dev, n.ino.Load()})
 	n.ino.Store(ino)
+	n.handle = 0
 	t.byInode[inodeKey{n.dev, ino}] = n
 	n.moves.Add(1)
 }

@@ -22,7 +22,7 @@ import (
 
 const (
 	beatEvery  = 2 * time.Second // a host proves that it lives
-	proofHolds = 6 * time.Second // T of FORMAT.md, section 6: shorter than the lease of any backing
+	proofBeats = 3               // so many beats a proof holds, 6 s: T of FORMAT.md, section 6, shorter than the lease of any backing
 	lookEvery  = 5               // beats between two looks for hosts that died
 )
 
@@ -34,6 +34,7 @@ type peers struct {
 	lost  func()                  // tells that this host could not prove in time that it lives
 	moved func() uint64           // returns how often this host moved a directory
 	met   func() (config uint64)  // is called with each proof, and returns the generation of kmsfs.json that this host uses
+	beat  time.Duration           // beatEvery, but in tests
 	d     *disk.Disk              // without the guard
 	name  string                  // of this host's file
 	fd    int                     // of it, which holds its lock
@@ -62,10 +63,13 @@ type deadHost struct {
 
 // errDark is the answer while this host cannot prove that it lives.
 var errDark = fmt.Errorf("this host did not reach the volume's filesystem for more than %v, so that others may take its files over: %w",
-	proofHolds, unix.EIO)
+	proofBeats*beatEvery, unix.EIO)
 
 // errFenced is the answer after another host took this one for dead.
 var errFenced = fmt.Errorf("another host has taken this one for dead and repairs its files; unmount and mount the volume again: %w", unix.EIO)
+
+// holds returns how long a proof holds.
+func (p *peers) holds() time.Duration { return proofBeats * p.beat }
 
 // on reports whether the volume is shared, and mounted for writing.
 func (p *peers) on() bool { return p.d != nil }
@@ -79,6 +83,7 @@ func bootTime() int64 {
 // begin makes this host one of those that have the volume mounted, with these sessions.
 func (p *peers) begin(v *Volume, sessions []uint64) error {
 	p.v, p.d = v, &disk.Disk{Hooks: v.disk.Hooks}
+	p.beat = cmp.Or(v.o.beat, beatEvery)
 	p.stop, p.dead = make(chan struct{}), map[string]*deadHost{}
 	var err error
 	if p.hosts, err = layout.OpenHosts(p.d, v.rootD); err != nil {
@@ -132,7 +137,7 @@ func (p *peers) alive() error {
 	switch {
 	case p.fenced.Load():
 		return errFenced
-	case bootTime()-p.proven.Load() > int64(proofHolds):
+	case bootTime()-p.proven.Load() > int64(p.holds()):
 		return errDark
 	}
 	return nil
@@ -143,7 +148,7 @@ func (p *peers) leases() (late uint64, err error) { return p.late.Load(), p.aliv
 
 // run proves again and again that this host lives, and looks for others that died.
 func (p *peers) run() {
-	t := time.NewTicker(beatEvery)
+	t := time.NewTicker(p.beat)
 	defer t.Stop()
 	for beats := 1; ; beats++ {
 		select {
@@ -151,7 +156,7 @@ func (p *peers) run() {
 			return
 		case <-t.C:
 		}
-		if err := p.beat(); err != nil {
+		if err := p.prove(); err != nil {
 			p.v.report("hosts", "this host could not prove that it lives", err)
 			continue
 		}
@@ -161,8 +166,8 @@ func (p *peers) run() {
 	}
 }
 
-// beat proves that this host lives: it has its lock, and nobody has fenced it.
-func (p *peers) beat() error {
+// prove proves that this host lives: it has its lock, and nobody has fenced it.
+func (p *peers) prove() error {
 	if p.fenced.Load() {
 		return errFenced
 	}
@@ -190,7 +195,7 @@ func (p *peers) beat() error {
 		p.fenced.Store(true)
 		return errFenced
 	}
-	if bootTime()-p.proven.Load() > int64(proofHolds) {
+	if bootTime()-p.proven.Load() > int64(p.holds()) {
 		p.late.Add(1)
 		p.lost()
 		p.v.log.Warn("this host did not reach the volume's filesystem for a while; what it was writing then is lost, and its files are read again")
@@ -279,7 +284,7 @@ func (p *peers) find(name string) (x *deadHost, err error) {
 	}
 	x = &deadHost{fd: fd, sessions: sessions, fenced: time.Now()}
 	if host.Ended() {
-		x.fenced = x.fenced.Add(-proofHolds)
+		x.fenced = x.fenced.Add(-p.holds())
 	}
 	p.v.log.Warn("a host did not unmount the volume well; files that it was writing are repaired",
 		"host", host.Host, "pid", host.PID, "since", host.Since)
@@ -289,7 +294,7 @@ func (p *peers) find(name string) (x *deadHost, err error) {
 // take begins to repair the files of dead hosts whose last proof holds no more. mu is held.
 func (p *peers) take() {
 	for _, x := range p.dead {
-		wait := proofHolds - time.Since(x.fenced)
+		wait := p.holds() - time.Since(x.fenced)
 		switch {
 		case x.bad, wait > 0 && x.timed:
 		case wait > 0:
@@ -340,7 +345,7 @@ func (p *peers) beaten(ctx context.Context) error {
 	select {
 	case <-ctx.Done():
 		return ctx.Err()
-	case <-time.After(proofHolds):
+	case <-time.After(p.holds()):
 		return nil
 	}
 }
@@ -367,13 +372,13 @@ func (p *peers) cleaned(bad map[uint64]bool) error {
 }
 
 // await returns when it is known whether a session is of a host that died: true once its files can be
-// repaired, false if it is of a host that lives, or unknown.
+// repaired, or were, false if it is of a host that lives, or unknown.
 func (p *peers) await(ctx context.Context, session uint64) (bool, error) {
 	if !p.on() {
 		return false, nil
 	}
 	p.look()
-	for {
+	for met := false; ; {
 		p.mu.Lock()
 		var of *deadHost
 		for _, x := range p.dead {
@@ -384,8 +389,8 @@ func (p *peers) await(ctx context.Context, session uint64) (bool, error) {
 		p.take()
 		ready := of != nil && of.bad
 		p.mu.Unlock()
-		if of == nil || ready {
-			return ready, nil
+		if met = met || of != nil; of == nil || ready {
+			return met, nil
 		}
 		select {
 		case <-ctx.Done():
@@ -404,7 +409,7 @@ func (p *peers) settled(ctx context.Context, generation uint64) error {
 	if !p.on() {
 		return nil
 	}
-	for end := time.Now().Add(4 * proofHolds); ; {
+	for end := time.Now().Add(4 * p.holds()); ; {
 		p.look()
 		behind, err := p.behind(generation)
 		if err != nil || behind == "" {
@@ -416,7 +421,7 @@ func (p *peers) settled(ctx context.Context, generation uint64) error {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case <-time.After(beatEvery / 2):
+		case <-time.After(p.beat / 2):
 		}
 	}
 }

@@ -95,4 +95,3 @@ func optionsOf(dir string) ([]string, error) {
 	}
 	return nil, nil
 }
-

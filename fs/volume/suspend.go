@@ -104,6 +104,9 @@ func (f *file) settleAndWipe(settle bool, changes uint64) (err error) {
 		f.v.sessions.stuck.Store(true) // it cannot be settled without its key: the next mount does
 	}
 	f.wipe()
+	if f.lease.held {
+		f.unlease()
+	}
 	return err
 }
 

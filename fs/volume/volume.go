@@ -62,8 +62,9 @@ type Options struct {
 
 	// Set by tests only.
 	hooks   disk.Hooks
-	torn    bool   // pages can tear, on a filesystem in memory too
-	fdLimit uint64 // of descriptors, instead of the process's own
+	torn    bool          // pages can tear, on a filesystem in memory too
+	fdLimit uint64        // of descriptors, instead of the process's own
+	beat    time.Duration // instead of beatEvery
 }
 
 // base is what does not change while a volume is open, but for headers.

@@ -451,11 +451,11 @@ func (p *part) names() error {
 		mine := filepath.Join(dir, fmt.Sprint("mine.", p.id))
 		switch rand.IntN(6) {
 		case 0:
-			if err := allowed(os.Mkdir(dir, 0o755), syscall.EEXIST); err != nil {
+			if err := allowed(os.Mkdir(dir, 0o755), syscall.EEXIST, syscall.ESTALE); err != nil {
 				return err
 			}
 		case 1:
-			if err := allowed(os.Remove(dir), syscall.ENOENT, syscall.ENOTEMPTY); err != nil {
+			if err := allowed(os.Remove(dir), syscall.ENOENT, syscall.ENOTEMPTY, syscall.ESTALE); err != nil {
 				return err
 			}
 		case 2:
@@ -465,7 +465,7 @@ func (p *part) names() error {
 				return err
 			}
 		case 3:
-			if err := allowed(os.Remove(filepath.Join(dir, long)), syscall.ENOENT); err != nil {
+			if err := allowed(os.Remove(filepath.Join(dir, long)), syscall.ENOENT, syscall.ESTALE); err != nil {
 				return err
 			}
 		case 4: // one host wins
@@ -481,7 +481,7 @@ func (p *part) names() error {
 			}
 		case 5:
 			err := os.WriteFile(mine, []byte(strconv.Itoa(i)), 0o644)
-			if errors.Is(err, syscall.ENOENT) { // there is no such directory, or no more
+			if errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ESTALE) { // there is no such directory, or no more
 				continue
 			}
 			if err != nil {
