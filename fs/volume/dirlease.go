@@ -193,21 +193,32 @@ func (h *hostLocks) check() {
 	h.mu.Lock()
 	all := slices.Collect(maps.Keys(h.dirs))
 	h.mu.Unlock()
-	sideBySide(all, func(_ int, d *directory) {
-		if time.Since(time.Unix(0, d.leaseUsed.Load())) < entriesIdle {
-			in, err := h.v.disk.OFDLocked(h.v.lockFD, d.n.entriesWanted(disk.Alone))
-			if err != nil || in.Kind == disk.None {
-				return
-			}
+	for _, d := range all {
+		if !d.leaseChecked.Swap(true) { // one that waits holds no other up
+			h.v.bg.Go(func() {
+				defer d.leaseChecked.Store(false)
+				d.checkEntries()
+			})
 		}
-		d.entries.Lock() // while an entry is made the lock stays
-		defer d.entries.Unlock()
-		d.dirMu.Lock()
-		defer d.dirMu.Unlock()
-		if d.leased {
-			d.leased = false
-			h.drop(d)
-			h.give(d.n.entriesLock(disk.None))
+	}
+}
+
+// checkEntries gives the lock of the directory's entries back, if it is not used, or wanted.
+func (d *directory) checkEntries() {
+	h := &d.v.locks
+	if time.Since(time.Unix(0, d.leaseUsed.Load())) < entriesIdle {
+		in, err := h.v.disk.OFDLocked(h.v.lockFD, d.n.entriesWanted(disk.Alone))
+		if err != nil || in.Kind == disk.None {
+			return
 		}
-	})
+	}
+	d.entries.Lock() // while an entry is made the lock stays
+	defer d.entries.Unlock()
+	d.dirMu.Lock()
+	defer d.dirMu.Unlock()
+	if d.leased {
+		d.leased = false
+		h.drop(d)
+		h.give(d.n.entriesLock(disk.None))
+	}
 }

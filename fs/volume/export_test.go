@@ -204,6 +204,7 @@ func (p *peers) crash() {
 	for _, x := range p.dead {
 		unix.Close(x.fd)
 	}
+	unix.Close(p.probe)
 	unix.Close(p.fd)
 	unix.Close(p.hosts.Dir)
 }

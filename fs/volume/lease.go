@@ -33,6 +33,7 @@ type lease struct {
 	late    uint64        // peers.late when it was taken
 	since   atomic.Int64  // when it was taken
 	used    atomic.Int64  // for a write, in nanoseconds of Unix time; read without mu, too
+	checked atomic.Bool   // checkLease is under way
 	doubt   atomic.Uint64 // a session that left the file unfinished, and that no dead host is known to have had
 	wanted  bool          // another host waits for it
 	wanting bool          // this host has said that it waits
@@ -455,7 +456,14 @@ func (s *leases) run() {
 		}
 		s.v.locks.check()
 		files, fds := s.now()
-		sideBySide(files, func(i int, f *file) { f.checkLease(fds[i]) })
+		for i, f := range files {
+			if !f.lease.checked.Swap(true) { // one that waits holds no other up
+				s.v.bg.Go(func() {
+					defer f.lease.checked.Store(false)
+					f.checkLease(fds[i])
+				})
+			}
+		}
 	}
 }
 

@@ -73,8 +73,9 @@ type directory struct {
 	leased   bool     // in a shared volume: this host may make entries, see leaseEntries
 	leasedAt uint64   // peers.late when it was
 
-	lookedUp  atomic.Int64 // when it was last, in nanoseconds of Unix time
-	leaseUsed atomic.Int64 // when an entry was made last, in nanoseconds of Unix time
+	lookedUp     atomic.Int64 // when it was last, in nanoseconds of Unix time
+	leaseChecked atomic.Bool  // checkEntries is under way
+	leaseUsed    atomic.Int64 // when an entry was made last, in nanoseconds of Unix time
 }
 
 // content is the part of a node that only a file has.

@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -29,27 +28,33 @@ const (
 // peers are the hosts that have a shared volume mounted, this one among them. It is unused, with d nil,
 // in a volume that is not shared, and in one that is only read.
 type peers struct {
-	v     *Volume
-	died  func(sessions []uint64) // tells of a host that died, whose files can be repaired
-	lost  func()                  // tells that this host could not prove in time that it lives
-	moved func() uint64           // returns how often this host moved a directory
-	met   func() (config uint64)  // is called with each proof, and returns the generation of kmsfs.json that this host uses
-	beat  time.Duration           // beatEvery, but in tests
-	d     *disk.Disk              // without the guard
-	name  string                  // of this host's file
-	fd    int                     // of it, which holds its lock
+	v      *Volume
+	died   func(sessions []uint64) // tells of a host that died, whose files can be repaired
+	lapsed func()                  // tells that this host could not prove in time that it lives
+	moved  func() uint64           // returns how often this host moved a directory
+	met    func() (config uint64)  // is called with each proof, and returns the generation of kmsfs.json that this host uses
+	beat   time.Duration           // beatEvery, but in tests
+	d      *disk.Disk              // without the guard
+	name   string                  // of this host's file
+	fd     int                     // of it, which holds its lock
+	probe  int                     // of it, too, by which the lock is looked for
 
 	proven atomic.Int64  // since when, on CLOCK_BOOTTIME in nanoseconds, this host is known to be alive
 	late   atomic.Uint64 // how often a proof came too late: leases of before are lost
 	fenced atomic.Bool   // another host repairs what this one has left: for good
 
-	// mu guards the fields below, and is held while other hosts' files are looked at.
-	mu    sync.Mutex
-	hosts layout.Hosts
-	self  layout.HostFile
-	dead  map[string]*deadHost // by the names of their files
-	stop  chan struct{}
-	done  sync.WaitGroup
+	config   atomic.Uint64 // generation of the kmsfs.json that this host uses
+	refusals atomic.Int32  // of its last writes
+
+	hosts  layout.Hosts
+	selfMu sync.Mutex // guards self, and the writes of this host's file
+	self   layout.HostFile
+
+	looking sync.Mutex           // held while other hosts' files are looked at, which can take long
+	mu      sync.Mutex           // guards the fields below; no syscall waits under it
+	dead    map[string]*deadHost // by the names of their files
+	stop    chan struct{}
+	done    sync.WaitGroup
 }
 
 // deadHost is one whose lock is gone, and whose file this host has locked.
@@ -66,7 +71,7 @@ var errDark = fmt.Errorf("this host did not reach the volume's filesystem for mo
 	proofBeats*beatEvery, unix.EIO)
 
 // errFenced is the answer after another host took this one for dead.
-var errFenced = fmt.Errorf("another host has taken this one for dead and repairs its files; unmount and mount the volume again: %w", unix.EIO)
+var errFenced = fmt.Errorf("this host was taken for dead, and its locks are gone: others repair its files; unmount and mount the volume again: %w", unix.EIO)
 
 // holds returns how long a proof holds.
 func (p *peers) holds() time.Duration { return proofBeats * p.beat }
@@ -96,6 +101,10 @@ func (p *peers) begin(v *Volume, sessions []uint64) error {
 		p.d.Close(p.hosts.Dir)
 		return fmt.Errorf("make this host known in %s: %w", layout.HostsName, err)
 	}
+	if p.probe, err = p.hosts.Open(p.name); err != nil {
+		return err
+	}
+	p.config.Store(v.cfg.Generation)
 	p.proven.Store(begun)
 	v.disk.Guard = p.alive
 	return nil
@@ -106,6 +115,7 @@ func (p *peers) start() {
 	if p.on() {
 		p.look()
 		p.done.Go(p.run)
+		p.done.Go(p.watch)
 	}
 }
 
@@ -126,6 +136,7 @@ func (p *peers) end(left bool) (err error) {
 		p.d.Close(x.fd)
 	}
 	p.d.OFDLock(p.fd, disk.Lock{Kind: disk.None, At: layout.LockByte, N: 1})
+	p.d.Close(p.probe)
 	p.d.Close(p.fd)
 	p.d.Close(p.hosts.Dir)
 	return err
@@ -146,8 +157,28 @@ func (p *peers) alive() error {
 // leases returns how often a proof came too late so far, and the error if one is too late now.
 func (p *peers) leases() (late uint64, err error) { return p.late.Load(), p.alive() }
 
-// run proves again and again that this host lives, and looks for others that died.
+// run proves again and again that this host lives. It waits for nothing of another host: NFS lets an open
+// wait for one that is dead.
 func (p *peers) run() {
+	p.each(func(int) {
+		if err := p.prove(); err != nil {
+			p.v.report("hosts", "this host could not prove that it lives", err)
+		}
+	})
+}
+
+// watch looks for hosts that died, and for what others have changed in kmsfs.json.
+func (p *peers) watch() {
+	p.each(func(beats int) {
+		p.config.Store(p.met())
+		if beats%lookEvery == 0 {
+			p.look()
+		}
+	})
+}
+
+// each calls f at each beat.
+func (p *peers) each(f func(beats int)) {
 	t := time.NewTicker(p.beat)
 	defer t.Stop()
 	for beats := 1; ; beats++ {
@@ -156,13 +187,7 @@ func (p *peers) run() {
 			return
 		case <-t.C:
 		}
-		if err := p.prove(); err != nil {
-			p.v.report("hosts", "this host could not prove that it lives", err)
-			continue
-		}
-		if beats%lookEvery == 0 {
-			p.look()
-		}
+		f(beats)
 	}
 }
 
@@ -171,69 +196,71 @@ func (p *peers) prove() error {
 	if p.fenced.Load() {
 		return errFenced
 	}
-	config := p.met()
 	begun := bootTime()
-	p.mu.Lock()
-	p.self.Beat++
-	p.self.Config, p.self.Moves = config, p.moved()
-	err := p.hosts.Write(p.fd, p.self)
-	p.mu.Unlock()
-	if err != nil {
-		return err
-	}
-	fenced, err := p.hosts.Fenced(p.fd)
-	if err != nil {
-		return err
-	}
-	if !fenced {
-		fenced, err = p.lockLost()
-	}
+	err := p.write(func(self *layout.HostFile) {
+		self.Beat++
+		self.Config, self.Moves = p.config.Load(), p.moved()
+	})
+	lost, lerr := p.lost(err)
 	switch {
-	case err != nil:
-		return err
-	case fenced:
+	case lost:
 		p.fenced.Store(true)
 		return errFenced
+	case err != nil:
+		return err
+	case lerr != nil:
+		return lerr
 	}
 	if bootTime()-p.proven.Load() > int64(p.holds()) {
 		p.late.Add(1)
-		p.lost()
-		p.v.log.Warn("this host did not reach the volume's filesystem for a while; what it was writing then is lost, and its files are read again")
+		p.lapsed()
+		p.v.log.Warn("this host did not reach the volume's filesystem for a while; its files are looked at again")
 	}
 	p.proven.Store(begun)
 	return nil
 }
 
-// lockLost reports whether the filesystem has taken this host's lock away.
-func (p *peers) lockLost() (bool, error) {
-	fd, err := p.hosts.Open(p.name)
-	if err != nil {
-		return err == unix.ENOENT, disk.Ignore(err, unix.ENOENT)
+// write changes what this host says of itself, durably.
+func (p *peers) write(change func(*layout.HostFile)) error {
+	p.selfMu.Lock()
+	defer p.selfMu.Unlock()
+	change(&p.self)
+	return p.hosts.Write(p.fd, p.self)
+}
+
+// lost reports whether this host was taken for dead, or its lock taken away; written is the error of its
+// last write.
+func (p *peers) lost(written error) (bool, error) {
+	fenced, err := p.hosts.FencedName(p.name)
+	if fenced || err != nil {
+		return fenced, err
 	}
-	defer p.d.Close(fd)
-	in, err := p.d.OFDLocked(fd, disk.Lock{Kind: disk.Alone, At: layout.LockByte, N: 1})
-	return in.Kind == disk.None, err
+	if written != nil { // of a descriptor whose lock was lost, some filesystems take nothing
+		late := bootTime()-p.proven.Load() > int64(p.holds())
+		refused := errors.Is(written, unix.EIO) || errors.Is(written, unix.EBADF) || errors.Is(written, unix.EBADFD)
+		return late && refused && p.refusals.Add(1) > proofBeats, nil
+	}
+	p.refusals.Store(0)
+	in, err := p.d.OFDLocked(p.probe, disk.Lock{Kind: disk.Alone, At: layout.LockByte, N: 1})
+	return err == nil && in.Kind == disk.None, err
 }
 
 // setSessions makes durable that these are this host's sessions.
 func (p *peers) setSessions(sessions []uint64) error {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.self.Sessions = p.v.vk.SealMarker(sessions)
-	return p.hosts.Write(p.fd, p.self)
+	return p.write(func(self *layout.HostFile) { self.Sessions = p.v.vk.SealMarker(sessions) })
 }
 
 // look looks for hosts that died, and takes what they have left for something to be repaired.
 func (p *peers) look() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
+	p.looking.Lock()
+	defer p.looking.Unlock()
 	names, err := p.hosts.Names()
 	if err != nil {
 		p.v.report("hosts", "the hosts that have the volume mounted cannot be listed", err)
 		return
 	}
 	for _, name := range names {
-		if name == p.name || p.dead[name] != nil {
+		if name == p.name || p.knows(name) {
 			continue
 		}
 		x, err := p.find(name)
@@ -241,9 +268,13 @@ func (p *peers) look() {
 			p.v.report("hosts", "the file of another host cannot be used", err)
 		}
 		if x != nil {
+			p.mu.Lock()
 			p.dead[name] = x
+			p.mu.Unlock()
 		}
 	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	for name := range p.dead {
 		if !slices.Contains(names, name) { // another host has brought its files into order
 			p.forget(name)
@@ -252,7 +283,14 @@ func (p *peers) look() {
 	p.take()
 }
 
-// find returns a host if it is dead, locked and fenced; nil if it lives. mu is held.
+// knows reports whether a host is known to be dead.
+func (p *peers) knows(name string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.dead[name] != nil
+}
+
+// find returns a host if it is dead, locked and fenced; nil if it lives.
 func (p *peers) find(name string) (x *deadHost, err error) {
 	fd, err := p.hosts.Open(name)
 	if err != nil {
@@ -322,15 +360,16 @@ func (p *peers) moves() (map[string]uint64, error) {
 	if !p.on() {
 		return nil, nil
 	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
 	names, err := p.hosts.Names()
 	if err != nil {
 		return nil, err
 	}
 	out := map[string]uint64{}
 	for _, name := range names {
-		if x, ok := hostNow(p.hosts, name); ok && name != p.name && p.dead[name] == nil {
+		if name == p.name || p.knows(name) {
+			continue
+		}
+		if x, ok := hostNow(p.hosts, name); ok {
 			out[name] = x.Moves
 		}
 	}
@@ -358,15 +397,23 @@ func (p *peers) forget(name string) {
 
 // cleaned removes the files of dead hosts, all of whose files are in order.
 func (p *peers) cleaned(bad map[uint64]bool) error {
+	p.looking.Lock()
+	defer p.looking.Unlock()
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	for _, name := range slices.Collect(maps.Keys(p.dead)) {
-		if x := p.dead[name]; x.bad && !slices.ContainsFunc(x.sessions, func(s uint64) bool { return !bad[s] }) {
-			if err := p.hosts.Remove(name); err != nil {
-				return err
-			}
-			p.forget(name)
+	var names []string
+	for name, x := range p.dead {
+		if x.bad && !slices.ContainsFunc(x.sessions, func(s uint64) bool { return !bad[s] }) {
+			names = append(names, name)
 		}
+	}
+	p.mu.Unlock()
+	for _, name := range names {
+		if err := p.hosts.Remove(name); err != nil {
+			return err
+		}
+		p.mu.Lock()
+		p.forget(name)
+		p.mu.Unlock()
 	}
 	return nil
 }
@@ -428,8 +475,6 @@ func (p *peers) settled(ctx context.Context, generation uint64) error {
 
 // behind names a host that may use an older kmsfs.json; "" if none does.
 func (p *peers) behind(generation uint64) (string, error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
 	names, err := p.hosts.Names()
 	if err != nil {
 		return "", err

@@ -67,7 +67,29 @@ func ProbePeer(ctx context.Context, dir string) (checks []PeerCheck, here bool, 
 			return checks, p.here, fmt.Errorf("the other host does not go on: %w", err)
 		}
 	}
-	return checks, p.here, nil
+	return checks, p.here, p.part(ctx)
+}
+
+// part returns when the other host needs this one's files no more.
+func (p *probe) part(ctx context.Context) error {
+	if err := p.say("bye"); err != nil {
+		return err
+	}
+	for {
+		theirs, bye := false, false
+		err := p.scan(func(name string) {
+			theirs = theirs || strings.HasPrefix(name, p.other+".")
+			bye = bye || name == p.other+".bye"
+		})
+		if err != nil || bye || !theirs {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(probeNap):
+		}
+	}
 }
 
 // probe is one host's part of ProbePeer. The hosts go on step by step: each says by a file of its own how
@@ -102,21 +124,8 @@ func (p *probe) say(what string) error {
 // hear waits until a name is there that want accepts.
 func (p *probe) hear(ctx context.Context, want func(name string) bool) error {
 	for {
-		var st unix.Stat_t
-		if err := p.d.FstatFresh(p.dir, &st); err != nil {
-			return err
-		}
-		fd, err := p.d.Open(p.dir, ".", unix.O_RDONLY|unix.O_DIRECTORY, 0)
-		if err != nil {
-			return err
-		}
 		found := false
-		err = p.d.Scan(fd, func(e disk.Dirent) error {
-			found = found || want(e.Name)
-			return nil
-		})
-		p.d.Close(fd)
-		if err != nil || found {
+		if err := p.scan(func(name string) { found = found || want(name) }); err != nil || found {
 			return err
 		}
 		select {
@@ -125,6 +134,23 @@ func (p *probe) hear(ctx context.Context, want func(name string) bool) error {
 		case <-time.After(probeNap):
 		}
 	}
+}
+
+// scan calls f for each name that is there now.
+func (p *probe) scan(f func(name string)) error {
+	var st unix.Stat_t
+	if err := p.d.FstatFresh(p.dir, &st); err != nil {
+		return err
+	}
+	fd, err := p.d.Open(p.dir, ".", unix.O_RDONLY|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return err
+	}
+	defer p.d.Close(fd)
+	return p.d.Scan(fd, func(e disk.Dirent) error {
+		f(e.Name)
+		return nil
+	})
 }
 
 // meet finds the other host.

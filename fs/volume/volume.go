@@ -157,7 +157,7 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 		v.sessions.addBad(sessions)
 		v.walker.again()
 	}
-	v.peers.lost = func() {
+	v.peers.lapsed = func() {
 		for _, f := range v.nodes.files() {
 			if f.n.locked() { // a program may go on to write under a lock that another has by now
 				f.stale.Store(true)
@@ -335,6 +335,10 @@ func (l *lists) close() {
 }
 
 func (v *Volume) endSession() error {
+	if v.peers.fenced.Load() {
+		v.log.Error("the volume is given up", "error", errFenced)
+		return errFenced
+	}
 	err := v.syncAll()
 	files := v.nodes.files()
 	errs := make([]error, len(files))

@@ -37,6 +37,9 @@ func (d *Disk) Fstat(fd int, st *unix.Stat_t) error {
 // FstatFresh is Fstat that asks the filesystem itself, and not its cache on this host.
 func (d *Disk) FstatFresh(fd int, st *unix.Stat_t) error { return d.statx(fd, "", st) }
 
+// StatFresh is Stat that asks the filesystem itself, and not its cache on this host.
+func (d *Disk) StatFresh(dir int, name string, st *unix.Stat_t) error { return d.statx(dir, name, st) }
+
 // Handle returns a number for the object at an entry, or of the descriptor itself if name is "", which another object with the same inode number
 // does not have: of its file handle. It is 0 where the filesystem has none.
 func (d *Disk) Handle(dir int, name string) uint64 {
