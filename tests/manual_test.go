@@ -73,6 +73,7 @@ var manualSections = map[string]manual{
 	"README.md/Five minutes with AWS KMS": {setup: `mkdir cipher plain; echo text >letter
 		aws() { command aws --endpoint-url "$AWS_ENDPOINT_URL_KMS" "$@" | tee made; }`,
 		replace: map[string]string{"KEYID": `$(sed -n 's/.*"KeyId": "\(.*\)".*/\1/p' made)`}, more: true},
+	"docs/hosts.md/Make one": {setup: "mkdir cipher plain", more: true},
 	"docs/backups.md/After a rewrap or a rekey": {setup: manualVolume + `
 		kmsfs recipients add cipher alias/next; kmsfs rewrap --from alias/files --to alias/next cipher
 		kmsfs recipients remove cipher alias/files; kmsfs rewrap cipher; cp -a cipher copy`,
