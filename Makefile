@@ -44,7 +44,11 @@ lint:
 test: deps-test lint
 	$(MAKE) fuzz FUZZ=20000
 	PATH="$(CURDIR)/.venv/bin:$$PATH" $(GO) test -race -timeout 20m ./blockcrypt/... ./keystore/... ./fs/... ./cmd/...
+	KMSFS_TEST_SHARED=1 $(GO) test -timeout 10m -run '$(SHARED)' ./fs/volume
 	PATH="$(CURDIR)/.venv/bin:$$PATH" $(GO) test -count 1 -timeout 20m ./tests/...
+
+# Tests of volumes in general that are made again with shared ones.
+SHARED := TestModel|TestKillAnywhere|TestRekey|TestRecipients|TestLong|TestRename|TestSparse
 
 # What takes longer: run before a change is called finished.
 soak: deps-test fuzz

@@ -34,6 +34,7 @@ var arrows = map[string]string{
 	"kmsfs/cmd/kmsfs":         "kmsfs/blockcrypt kmsfs/fs kmsfs/fs/volume kmsfs/fs/transfer kmsfs/fs/volume/check kmsfs/keystore kmsfs/keystore/agestore kmsfs/keystore/awskms kmsfs/keystore/local",
 	"kmsfs/tests":             "",
 	"kmsfs/tests/cutdisk":     "",
+	"kmsfs/tests/hostcheck":   "",
 	"kmsfs/tests/independent": "",
 	"kmsfs/tests/slowdisk":    "",
 }

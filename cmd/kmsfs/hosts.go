@@ -81,14 +81,14 @@ func shareCommand() *cobra.Command {
 		Long: `Let several hosts mount a volume for writing at the same time, or end that with --end. Nobody
 may have the volume mounted meanwhile. Versions of kmsfs that do not know shared volumes refuse one.`,
 		Args: cobra.ExactArgs(1),
-		RunE: func(c *cobra.Command, args []string) error { return f.share(contextOf(c), args[0], !end) },
+		RunE: func(c *cobra.Command, args []string) error { return share(contextOf(c), &f, args[0], !end) },
 	}
 	f.add(c, openVolumeUsage)
 	c.Flags().BoolVar(&end, "end", false, "let only one host mount it for writing again")
 	return c
 }
 
-func (k *keyFlags) share(ctx context.Context, dir string, on bool) error {
+func share(ctx context.Context, k *keyFlags, dir string, on bool) error {
 	dir, err := realDir(dir)
 	if err != nil {
 		return err
@@ -114,7 +114,7 @@ func (k *keyFlags) share(ctx context.Context, dir string, on bool) error {
 	if err != nil {
 		return err
 	}
-	rec, err := v.Share(ctx, on)
+	rec, err := v.Recipients().Share(ctx, on)
 	if err = errors.Join(err, v.Close()); err != nil {
 		return err
 	}

@@ -27,7 +27,7 @@ func (a *attributes) Attr() (st Attr, err error) {
 	}()
 	f := a.n.file.Load()
 	if f != nil {
-		f.look()
+		f.lease.look()
 		if done, err := f.attr(&st, false); done {
 			return st, err
 		}
@@ -129,7 +129,7 @@ func (a *attributes) plainSize(length int64, open func() (int, error)) (int64, e
 		})
 	}
 	if blockcrypt.ClassOf(err) != "" || errors.Is(err, unix.EIO) {
-		if !v.shared() { // else it is being written, perhaps
+		if !v.Shared() { // else it is being written, perhaps
 			v.report(a.n.where(), "a file's length is wrong", err)
 		}
 		return max(0, length-int64(geo.Header())), nil

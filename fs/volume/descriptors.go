@@ -20,7 +20,8 @@ const (
 
 // descriptors keeps programs' files and directories below the limit of the process.
 type descriptors struct {
-	v *Volume
+	v      *Volume
+	settle func() // settles all files that programs have closed
 	fdLimits
 }
 
@@ -61,7 +62,7 @@ func (d *descriptors) room(most int64) error {
 	}
 	d.giveUpIdle()
 	if d.v.disk.Descriptors() >= most && !d.v.o.ReadOnly { // files keep theirs until they are settled
-		d.v.settler.settle(d.v.settler.due(0))
+		d.settle()
 		d.settleOpen()
 		d.giveUpIdle()
 	}
@@ -90,7 +91,7 @@ func (d *descriptors) settleOpen() {
 	for i, f := range files {
 		f.mu.Lock()
 		if f.FD >= 0 && f.rw && !f.closed && !f.Broken() && !f.Keyless() && !f.n.Gone() &&
-			!d.v.doubts.of(f.n) && !d.v.shared() {
+			!d.v.doubts.of(f.n) && !d.v.Shared() {
 			f.failed("settling", f.SettleWhole(changes[i]))
 		}
 		f.unlock()

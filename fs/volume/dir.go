@@ -51,7 +51,7 @@ func (ns *namespace) find(dir *Node, cname func() (string, error)) (n *Node, st 
 	if err == nil {
 		n, st, err = ns.lookup(dir, c)
 	}
-	if errors.Is(err, unix.ENOENT) && ns.v.shared() && dir.otherID() {
+	if errors.Is(err, unix.ENOENT) && ns.v.Shared() && dir.otherID() {
 		if c, err = cname(); err == nil {
 			n, st, err = ns.lookup(dir, c)
 		}
@@ -61,7 +61,7 @@ func (ns *namespace) find(dir *Node, cname func() (string, error)) (n *Node, st 
 
 // lookup finds an entry by its ciphertext name; the directory's entries are held.
 func (ns *namespace) lookup(dir *Node, cname string) (n *Node, st Attr, err error) {
-	if !ns.v.shared() && dir.absent.is(cname) {
+	if !ns.v.Shared() && dir.absent.is(cname) {
 		return nil, st, unix.ENOENT
 	}
 	fd, err := dir.enter()
@@ -69,13 +69,13 @@ func (ns *namespace) lookup(dir *Node, cname string) (n *Node, st Attr, err erro
 		return nil, st, err
 	}
 	defer dir.leave()
-	if ns.v.shared() { // else its names would be those that this host remembers
+	if ns.v.Shared() { // else its names would be those that this host remembers
 		if err := dir.fresh(fd); err != nil {
 			return nil, st, err
 		}
 	}
 	clock := ns.v.clock.Load()
-	handle := ns.handle(fd, cname)
+	handle := handleOf(ns.v, fd, cname)
 	if err := ns.v.disk.Stat(fd, cname, &st); err != nil {
 		return nil, st, err
 	}
@@ -89,13 +89,13 @@ func (ns *namespace) lookup(dir *Node, cname string) (n *Node, st Attr, err erro
 	return n, st, nil
 }
 
-// handle is [disk.Disk.Handle] in a shared volume, else 0: a mount that alone writes keeps what the
+// handleOf is [disk.Disk.Handle] in a shared volume, else 0: a mount that alone writes keeps what the
 // kernel knows from being removed behind its back.
-func (ns *namespace) handle(fd int, cname string) uint64 {
-	if !ns.v.shared() {
+func handleOf(v *Volume, fd int, cname string) uint64 {
+	if !v.Shared() {
 		return 0
 	}
-	return ns.v.disk.Handle(fd, cname)
+	return v.disk.Handle(fd, cname)
 }
 
 // checked repairs a file of a session that ended badly at its first lookup,
@@ -169,7 +169,7 @@ func (ns *namespace) make(dir *Node, name string, c Caller, mode uint32,
 	if err := ns.v.disk.Fstat(made, &st); err != nil {
 		return nil, st, err
 	}
-	n = ns.v.nodes.internHandle(&st, ns.handle(made, ""), dir, e.cname)
+	n = ns.v.nodes.internHandle(&st, handleOf(ns.v, made, ""), dir, e.cname)
 	if err := n.fill(&st, fd, e.cname); err != nil {
 		ns.v.Forget(n.id, 1)
 		return nil, st, err

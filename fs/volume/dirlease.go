@@ -75,7 +75,7 @@ func (h *hostLocks) lockLong(names ...string) (unlock func(), err error) {
 	for _, name := range names {
 		long = long || len(name) > blockcrypt.MostShort
 	}
-	if !h.v.shared() || h.v.plain || !long {
+	if !h.v.Shared() || h.v.plain || !long {
 		return func() {}, nil
 	}
 	h.long.Lock()
@@ -91,13 +91,13 @@ func (h *hostLocks) lockLong(names ...string) (unlock func(), err error) {
 }
 
 // entriesLock is the lock of a directory's entries, by its inode number.
-func (n *Node) entriesLock(kind disk.LockKind) disk.Lock {
-	return disk.Lock{Kind: kind, At: layout.DirBytes + int64(n.ino.Load()&layout.DirMask), N: 1}
+func (d *directory) entriesLock(kind disk.LockKind) disk.Lock {
+	return disk.Lock{Kind: kind, At: layout.DirBytes + int64(d.n.ino.Load()&layout.DirMask), N: 1}
 }
 
 // entriesWanted is the lock by which a host says that it waits to remove the directory.
-func (n *Node) entriesWanted(kind disk.LockKind) disk.Lock {
-	return disk.Lock{Kind: kind, At: layout.DirWantedBytes + int64(n.ino.Load()&layout.DirMask), N: 1}
+func (d *directory) entriesWanted(kind disk.LockKind) disk.Lock {
+	return disk.Lock{Kind: kind, At: layout.DirWantedBytes + int64(d.n.ino.Load()&layout.DirMask), N: 1}
 }
 
 // leaseEntries makes sure that no other host removes the directory, or what kmsfs keeps in it, while an
@@ -118,11 +118,11 @@ func (d *directory) leaseEntries() (id blockcrypt.ID, err error) {
 		return id, err
 	}
 	defer d.leave()
-	if err := v.locks.take(d.n.entriesLock(disk.Shared), disk.Lock{}); err != nil {
+	if err := v.locks.take(d.entriesLock(disk.Shared), disk.Lock{}); err != nil {
 		return id, err
 	}
 	if id, err = d.makeDirID(fd); err != nil {
-		v.locks.give(d.n.entriesLock(disk.None))
+		v.locks.give(d.entriesLock(disk.None))
 		return id, err
 	}
 	d.dirID, d.hasID = id, true
@@ -155,7 +155,7 @@ func (d *directory) makeDirID(fd int) (id blockcrypt.ID, err error) {
 // lockForRemoval keeps other hosts from making entries in the directory. Its entries are held for
 // writing.
 func (d *directory) lockForRemoval() (unlock func(), err error) {
-	if !d.v.shared() || d.v.plain {
+	if !d.v.Shared() || d.v.plain {
 		return func() {}, nil
 	}
 	h := &d.v.locks
@@ -163,9 +163,9 @@ func (d *directory) lockForRemoval() (unlock func(), err error) {
 	d.dirMu.Lock()
 	d.leased = false
 	d.dirMu.Unlock()
-	h.give(d.n.entriesLock(disk.None)) // two hosts that keep theirs would wait for each other
-	l := d.n.entriesLock(disk.Alone)
-	if err := h.take(l, d.n.entriesWanted(disk.Shared)); err != nil {
+	h.give(d.entriesLock(disk.None)) // two hosts that keep theirs would wait for each other
+	l := d.entriesLock(disk.Alone)
+	if err := h.take(l, d.entriesWanted(disk.Shared)); err != nil {
 		h.give(l)
 		return nil, err
 	}
@@ -207,7 +207,7 @@ func (h *hostLocks) check() {
 func (d *directory) checkEntries() {
 	h := &d.v.locks
 	if time.Since(time.Unix(0, d.leaseUsed.Load())) < entriesIdle {
-		in, err := h.v.disk.OFDLocked(h.v.lockFD, d.n.entriesWanted(disk.Alone))
+		in, err := h.v.disk.OFDLocked(h.v.lockFD, d.entriesWanted(disk.Alone))
 		if err != nil || in.Kind == disk.None {
 			return
 		}
@@ -219,6 +219,40 @@ func (d *directory) checkEntries() {
 	if d.leased {
 		d.leased = false
 		h.drop(d)
-		h.give(d.n.entriesLock(disk.None))
+		h.give(d.entriesLock(disk.None))
 	}
 }
+
+// fresh makes this host see the entries that a directory has now. If it was removed, that is ENOENT
+// just after it was looked up; else ESTALE, by which the kernel looks its path up again.
+func (d *directory) fresh(fd int) error {
+	var st unix.Stat_t
+	err := d.v.disk.FstatFresh(fd, &st)
+	if err == nil && st.Nlink == 0 {
+		err = unix.ESTALE
+	}
+	if errors.Is(err, unix.ESTALE) && time.Since(time.Unix(0, d.lookedUp.Load())) < justNow {
+		err = unix.ENOENT
+	}
+	return err
+}
+
+// vanished reports whether an error says that the directory itself was removed.
+func vanished(err error) bool { return errors.Is(err, unix.ESTALE) || errors.Is(err, unix.ENOENT) }
+
+// lookDirID reads the ID of a directory; lost says that one of its places is.
+func (d *directory) lookDirID(fd int) (id blockcrypt.ID, ok, lost bool, err error) {
+	if d.v.Shared() {
+		if err := d.fresh(fd); err != nil {
+			return id, false, false, err
+		}
+	}
+	x, err := layout.ReadDirID(&d.v.disk, fd)
+	if err != nil {
+		return id, false, false, err
+	}
+	return x.Resolve()
+}
+
+// justNow is how long the kernel takes from a lookup of a directory to the request in it.
+const justNow = 20 * time.Millisecond

@@ -24,8 +24,7 @@ type file struct {
 
 	refusal atomic.Pointer[refusal] // of this file alone
 	domain  atomic.Pointer[domain]  // by its header, or of its next content
-	used    atomic.Bool             // since park was tried last
-	parked  atomic.Bool             // fd is -1; written under mu
+	parking
 
 	namesSynced atomic.Uint64 // Node.moves + 1 when the symlinks of long names were made durable
 
@@ -47,9 +46,12 @@ type file struct {
 	reread      bool      // loaded after a sync that failed: the kernel may have what the disk has not
 	syncing     int       // fsyncs under way, which use FD without mu
 	lease       lease
+}
 
-	stale  atomic.Bool // programs had locks on it that this host may have lost: it must be opened again
-	loaded atomic.Bool // just now, so that it is as the disk has it
+// parking says whether the descriptor may be closed for a while, see park.
+type parking struct {
+	used   atomic.Bool // since park was tried last
+	parked atomic.Bool // fd is -1; written under mu
 }
 
 func (c *content) attach(f *file) {
@@ -180,12 +182,13 @@ func (f *file) fill(st *Attr) bool {
 func (c *content) newFile(fd int, rw bool, st *Attr) *file {
 	f := &file{n: c.n, v: c.v, rw: rw}
 	f.domain.Store(c.v.lists.own)
-	f.File = f.blank(fd, st.Mtim)
+	f.lease.f = f
+	f.File = blank(f, fd, st.Mtim)
 	return f
 }
 
 // blank returns the ciphertext file of this descriptor, whose header was not read yet.
-func (f *file) blank(fd int, mtime unix.Timespec) *cfile.File {
+func blank(f *file, fd int, mtime unix.Timespec) *cfile.File {
 	rules := cfile.Rules{Calm: f.v.calm, KernelTimes: f.v.o.KernelTimes}
 	x := cfile.New(&f.v.disk, f.v.sizes().New, cfile.Opened{FD: fd, Mtime: mtime}, rules, host{f})
 	if f.v.o.ReadOnly || f.v.cfg.Shared {

@@ -61,7 +61,7 @@ func (c *content) acquire(ctx context.Context, write bool) (*file, error) {
 		opened(false)
 		err = f.ready(ctx, false) // a refusal shows at open
 		if err == nil {
-			err = f.follow(ctx)
+			err = f.lease.follow(ctx)
 		}
 		if err != nil {
 			f.release(write)
@@ -143,8 +143,8 @@ func (h *Handle) Flush() error {
 	h.f.mu.Lock()
 	defer h.f.unlock()
 	err := error(nil)
-	if h.f.v.shared() {
-		err = h.f.failed("close", h.f.giveBack())
+	if h.f.v.Shared() {
+		err = h.f.failed("close", h.f.lease.giveBack())
 	} else {
 		err = h.f.Rest()
 	}
@@ -184,8 +184,8 @@ func (h *Handle) fsync() error {
 		return err
 	}
 	defer f.unlock()
-	if f.v.shared() {
-		return f.giveBack() // a file that has no lease is at rest, and durable
+	if f.v.Shared() {
+		return f.lease.giveBack() // a file that has no lease is at rest, and durable
 	}
 	return f.Sync(func(fsync func() error) error {
 		f.syncing++

@@ -67,8 +67,8 @@ func (h host) Failed(op string, err error) error { return h.f.failed(op, err) }
 
 func (h host) Broke(bySync bool) {
 	var st unix.Stat_t
-	if h.f.v.shared() && h.f.v.disk.FstatFresh(h.f.FD, &st) == unix.ESTALE { // another host has removed it
-		h.f.n.vanish()
+	if h.f.v.Shared() && h.f.v.disk.FstatFresh(h.f.FD, &st) == unix.ESTALE { // another host has removed it
+		h.f.v.nodes.vanished(h.f.n)
 		return
 	}
 	if bySync {

@@ -16,16 +16,16 @@ import (
 
 // Read fills b from offset off; less is read only at the end of the file.
 func (h *Handle) Read(ctx context.Context, b []byte, off int64) (int, error) {
-	if h.f.stale.Load() {
+	if h.f.lease.stale.Load() {
 		return 0, h.f.failed("read", errStale)
 	}
 	if err := h.doubtHoles(ctx); err != nil {
 		return 0, err
 	}
 	n, err := h.read(ctx, b, off)
-	if blockcrypt.ClassOf(err) != "" && h.f.v.shared() {
+	if blockcrypt.ClassOf(err) != "" && h.f.v.Shared() {
 		// Another host may have been writing. Under the lease it is known.
-		if err := h.f.freshen(ctx); err != nil {
+		if err := h.f.lease.freshen(ctx); err != nil {
 			return 0, err
 		}
 		n, err = h.read(ctx, b, off)
@@ -37,7 +37,7 @@ func (h *Handle) Read(ctx context.Context, b []byte, off int64) (int, error) {
 // has not written yet look like them.
 func (h *Handle) doubtHoles(ctx context.Context) error {
 	f := h.f
-	if !f.v.shared() {
+	if !f.v.Shared() {
 		return nil
 	}
 	f.mu.RLock()
@@ -46,7 +46,7 @@ func (h *Handle) doubtHoles(ctx context.Context) error {
 	if !doubt {
 		return nil
 	}
-	return f.freshen(ctx)
+	return f.lease.freshen(ctx)
 }
 
 func (h *Handle) read(ctx context.Context, b []byte, off int64) (int, error) {
@@ -259,9 +259,9 @@ func (f *file) lockForContent(ctx context.Context, delayedWrite bool) (unlock fu
 			}
 			continue
 		}
-		if ok, err := f.hasLease(); !ok {
+		if ok, err := f.lease.has(); !ok {
 			f.unlock()
-			if err := f.waitLease(ctx, err, &pause); err != nil {
+			if err := f.lease.wait(ctx, err, &pause); err != nil {
 				return nil, err
 			}
 			continue
@@ -272,7 +272,7 @@ func (f *file) lockForContent(ctx context.Context, delayedWrite bool) (unlock fu
 			return f.unlock, nil
 		}
 		old := f.next
-		if err := f.giveBack(); err != nil { // nobody is to wait for a key service
+		if err := f.lease.giveBack(); err != nil { // nobody is to wait for a key service
 			f.unlock()
 			return nil, f.failed("giving its lease back", err)
 		}

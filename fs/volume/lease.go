@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/cfile"
 	"kmsfs/fs/volume/internal/disk"
 	"kmsfs/fs/volume/internal/layout"
 )
@@ -29,6 +30,7 @@ const (
 // lease is the right to write a ciphertext file of a shared volume, and to read what does not open
 // without it: a lock of the file's descriptor. file.mu guards it.
 type lease struct {
+	f       *file
 	held    bool
 	late    uint64        // peers.late when it was taken
 	since   atomic.Int64  // when it was taken
@@ -36,6 +38,8 @@ type lease struct {
 	checked atomic.Bool   // checkLease is under way
 	doubt   atomic.Uint64 // a session that left the file unfinished, and that no dead host is known to have had
 	wanted  bool          // another host waits for it
+	stale   atomic.Bool   // programs had locks on the file that this host may have lost: it must be opened again
+	loaded  atomic.Bool   // just now, so that it is as the disk has it
 	wanting bool          // this host has said that it waits
 	free    time.Time     // when it may be taken again
 }
@@ -47,23 +51,8 @@ type leases struct {
 	files map[*file]int // with their descriptors
 }
 
-// Reasons why a file cannot be used as it is.
-var errNeedsLease = errors.New("the file is being written, perhaps by another host")
-
 // errStale says that a file must be opened again.
 var errStale = fmt.Errorf("programs had locks on it that this host may have lost; it must be closed, and opened again: %w", unix.EIO)
-
-// needsKey says that a file has other content, whose key is not at hand.
-type needsKey struct {
-	error
-	hdr *blockcrypt.Header
-}
-
-// unsettled says that a file was left unfinished by another host.
-type unsettled struct {
-	error
-	session uint64
-}
 
 func leaseLock(kind disk.LockKind) disk.Lock {
 	return disk.Lock{Kind: kind, At: layout.LeaseByte, N: 1}
@@ -73,18 +62,15 @@ func wantedLock(kind disk.LockKind) disk.Lock {
 	return disk.Lock{Kind: kind, At: layout.WantedByte, N: 1}
 }
 
-// shared reports whether other hosts may write to the volume.
-func (v *Volume) shared() bool { return v.cfg.Shared }
-
 // hasLease takes the lease of the file if it can be had at once, and takes over what others have
 // changed. If it is false, the caller unlocks mu and calls waitLease with the error. mu is held for
 // writing, and the descriptor is open.
-func (f *file) hasLease() (bool, error) {
-	if !f.v.shared() {
+func (l *lease) has() (bool, error) {
+	f := l.f
+	if !f.v.Shared() {
 		return true, nil
 	}
-	l := &f.lease
-	if f.stale.Load() {
+	if l.stale.Load() {
 		return false, errStale
 	}
 	late, err := uint64(0), error(nil)
@@ -94,7 +80,7 @@ func (f *file) hasLease() (bool, error) {
 		}
 	}
 	if l.held && l.late != late {
-		if f.confirmLease(late); f.Broken() {
+		if f.lease.confirm(late); f.Broken() {
 			return false, unix.EIO
 		}
 	}
@@ -121,8 +107,8 @@ func (f *file) hasLease() (bool, error) {
 		f.v.disk.OFDLock(f.FD, wantedLock(disk.None))
 		l.wanting = false
 	}
-	if err := f.reload(); err != nil {
-		f.unlease()
+	if err := f.lease.reload(); err != nil {
+		f.lease.drop()
 		return false, err
 	}
 	f.v.leases.add(f)
@@ -130,7 +116,8 @@ func (f *file) hasLease() (bool, error) {
 }
 
 // unlease gives the lock itself back.
-func (f *file) unlease() {
+func (l *lease) drop() {
+	f := l.f
 	f.lease.held = false
 	if f.FD >= 0 {
 		f.v.disk.OFDLock(f.FD, leaseLock(disk.None))
@@ -141,7 +128,8 @@ func (f *file) unlease() {
 // confirmLease finds out whether the lease is still this host's after a proof that came too late. It is
 // if the file is as this host left it: nobody else changes it without another state. Where it is not,
 // what was not at rest is lost.
-func (f *file) confirmLease(late uint64) {
+func (l *lease) confirm(late uint64) {
+	f := l.f
 	if f.lease.late == late {
 		return
 	}
@@ -152,20 +140,21 @@ func (f *file) confirmLease(late uint64) {
 	if f.v.disk.OFDLock(f.FD, leaseLock(kind)) == nil && f.Header != nil {
 		f.v.disk.ForgetPages(f.FD, 0, blockcrypt.PageSize)
 		head := make([]byte, f.Geo.Header())
-		if n, err := f.v.disk.Pread(f.FD, head, 0); err == nil && f.Same(head[:n]) {
+		if n, err := f.v.disk.Pread(f.FD, head, 0); err == nil && cfile.SameHead(f.File, head[:n]) {
 			f.lease.late = late
 			return
 		}
 	}
 	if !f.AtRest() {
 		f.failed("writing", errDark)
-		f.GiveUp()
+		cfile.GiveUp(f.File)
 	}
-	f.unlease()
+	f.lease.drop()
 }
 
 // waitLease waits for what keeps the file from being used, as hasLease said it. No lock is held.
-func (f *file) waitLease(ctx context.Context, why error, pause *time.Duration) error {
+func (l *lease) wait(ctx context.Context, why error, pause *time.Duration) error {
+	f := l.f
 	waitsOf(ctx).ForKey()
 	switch w := why.(type) {
 	case nil:
@@ -205,25 +194,27 @@ func (f *file) waitLease(ctx context.Context, why error, pause *time.Duration) e
 }
 
 // lockLeased takes mu with the descriptor open and the lease at hand.
-func (f *file) lockLeased(ctx context.Context) error {
+func (l *lease) lock(ctx context.Context) error {
+	f := l.f
 	var pause time.Duration
 	for {
 		if err := f.lockAwake(); err != nil {
 			return err
 		}
-		ok, err := f.hasLease()
+		ok, err := f.lease.has()
 		if ok {
 			return nil
 		}
 		f.unlock()
-		if err := f.waitLease(ctx, err, &pause); err != nil {
+		if err := f.lease.wait(ctx, err, &pause); err != nil {
 			return err
 		}
 	}
 }
 
 // lockBare takes the lease of a file that nobody else uses yet, and whose header was not read.
-func (f *file) lockBare(ctx context.Context) error {
+func (l *lease) lockBare(ctx context.Context) error {
+	f := l.f
 	kind := disk.Shared
 	if f.rw {
 		kind = disk.Alone
@@ -235,7 +226,7 @@ func (f *file) lockBare(ctx context.Context) error {
 		}
 	}
 	waitsOf(ctx).ForKey()
-	if err := f.v.leaseFD(ctx, f.FD, kind); err != nil {
+	if err := leaseFD(ctx, f.v, f.FD, kind); err != nil {
 		return err
 	}
 	f.lease.held, f.lease.late = true, late
@@ -245,7 +236,7 @@ func (f *file) lockBare(ctx context.Context) error {
 }
 
 // leaseFD takes the lease of the ciphertext file of a descriptor.
-func (v *Volume) leaseFD(ctx context.Context, fd int, kind disk.LockKind) error {
+func leaseFD(ctx context.Context, v *Volume, fd int, kind disk.LockKind) error {
 	asked := false
 	for pause := leasePause; ; pause = min(2*pause, leasePauses) {
 		err := v.disk.OFDLock(fd, leaseLock(kind))
@@ -267,8 +258,9 @@ func (v *Volume) leaseFD(ctx context.Context, fd int, kind disk.LockKind) error 
 }
 
 // freshen takes over what others have changed, under the lease: after a read found what does not open.
-func (f *file) freshen(ctx context.Context) error {
-	if err := f.lockLeased(ctx); err != nil {
+func (l *lease) freshen(ctx context.Context) error {
+	f := l.f
+	if err := f.lease.lock(ctx); err != nil {
 		return err
 	}
 	f.unlock()
@@ -276,8 +268,9 @@ func (f *file) freshen(ctx context.Context) error {
 }
 
 // follow takes over what others have changed, without the lease if the file is at rest.
-func (f *file) follow(ctx context.Context) error {
-	if !f.v.shared() || f.loaded.Swap(false) {
+func (l *lease) follow(ctx context.Context) error {
+	f := l.f
+	if !f.v.Shared() || l.loaded.Swap(false) {
 		return nil
 	}
 	for {
@@ -286,7 +279,7 @@ func (f *file) follow(ctx context.Context) error {
 		}
 		err := error(nil)
 		if !f.lease.held && !f.Broken() {
-			err = f.reload()
+			err = f.lease.reload()
 		}
 		f.unlock()
 		switch w := err.(type) {
@@ -298,25 +291,27 @@ func (f *file) follow(ctx context.Context) error {
 				return f.failed("unwrapping its key", err)
 			}
 		default: // it is being written, or is damaged
-			return f.freshen(ctx)
+			return f.lease.freshen(ctx)
 		}
 	}
 }
 
 // look is follow where that needs not wait for anybody: for attributes.
-func (f *file) look() {
-	if !f.v.shared() || !f.mu.TryLock() {
+func (l *lease) look() {
+	f := l.f
+	if !f.v.Shared() || !f.mu.TryLock() {
 		return
 	}
 	defer f.unlock()
 	if f.FD >= 0 && !f.closed && !f.lease.held && !f.Broken() {
-		f.reload() // else the file is shown as it was
+		f.lease.reload() // else the file is shown as it was
 	}
 }
 
 // reload reads the header again, and where it is another than before takes the file as it is now.
 // Without the lease it needs a file at rest. On an error the file is as before. mu is held for writing.
-func (f *file) reload() error {
+func (l *lease) reload() error {
+	f := l.f
 	v, c := f.v, &f.n.content
 	var st unix.Stat_t
 	if err := v.disk.FstatFresh(f.FD, &st); err != nil {
@@ -334,12 +329,12 @@ func (f *file) reload() error {
 		if err != nil {
 			return err
 		}
-		if f.Same(head[:n]) {
+		if cfile.SameHead(f.File, head[:n]) {
 			return nil
 		}
 	}
 	was, of := f.File, f.domain.Load()
-	f.File = f.blank(f.FD, st.Mtim)
+	f.File = blank(f, f.FD, st.Mtim)
 	err := error(nil)
 	if st.Size > 0 {
 		err = c.readHeader(f, st.Size)
@@ -376,14 +371,14 @@ func (f *file) reload() error {
 
 // giveBack brings the file to rest and gives its lease back. On an error that leaves the file usable it
 // keeps the lease. mu is held for writing.
-func (f *file) giveBack() error {
-	l := &f.lease
-	if f.n.removed() {
-		f.unlease()
+func (l *lease) giveBack() error {
+	f := l.f
+	if f.v.nodes.removed(f.n) {
+		f.lease.drop()
 		return nil
 	}
 	if f.Broken() {
-		f.unlease()
+		f.lease.drop()
 		return unix.EIO
 	}
 	if !l.held {
@@ -394,7 +389,7 @@ func (f *file) giveBack() error {
 		if err != nil && !f.AtRest() {
 			return err
 		}
-		if f.confirmLease(late); f.Broken() {
+		if f.lease.confirm(late); f.Broken() {
 			return unix.EIO
 		}
 		if !l.held {
@@ -404,19 +399,19 @@ func (f *file) giveBack() error {
 	if f.rw {
 		err := f.ComeToRest()
 		if errors.Is(err, unix.ESTALE) { // another host has removed it
-			f.n.vanish()
+			f.v.nodes.vanished(f.n)
 		} else if err != nil && !f.Broken() {
 			return err
 		}
 		if err != nil {
-			f.unlease()
+			f.lease.drop()
 			return err
 		}
 	}
 	if l.wanted {
 		l.wanted, l.free = false, time.Now().Add(leaseYield)
 	}
-	f.unlease()
+	f.lease.drop()
 	return nil
 }
 
@@ -460,7 +455,7 @@ func (s *leases) run() {
 			if !f.lease.checked.Swap(true) { // one that waits holds no other up
 				s.v.bg.Go(func() {
 					defer f.lease.checked.Store(false)
-					f.checkLease(fds[i])
+					f.lease.check(fds[i])
 				})
 			}
 		}
@@ -469,7 +464,8 @@ func (s *leases) run() {
 
 // checkLease gives the lease back if another host waits for it, or it was not used for a while. No lock
 // is held while the filesystem is asked: at worst the answer is that of another file.
-func (f *file) checkLease(fd int) {
+func (l *lease) check(fd int) {
+	f := l.f
 	in, err := f.v.disk.OFDLocked(fd, wantedLock(disk.Alone))
 	wanted := err == nil && in.Kind != disk.None
 	now := time.Now().UnixNano()
@@ -479,7 +475,7 @@ func (f *file) checkLease(fd int) {
 	f.mu.Lock()
 	defer f.unlock()
 	f.lease.wanted = wanted
-	if f.failed("giving its lease back", f.giveBack()) != nil {
+	if f.failed("giving its lease back", f.lease.giveBack()) != nil {
 		f.lease.used.Store(time.Now().UnixNano()) // and again after a while
 		f.lease.since.Store(f.lease.used.Load())
 	}

@@ -91,7 +91,7 @@ func (d *Dir) SeekTo(off int64) error {
 func (d *Dir) Next(f func(Entry) bool) error {
 	v := d.n.v
 	if !d.ok {
-		if v.shared() {
+		if v.Shared() {
 			d.n.otherID()
 		}
 		var err error

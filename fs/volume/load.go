@@ -6,12 +6,11 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"slices"
-	"time"
 
 	"golang.org/x/sys/unix"
 
 	"kmsfs/blockcrypt"
+	"kmsfs/fs/volume/internal/cfile"
 	"kmsfs/fs/volume/internal/layout"
 	"kmsfs/fs/volume/internal/ranges"
 	"kmsfs/keystore"
@@ -38,7 +37,7 @@ func (h *half) holds() bool {
 func (c *content) dropHalf() {
 	if c.half != nil {
 		if c.half.f.lease.held {
-			c.half.f.unlease()
+			c.half.f.lease.drop()
 		}
 		c.half.f.closeFDs()
 		c.half = nil
@@ -51,11 +50,11 @@ func (c *content) openLeased(ctx context.Context) error {
 	c.openMu.Unlock()
 	f, st, err := c.openFile()
 	if err == nil {
-		if err = f.lockBare(ctx); err == nil {
+		if err = f.lease.lockBare(ctx); err == nil {
 			err = c.v.disk.FstatFresh(f.FD, &st)
 		}
 		if err != nil {
-			f.unlease()
+			f.lease.drop()
 			f.closeFDs()
 		}
 	}
@@ -64,17 +63,17 @@ func (c *content) openLeased(ctx context.Context) error {
 		return err
 	}
 	if c.file.Load() != nil || c.half != nil || c.isPending() {
-		f.unlease()
+		f.lease.drop()
 		f.closeFDs()
 		return nil // another call was faster
 	}
-	c.half, err = c.halfOf(f, st)
+	c.half, err = halfOf(c, f, st)
 	return err
 }
 
 // awaitHost waits until it is known whether the host is dead that left the file unfinished. openMu is
 // held, but not meanwhile.
-func (c *content) awaitHost(ctx context.Context, u unsettled, doubt *uint64) error {
+func awaitHost(ctx context.Context, c *content, u unsettled, doubt *uint64) error {
 	c.openMu.Unlock()
 	defer c.openMu.Lock()
 	waitsOf(ctx).ForKey()
@@ -101,7 +100,7 @@ func (c *content) withFile(ctx context.Context, waits func(), use func(*file) er
 		if errors.Is(err, errNeedsLease) {
 			err = c.openLeased(ctx)
 			if u, ok := errors.AsType[unsettled](err); ok {
-				err = c.awaitHost(ctx, u, &doubt)
+				err = awaitHost(ctx, c, u, &doubt)
 			}
 			if err == nil {
 				continue
@@ -115,7 +114,7 @@ func (c *content) withFile(ctx context.Context, waits func(), use func(*file) er
 			waits()
 			resumed = true
 			if h.f.lease.held { // nobody is to wait for a key service
-				h.f.unlease()
+				h.f.lease.drop()
 				h.stale = true
 			}
 			keys, err = c.await(ctx, h)
@@ -134,7 +133,7 @@ func (c *content) withFile(ctx context.Context, waits func(), use func(*file) er
 		}
 		err = c.finish(h, keys)
 		if u, ok := errors.AsType[unsettled](err); ok {
-			err = c.awaitHost(ctx, u, &doubt)
+			err = awaitHost(ctx, c, u, &doubt)
 		} else if errors.Is(err, errNeedsLease) {
 			err = c.openLeased(ctx)
 		}
@@ -224,11 +223,11 @@ func (c *content) finish(h *half, keys *blockcrypt.FileKeys) error {
 		f.Reserved(h.st.Blocks * 512) // as many were reserved, and left so when it settled
 	}
 	c.attach(f)
-	f.loaded.Store(true)
+	f.lease.loaded.Store(true)
 	if f.lease.held {
 		c.v.leases.add(f)
 	}
-	if head := f.Head(); c.lastHead != nil && !bytes.Equal(c.lastHead, head) {
+	if head := cfile.HeadOf(f.File); c.lastHead != nil && !bytes.Equal(c.lastHead, head) {
 		c.foreign.Store(true)
 	}
 	f.mu.Lock()
@@ -259,11 +258,11 @@ func (c *content) openHalf() (*half, error) {
 	if err != nil {
 		return nil, err
 	}
-	return c.halfOf(f, st)
+	return halfOf(c, f, st)
 }
 
 // halfOf reads the header of a file that was opened. openMu is held.
-func (c *content) halfOf(f *file, st unix.Stat_t) (*half, error) {
+func halfOf(c *content, f *file, st unix.Stat_t) (*half, error) {
 	h := &half{f: f, st: st, doubted: c.v.doubts.of(c.n)}
 	err := error(nil)
 	// After a sync that failed, of this mount or of one that ended badly, the page cache
@@ -281,11 +280,11 @@ func (c *content) halfOf(f *file, st unix.Stat_t) (*half, error) {
 		}
 	}
 	if err != nil {
-		if c.v.shared() && !f.lease.held && blockcrypt.ClassOf(err) != "" {
+		if c.v.Shared() && !f.lease.held && blockcrypt.ClassOf(err) != "" {
 			err = errNeedsLease // it may be written just now
 		}
 		if f.lease.held {
-			f.unlease()
+			f.lease.drop()
 		}
 		c.v.disk.Close(f.FD)
 		return nil, err
@@ -319,127 +318,6 @@ func (c *content) openFile() (*file, unix.Stat_t, error) {
 	return c.newFile(fd, rw, &st), st, nil
 }
 
-// aheadFor is how long a read-only mount, beside which another may write, uses the data that
-// it read with the header.
-const aheadFor = time.Second
-
-// mostAhead is the length in bytes up to which a ciphertext file is read whole with its
-// header.
-const mostAhead = 16 << 10
-
-// readHeader reads and checks the header of a file of this length. The first block comes with
-// it, and a small file as a whole.
-func (c *content) readHeader(f *file, length int64) error {
-	v := c.v
-	sizes := v.sizes()
-	n := min(length, mostAhead)
-	if length > mostAhead {
-		n = sizes.Read()
-	}
-	hdr, b, err := layout.ReadHeader(&v.disk, f.FD, int(n), n == length)
-	if v.sessions.unwritten(err) && v.repairs() && f.rw && (f.lease.held || !v.shared()) {
-		v.log.Warn("a file was never written before the power failed; it is empty now", "at", c.n.where())
-		if err := v.disk.Truncate(f.FD, 0); err != nil {
-			return err
-		}
-		return v.disk.Datasync(f.FD)
-	}
-	if u, ok := errors.AsType[layout.Unwritten](err); ok && f.lease.held && !v.repairs() {
-		return unsettled{err, u.Session}
-	}
-	if err != nil {
-		return err
-	}
-	if err := layout.CheckHeader(hdr, sizes, v.cfg.Volume, v.vk); err != nil {
-		return err
-	}
-	f.Geo = hdr.Geometry
-	head := slices.Clone(b[:min(len(b), f.Geo.Header())])
-	f.SetHeader(hdr, head)
-	f.domain.Store(v.lists.of(hdr))
-	f.Ahead.Store(&b)
-	return nil
-}
-
-// takeState believes the state, or repairs the file. openMu is held.
-func (c *content) takeState(f *file, length int64) error {
-	v, s := c.v, f.Header.State
-	dirty := f.Unfinished()
-	if v.shared() && (!v.o.ReadOnly || !f.lease.held) {
-		return c.takeShared(f, length)
-	}
-	if v.o.ReadOnly && dirty {
-		if err := f.BelievePartial(length); err != nil {
-			return err
-		}
-		v.log.Warn("a file was being written when it was copied, or is now; the blocks that open are shown", "at", c.n.where(), "bytes", f.Size)
-		return nil
-	}
-	bad := v.sessions.isBad(s.Session)
-	if !v.o.ReadOnly {
-		unsure := v.sessions.wasBad(s.Session) || v.doubts.of(c.n) && bad
-		if unsure && f.Unconfirmed() || dirty && bad {
-			return c.repair(f, length)
-		}
-		if dirty {
-			return &blockcrypt.DamageError{Class: blockcrypt.BadState, Pos: blockcrypt.StateOffset,
-				Detail: "the file was being written when it was copied here; kmsfs cat gives what opens"}
-		}
-	}
-	return f.Believe(length, c.past, bad)
-}
-
-// takeShared is takeState in a volume that other hosts write, too.
-func (c *content) takeShared(f *file, length int64) error {
-	s := &c.v.sessions
-	bad := s.wasBad(f.Header.State.Session)
-	if !f.Unfinished() && !(bad && f.Unconfirmed()) {
-		err := f.Believe(length, c.past, false)
-		if err != nil && !f.lease.held {
-			return errNeedsLease
-		}
-		return err
-	}
-	switch {
-	case !f.lease.held:
-		return errNeedsLease
-	case !f.rw:
-		return unix.EACCES
-	case bad, s.isBad(f.Header.State.Session): // of a host that is dead, or of this one
-		return c.repairLocked(f, length)
-	}
-	return unsettled{&blockcrypt.DamageError{Class: blockcrypt.BadState, Pos: blockcrypt.StateOffset,
-		Detail: "another host has left the file unfinished and is alive (kmsfs hosts), or the file was copied here while it was written; kmsfs cat gives what opens"},
-		f.Header.State.Session}
-}
-
-// errEnding is why a repair stops: the next mount does it.
-var errEnding = errors.New("the volume is being unmounted; the next mount repairs the file")
-
-// repair brings a file into order whose session ended badly. openMu is held, and nobody else has
-// the file.
-func (c *content) repair(f *file, length int64) error {
-	if !f.rw {
-		if err := f.needWrite(); err != nil {
-			return err
-		}
-	}
-	f.mu.Lock()
-	defer f.unlock()
-	return c.repairLocked(f, length)
-}
-
-// repairLocked is repair of a file that can be written; mu is held, or nobody else knows the file.
-func (c *content) repairLocked(f *file, length int64) error {
-	v := c.v
-	// The sync at the mount's begin does not cover a file of which a later one failed.
-	done, err := f.Repair(length, v.doubts.of(c.n), v.ending)
-	if err == nil && done.Changed {
-		v.log.Warn("a file was repaired", "at", c.n.where(), "bytes", done.Size, "bytes it had", done.Was)
-	}
-	return err
-}
-
 // checkSession repairs the file if a session that ended badly wrote it. ok is
 // false where it cannot be done yet, since its key is not to be had.
 func (c *content) checkSession(ctx context.Context) (ok bool, err error) {
@@ -450,7 +328,7 @@ func (c *content) checkSession(ctx context.Context) (ok bool, err error) {
 	}
 	if needs {
 		if f := c.file.Load(); f != nil { // it was opened before that host died
-			err = f.freshen(ctx)
+			err = f.lease.freshen(ctx)
 		} else {
 			err = c.withFile(ctx, func() {}, func(f *file) error {
 				f.dropIfIdle()
@@ -477,7 +355,7 @@ func (c *content) checkSession(ctx context.Context) (ok bool, err error) {
 func (c *content) unsound(sound uint64) (bool, error) {
 	c.openMu.Lock()
 	defer c.openMu.Unlock()
-	if f := c.file.Load(); f != nil && c.v.shared() {
+	if f := c.file.Load(); f != nil && c.v.Shared() {
 		return c.sound != sound, nil
 	} else if c.sound == sound || f != nil {
 		return false, nil

@@ -3,7 +3,6 @@
 package volume
 
 import (
-	"errors"
 	"slices"
 	"strings"
 	"time"
@@ -23,7 +22,7 @@ func (d *directory) dirIdent(create bool) (id blockcrypt.ID, ok bool, err error)
 	}
 	d.dirMu.Lock()
 	defer d.dirMu.Unlock()
-	if create && d.v.shared() && d.n != d.v.root {
+	if create && d.v.Shared() && d.n != d.v.root {
 		id, err = d.leaseEntries()
 		return id, err == nil, err
 	}
@@ -111,46 +110,12 @@ func (d *directory) forgetID() {
 func (d *directory) readDirID(fd int) (id blockcrypt.ID, ok bool, err error) {
 	id, ok, lost, err := d.lookDirID(fd)
 	// Of a shared volume it is another host, perhaps, that removes the directory just now.
-	if lost && !d.v.o.ReadOnly && !d.v.shared() {
+	if lost && !d.v.o.ReadOnly && !d.v.Shared() {
 		if err := layout.MendDirID(&d.v.disk, fd, id); err != nil {
 			d.v.log.Warn("one of the two places of a directory's ID is lost and cannot be made again", "error", err)
 		}
 	}
 	return id, ok, err
-}
-
-// fresh makes this host see the entries that a directory has now. If it was removed, that is ENOENT
-// just after it was looked up; else ESTALE, by which the kernel looks its path up again.
-func (d *directory) fresh(fd int) error {
-	var st unix.Stat_t
-	err := d.v.disk.FstatFresh(fd, &st)
-	if err == nil && st.Nlink == 0 {
-		err = unix.ESTALE
-	}
-	if errors.Is(err, unix.ESTALE) && time.Since(time.Unix(0, d.lookedUp.Load())) < justNow {
-		err = unix.ENOENT
-	}
-	return err
-}
-
-// justNow is how long the kernel takes from a lookup of a directory to the request in it.
-const justNow = 20 * time.Millisecond
-
-// vanished reports whether an error says that the directory itself was removed.
-func vanished(err error) bool { return errors.Is(err, unix.ESTALE) || errors.Is(err, unix.ENOENT) }
-
-// lookDirID reads the ID of a directory; lost says that one of its places is.
-func (d *directory) lookDirID(fd int) (id blockcrypt.ID, ok, lost bool, err error) {
-	if d.v.shared() {
-		if err := d.fresh(fd); err != nil {
-			return id, false, false, err
-		}
-	}
-	x, err := layout.ReadDirID(&d.v.disk, fd)
-	if err != nil {
-		return id, false, false, err
-	}
-	return x.Resolve()
 }
 
 // encode returns the ciphertext name of an entry, and the encoded name in full

@@ -30,6 +30,7 @@ type Node struct {
 	attributes
 	directory // only of a directory
 	content   // only of a file
+	programLocks
 
 	moving atomic.Int64  // changes of its places under way
 	moves  atomic.Uint64 // changes of its places so far
@@ -87,7 +88,6 @@ type content struct {
 	immutable atomic.Bool                     // by [Node.SetFlags]
 	dirs      atomic.Pointer[[]blockcrypt.ID] // above the file when it had a name last, the nearest first; nil while no directory has keys
 	file      atomic.Pointer[file]
-	programs  programLocks
 	foreign   atomic.Bool // another host has changed the file since the kernel was told
 
 	// openMu is held while the file is loaded, repaired or let go. It guards the fields below.
@@ -106,6 +106,7 @@ func newNode(v *Volume, id uint64, st *unix.Stat_t) *Node {
 	n.attributes.v, n.attributes.n = v, n
 	n.directory.v, n.directory.n = v, n
 	n.content.v, n.content.n = v, n
+	n.programLocks.v, n.programLocks.n = v, n
 	n.last, n.dirFD = -1, -1
 	return n
 }
@@ -133,20 +134,6 @@ func (n *Node) Gone() bool {
 	n.v.nodes.mu.Lock()
 	defer n.v.nodes.mu.Unlock()
 	return n.gone
-}
-
-// removed reports whether the node has lost its last name: it gets no other one.
-func (n *Node) removed() bool {
-	n.v.nodes.mu.Lock()
-	defer n.v.nodes.mu.Unlock()
-	return n.leaving || n.vanished
-}
-
-// vanish notes that another host has removed the file, so that nothing of it can be brought into order.
-func (n *Node) vanish() {
-	n.v.nodes.mu.Lock()
-	defer n.v.nodes.mu.Unlock()
-	n.gone, n.vanished = true, true
 }
 
 // setNamed notes that what was made without a name gets its first one, or does not
@@ -211,10 +198,10 @@ func (p location) visit(f func(int, string) error) error {
 
 var errMoved = errors.New("another object is there now")
 
-// same reports whether a descriptor is of the node itself, and not of another object that has got its
+// sameHandle reports whether a descriptor is of the node itself, and not of another object that has got its
 // inode number.
-func (n *Node) same(fd int) bool {
-	if !n.v.shared() {
+func sameHandle(n *Node, fd int) bool {
+	if !n.v.Shared() {
 		return true
 	}
 	n.v.nodes.mu.Lock()
@@ -261,7 +248,7 @@ func (n *Node) openNamed(flags int, st *unix.Stat_t) (fd int, err error) {
 			return err
 		}
 		err = n.v.disk.Fstat(fd, st)
-		if err == nil && (!n.is(st) || st.Mode&unix.S_IFMT != n.typ || !n.same(fd)) {
+		if err == nil && (!n.is(st) || st.Mode&unix.S_IFMT != n.typ || !sameHandle(n, fd)) {
 			err = errMoved
 		}
 		if err != nil {

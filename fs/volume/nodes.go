@@ -128,6 +128,20 @@ func (t *nodeTable) internHandle(st *unix.Stat_t, handle uint64, dir *Node, cnam
 	return n
 }
 
+// removed reports whether a node has lost its last name: it gets no other one.
+func (t *nodeTable) removed(n *Node) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return n.leaving || n.vanished
+}
+
+// vanished notes that another host has removed a file, so that nothing of it can be brought into order.
+func (t *nodeTable) vanished(n *Node) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	n.gone, n.vanished = true, true
+}
+
 // supplanted notes that another object has a node's inode number, since this one was removed. mu is held.
 func (t *nodeTable) supplanted(n *Node) {
 	n.gone = true

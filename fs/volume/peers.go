@@ -28,16 +28,12 @@ const (
 // peers are the hosts that have a shared volume mounted, this one among them. It is unused, with d nil,
 // in a volume that is not shared, and in one that is only read.
 type peers struct {
-	v      *Volume
-	died   func(sessions []uint64) // tells of a host that died, whose files can be repaired
-	lapsed func()                  // tells that this host could not prove in time that it lives
-	moved  func() uint64           // returns how often this host moved a directory
-	met    func() (config uint64)  // is called with each proof, and returns the generation of kmsfs.json that this host uses
-	beat   time.Duration           // beatEvery, but in tests
-	d      *disk.Disk              // without the guard
-	name   string                  // of this host's file
-	fd     int                     // of it, which holds its lock
-	probe  int                     // of it, too, by which the lock is looked for
+	v *Volume
+	hostEvents
+	d     *disk.Disk // without the guard
+	name  string     // of this host's file
+	fd    int        // of it, which holds its lock
+	probe int        // of it, too, by which the lock is looked for
 
 	proven atomic.Int64  // since when, on CLOCK_BOOTTIME in nanoseconds, this host is known to be alive
 	late   atomic.Uint64 // how often a proof came too late: leases of before are lost
@@ -55,6 +51,15 @@ type peers struct {
 	dead    map[string]*deadHost // by the names of their files
 	stop    chan struct{}
 	done    sync.WaitGroup
+}
+
+// hostEvents are what peers tells the volume, and asks of it.
+type hostEvents struct {
+	died   func(sessions []uint64) // tells of a host that died, whose files can be repaired
+	lapsed func()                  // tells that this host could not prove in time that it lives
+	moved  func() uint64           // returns how often this host moved a directory
+	met    func() (config uint64)  // is called with each proof, and returns the generation of kmsfs.json that this host uses
+	beat   time.Duration           // beatEvery, but in tests
 }
 
 // deadHost is one whose lock is gone, and whose file this host has locked.

@@ -18,6 +18,9 @@ import (
 // descriptor of its own, so that the backing filesystem decides between all owners, of this host and of
 // others.
 type programLocks struct {
+	v *Volume
+	n *Node
+
 	mu  sync.Mutex // held across the syscalls that lock, which do not wait
 	fds map[lockOwner]int
 }
@@ -53,18 +56,18 @@ func (p ProgramLock) lock() disk.Lock {
 
 // Lock takes, changes or gives back a lock of a program. What was written under it is there for other
 // hosts before it goes, and what they wrote before is read after it came.
-func (c *content) Lock(ctx context.Context, p ProgramLock) error {
-	if c.v.o.ReadOnly && p.Kind == unix.F_WRLCK {
+func (l *programLocks) Lock(ctx context.Context, p ProgramLock) error {
+	if l.v.o.ReadOnly && p.Kind == unix.F_WRLCK {
 		return unix.EBADF
 	}
 	if p.Kind == unix.F_UNLCK {
-		return c.unlockProgram(p)
+		return l.unlockProgram(p)
 	}
 	waitsOf(ctx).ForKey()
 	for pause := lockPause; ; pause = min(2*pause, lockPauses) {
-		err := c.tryLock(p)
+		err := l.tryLock(p)
 		if err == nil {
-			return c.lockedProgram(ctx)
+			return l.lockedProgram(ctx)
 		}
 		if !disk.LockBusy(err) {
 			return err
@@ -81,28 +84,26 @@ func (c *content) Lock(ctx context.Context, p ProgramLock) error {
 }
 
 // tryLock is one attempt.
-func (c *content) tryLock(p ProgramLock) error {
-	l := &c.programs
+func (l *programLocks) tryLock(p ProgramLock) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	fd, err := c.lockFD(lockOwner{p.Owner, p.Flock})
+	fd, err := l.lockFD(lockOwner{p.Owner, p.Flock})
 	if err != nil {
 		return err
 	}
-	return c.v.disk.OFDLock(fd, p.lock())
+	return l.v.disk.OFDLock(fd, p.lock())
 }
 
 // lockFD returns the descriptor that has the locks of an owner. programs.mu is held.
-func (c *content) lockFD(o lockOwner) (int, error) {
-	l := &c.programs
+func (l *programLocks) lockFD(o lockOwner) (int, error) {
 	if fd, ok := l.fds[o]; ok {
 		return fd, nil
 	}
 	flags := unix.O_RDWR
-	if c.v.o.ReadOnly {
+	if l.v.o.ReadOnly {
 		flags = unix.O_RDONLY
 	}
-	fd, err := c.openFor(flags)
+	fd, err := l.n.openFor(flags)
 	if err != nil {
 		return -1, err
 	}
@@ -115,40 +116,39 @@ func (c *content) lockFD(o lockOwner) (int, error) {
 
 // lockedProgram makes this host read what others wrote before a lock came here: in the daemon, and then
 // in the kernel.
-func (c *content) lockedProgram(ctx context.Context) error {
-	if f := c.file.Load(); f != nil {
-		if f.stale.Load() {
+func (l *programLocks) lockedProgram(ctx context.Context) error {
+	if f := l.n.file.Load(); f != nil {
+		if f.lease.stale.Load() {
 			return errStale
 		}
-		if err := f.follow(ctx); err != nil {
+		if err := f.lease.follow(ctx); err != nil {
 			return err
 		}
 	}
-	if c.foreign.Swap(false) {
-		return c.v.access.letGo(c.n.id)
+	if l.n.foreign.Swap(false) {
+		return l.v.access.letGo(l.n.id)
 	}
 	return nil
 }
 
 // unlockProgram makes what was written under the lock durable, and gives the lock back.
-func (c *content) unlockProgram(p ProgramLock) error {
-	l := &c.programs
+func (l *programLocks) unlockProgram(p ProgramLock) error {
 	l.mu.Lock()
 	fd, ok := l.fds[lockOwner{p.Owner, p.Flock}]
 	l.mu.Unlock()
 	if !ok {
 		return nil
 	}
-	err := c.rest()
+	err := l.rest()
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return errors.Join(err, c.v.disk.OFDLock(fd, p.lock()))
+	return errors.Join(err, l.v.disk.OFDLock(fd, p.lock()))
 }
 
 // rest gives the lease of the file back, if this host has it.
-func (c *content) rest() error {
-	f := c.file.Load()
-	if f == nil || c.v.o.ReadOnly {
+func (l *programLocks) rest() error {
+	f := l.n.file.Load()
+	if f == nil || l.v.o.ReadOnly {
 		return nil
 	}
 	f.mu.Lock()
@@ -156,19 +156,18 @@ func (c *content) rest() error {
 	if f.closed {
 		return nil
 	}
-	return f.failed("giving its lease back", f.giveBack())
+	return f.failed("giving its lease back", f.lease.giveBack())
 }
 
 // TestLock returns a lock that is in the way of p; one of kind F_UNLCK if there is none.
-func (c *content) TestLock(p ProgramLock) (ProgramLock, error) {
-	l := &c.programs
+func (l *programLocks) TestLock(p ProgramLock) (ProgramLock, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	fd, err := c.lockFD(lockOwner{p.Owner, p.Flock})
+	fd, err := l.lockFD(lockOwner{p.Owner, p.Flock})
 	if err != nil {
 		return p, err
 	}
-	in, err := c.v.disk.OFDLocked(fd, p.lock())
+	in, err := l.v.disk.OFDLocked(fd, p.lock())
 	if err != nil {
 		return p, err
 	}
@@ -184,23 +183,22 @@ func (c *content) TestLock(p ProgramLock) (ProgramLock, error) {
 }
 
 // DropLocks gives back all locks of an owner, as the close of a file does.
-func (c *content) DropLocks(owner uint64, flock bool) {
-	l := &c.programs
+func (l *programLocks) DropLocks(owner uint64, flock bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	o := lockOwner{owner, flock}
 	if fd, ok := l.fds[o]; ok {
 		// Some filesystems forget to when a descriptor is closed.
-		c.v.disk.OFDLock(fd, disk.Lock{Kind: disk.None, At: layout.FlockByte, N: 1})
-		c.v.disk.OFDLock(fd, disk.Lock{Kind: disk.None, At: layout.ProgramBytes, N: layout.ProgramMost + 1})
-		c.v.disk.Close(fd)
+		l.v.disk.OFDLock(fd, disk.Lock{Kind: disk.None, At: layout.FlockByte, N: 1})
+		l.v.disk.OFDLock(fd, disk.Lock{Kind: disk.None, At: layout.ProgramBytes, N: layout.ProgramMost + 1})
+		l.v.disk.Close(fd)
 		delete(l.fds, o)
 	}
 }
 
 // locked reports whether programs have locks on the file.
-func (c *content) locked() bool {
-	c.programs.mu.Lock()
-	defer c.programs.mu.Unlock()
-	return len(c.programs.fds) > 0
+func (l *programLocks) locked() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.fds) > 0
 }

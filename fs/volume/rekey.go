@@ -59,14 +59,14 @@ func (ns *namespace) Rekey(ctx context.Context, n *Node, o RekeyOptions) (done R
 		return done, unix.EROFS
 	}
 	err = v.peers.alone(func() error {
-		done, err = ns.rekeyAlone(ctx, n, o)
+		done, err = rekeyAlone(ctx, ns, n, o)
 		return err
 	})
 	return done, err
 }
 
 // rekeyAlone is Rekey while no other host has the volume mounted.
-func (ns *namespace) rekeyAlone(ctx context.Context, n *Node, o RekeyOptions) (done Rekeyed, err error) {
+func rekeyAlone(ctx context.Context, ns *namespace, n *Node, o RekeyOptions) (done Rekeyed, err error) {
 	v := ns.v
 	if err := v.Wait(ctx); err != nil { // files of a session that did not end well are repaired first
 		return done, err

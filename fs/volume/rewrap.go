@@ -378,7 +378,7 @@ func (c *content) setRecipients(ctx context.Context, was *blockcrypt.Header,
 		if err := f.wake(); err != nil {
 			return false, err
 		}
-		if err := f.freshen(ctx); err != nil && c.v.shared() {
+		if err := f.lease.freshen(ctx); err != nil && c.v.Shared() {
 			return false, err
 		}
 	}
@@ -412,11 +412,11 @@ func setRecipientsAwake(ctx context.Context, c *content, was *blockcrypt.Header,
 		if f.FD < 0 || !still(f.Header) {
 			return false, nil
 		}
-		if ok, err := f.hasLease(); !ok || !still(f.Header) {
+		if ok, err := f.lease.has(); !ok || !still(f.Header) {
 			return false, err
 		}
 		err := f.SetRecipients(rs)
-		if err == nil && c.v.shared() {
+		if err == nil && c.v.Shared() {
 			err = f.SyncFailed(c.v.disk.Fsync(f.FD)) // before other hosts have the lease
 		}
 		c.v.lists.regroup(f)
@@ -427,8 +427,8 @@ func setRecipientsAwake(ctx context.Context, c *content, was *blockcrypt.Header,
 		return false, err
 	}
 	defer c.v.disk.Close(fd)
-	if c.v.shared() {
-		if err := c.v.leaseFD(ctx, fd, disk.Alone); err != nil {
+	if c.v.Shared() {
+		if err := leaseFD(ctx, c.v, fd, disk.Alone); err != nil {
 			return false, err
 		}
 		defer c.v.disk.OFDLock(fd, leaseLock(disk.None))
@@ -441,7 +441,7 @@ func setRecipientsAwake(ctx context.Context, c *content, was *blockcrypt.Header,
 		return false, err
 	}
 	_, err = cfile.Head{Disk: &c.v.disk, FD: fd, Raw: raw, Header: hdr, Calm: c.v.calm}.SetRecipients(rs)
-	if err == nil && c.v.shared() {
+	if err == nil && c.v.Shared() {
 		if err = c.v.disk.Fsync(fd); err != nil {
 			err = cfile.SyncFailure(err)
 		}

@@ -6,6 +6,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"kmsfs/fs/volume/internal/cfile"
 )
 
 const (
@@ -102,8 +104,8 @@ func (s *settler) settle(files []*file) {
 		if err == nil {
 			f.mu.Lock()
 			switch {
-			case f.v.shared():
-				f.failed("settling", f.giveBack())
+			case f.v.Shared():
+				f.failed("settling", f.lease.giveBack())
 			case f.writers == 0 && !f.closed:
 				f.failed("settling", f.Settle(changes[i]))
 			}
@@ -140,8 +142,8 @@ func (f *file) settleNow() error {
 	if f.closed || !f.rw {
 		return nil
 	}
-	if f.v.shared() {
-		return f.giveBack()
+	if f.v.Shared() {
+		return f.lease.giveBack()
 	}
 	return f.SettleNow()
 }
@@ -153,7 +155,7 @@ func (v *Volume) nextSession() error {
 		for _, f := range v.nodes.files() {
 			f.mu.Lock()
 			err := error(nil)
-			if f.rw && !f.closed && (f.lease.held || !v.shared()) {
+			if f.rw && !f.closed && (f.lease.held || !v.Shared()) {
 				err = f.Restamp()
 			}
 			f.unlock()
@@ -196,14 +198,14 @@ func (f *file) dropIfIdleLocked() {
 		return
 	}
 	if f.lease.held {
-		f.failed("close", f.giveBack())
+		f.failed("close", f.lease.giveBack())
 	}
-	if f.lease.held || f.rw && !f.n.Gone() && f.Unsettled() && !f.v.shared() {
+	if f.lease.held || f.rw && !f.n.Gone() && f.Unsettled() && !f.v.Shared() {
 		f.v.settler.add(f)
 		return
 	}
-	if f.v.shared() {
-		f.n.lastHead = f.Head()
+	if f.v.Shared() {
+		f.n.lastHead = cfile.HeadOf(f.File)
 	} else if f.rw && f.FD >= 0 && !f.Broken() && !f.n.Gone() { // the kernel wrote a time back after the last close
 		f.failed("close", f.PutMtime())
 	}

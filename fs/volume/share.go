@@ -20,14 +20,14 @@ import (
 // Share makes the volume one that several hosts may write at the same time, or ends that. The volume was
 // opened with the option Alone, by which nobody else has it mounted, and is closed after that. It returns
 // what the trust record should say.
-func (v *Volume) Share(ctx context.Context, on bool) (*Record, error) {
+func (r *Recipients) Share(ctx context.Context, on bool) (*Record, error) {
+	v := r.v
 	if err := v.Wait(ctx); err != nil {
 		return nil, err
 	}
 	if v.repairs() {
 		return nil, errors.New("files of a mount that did not end well could not be repaired; see kmsfs fsck")
 	}
-	r := &v.recipients
 	unlock, err := r.lock(ctx)
 	if err != nil {
 		return nil, err
@@ -47,7 +47,7 @@ func (v *Volume) Share(ctx context.Context, on bool) (*Record, error) {
 	return r.replace(next, slices.Clone(r.now.Load().stores), ofDirectories)
 }
 
-// Unshared removes what only a shared volume has, after [Volume.Share] and Close.
+// Unshared removes what only a shared volume has, after [Recipients.Share] and Close.
 func Unshared(dir string) error {
 	d := &disk.Disk{}
 	root, err := layout.OpenRoot(d, dir)

@@ -408,7 +408,7 @@ func TestAloneOfHosts(t *testing.T) {
 		defer u.Close()
 		v, err := u.Open(volume.Options{Alone: true})
 		if err == nil {
-			_, serr := v.Share(ctx, false)
+			_, serr := v.Recipients().Share(ctx, false)
 			err = errors.Join(serr, v.Close())
 		}
 		return err

@@ -95,8 +95,8 @@ func (f *file) settleAndWipe(settle bool, changes uint64) (err error) {
 	if f.refuses(false) == nil {
 		return nil // it took so long that it may be used again
 	}
-	if f.v.shared() {
-		err = f.giveBack()
+	if f.v.Shared() {
+		err = f.lease.giveBack()
 	} else if settle && f.rw && !f.closed && !f.Broken() {
 		err = errors.Join(f.Rest(), f.Settle(changes))
 	}
@@ -105,7 +105,7 @@ func (f *file) settleAndWipe(settle bool, changes uint64) (err error) {
 	}
 	f.wipe()
 	if f.lease.held {
-		f.unlease()
+		f.lease.drop()
 	}
 	return err
 }

@@ -26,8 +26,8 @@ func (c *content) truncate(ctx context.Context, size int64) error {
 	write := size > 0
 	err = f.resize(ctx, size)
 	f.mu.Lock()
-	if c.v.shared() {
-		err = errors.Join(err, f.giveBack())
+	if c.v.Shared() {
+		err = errors.Join(err, f.lease.giveBack())
 	} else {
 		err = errors.Join(err, f.Rest())
 	}
@@ -83,13 +83,13 @@ func (f *file) resize(ctx context.Context, size int64) error {
 // new content's data key is taken before the old content goes.
 func (f *file) empty(ctx context.Context) error {
 	for {
-		if err := f.lockLeased(ctx); err != nil {
+		if err := f.lease.lock(ctx); err != nil {
 			return err
 		}
 		if f.writers == 0 || f.next != nil {
 			break
 		}
-		if err := f.giveBack(); err != nil {
+		if err := f.lease.giveBack(); err != nil {
 			f.unlock()
 			return err
 		}

@@ -85,6 +85,13 @@ type base struct {
 	granularity uint32 // of the times of files on the disk, in nanoseconds
 }
 
+// sharing is what only a shared volume has.
+type sharing struct {
+	peers  peers
+	leases leases
+	locks  hostLocks
+}
+
 // Volume is an open encrypted tree.
 type Volume struct {
 	base
@@ -94,18 +101,16 @@ type Volume struct {
 	dirFDs      dirFDs
 	descriptors descriptors
 	sessions    sessions
-	peers       peers
-	leases      leases
-	locks       hostLocks
-	doubts      doubts
-	space       space
-	access      access
-	recipients  Recipients
-	reports     reports
-	walker      walker
-	settler     settler
-	prefetch    prefetcher
-	backing     backing
+	sharing
+	doubts     doubts
+	space      space
+	access     access
+	recipients Recipients
+	reports    reports
+	walker     walker
+	settler    settler
+	prefetch   prefetcher
+	backing    backing
 
 	clock atomic.Uint64 // counts changes of attributes, see told
 
@@ -160,7 +165,7 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 	v.peers.lapsed = func() {
 		for _, f := range v.nodes.files() {
 			if f.n.locked() { // a program may go on to write under a lock that another has by now
-				f.stale.Store(true)
+				f.lease.stale.Store(true)
 			}
 		}
 	}
@@ -196,6 +201,7 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 	v.root.dirID, v.root.hasID, v.root.idSynced = u.Config.Volume, true, true
 	v.nodes.init(v, v.root)
 	v.disk.Idle = v.descriptors.giveUpIdle
+	v.descriptors.settle = func() { v.settler.settle(v.settler.due(0)) }
 	v.descriptors.fdLimits = newFDLimits(cmp.Or(o.fdLimit, processFDs()))
 	v.dirFDs.d, v.dirFDs.most = &v.disk, v.descriptors.cached
 	if !o.ReadOnly {
@@ -280,9 +286,6 @@ func (v *Volume) KeyStates() (out []keystore.StoreState) {
 	return out
 }
 
-// Shared reports whether other hosts may write to the volume at the same time.
-func (v *Volume) Shared() bool { return v.shared() }
-
 // ReadOnly reports whether the tree can be changed.
 func (v *Volume) ReadOnly() bool { return v.o.ReadOnly }
 
@@ -346,8 +349,8 @@ func (v *Volume) endSession() error {
 		f.mu.Lock()
 		defer f.unlock()
 		switch {
-		case v.shared():
-			errs[i] = f.failed("settling", f.giveBack())
+		case v.Shared():
+			errs[i] = f.failed("settling", f.lease.giveBack())
 		case !f.closed && f.rw && !f.Broken() && !f.n.Gone():
 			errs[i] = f.failed("settling", errors.Join(f.Rest(), f.Settle(f.Changes())))
 		}

@@ -109,7 +109,7 @@ func (w *walker) once(ctx context.Context) (whole, still bool, err error) {
 	if err != nil {
 		return false, false, err
 	}
-	if whole, err = w.dir(ctx, w.v.root); err != nil || len(others) == 0 && !w.v.shared() {
+	if whole, err = w.dir(ctx, w.v.root); err != nil || len(others) == 0 && !w.v.Shared() {
 		return whole, w.moves.Load() == moves, err
 	}
 	if len(others) > 0 {
@@ -159,7 +159,7 @@ func (v *Volume) cleaned(bad map[uint64]bool) error {
 	if err := v.syncAll(); err != nil {
 		return err
 	}
-	if err := v.sessions.cleaned(bad); err != nil || !v.shared() {
+	if err := v.sessions.cleaned(bad); err != nil || !v.Shared() {
 		return err
 	}
 	return v.peers.cleaned(bad)

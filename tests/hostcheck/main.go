@@ -35,6 +35,8 @@ func main() {
 	}
 }
 
+var errUsage = errors.New("usage: run WORKLOAD DIR ID SECONDS, or judge WORKLOAD DIR FILE")
+
 // part is what one host does.
 type part struct {
 	dir string
@@ -61,7 +63,7 @@ var workloads = map[string]workload{
 
 func command(args []string) error {
 	if len(args) < 3 {
-		return errors.New("run WORKLOAD DIR ID SECONDS, or judge WORKLOAD DIR FILE...")
+		return errUsage
 	}
 	w, ok := workloads[args[1]]
 	if !ok {
@@ -87,7 +89,7 @@ func command(args []string) error {
 		}
 		return w.judge(args[2], acks)
 	}
-	return errors.New("run WORKLOAD DIR ID SECONDS, or judge WORKLOAD DIR FILE...")
+	return errUsage
 }
 
 func (p *part) running() bool { return time.Now().Before(p.end) }

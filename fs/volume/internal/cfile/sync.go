@@ -17,14 +17,14 @@ func (f *File) Sync(unlocked func(func() error) error) error {
 		return unix.EIO
 	}
 	if f.Keyless() {
-		return f.syncKeyless()
+		return syncKeyless(f)
 	}
 	if err := f.trim(); err != nil {
 		return err
 	}
 	if f.phase == Fresh && (f.Flags()&blockcrypt.Dirty != 0 || f.Header.State.Size != f.Size) {
 		// A fresh file's state goes with the same sync: clean, at its exact length.
-		if err := f.writeState(f.cleanFlags()); err != nil {
+		if err := f.writeState(cleanFlags(f)); err != nil {
 			return err
 		}
 	}
@@ -59,7 +59,7 @@ func (f *File) Sync(unlocked func(func() error) error) error {
 }
 
 // syncKeyless is Sync of a file whose key was wiped: nothing has changed since it was settled.
-func (f *File) syncKeyless() error {
+func syncKeyless(f *File) error {
 	if f.Unfinished() {
 		return unix.EIO // it could not be settled: nothing is confirmed
 	}
@@ -72,7 +72,7 @@ func (f *File) syncKeyless() error {
 }
 
 // cleanFlags are the flags of a clean state: sparse goes when no hole is left.
-func (f *File) cleanFlags() uint32 {
+func cleanFlags(f *File) uint32 {
 	if f.holes.none() {
 		return 0
 	}
@@ -89,7 +89,7 @@ func (f *File) Rest() error {
 		return f.host.Failed("close", err)
 	}
 	if f.phase == Fresh && f.Flags()&blockcrypt.Dirty != 0 {
-		if err := f.writeState(f.cleanFlags()); err != nil {
+		if err := f.writeState(cleanFlags(f)); err != nil {
 			return f.host.Failed("close", err)
 		}
 	}
@@ -105,7 +105,7 @@ func (f *File) Settle(changes uint64) error {
 	}
 	f.Confirm()
 	f.confirmed, f.durable, f.synced = f.Size, f.Size, int64(f.changes)
-	if err := f.writeState(f.cleanFlags()); err != nil {
+	if err := f.writeState(cleanFlags(f)); err != nil {
 		return err
 	}
 	if !f.reservedBeyond() || f.overlong {
@@ -147,7 +147,7 @@ func (f *File) SettleWhole(changes uint64) error {
 	if f.Header != nil && f.Unconfirmed() && !f.Unsettled() {
 		f.Confirm()
 		f.confirmed, f.durable = f.Size, f.Size
-		if err := f.writeState(f.cleanFlags()); err != nil {
+		if err := f.writeState(cleanFlags(f)); err != nil {
 			return err
 		}
 		if err := f.PutMtime(); err != nil {
@@ -187,11 +187,11 @@ func (f *File) ComeToRest() error {
 		return err
 	}
 	if f.Header == nil {
-		return f.restWith(func() error { return f.PutMtime() })
+		return restWith(f, func() error { return f.PutMtime() })
 	}
 	if f.phase == Fresh || !f.Unsettled() { // nothing has to be durable before the state
-		return f.restWith(func() error {
-			if err := f.writeState(f.cleanFlags()); err != nil {
+		return restWith(f, func() error {
+			if err := f.writeState(cleanFlags(f)); err != nil {
 				return err
 			}
 			return f.PutMtime()
@@ -200,11 +200,11 @@ func (f *File) ComeToRest() error {
 	if err := f.datasync(); err != nil {
 		return err
 	}
-	return f.restWith(func() error { return f.Settle(f.changes) })
+	return restWith(f, func() error { return f.Settle(f.changes) })
 }
 
 // restWith makes the last change of a file that comes to rest, and all durable.
-func (f *File) restWith(last func() error) error {
+func restWith(f *File, last func() error) error {
 	if err := last(); err != nil {
 		return err
 	}
@@ -217,13 +217,13 @@ func (f *File) restWith(last func() error) error {
 }
 
 // GiveUp makes the file broken: what it has on the disk may be another host's by now.
-func (f *File) GiveUp() { f.enter(Broken) }
+func GiveUp(f *File) { f.enter(Broken) }
 
-// Same reports whether the file on the disk, whose first bytes are given, is as it was left: its state
+// SameHead reports whether the file on the disk, whose first bytes are given, is as it was left: its state
 // is the one that was believed or written last.
-func (f *File) Same(head []byte) bool {
+func SameHead(f *File, head []byte) bool {
 	return f.phase != Unread && f.phase != Partial && f.Header != nil && bytes.Equal(f.head, head)
 }
 
-// Head returns a copy of the header's bytes as they are on the disk; none of an empty file.
-func (f *File) Head() []byte { return bytes.Clone(f.head) }
+// HeadOf returns a copy of the header's bytes as they are on the disk; none of an empty file.
+func HeadOf(f *File) []byte { return bytes.Clone(f.head) }
