@@ -54,6 +54,9 @@ type leases struct {
 // errStale says that a file must be opened again.
 var errStale = fmt.Errorf("programs had locks on it that this host may have lost; it must be closed, and opened again: %w", unix.EIO)
 
+// errTaken says that the filesystem gave the lease to another host, without a word.
+var errTaken = fmt.Errorf("another host has changed the file meanwhile: the filesystem has taken this host's lock away: %w", unix.EIO)
+
 func leaseLock(kind disk.LockKind) disk.Lock {
 	return disk.Lock{Kind: kind, At: layout.LeaseByte, N: 1}
 }
@@ -137,13 +140,9 @@ func (l *lease) confirm(late uint64) {
 	if f.rw {
 		kind = disk.Alone
 	}
-	if f.v.disk.OFDLock(f.FD, leaseLock(kind)) == nil && f.Header != nil {
-		f.v.disk.ForgetPages(f.FD, 0, blockcrypt.PageSize)
-		head := make([]byte, f.Geo.Header())
-		if n, err := f.v.disk.Pread(f.FD, head, 0); err == nil && cfile.SameHead(f.File, head[:n]) {
-			f.lease.late = late
-			return
-		}
+	if f.v.disk.OFDLock(f.FD, leaseLock(kind)) == nil && f.Header != nil && l.holds() {
+		l.late = late
+		return
 	}
 	if !f.AtRest() {
 		f.failed("writing", errDark)
@@ -397,6 +396,10 @@ func (l *lease) giveBack() error {
 		}
 	}
 	if f.rw {
+		if f.v.blurred && !f.AtRest() && !l.holds() {
+			f.failed("giving its lease back", errTaken)
+			cfile.GiveUp(f.File)
+		}
 		err := f.ComeToRest()
 		if errors.Is(err, unix.ESTALE) { // another host has removed it
 			f.v.nodes.vanished(f.n)
@@ -413,6 +416,19 @@ func (l *lease) giveBack() error {
 	}
 	f.lease.drop()
 	return nil
+}
+
+// holds reports whether the header on the disk is the one that this host has left there. A filesystem that
+// does not fence may have taken the lease away, and another host has written since.
+func (l *lease) holds() bool {
+	f := l.f
+	if f.Header == nil {
+		return true // it was emptied under the lease
+	}
+	f.v.disk.ForgetPages(f.FD, 0, blockcrypt.PageSize)
+	head := make([]byte, f.Geo.Header())
+	n, err := f.v.disk.Pread(f.FD, head, 0)
+	return err == nil && cfile.SameHead(f.File, head[:n])
 }
 
 func (s *leases) add(f *file) {
