@@ -8,7 +8,7 @@ FUZZ    ?= 100000
 
 DIST    ?= dist
 
-.PHONY: build install release demo test soak lint bench deps deps-test fuzz
+.PHONY: build install release demo test test-shared soak lint bench deps deps-test fuzz
 
 build:
 	$(GO) build -ldflags '-X main.version=$(VERSION)' -o $(BIN) ./cmd/kmsfs
@@ -49,6 +49,13 @@ test: deps-test lint
 
 # Tests of volumes in general that are made again with shared ones.
 SHARED := TestModel|TestKillAnywhere|TestRekey|TestRecipients|TestLong|TestRename|TestSparse
+
+# Several hosts with kernels of their own, on NFS: User-Mode Linux, as root, some 6 minutes. HOST_SECONDS is
+# how long each workload runs.
+HOST_SECONDS ?= 5
+test-shared: deps-test
+	[ -d .guests/root ] || sh tests/guests/fetch.sh .guests
+	KMSFS_GUESTS="$(CURDIR)/.guests" KMSFS_HOST_SECONDS=$(HOST_SECONDS) $(GO) test -count 1 -timeout 4h -v -run 'TestHosts$$' ./tests
 
 # What takes longer: run before a change is called finished.
 soak: deps-test fuzz

@@ -264,6 +264,32 @@ func TestFormerHeader(t *testing.T) {
 	}
 }
 
+// A shared volume says so in kmsfs.json, and any other not, by the field's absence: versions that do not know
+// the field refuse a shared volume.
+func TestSharedConfig(t *testing.T) {
+	vk := volumeKeys(t)
+	c := &blockcrypt.Config{Format: 1, Volume: fixedID(1), Generation: 1, Header: 1024, Names: "encrypted",
+		Recipients: []blockcrypt.Recipient{{URI: "local:x", Wrapped: bytes.Repeat([]byte{7}, 60)}}}
+	for _, shared := range []bool{false, true} {
+		c.Shared = shared
+		b, err := c.Encode(vk)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if bytes.Contains(b, []byte(`"names":"encrypted","shared":true,`)) != shared || bytes.Contains(b, []byte("false")) {
+			t.Errorf("%v: %s", shared, b)
+		}
+		again, err := blockcrypt.ParseConfig(b)
+		if err != nil || again.Verify(vk) != nil || again.Shared != shared {
+			t.Errorf("%v: %+v, %v", shared, again, err)
+		}
+		no := bytes.Replace(b, []byte(`"names":"encrypted",`), []byte(`"names":"encrypted","shared":false,`), 1)
+		if _, err := blockcrypt.ParseConfig(no); blockcrypt.ClassOf(err) != blockcrypt.BadConfig {
+			t.Errorf("another form: %v", err)
+		}
+	}
+}
+
 func BenchmarkSeal(b *testing.B) {
 	g, _ := blockcrypt.NewGeometry(1024)
 	_, fk, err := blockcrypt.NewFile(g, nil, blockcrypt.FileIDs{File: fixedID(1), Dir: fixedID(1)}, fixedKey(1),

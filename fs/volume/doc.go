@@ -26,13 +26,16 @@
 //	volume.go                     Open and Close of a volume
 //	walk, recipients, setkeys,    what goes on beside requests: repair, changes of keys, and keys
 //	rewrap, rekey, inventory,     that are wiped or unwrapped ahead
-//	lists, suspend, prefetch
+//	lists, share, suspend, prefetch
 //	create, listing, dir, attr,   requests for names and attributes
 //	truncate
 //	handle, io, load              requests for content: open, read, write
 //	access                        whether content may be used, and its key
+//	programlocks, lease, believe  in a shared volume: locks of programs, the right to write a file, and
+//	                              what its header says by now
 //	descriptors, settler          which files are kept open, and their final form
 //	doubts, sessions, space, lost what is known of syncs, of this mount, of the disk, of lost bytes
+//	dirlease, peers               in a shared volume: locks of directories, other hosts
 //	domain                        lists of recipients, and which file is of which
 //	file                          an open file: users, lock, descriptors, keys
 //	nodes, node, dirfds           what the kernel knows, and where it is now
@@ -74,14 +77,25 @@
 //	                    lost
 //	Node.dirMu          while the ID of a       requests for a name in this directory
 //	                    directory is read
+//	hostLocks.long      while a long name is    the next change of a long name, in a shared volume
+//	                    made, moved, removed
+//	programLocks.mu     yes                     calls for locks of programs on this file
+//	peers.looking       yes                     the next look for hosts that died; no request
+//	peers.selfMu        yes                     the next proof of this host; no request
 //	settler.mu          no
 //	nodeTable.mu        no                      every request, for a moment
 //	dirFDs.mu           no                      every request, for a moment
 //	sessions.mu,        no; no other lock is
 //	doubts.mu,          taken under them
 //	absent.mu,
+//	peers.mu,
+//	leases.mu,
 //	reports.mu,
 //	file.shownMu
+//
+// In a shared volume locks of other hosts are waited for, too, without any lock of this list but
+// Node.entries, of a directory in which an entry is made or which is removed, and
+// Recipients.mu: a lease is waited for without file.mu.
 //
 // So a request waits for the disk only as long as its own calls take, and those of requests that
 // it has to do with. A call that finds no descriptor closes idle ones (descriptors.go): it only
