@@ -80,6 +80,7 @@ func (f *file) needWrite() error {
 		return err
 	}
 	if f.FD >= 0 {
+		f.lease.leaveFD()
 		f.old = append(f.old, f.FD) // another thread may be reading from it
 	}
 	f.FD, f.rw = fd, true

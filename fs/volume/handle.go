@@ -185,7 +185,11 @@ func (h *Handle) fsync() error {
 	}
 	defer f.unlock()
 	if f.v.Shared() {
-		return f.lease.giveBack() // a file that has no lease is at rest, and durable
+		rested := f.lease.held && !f.AtRest()
+		if err := f.lease.giveBack(); err != nil || rested {
+			return err
+		}
+		return f.SyncFailed(f.v.disk.Fsync(f.FD)) // of what is not content: that it was made, its mode
 	}
 	return f.Sync(func(fsync func() error) error {
 		f.syncing++

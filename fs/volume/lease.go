@@ -15,7 +15,6 @@ import (
 	"kmsfs/blockcrypt"
 	"kmsfs/fs/volume/internal/cfile"
 	"kmsfs/fs/volume/internal/disk"
-	"kmsfs/fs/volume/internal/layout"
 )
 
 const (
@@ -35,7 +34,7 @@ type lease struct {
 	late    uint64        // peers.late when it was taken
 	since   atomic.Int64  // when it was taken
 	used    atomic.Int64  // for a write, in nanoseconds of Unix time; read without mu, too
-	checked atomic.Bool   // checkLease is under way
+	checked atomic.Bool   // check is under way
 	doubt   atomic.Uint64 // a session that left the file unfinished, and that no dead host is known to have had
 	wanted  bool          // another host waits for it
 	stale   atomic.Bool   // programs had locks on the file that this host may have lost: it must be opened again
@@ -57,16 +56,8 @@ var errStale = fmt.Errorf("programs had locks on it that this host may have lost
 // errTaken says that the filesystem gave the lease to another host, without a word.
 var errTaken = fmt.Errorf("another host has changed the file meanwhile: the filesystem has taken this host's lock away: %w", unix.EIO)
 
-func leaseLock(kind disk.LockKind) disk.Lock {
-	return disk.Lock{Kind: kind, At: layout.LeaseByte, N: 1}
-}
-
-func wantedLock(kind disk.LockKind) disk.Lock {
-	return disk.Lock{Kind: kind, At: layout.WantedByte, N: 1}
-}
-
-// hasLease takes the lease of the file if it can be had at once, and takes over what others have
-// changed. If it is false, the caller unlocks mu and calls waitLease with the error. mu is held for
+// has takes the lease of the file if it can be had at once, and takes over what others have
+// changed. If it is false, the caller unlocks mu and calls wait with the error. mu is held for
 // writing, and the descriptor is open.
 func (l *lease) has() (bool, error) {
 	f := l.f
@@ -83,7 +74,7 @@ func (l *lease) has() (bool, error) {
 		}
 	}
 	if l.held && l.late != late {
-		if f.lease.confirm(late); f.Broken() {
+		if l.confirm(late); f.Broken() {
 			return false, unix.EIO
 		}
 	}
@@ -110,30 +101,30 @@ func (l *lease) has() (bool, error) {
 		f.v.disk.OFDLock(f.FD, wantedLock(disk.None))
 		l.wanting = false
 	}
-	if err := f.lease.reload(); err != nil {
-		f.lease.drop()
+	if err := l.reload(); err != nil {
+		l.drop()
 		return false, err
 	}
 	f.v.leases.add(f)
 	return true, nil
 }
 
-// unlease gives the lock itself back.
+// drop gives the lock itself back.
 func (l *lease) drop() {
 	f := l.f
-	f.lease.held = false
+	l.held = false
 	if f.FD >= 0 {
 		f.v.disk.OFDLock(f.FD, leaseLock(disk.None))
 	}
 	f.v.leases.remove(f)
 }
 
-// confirmLease finds out whether the lease is still this host's after a proof that came too late. It is
+// confirm finds out whether the lease is still this host's after a proof that came too late. It is
 // if the file is as this host left it: nobody else changes it without another state. Where it is not,
 // what was not at rest is lost.
 func (l *lease) confirm(late uint64) {
 	f := l.f
-	if f.lease.late == late {
+	if l.late == late {
 		return
 	}
 	kind := disk.Shared
@@ -148,10 +139,10 @@ func (l *lease) confirm(late uint64) {
 		f.failed("writing", errDark)
 		cfile.GiveUp(f.File)
 	}
-	f.lease.drop()
+	l.drop()
 }
 
-// waitLease waits for what keeps the file from being used, as hasLease said it. No lock is held.
+// wait waits for what keeps the file from being used, as has said it. No lock is held.
 func (l *lease) wait(ctx context.Context, why error, pause *time.Duration) error {
 	f := l.f
 	waitsOf(ctx).ForKey()
@@ -162,7 +153,7 @@ func (l *lease) wait(ctx context.Context, why error, pause *time.Duration) error
 		return f.failed("unwrapping its key", err)
 	case unsettled:
 		dead, err := f.v.peers.await(ctx, w.session)
-		if err == nil && !dead && f.lease.doubt.Swap(w.session) == w.session { // else it was repaired just now, perhaps
+		if err == nil && !dead && l.doubt.Swap(w.session) == w.session { // else it was repaired just now, perhaps
 			err = f.failed("opening", w.error)
 		}
 		return err
@@ -170,8 +161,8 @@ func (l *lease) wait(ctx context.Context, why error, pause *time.Duration) error
 		return f.failed("taking its lease", why)
 	}
 	f.mu.Lock()
-	if !f.lease.wanting && f.FD >= 0 && !f.closed {
-		f.lease.wanting = f.v.disk.OFDLock(f.FD, wantedLock(disk.Shared)) == nil
+	if !l.wanting && f.FD >= 0 && !f.closed {
+		l.wanting = f.v.disk.OFDLock(f.FD, wantedLock(disk.Shared)) == nil
 	}
 	f.unlock()
 	if *pause == 0 {
@@ -181,9 +172,9 @@ func (l *lease) wait(ctx context.Context, why error, pause *time.Duration) error
 	case <-ctx.Done():
 		f.mu.Lock()
 		defer f.unlock()
-		if f.lease.wanting && f.FD >= 0 {
+		if l.wanting && f.FD >= 0 {
 			f.v.disk.OFDLock(f.FD, wantedLock(disk.None))
-			f.lease.wanting = false
+			l.wanting = false
 		}
 		return unix.EINTR
 	case <-time.After(*pause):
@@ -192,7 +183,7 @@ func (l *lease) wait(ctx context.Context, why error, pause *time.Duration) error
 	return nil
 }
 
-// lockLeased takes mu with the descriptor open and the lease at hand.
+// lock takes mu with the descriptor open and the lease at hand.
 func (l *lease) lock(ctx context.Context) error {
 	f := l.f
 	var pause time.Duration
@@ -200,12 +191,12 @@ func (l *lease) lock(ctx context.Context) error {
 		if err := f.lockAwake(); err != nil {
 			return err
 		}
-		ok, err := f.lease.has()
+		ok, err := l.has()
 		if ok {
 			return nil
 		}
 		f.unlock()
-		if err := f.lease.wait(ctx, err, &pause); err != nil {
+		if err := l.wait(ctx, err, &pause); err != nil {
 			return err
 		}
 	}
@@ -228,9 +219,9 @@ func (l *lease) lockBare(ctx context.Context) error {
 	if err := leaseFD(ctx, f.v, f.FD, kind); err != nil {
 		return err
 	}
-	f.lease.held, f.lease.late = true, late
-	f.lease.since.Store(time.Now().UnixNano())
-	f.lease.used.Store(f.lease.since.Load())
+	l.held, l.late = true, late
+	l.since.Store(time.Now().UnixNano())
+	l.used.Store(l.since.Load())
 	return nil
 }
 
@@ -259,7 +250,7 @@ func leaseFD(ctx context.Context, v *Volume, fd int, kind disk.LockKind) error {
 // freshen takes over what others have changed, under the lease: after a read found what does not open.
 func (l *lease) freshen(ctx context.Context) error {
 	f := l.f
-	if err := f.lease.lock(ctx); err != nil {
+	if err := l.lock(ctx); err != nil {
 		return err
 	}
 	f.unlock()
@@ -277,8 +268,8 @@ func (l *lease) follow(ctx context.Context) error {
 			return err
 		}
 		err := error(nil)
-		if !f.lease.held && !f.Broken() {
-			err = f.lease.reload()
+		if !l.held && !f.Broken() {
+			err = l.reload()
 		}
 		f.unlock()
 		switch w := err.(type) {
@@ -290,7 +281,7 @@ func (l *lease) follow(ctx context.Context) error {
 				return f.failed("unwrapping its key", err)
 			}
 		default: // it is being written, or is damaged
-			return f.lease.freshen(ctx)
+			return l.freshen(ctx)
 		}
 	}
 }
@@ -302,8 +293,8 @@ func (l *lease) look() {
 		return
 	}
 	defer f.unlock()
-	if f.FD >= 0 && !f.closed && !f.lease.held && !f.Broken() {
-		f.lease.reload() // else the file is shown as it was
+	if f.FD >= 0 && !f.closed && !l.held && !f.Broken() {
+		l.reload() // else the file is shown as it was
 	}
 }
 
@@ -353,7 +344,7 @@ func (l *lease) reload() error {
 		}
 	}
 	if err != nil {
-		if blockcrypt.ClassOf(err) != "" && !f.lease.held {
+		if blockcrypt.ClassOf(err) != "" && !l.held {
 			err = errNeedsLease
 		}
 		f.File = was
@@ -373,11 +364,11 @@ func (l *lease) reload() error {
 func (l *lease) giveBack() error {
 	f := l.f
 	if f.v.nodes.removed(f.n) {
-		f.lease.drop()
+		l.drop()
 		return nil
 	}
 	if f.Broken() {
-		f.lease.drop()
+		l.drop()
 		return unix.EIO
 	}
 	if !l.held {
@@ -388,7 +379,7 @@ func (l *lease) giveBack() error {
 		if err != nil && !f.AtRest() {
 			return err
 		}
-		if f.lease.confirm(late); f.Broken() {
+		if l.confirm(late); f.Broken() {
 			return unix.EIO
 		}
 		if !l.held {
@@ -407,14 +398,14 @@ func (l *lease) giveBack() error {
 			return err
 		}
 		if err != nil {
-			f.lease.drop()
+			l.drop()
 			return err
 		}
 	}
 	if l.wanted {
 		l.wanted, l.free = false, time.Now().Add(leaseYield)
 	}
-	f.lease.drop()
+	l.drop()
 	return nil
 }
 
@@ -478,21 +469,21 @@ func (s *leases) run() {
 	}
 }
 
-// checkLease gives the lease back if another host waits for it, or it was not used for a while. No lock
+// check gives the lease back if another host waits for it, or it was not used for a while. No lock
 // is held while the filesystem is asked: at worst the answer is that of another file.
 func (l *lease) check(fd int) {
 	f := l.f
 	in, err := f.v.disk.OFDLocked(fd, wantedLock(disk.Alone))
 	wanted := err == nil && in.Kind != disk.None
 	now := time.Now().UnixNano()
-	if !wanted && now-f.lease.used.Load() < int64(leaseIdle) && now-f.lease.since.Load() < int64(leaseMost) {
+	if !wanted && now-l.used.Load() < int64(leaseIdle) && now-l.since.Load() < int64(leaseMost) {
 		return
 	}
 	f.mu.Lock()
 	defer f.unlock()
-	f.lease.wanted = wanted
-	if f.failed("giving its lease back", f.lease.giveBack()) != nil {
-		f.lease.used.Store(time.Now().UnixNano()) // and again after a while
-		f.lease.since.Store(f.lease.used.Load())
+	l.wanted = wanted
+	if f.failed("giving its lease back", l.giveBack()) != nil {
+		l.used.Store(time.Now().UnixNano()) // and again after a while
+		l.since.Store(l.used.Load())
 	}
 }
