@@ -33,6 +33,9 @@ func accessOf(flags uint32) uint32 {
 func (f *fileSystem) opened(out *fuse.OpenOut, h *volume.Handle, flags uint32) {
 	out.Fh = f.files.put(h)
 	writes := writes(flags)
+	if f.v.Shared() { // its size may be another one than the kernel was told with its name
+		f.notify.forgetAttr(h.Node().ID())
+	}
 	switch {
 	case f.v.ReadOnly() || h.Reread() || h.Foreign(): // the kernel reads the content again
 	case f.v.Shared() && flags&syscall.O_APPEND != 0:

@@ -33,6 +33,9 @@ func (n notifier) dropPages(node uint64, off, size int64) {
 	n.goes(func() { n.invalInode(node, off, size) }) // a failure leaves what the program wrote in the cache
 }
 
+// ForgetAttr implements [volume.Kernel].
+func (n notifier) ForgetAttr(node uint64) error { return n.forgetAttr(node) }
+
 // forgetAttr makes the kernel ask for a node's attributes and ACLs again. It waits for
 // nothing, so that it can be called before a request is answered.
 func (n notifier) forgetAttr(node uint64) error { return n.invalInode(node, -1, 0) }

@@ -53,7 +53,8 @@ func (c *content) readHeader(f *file, length int64) error {
 		}
 		return v.disk.Datasync(f.FD)
 	}
-	if u, ok := errors.AsType[layout.Unwritten](err); ok && f.lease.held && !v.repairs() {
+	if u, ok := errors.AsType[layout.Unwritten](err); ok && f.lease.held && !v.sessions.wasBad(u.Session) &&
+		!(u.Session == 0 && v.repairs()) {
 		return unsettled{err, u.Session}
 	}
 	if err != nil {
@@ -107,7 +108,10 @@ func takeShared(c *content, f *file, length int64) error {
 		if err != nil && !f.lease.held {
 			return errNeedsLease
 		}
-		return err
+		// A host whose disk was full has left a state of more than it could write.
+		if blockcrypt.ClassOf(err) != blockcrypt.BadSize || !f.Unconfirmed() {
+			return err
+		}
 	}
 	switch {
 	case !f.lease.held:
@@ -140,6 +144,9 @@ func repairLocked(c *content, f *file, length int64) error {
 	v := c.v
 	// The sync at the mount's begin does not cover a file of which a later one failed.
 	done, err := f.Repair(length, v.doubts.of(c.n), v.ending)
+	if err == nil && v.Shared() { // before another host has the lease
+		err = f.SyncFailed(v.disk.Fsync(f.FD))
+	}
 	if err == nil && done.Changed {
 		v.log.Warn("a file was repaired", "at", c.n.where(), "bytes", done.Size, "bytes it had", done.Was)
 	}

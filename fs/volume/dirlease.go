@@ -105,7 +105,7 @@ func (d *directory) entriesWanted(kind disk.LockKind) disk.Lock {
 // dirMu is held, and the directory's entries.
 func (d *directory) leaseEntries() (id blockcrypt.ID, err error) {
 	v := d.v
-	late, err := v.peers.leases()
+	late, err := v.peers.waited()
 	if err != nil {
 		return id, err
 	}

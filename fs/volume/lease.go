@@ -146,6 +146,9 @@ func (l *lease) confirm(late uint64) {
 func (l *lease) wait(ctx context.Context, why error, pause *time.Duration) error {
 	f := l.f
 	waitsOf(ctx).ForKey()
+	if why == error(errDark) { // as long as a filesystem that does not answer is waited for
+		why = nil
+	}
 	switch w := why.(type) {
 	case nil:
 	case needsKey:

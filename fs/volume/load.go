@@ -214,7 +214,7 @@ func (c *content) finish(h *half, keys *blockcrypt.FileKeys) error {
 	}
 	c.half = nil
 	c.v.doubts.end(c.n)
-	if f.reread = h.doubted; c.believed > f.Size {
+	if f.reread = h.doubted; c.believed > f.Size && !c.v.Shared() {
 		// The kernel goes on to believe in a file of that size, and would show zeros.
 		c.lost.add(ranges.Set{{First: f.Size, Last: c.believed - 1}}, nil, 0, unix.EIO)
 	}

@@ -150,6 +150,22 @@ func (p *peers) end(left bool) (err error) {
 // alive returns nil while this host is known to be alive, so that no other takes its files over. It is
 // asked before each call that changes something.
 func (p *peers) alive() error {
+	err := p.now()
+	// A proof may be under way: the filesystem answers again.
+	for end := time.Now().Add(p.holds()); err == errDark && time.Now().Before(end); err = p.now() {
+		time.Sleep(p.beat / 40)
+	}
+	return err
+}
+
+// waited is leases, after alive.
+func (p *peers) waited() (late uint64, err error) {
+	err = p.alive()
+	return p.late.Load(), err
+}
+
+// now is alive without waiting.
+func (p *peers) now() error {
 	switch {
 	case p.fenced.Load():
 		return errFenced
@@ -160,7 +176,7 @@ func (p *peers) alive() error {
 }
 
 // leases returns how often a proof came too late so far, and the error if one is too late now.
-func (p *peers) leases() (late uint64, err error) { return p.late.Load(), p.alive() }
+func (p *peers) leases() (late uint64, err error) { return p.late.Load(), p.now() }
 
 // run proves again and again that this host lives. It waits for nothing of another host: NFS lets an open
 // wait for one that is dead.
@@ -216,7 +232,10 @@ func (p *peers) prove() error {
 	case lerr != nil:
 		return lerr
 	}
-	if bootTime()-p.proven.Load() > int64(p.holds()) {
+	switch now := bootTime(); {
+	case now-begun > int64(p.holds()): // it took so long that it says nothing any more
+		return p.prove()
+	case now-p.proven.Load() > int64(p.holds()):
 		p.late.Add(1)
 		p.lapsed()
 		p.v.log.Warn("this host did not reach the volume's filesystem for a while; its files are looked at again")

@@ -42,7 +42,7 @@ type ProgramLock struct {
 
 const (
 	lockPause  = time.Millisecond // between two attempts to take a program's lock, at first
-	lockPauses = 50 * time.Millisecond
+	lockPauses = 10 * time.Millisecond
 )
 
 // lock returns the lock of the ciphertext file that stands for it.
@@ -128,7 +128,7 @@ func (l *programLocks) lockedProgram(ctx context.Context) error {
 	if l.n.foreign.Swap(false) {
 		return l.v.access.letGo(l.n.id)
 	}
-	return nil
+	return l.v.access.tellAttr(l.n.id) // it may have been told the size before others wrote
 }
 
 // unlockProgram makes what was written under the lock durable, and gives the lock back.

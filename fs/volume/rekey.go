@@ -101,6 +101,9 @@ func rekeyAlone(ctx context.Context, ns *namespace, n *Node, o RekeyOptions) (do
 	if err == nil {
 		err = v.syncAll()
 	}
+	if err == nil && v.Shared() {
+		err = v.disk.Syncfs(v.rootD)
+	}
 	return done, err
 }
 

@@ -18,6 +18,8 @@ import (
 // and to forget what it knows of its content.
 type Kernel interface {
 	WriteBack(node uint64) error
+	// ForgetAttr makes the kernel ask for attributes again.
+	ForgetAttr(node uint64) error
 }
 
 // AttachKernel is called by a mount before it serves.
@@ -117,6 +119,14 @@ const renewAtOnce = 32
 func (a *access) letGo(node uint64) error {
 	if k := a.kernel.Load(); k != nil {
 		return (*k).WriteBack(node)
+	}
+	return nil
+}
+
+// tellAttr makes the kernel ask for a node's attributes again.
+func (a *access) tellAttr(node uint64) error {
+	if k := a.kernel.Load(); k != nil {
+		return (*k).ForgetAttr(node)
 	}
 	return nil
 }

@@ -69,6 +69,8 @@ type kernel struct {
 	held func()
 }
 
+func (k *kernel) ForgetAttr(uint64) error { return nil }
+
 func (k *kernel) WriteBack(uint64) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()

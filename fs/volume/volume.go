@@ -356,7 +356,7 @@ func (v *Volume) endSession() error {
 		}
 	})
 	if err = errors.Join(err, errors.Join(errs...)); err == nil {
-		err = v.disk.Syncfs(v.rootD)
+		err = v.syncAll()
 	}
 	if err == nil && v.sessions.stuck.Load() {
 		err = errStuck

@@ -442,9 +442,8 @@ func File(ctx context.Context, l *volume.Lone, name string, stores []keystore.St
 	}
 	c.files.Add(1)
 	k := &fileCheck{checker: c, fd: fd, f: Finding{Path: name}}
-	if err := k.check(ctx); err != nil {
-		k.fail(err)
-	}
+	k.checkAll(ctx)
+	k.tell()
 	c.done.All = true
 	return c.snapshot(), ctx.Err()
 }

@@ -35,8 +35,13 @@ func (c *checker) checkFile(ctx context.Context, j checkJob) {
 		k = &fileCheck{checker: c, fd: fd, f: f, want: j.want}
 		k.checkAll(ctx)
 	}
+	k.tell()
+}
+
+// tell tells of what was found.
+func (k *fileCheck) tell() {
 	for _, f := range k.findings {
-		c.found(f)
+		k.checker.found(f)
 	}
 }
 
