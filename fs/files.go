@@ -135,7 +135,8 @@ func (f *fileSystem) append(cancel <-chan struct{}, in *fuse.WriteIn, h *volume.
 	if err != nil {
 		return 0, status(err)
 	}
-	f.notify.dropPages(in.NodeId, off, int64(n)) // and the attributes
+	f.notify.forgetAttr(in.NodeId)
+	f.notify.dropPages(in.NodeId, off, int64(n)) // that other descriptors have read
 	return uint32(n), fuse.OK
 }
 

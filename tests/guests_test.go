@@ -19,7 +19,7 @@ import (
 
 // laboratory is a directory with guests, which end with the test.
 type laboratory struct {
-	t      *testing.T
+	t      testing.TB
 	dir    string
 	guests map[string]*guest
 }
@@ -35,7 +35,7 @@ type guest struct {
 const nfsLease = 10 // seconds
 
 // newLaboratory starts a server and two clients with the export at /mnt/n and a shared volume in it.
-func newLaboratory(t *testing.T) (lab *laboratory, hosts []*guest) {
+func newLaboratory(t testing.TB) (lab *laboratory, hosts []*guest) {
 	t.Helper()
 	packages := os.Getenv("KMSFS_GUESTS")
 	if packages == "" {
@@ -305,4 +305,37 @@ func eventuallyFor(t *testing.T, d time.Duration, what string, f func() error) {
 		}
 	}
 	t.Errorf("%s: %v", what, err)
+}
+
+// BenchmarkHosts prints what a shared volume costs on NFS: beside one that is not shared and NFS alone, on
+// one host and on two, and how often two hosts take turns. Operations and MiB a second.
+func BenchmarkHosts(b *testing.B) {
+	_, hosts := newLaboratory(b)
+	one, two := hosts[0], hosts[1]
+	one.must("mkdir /mnt/n/plain /mnt/n/raw /mnt/q; kmsfs init --key local:/mnt/share/key /mnt/n/plain; kmsfs mount --key local:/mnt/share/key /mnt/n/plain /mnt/q; mkdir /mnt/p/one /mnt/p/two")
+	for range 2 {
+		for _, x := range [][2]string{{"NFS", "/mnt/n/raw"}, {"plain", "/mnt/q"}, {"shared", "/mnt/p/one"}} {
+			b.Logf("%-7s %s", x[0], strings.TrimSpace(one.must("hostcheck time "+x[1]+" 4")))
+		}
+		wait := one.begin("hostcheck time /mnt/p/one 4")
+		other := two.must("hostcheck time /mnt/p/two 4")
+		mine, err := wait(time.Minute)
+		b.Logf("both    %s and %s %v", strings.TrimSpace(mine), strings.TrimSpace(other), err)
+	}
+	for _, dir := range []string{"/mnt/n/raw", "/mnt/p"} {
+		one.must("mkdir " + dir + "/turns; sleep 1.2")
+		run := func(id int) string {
+			return fmt.Sprintf("hostcheck run counter %s/turns %d 5 | wc -l", dir, id)
+		}
+		alone := strings.TrimSpace(one.must(run(0)))
+		wait := one.begin(run(0))
+		other := two.must(run(1))
+		mine, err := wait(time.Minute)
+		b.Logf("additions under a lock in 5 s in %s: %s alone, then %s and %s %v", dir, alone,
+			strings.TrimSpace(mine), strings.TrimSpace(other), err)
+	}
+	for _, g := range hosts {
+		g.must("kmsfs umount /mnt/p")
+	}
+	one.must("kmsfs umount /mnt/q")
 }

@@ -5,6 +5,7 @@
 //
 //	hostcheck run WORKLOAD DIR ID SECONDS     one host's part; what was acknowledged goes to standard output
 //	hostcheck judge WORKLOAD DIR FILE...      after all parts have ended: their outputs, and what is in DIR
+//	hostcheck time DIR SECONDS                how fast one host works in DIR: operations or MiB a second
 //
 // It has no dependency, so that a static program runs on a host that has nothing else.
 package main
@@ -35,7 +36,7 @@ func main() {
 	}
 }
 
-var errUsage = errors.New("usage: run WORKLOAD DIR ID SECONDS, or judge WORKLOAD DIR FILE")
+var errUsage = errors.New("usage: run WORKLOAD DIR ID SECONDS, judge WORKLOAD DIR FILE, or time DIR SECONDS")
 
 // part is what one host does.
 type part struct {
@@ -64,6 +65,13 @@ var workloads = map[string]workload{
 func command(args []string) error {
 	if len(args) < 3 {
 		return errUsage
+	}
+	if args[0] == "time" {
+		seconds, err := strconv.Atoi(args[2])
+		if err != nil {
+			return err
+		}
+		return measure(args[1], time.Duration(seconds)*time.Second)
 	}
 	w, ok := workloads[args[1]]
 	if !ok {
@@ -570,4 +578,67 @@ func judgeCut(dir string, acks [][]string) error {
 	b, err := os.ReadFile(filepath.Join(dir, "cut"))
 	fmt.Println(len(b), "bytes")
 	return err
+}
+
+// measure prints how fast files of 4 KiB are made, and read when no cache has them, and a large one is
+// written and read.
+func measure(dir string, d time.Duration) error {
+	dir, err := os.MkdirTemp(dir, "time")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	small, made := make([]byte, 4096), 0
+	begun := time.Now()
+	for ; time.Since(begun) < d; made++ {
+		if err := os.WriteFile(filepath.Join(dir, strconv.Itoa(made)), small, 0o644); err != nil {
+			return err
+		}
+	}
+	fmt.Printf("create %.0f ", float64(made)/time.Since(begun).Seconds())
+	if err := dropCaches(); err != nil {
+		return err
+	}
+	begun = time.Now()
+	n := 0
+	for ; n < made && time.Since(begun) < d; n++ {
+		if _, err := os.ReadFile(filepath.Join(dir, strconv.Itoa(n))); err != nil {
+			return err
+		}
+	}
+	fmt.Printf("read %.0f ", float64(n)/time.Since(begun).Seconds())
+	file, err := os.Create(filepath.Join(dir, "large"))
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	chunk, size := make([]byte, 1<<20), 0
+	begun = time.Now()
+	for ; time.Since(begun) < d && size < 256; size++ {
+		if _, err := file.Write(chunk); err != nil {
+			return err
+		}
+	}
+	if err := file.Sync(); err != nil {
+		return err
+	}
+	fmt.Printf("write-MiB %.1f ", float64(size)/time.Since(begun).Seconds())
+	if err := dropCaches(); err != nil {
+		return err
+	}
+	begun = time.Now()
+	read := 0
+	for ; read < size && time.Since(begun) < d; read++ {
+		if _, err := file.ReadAt(chunk, int64(read)<<20); err != nil {
+			return err
+		}
+	}
+	fmt.Printf("read-MiB %.1f\n", float64(read)/time.Since(begun).Seconds())
+	return nil
+}
+
+// dropCaches makes the kernel forget what it has read.
+func dropCaches() error {
+	syscall.Sync()
+	return os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0)
 }
