@@ -6,9 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"slices"
-	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -62,11 +60,17 @@ func Unshared(dir string) error {
 // this one's locks, as far as this host alone can tell; local says that no other host can see the
 // directory as this one does.
 func CheckShared(dir string) (local bool, err error) {
-	var st unix.Statfs_t
-	if err := unix.Statfs(dir, &st); err != nil {
+	d := &disk.Disk{}
+	root, err := layout.OpenRoot(d, dir)
+	if err != nil {
 		return false, err
 	}
-	options, err := optionsOf(dir)
+	defer d.Close(root)
+	st, err := d.Statfs(root)
+	if err != nil {
+		return false, err
+	}
+	options, err := d.MountOptions(root)
 	if err != nil {
 		return false, err
 	}
@@ -76,22 +80,4 @@ func CheckShared(dir string) (local bool, err error) {
 		}
 	}
 	return !slices.Contains(remote, uint32(st.Type)), nil
-}
-
-// optionsOf returns the options of the mount that a directory is in.
-func optionsOf(dir string) ([]string, error) {
-	var st unix.Statx_t
-	if err := unix.Statx(unix.AT_FDCWD, dir, 0, unix.STATX_MNT_ID, &st); err != nil {
-		return nil, err
-	}
-	b, err := os.ReadFile("/proc/self/mountinfo")
-	if err != nil {
-		return nil, err
-	}
-	for line := range strings.Lines(string(b)) {
-		if fields := strings.Fields(line); len(fields) > 6 && fields[0] == fmt.Sprint(st.Mnt_id) {
-			return strings.Split(fields[5]+","+fields[len(fields)-1], ","), nil
-		}
-	}
-	return nil, nil
 }

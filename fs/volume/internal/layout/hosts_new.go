@@ -64,13 +64,12 @@ func (h HostFile) Ended() bool {
 	if h.Boot != pidSpace() {
 		return false
 	}
-	return errors.Is(unix.Kill(h.PID, 0), unix.ESRCH)
+	return disk.NoProcess(h.PID)
 }
 
 // pidSpace names where process numbers mean what they mean here.
 func pidSpace() string {
-	space, _ := os.Readlink("/proc/self/ns/pid")
-	return bootID() + " " + space
+	return bootID() + " " + disk.PIDSpace()
 }
 
 // Hosts is the directory with a file for each host that has a shared volume mounted.
