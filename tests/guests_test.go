@@ -265,6 +265,32 @@ func TestHosts(t *testing.T) {
 			b.judge(w)
 		})
 	}
+	t.Run("SQLite and git", func(t *testing.T) {
+		a.must(`sqlite3 /mnt/p/db 'PRAGMA journal_mode=DELETE; CREATE TABLE t(host, n, UNIQUE(host, n));'`)
+		insert := func(host int) string {
+			return fmt.Sprintf(`for n in $(seq 15); do
+	sqlite3 -cmd ".timeout 60000" /mnt/p/db "BEGIN IMMEDIATE; INSERT INTO t VALUES(%d, $n); COMMIT;" || exit 1
+done`, host)
+		}
+		wait := a.begin(insert(0))
+		b.must(insert(1))
+		if out, err := wait(2 * time.Minute); err != nil {
+			t.Errorf("%v: %s", err, out)
+		}
+		for _, g := range hosts {
+			if out := g.must(`sqlite3 /mnt/p/db 'PRAGMA integrity_check; SELECT count(*) FROM t;'`); out != "ok\n30\n" {
+				t.Errorf("%s: %q", g.name, out)
+			}
+		}
+		const identity = "export GIT_AUTHOR_NAME=a GIT_AUTHOR_EMAIL=a@example.org GIT_COMMITTER_NAME=a GIT_COMMITTER_EMAIL=a@example.org; "
+		a.must("git init -q /mnt/p/repo")
+		for i := range 4 {
+			hosts[i%2].must(fmt.Sprintf(identity+"cd /mnt/p/repo && echo %d >>file && git add file && git commit -qm %d && git fsck --strict", i, i))
+		}
+		if out := b.must("cd /mnt/p/repo && git log --oneline | wc -l && git status --short"); out != "4\n" {
+			t.Errorf("%q", out)
+		}
+	})
 	for _, w := range []string{"counter", "list", "append"} {
 		t.Run("power cut during "+w, func(t *testing.T) {
 			beginWork(hosts)
@@ -280,6 +306,26 @@ func TestHosts(t *testing.T) {
 			a.boot()
 			a.mount()
 			a.judge(w)
+		})
+	}
+	// Shorter and longer than the server's lease. The host that was away may fail, and be mounted again.
+	for _, away := range []int{8, 30} {
+		t.Run(fmt.Sprintf("network away for %d s", away), func(t *testing.T) {
+			beginWork(hosts)
+			first := a.work("append", 0, away+seconds+20)
+			wait := b.work("append", 1, away+seconds+20)
+			time.Sleep(time.Duration(seconds) * time.Second)
+			a.begin(fmt.Sprintf(`ip link set eth0 down; sleep %d; ip link set eth0 up
+for k in 1 3; do ip neigh replace 10.77.0.$k lladdr 02:00:0a:4d:00:0$k nud permanent dev eth0; done`, away))
+			if out, err := wait(3 * time.Minute); err != nil {
+				t.Errorf("the other host: %v: %s", err, out)
+			}
+			out, err := first(3 * time.Minute)
+			t.Logf("the host that was away: %v %s", err, out)
+			b.judge("append")
+			a.begin("kmsfs umount /mnt/p")(time.Minute)
+			a.mount()
+			a.judge("append")
 		})
 	}
 	eventuallyFor(t, time.Minute, "the dead hosts", func() error {
