@@ -217,8 +217,8 @@ func (g *guest) mount() {
 	g.must("mkdir -p /mnt/p; kmsfs mount --key local:/mnt/share/key /mnt/n/v /mnt/p")
 }
 
-// work runs a workload in the guest. What it acknowledges goes to the host at once, so that it
-// outlives the guest.
+// work runs a workload in the guest. Its acknowledgements go to the host at once, so that they
+// outlive the guest.
 func (g *guest) work(workload string, id, seconds int) (wait func(time.Duration) (string, error)) {
 	return g.begin(fmt.Sprintf(`hostcheck run %s /mnt/p/w %d %d | dd of=/mnt/share/acks.%d bs=64k oflag=dsync status=none
 exit ${PIPESTATUS[0]}`, workload, id, seconds, id))
@@ -338,7 +338,7 @@ for k in 1 3; do ip neigh replace 10.77.0.$k lladdr 02:00:0a:4d:00:0$k nud perma
 		g.must("kmsfs umount /mnt/p")
 	}
 	if out := a.must("kmsfs fsck --key local:/mnt/share/key /mnt/n/v; ls /mnt/n/v/kmsfs.hosts"); !strings.HasSuffix(out, "nothing is wrong\n") {
-		t.Errorf("fsck, and what is left of hosts: %s", out)
+		t.Errorf("fsck, and the files of hosts that are left: %s", out)
 	}
 }
 

@@ -248,7 +248,7 @@ func TestSharedLocks(t *testing.T) {
 	endShared(t, hosts)
 }
 
-// What an operator sees: who has the volume mounted, what is refused, and the way there and back.
+// The commands of an operator: the list of hosts, refusals beside them, and the way there and back.
 func TestSharedCommands(t *testing.T) {
 	hosts := newShared(t, 2)
 	m := hosts[0]

@@ -189,7 +189,7 @@ func (h *Handle) fsync() error {
 		if err := f.lease.giveBack(); err != nil || rested {
 			return err
 		}
-		return f.SyncFailed(f.v.disk.Fsync(f.FD)) // of what is not content: that it was made, its mode
+		return f.SyncFailed(f.v.disk.Fsync(f.FD)) // for its name, mode and times, which are not content
 	}
 	return f.Sync(func(fsync func() error) error {
 		f.syncing++

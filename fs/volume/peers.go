@@ -30,10 +30,11 @@ const (
 type peers struct {
 	v *Volume
 	hostEvents
-	d     *disk.Disk // without the guard
-	name  string     // of this host's file
-	fd    int        // of it, which holds its lock
-	probe int        // of it, too, by which the lock is looked for
+	d     *disk.Disk    // without the guard
+	beat  time.Duration // beatEvery, but in tests
+	name  string        // of this host's file
+	fd    int           // of it, which holds its lock
+	probe int           // of it, too, by which the lock is looked for
 
 	proven atomic.Int64  // since when, on CLOCK_BOOTTIME in nanoseconds, this host is known to be alive
 	late   atomic.Uint64 // how often a proof came too late: leases of before are lost
@@ -59,7 +60,6 @@ type hostEvents struct {
 	lapsed func()                  // tells that this host could not prove in time that it lives
 	moved  func() uint64           // returns how often this host moved a directory
 	met    func() (config uint64)  // is called with each proof, and returns the generation of kmsfs.json that this host uses
-	beat   time.Duration           // beatEvery, but in tests
 }
 
 // deadHost is one whose lock is gone, and whose file this host has locked.
@@ -91,11 +91,15 @@ func bootTime() int64 {
 }
 
 // begin makes this host one of those that have the volume mounted, with these sessions.
-func (p *peers) begin(v *Volume, sessions []uint64) error {
+func (p *peers) begin(v *Volume, sessions []uint64) (err error) {
 	p.v, p.d = v, &disk.Disk{Hooks: v.disk.Hooks}
+	defer func() {
+		if err != nil {
+			p.d = nil // there is nothing to end
+		}
+	}()
 	p.beat = cmp.Or(v.o.beat, beatEvery)
 	p.stop, p.dead = make(chan struct{}), map[string]*deadHost{}
-	var err error
 	if p.hosts, err = layout.OpenHosts(p.d, v.rootD); err != nil {
 		return err
 	}
@@ -107,6 +111,9 @@ func (p *peers) begin(v *Volume, sessions []uint64) error {
 		return fmt.Errorf("make this host known in %s: %w", layout.HostsName, err)
 	}
 	if p.probe, err = p.hosts.Open(p.name); err != nil {
+		p.hosts.Remove(p.name) // if it fails, others take it for a host that died
+		p.d.Close(p.fd)
+		p.d.Close(p.hosts.Dir)
 		return err
 	}
 	p.config.Store(v.cfg.Generation)
@@ -188,7 +195,7 @@ func (p *peers) run() {
 	})
 }
 
-// watch looks for hosts that died, and for what others have changed in kmsfs.json.
+// watch looks for hosts that died, and for changes of kmsfs.json by others.
 func (p *peers) watch() {
 	p.each(func(beats int) {
 		p.config.Store(p.met())

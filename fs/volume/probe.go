@@ -23,7 +23,7 @@ import (
 type PeerCheck struct {
 	What string // "locks", "add under a lock", "close to open", "names"
 	Err  error  // why it lacks it; nil if it has it
-	Note string // what was seen
+	Note string // a figure, for people
 }
 
 // PeerName is the directory in which two hosts meet, in a ciphertext directory or an empty one.

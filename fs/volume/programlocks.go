@@ -54,8 +54,8 @@ func (p ProgramLock) lock() disk.Lock {
 	return disk.Lock{Kind: disk.LockKind(p.Kind), At: layout.ProgramBytes + first, N: last - first + 1}
 }
 
-// Lock takes, changes or gives back a lock of a program. What was written under it is there for other
-// hosts before it goes, and what they wrote before is read after it came.
+// Lock takes, changes or gives back a lock of a program. Data that was written under it is
+// durable before it is given back, and data that other hosts wrote before is read once it is held.
 func (l *programLocks) Lock(ctx context.Context, p ProgramLock) error {
 	if l.v.o.ReadOnly && p.Kind == unix.F_WRLCK {
 		return unix.EBADF

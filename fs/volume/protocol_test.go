@@ -10,7 +10,7 @@ import (
 
 // A model of FORMAT.md, section 6: two hosts and one file. All orders of their steps are tried, with
 // deaths, with locks that the filesystem takes away, and with hosts that are stopped and go on. The page
-// of the file is a set of writes: who writes it puts what they remember of it, and a write of their own.
+// of the file is a set of writes: a host that writes it puts there the writes that it remembers, and one of its own.
 
 // protocol is which rules are kept; without one of most of them the search must find a loss.
 type protocol struct {
@@ -31,7 +31,7 @@ type modelState struct {
 	page      uint8 // the writes that the file has
 	dirty     int8  // whose state is unfinished; -1: none
 	confirmed uint8 // writes that were given back, and so promised
-	lease     int8  // who has the lock of the file; -1: nobody
+	lease     int8  // the host that has the lock of the file; -1: none
 	host      [2]modelHost
 }
 
@@ -41,7 +41,7 @@ type modelHost struct {
 	fenced   bool  // its host file says so
 	proof    bool  // its last proof holds yet
 	believes bool  // that it has the lease
-	known    uint8 // what it remembers of the page
+	known    uint8 // the writes of the page that it remembers
 	writes   int8  // begun so far
 	changed  bool  // since it was at rest
 	checked  bool  // it has looked at the clock, and not written yet
@@ -162,7 +162,7 @@ func (p protocol) steps(s modelState) (out []modelStep) {
 					return
 				}
 				s.dirty = -1
-				s.confirmed |= s.page // who reads it now relies on it
+				s.confirmed |= s.page // a host that reads it now relies on it
 				h.known = s.page
 			})
 		}

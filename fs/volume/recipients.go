@@ -380,8 +380,8 @@ func (r *Recipients) adopt(next *blockcrypt.Config, sizes layout.Sizes, stores, 
 	v.access.renewKeys()
 }
 
-// lock takes mu. In a shared volume it keeps other hosts from changing kmsfs.json, and takes over first
-// what they have changed.
+// lock takes mu. In a shared volume it keeps other hosts from changing kmsfs.json, and takes over
+// their changes first.
 func (r *Recipients) lock(ctx context.Context) (unlock func(), err error) {
 	r.mu.Lock()
 	if err = ctx.Err(); err != nil { // the caller went away while it waited

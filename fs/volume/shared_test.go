@@ -23,7 +23,7 @@ import (
 )
 
 // Two volumes that are open in one process stand for two hosts: their locks are those of different open
-// file descriptions. What is between two kernels is tested with real ones, by make test-shared.
+// file descriptions. Two kernels are tested by make test-shared.
 
 const beat = 50 * time.Millisecond // a proof holds for three of them
 
@@ -142,6 +142,46 @@ func TestHostsCloseToOpen(t *testing.T) {
 		t.Errorf("%v", got)
 	}
 	sound(t, hosts...)
+}
+
+// A file that was closed is confirmed: its state says so, and a repair after the death of its host cuts
+// nothing off, even if it is damaged.
+func TestClosedIsConfirmed(t *testing.T) {
+	hosts := newHosts(t, 2)
+	a, b := hosts[0], hosts[1]
+	a.quiet, b.quiet = true, true
+	text := map[int][]byte{}
+	for _, n := range []int{10, 5000, 200000} {
+		p := fmt.Sprint("f", n)
+		text[n] = noise(n)
+		a.write(p, text[n])
+		h, err := b.must(p).Header()
+		if err != nil || h.State.Floor != int64(n) || h.State.Size != int64(n) {
+			t.Errorf("%d bytes: %+v, %v", n, h, err)
+		}
+	}
+	flipIn(t, a.dir, a.v.CipherName(a.v.Root(), "f200000"))
+	a.v.Crash()
+	a.v = nil
+	b.v.Look()
+	b.do("wait", b.v.Wait(ctx))
+	if got, err := b.read("f200000"); blockcrypt.ClassOf(err) != blockcrypt.BadBlock {
+		t.Errorf("a damaged file: %d bytes, %v", len(got), err)
+	}
+	b.want("f5000", text[5000])
+}
+
+// flipIn changes a byte in the middle of a ciphertext file.
+func flipIn(t *testing.T, dir, cname string) {
+	t.Helper()
+	f, err := os.OpenFile(filepath.Join(dir, cname), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.WriteAt([]byte{0x55, 0xaa}, 100000); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // Two hosts that have one file open write parts of the same pages, one after the other: no byte is lost.
@@ -363,6 +403,31 @@ func TestHostsRmdirAgainstCreate(t *testing.T) {
 	}
 	wg.Wait()
 	sound(t, hosts...)
+}
+
+// A mount that cannot make its host known fails, and closes only its own descriptors.
+func TestHostRefused(t *testing.T) {
+	hosts := newHosts(t, 1)
+	a := hosts[0]
+	a.close()
+	a.v = nil
+	u, err := a.unlock()
+	a.do("unlock", err)
+	defer u.Close()
+	_, err = u.Open(volume.Options{}.Hooked(func(c volume.Call) error {
+		if c.Op == "pwrite" && c.Len == 1024 {
+			return unix.ENOSPC
+		}
+		return nil
+	}))
+	wantErr(t, "begin", err, unix.ENOSPC)
+	var st unix.Stat_t
+	for fd := range 3 {
+		if err := unix.Fstat(fd, &st); err != nil {
+			t.Errorf("descriptor %d of the process: %v", fd, err)
+		}
+	}
+	sound(t, a)
 }
 
 // A recipient that one host adds is used by the other for its new files; one that is removed goes when all

@@ -3,8 +3,8 @@
 // registers without, records that are appended, pages that two hosts write, names that two hosts make
 // and remove.
 //
-//	hostcheck run WORKLOAD DIR ID SECONDS     one host's part; what was acknowledged goes to standard output
-//	hostcheck judge WORKLOAD DIR FILE...      after all parts have ended: their outputs, and what is in DIR
+//	hostcheck run WORKLOAD DIR ID SECONDS     one host's part; its acknowledgements go to standard output
+//	hostcheck judge WORKLOAD DIR FILE...      after all parts have ended: their outputs, and the files in DIR
 //	hostcheck time DIR SECONDS                how fast one host works in DIR: operations or MiB a second
 //
 // It has no dependency, so that a static program runs on a host that has nothing else.
@@ -537,7 +537,7 @@ func judgeNames(dir string, acks [][]string) error {
 }
 
 // cut writes a file and empties it, beside a host that does so with the same one: it always opens, and
-// what is read is one host's, or zeros.
+// each byte that is read is of one of the hosts, or zero.
 func (p *part) cut() error {
 	for i := 0; p.running(); i++ {
 		file, err := os.OpenFile(p.path("cut"), os.O_RDWR|os.O_CREATE, 0o644)

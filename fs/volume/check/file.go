@@ -38,7 +38,7 @@ func (c *checker) checkFile(ctx context.Context, j checkJob) {
 	k.tell()
 }
 
-// tell tells of what was found.
+// tell reports the findings.
 func (k *fileCheck) tell() {
 	for _, f := range k.findings {
 		k.checker.found(f)

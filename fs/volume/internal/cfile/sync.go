@@ -189,18 +189,25 @@ func (f *File) ComeToRest() error {
 	if f.Header == nil {
 		return restWith(f, func() error { return f.PutMtime() })
 	}
-	if f.phase == Fresh || !f.Unsettled() { // nothing has to be durable before the state
-		return restWith(f, func() error {
-			if err := f.writeState(cleanFlags(f)); err != nil {
-				return err
-			}
-			return f.PutMtime()
-		})
+	fresh := f.phase == Fresh
+	if fresh || f.Unsettled() { // the state says that all is confirmed, which a repair relies on
+		if err := f.datasync(); err != nil {
+			return err
+		}
 	}
-	if err := f.datasync(); err != nil {
-		return err
+	switch {
+	case fresh: // it has its exact length already
+		f.Confirm()
+		f.durable = f.Size
+	case f.Unsettled():
+		return restWith(f, func() error { return f.Settle(f.changes) })
 	}
-	return restWith(f, func() error { return f.Settle(f.changes) })
+	return restWith(f, func() error {
+		if err := f.writeState(cleanFlags(f)); err != nil {
+			return err
+		}
+		return f.PutMtime()
+	})
 }
 
 // restWith makes the last change of a file that comes to rest, and all durable.
@@ -216,7 +223,7 @@ func restWith(f *File, last func() error) error {
 	return nil
 }
 
-// GiveUp makes the file broken: what it has on the disk may be another host's by now.
+// GiveUp makes the file broken: the data on the disk may be another host's by now.
 func GiveUp(f *File) { f.enter(Broken) }
 
 // SameHead reports whether the file on the disk, whose first bytes are given, is as it was left: its state

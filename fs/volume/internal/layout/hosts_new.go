@@ -89,7 +89,7 @@ func OpenHosts(d *disk.Disk, root int) (Hosts, error) {
 	return Hosts{d, fd}, err
 }
 
-// MakeHosts makes the directory with the owner and the mode of the root: who may write there can mount
+// MakeHosts makes the directory with the owner and the mode of the root: a user who may write there can mount
 // the volume.
 func MakeHosts(d *disk.Disk, root int) error {
 	var st unix.Stat_t
