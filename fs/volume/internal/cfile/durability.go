@@ -17,6 +17,8 @@ type durability struct {
 	cuts      uint64    // of them, truncations
 	synced    int64     // how many changes a sync has covered; -1 if that is not known
 	rested    int64     // how many changes ComeToRest has covered
+	wrote     int64     // calls that wrote to the ciphertext file
+	covered   int64     // how many of them a sync of the file has covered; -1 if that is not known
 }
 
 // Changes counts the changes of the content so far.

@@ -61,6 +61,7 @@ func New(d *disk.Disk, g blockcrypt.Geometry, o Opened, r Rules, h Host) *File {
 	f.rules, f.host = r, h
 	f.tail.k = -1
 	f.born = time.Now()
+	f.covered = -1
 	f.times.Mtime = o.Mtime
 	return f
 }

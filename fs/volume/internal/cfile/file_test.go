@@ -318,3 +318,37 @@ func TestTransitions(t *testing.T) {
 		}
 	}
 }
+
+// On a network filesystem S is a sync of the whole file. It is made once after each write, and not again
+// after a sync that has covered all of them.
+func TestSettleRemote(t *testing.T) {
+	c, _ := sealed(t, 10000, blockcrypt.State{Floor: 10000, Generation: 1})
+	syncs := 0
+	p := &pages{}
+	p.Disk = &disk.Disk{Remote: true, Hooks: disk.Hooks{Hook: func(c disk.Call) error {
+		if c.Op == "fdatasync" {
+			syncs++
+		}
+		return nil
+	}}}
+	p.FD, p.covered, p.phase = c.FD, -1, Settled
+	for i, x := range []struct {
+		before func()
+		syncs  int
+	}{
+		{func() {}, 1}, // it is not known what earlier ones have covered
+		{func() {}, 1},
+		{func() { p.wrote++ }, 2},
+		{func() {
+			p.wrote++
+			if err := p.datasync(); err != nil {
+				t.Error(err)
+			}
+		}, 3},
+	} {
+		x.before()
+		if err := settlePages(p, 0, blockcrypt.PageSize); err != nil || syncs != x.syncs {
+			t.Errorf("%d: %d syncs, %v", i, syncs, err)
+		}
+	}
+}

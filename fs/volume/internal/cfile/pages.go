@@ -117,6 +117,7 @@ func (p *pages) putRun(buf []byte, first, last int64, c change) error {
 		return err
 	}
 	p.tail.k = -1
+	p.wrote++
 	err := p.host.TakeSpace(int64(used), func() error { return p.Disk.Pwrite(p.FD, buf[:used], at) })
 	if err == nil {
 		p.tail.k, p.tail.text = last, append(p.tail.text[:0], text...)
@@ -164,7 +165,20 @@ func (p *pages) guard(at, first, last int64) error {
 	if first > last {
 		return nil
 	}
-	return p.SyncFailed(p.Disk.SettlePages(p.FD, at, p.Geo.PageOff(last+1)-at))
+	return settlePages(p, at, p.Geo.PageOff(last+1)-at)
+}
+
+// settlePages is S over these pages. Where a sync of the whole file stands for it, it is not made again
+// while nothing was written since the last one.
+func settlePages(p *pages, at, n int64) error {
+	if p.Disk.Remote && p.covered == p.wrote {
+		return nil
+	}
+	err := p.SyncFailed(p.Disk.SettlePages(p.FD, at, n))
+	if err == nil && p.Disk.Remote {
+		p.covered = p.wrote
+	}
+	return err
 }
 
 // writeState writes a new state: the bytes [128,192) of the header, under the
@@ -182,6 +196,7 @@ func (p *pages) writeState(flags uint32) error {
 	p.Header.EncodeState(b)
 	err := p.settleHead()
 	if err == nil {
+		p.wrote++
 		err = p.Disk.Pwrite(p.FD, b, blockcrypt.StateOffset)
 	}
 	if err != nil {
@@ -217,7 +232,7 @@ func (p *pages) settleHead() error {
 	case p.rules.Calm:
 		return nil
 	case p.confirmed > 0:
-		return p.SyncFailed(p.Disk.SettlePages(p.FD, 0, blockcrypt.PageSize))
+		return settlePages(p, 0, blockcrypt.PageSize)
 	default:
 		return p.SyncFailed(p.Disk.WaitPages(p.FD, 0, blockcrypt.PageSize))
 	}
@@ -242,7 +257,7 @@ func (p *pages) datasync() error {
 	}
 	err := p.Disk.Datasync(p.FD)
 	if p.SyncFailed(err); err == nil {
-		p.synced = int64(p.changes)
+		p.synced, p.covered = int64(p.changes), p.wrote
 	}
 	return err
 }

@@ -97,6 +97,7 @@ func (p *pages) SetRecipients(rs []blockcrypt.Recipient) error {
 		p.SyncFailed(err)
 	}
 	if &raw[0] != &p.head[0] { // they were written
+		p.wrote++
 		p.Ahead.Store(nil)
 		h := *p.Header // calls that wait for the key read the old one without the lock
 		h.Recipients = slices.Clone(rs)

@@ -28,7 +28,7 @@ func (f *File) Sync(unlocked func(func() error) error) error {
 			return err
 		}
 	}
-	size, cuts, changes := f.Size, f.cuts, f.changes
+	size, cuts, changes, wrote := f.Size, f.cuts, f.changes, f.wrote
 	f.Confirm()                       // confirmed counts from here
 	if !f.times.Near(f.times.Mtime) { // else it can wait for the file's last close
 		if err := f.PutMtime(); err != nil {
@@ -40,7 +40,7 @@ func (f *File) Sync(unlocked func(func() error) error) error {
 	if f.SyncFailed(err); err != nil {
 		return err
 	}
-	f.synced = max(f.synced, int64(changes))
+	f.synced, f.covered = max(f.synced, int64(changes)), max(f.covered, wrote)
 	if f.cuts == cuts {
 		f.durable = max(f.durable, size)
 	}
@@ -219,7 +219,7 @@ func restWith(f *File, last func() error) error {
 		return err
 	}
 	f.Confirm()
-	f.durable, f.synced, f.rested = f.Size, int64(f.changes), int64(f.changes)
+	f.durable, f.synced, f.rested, f.covered = f.Size, int64(f.changes), int64(f.changes), f.wrote
 	return nil
 }
 
