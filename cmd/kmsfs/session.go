@@ -170,10 +170,10 @@ func (s *session) wait(ctx context.Context) {
 	if stay {
 		s.log.Info("the AWS configuration has relative paths, so the daemon stays in the directory in which it was started")
 	}
+	s.log.Info("mounted", s.describe...) // before the command returns: who then looks into the log finds it
 	if err := ready(s.out, s.says(fmt.Sprintf("Mounted at %s.", s.mountPoint)), stay); err != nil {
 		s.log.Error("going to the background failed", "error", err)
 	}
-	s.log.Info("mounted", s.describe...)
 	if s.f.idle > 0 {
 		go s.unmountWhenIdle(s.f.idle)
 	}

@@ -49,15 +49,16 @@ func (s *session) openOrWait(ctx context.Context) error {
 	again := make(chan os.Signal, 1)
 	signal.Notify(again, unix.SIGHUP)
 	defer signal.Stop(again)
+	tell := func() {
+		s.log.Warn("waiting for the key service", "error", err, "mountpoint", s.mountPoint, "process", os.Getpid())
+	}
+	tell() // before the command returns: who then looks into the log finds the reason
 	stay := s.f.usesKMS && s.f.kms().NeedsDirectory(ctx)
 	if rerr := ready(s.out, s.says(fmt.Sprintf("The key service cannot be reached; %s is mounted when it can, by process %d.", s.mountPoint, os.Getpid())), stay); rerr != nil {
 		return rerr
 	}
 	pause := firstRetry
-	for try := 0; ; try++ {
-		if try%tellEvery == 0 {
-			s.log.Warn("waiting for the key service", "error", err, "mountpoint", s.mountPoint, "process", os.Getpid())
-		}
+	for try := 1; ; try++ {
 		notifySystemd("STATUS=waiting for the key service: "+err.Error(), s.log)
 		select {
 		case <-ctx.Done():
@@ -73,6 +74,9 @@ func (s *session) openOrWait(ctx context.Context) error {
 			return nil
 		} else if !unreached(err) {
 			return err
+		}
+		if try%tellEvery == 0 {
+			tell()
 		}
 		pause = min(2*pause, lastRetry)
 	}
