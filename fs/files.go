@@ -278,10 +278,11 @@ func (f *fileSystem) Fsync(_ <-chan struct{}, in *fuse.FsyncIn) fuse.Status {
 const releaseFlock = 1 << 1
 
 func (f *fileSystem) Release(_ <-chan struct{}, in *fuse.ReleaseIn) {
-	h := f.files.take(in.Fh)
+	h := f.files.get(in.Fh)
 	n := h.Node()
 	h.Release() // what fails is in the log: the kernel takes no answer
 	if in.ReleaseFlags&releaseFlock != 0 {
-		n.DropLocks(in.LockOwner, true)
+		n.DropLocks(in.Fh, true)
 	}
+	f.files.take(in.Fh) // only now another open gets the number, which is the owner of locks
 }

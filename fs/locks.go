@@ -9,9 +9,14 @@ import (
 
 // Locks of programs. The kernel sends them for a shared volume only; else it keeps them itself.
 
+// programLock returns what a request asks for. The owner of locks by flock(2) is the open file. The kernel's
+// number of it may be another's before this one's release is asked for; the handle's is not.
 func programLock(in *fuse.LkIn) volume.ProgramLock {
-	return volume.ProgramLock{Owner: in.Owner, Flock: in.LkFlags&fuse.LK_FLOCK != 0,
-		Kind: int16(in.Lk.Typ), First: int64(in.Lk.Start), Last: int64(min(in.Lk.End, 1<<63-1))}
+	owner, flock := in.Owner, in.LkFlags&fuse.LK_FLOCK != 0
+	if flock {
+		owner = in.Fh
+	}
+	return volume.ProgramLock{Owner: owner, Flock: flock, Kind: int16(in.Lk.Typ), First: int64(in.Lk.Start), Last: int64(min(in.Lk.End, 1<<63-1))}
 }
 
 func (f *fileSystem) GetLk(_ <-chan struct{}, in *fuse.LkIn, out *fuse.LkOut) fuse.Status {
