@@ -271,8 +271,15 @@ func (l *lease) follow(ctx context.Context) error {
 			return err
 		}
 		err := error(nil)
-		if !l.held && !f.Broken() {
+		switch {
+		case f.Broken():
+		case !l.held:
 			err = l.reload()
+		case !f.v.o.ReadOnly: // the filesystem may have given it to another host
+			var late uint64
+			if late, err = f.v.peers.leases(); err == nil && l.late != late {
+				err = errNeedsLease
+			}
 		}
 		f.unlock()
 		switch w := err.(type) {
