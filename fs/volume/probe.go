@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -21,7 +20,7 @@ import (
 
 // A PeerCheck is a property that a filesystem must have between two hosts.
 type PeerCheck struct {
-	What string // "locks", "add under a lock", "close to open", "names"
+	What string // "locks", "add under a lock", "close to open", "sizes", "names"
 	Err  error  // why it lacks it; nil if it has it
 	Note string // a figure, for people
 }
@@ -57,13 +56,13 @@ func ProbePeer(ctx context.Context, dir string) (checks []PeerCheck, here bool, 
 	for _, c := range []struct {
 		what string
 		f    func(context.Context) (string, error)
-	}{{"locks", p.locks}, {"add under a lock", p.adds}, {"close to open", p.closeToOpen}, {"names", p.names}} {
+	}{{"locks", p.locks}, {"add under a lock", p.adds}, {"close to open", p.closeToOpen}, {"sizes", p.sizes}, {"names", p.names}} {
 		note, err := c.f(ctx)
 		if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 			return checks, p.here, fmt.Errorf("the other host does not go on: %w", err)
 		}
 		checks = append(checks, PeerCheck{c.what, err, note})
-		if err := p.step(ctx); err != nil {
+		if err := p.next(ctx); err != nil {
 			return checks, p.here, fmt.Errorf("the other host does not go on: %w", err)
 		}
 	}
@@ -92,8 +91,8 @@ func (p *probe) part(ctx context.Context) error {
 	}
 }
 
-// probe is one host's part of ProbePeer. The hosts go on step by step: each says by a file of its own how
-// far it is.
+// probe is one host's part of ProbePeer. The hosts go on check by check, and step by step in each: a host
+// says by a file of its own how far it is.
 type probe struct {
 	d     *disk.Disk
 	dir   int
@@ -101,8 +100,12 @@ type probe struct {
 	other string
 	first bool // this host's ID is the smaller one
 	here  bool
-	steps int
+	check int // from 0
+	steps int // in this check
 }
+
+// errOther ends a check that failed on the other host.
+var errOther = errors.New("it failed on the other host, which says why")
 
 const (
 	probeAdds   = 100
@@ -153,45 +156,72 @@ func (p *probe) scan(f func(name string)) error {
 	})
 }
 
-// meet finds the other host.
+// meet finds the other host: one that answers. Another that was killed may have left its files.
 func (p *probe) meet(ctx context.Context) error {
-	self := layout.ThisHost()
-	boot, _, _ := strings.Cut(self.Boot, " ")
+	boot, _, _ := strings.Cut(layout.ThisHost().Boot, " ")
 	if err := p.say("here." + boot); err != nil {
 		return err
 	}
+	theirs := map[string]string{} // the hosts that were answered, and their boots
 	err := p.hear(ctx, func(name string) bool {
-		id, what, ok := strings.Cut(name, ".")
-		theirs, is := strings.CutPrefix(what, "here.")
-		if !ok || !is || id == p.id {
-			return false
+		id, what, _ := strings.Cut(name, ".")
+		if boot, ok := strings.CutPrefix(what, "here."); ok && id != p.id && theirs[id] == "" {
+			if p.say("met."+id) == nil {
+				theirs[id] = boot
+			}
 		}
-		p.other, p.here = id, theirs == boot
-		return true
+		if what == "met."+p.id {
+			p.other = id
+		}
+		return p.other != "" && theirs[p.other] != ""
 	})
 	if err != nil {
 		return fmt.Errorf("no other host has called kmsfs doctor --peer for this directory: %w", err)
 	}
-	p.first = p.id < p.other
-	return p.step(ctx)
+	p.first, p.here = p.id < p.other, theirs[p.other] == boot
+	return nil
 }
 
-// step returns when both hosts have called it as often.
+// step returns when both hosts have called it as often in this check, or the other one has ended the check.
 func (p *probe) step(ctx context.Context) error {
 	p.steps++
-	if err := p.say("step" + strconv.Itoa(p.steps)); err != nil {
+	step := fmt.Sprintf("%d.%d", p.check, p.steps)
+	if err := p.say(step); err != nil {
 		return err
 	}
-	return p.hear(ctx, func(name string) bool {
-		n, ok := strings.CutPrefix(name, p.other+".step")
-		at, err := strconv.Atoi(n)
-		return ok && err == nil && at >= p.steps
+	theirs, end := p.other+"."+step, fmt.Sprintf("%s.%d.end", p.other, p.check)
+	here := false
+	err := p.hear(ctx, func(name string) bool {
+		here = here || name == theirs
+		return here || name == end
 	})
+	if err == nil && !here { // a scan beside the other's work can miss what came before the end
+		err = p.scan(func(name string) { here = here || name == theirs })
+	}
+	if err == nil && !here {
+		err = errOther
+	}
+	return err
+}
+
+// next returns when both hosts have ended this check.
+func (p *probe) next(ctx context.Context) error {
+	end := fmt.Sprintf("%d.end", p.check)
+	p.check, p.steps = p.check+1, 0
+	if err := p.say(end); err != nil {
+		return err
+	}
+	return p.hear(ctx, func(name string) bool { return name == p.other+"."+end })
 }
 
 // file opens a file that both hosts use.
 func (p *probe) file(name string) (int, error) {
-	return p.d.Open(p.dir, name, unix.O_RDWR|unix.O_CREAT|disk.FileFlags, 0o666)
+	flags := unix.O_RDWR | disk.FileFlags
+	fd, err := p.d.Open(p.dir, name, flags|unix.O_CREAT, 0o666)
+	if err == unix.EEXIST { // on MooseFS, when the other host made it at the same time
+		fd, err = p.d.Open(p.dir, name, flags, 0)
+	}
+	return fd, err
 }
 
 // locks tests whether a lock of one host is in the way of the other, and goes.
@@ -214,10 +244,10 @@ func (p *probe) locks(ctx context.Context) (string, error) {
 		var held error
 		if !p.first {
 			if held = p.d.OFDLock(fd, l); held == nil {
-				return "", errors.Join(errors.New("a lock of one host is not seen by the other"), p.skip(ctx))
+				return "", errors.New("a lock of one host is not seen by the other")
 			}
 			if !disk.LockBusy(held) {
-				return "", errors.Join(held, p.skip(ctx))
+				return "", held
 			}
 		}
 		if err := p.step(ctx); err != nil {
@@ -239,16 +269,6 @@ func (p *probe) locks(ctx context.Context) (string, error) {
 		}
 	}
 	return "", nil
-}
-
-// skip takes the steps of a round of locks that failed.
-func (p *probe) skip(ctx context.Context) error {
-	for range 2 {
-		if err := p.step(ctx); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // adds tests whether both hosts read under a lock what the other wrote.
@@ -353,6 +373,56 @@ func (p *probe) closeToOpen(ctx context.Context) (string, error) {
 	return "", nil
 }
 
+// sizes tests whether a host that has written a file, and has it open, reads under a lock how long the other
+// has made it.
+func (p *probe) sizes(ctx context.Context) (string, error) {
+	fd, err := p.file("length")
+	if err != nil {
+		return "", err
+	}
+	defer p.d.Close(fd)
+	l := disk.Lock{Kind: disk.Alone, At: layout.LeaseByte, N: 1}
+	locked := func(f func() error) error {
+		if err := p.lock(ctx, fd, l); err != nil {
+			return err
+		}
+		return errors.Join(f(), p.d.OFDLock(fd, disk.Lock{Kind: disk.None, At: l.At, N: 1}))
+	}
+	wrong := 0
+	for round := range probeRounds { // each one shortens what the other wrote
+		size := int64(1000 * (probeRounds - round))
+		if (round%2 == 0) == p.first {
+			err := locked(func() error {
+				return errors.Join(p.d.Truncate(fd, size), p.d.Pwrite(fd, []byte{1}, size-1), p.d.Fsync(fd))
+			})
+			if err != nil {
+				return "", err
+			}
+		}
+		if err := p.step(ctx); err != nil {
+			return "", err
+		}
+		err := locked(func() error {
+			var st unix.Stat_t
+			err := p.d.FstatFresh(fd, &st)
+			if st.Size != size {
+				wrong++
+			}
+			return err
+		})
+		if err != nil {
+			return "", err
+		}
+		if err := p.step(ctx); err != nil {
+			return "", err
+		}
+	}
+	if wrong > 0 {
+		return "", fmt.Errorf("%d of %d times a file that one host had shortened had its former length on the other, which has it open", wrong, probeRounds)
+	}
+	return "", nil
+}
+
 // names tests whether a name that one host makes or removes is seen by the other at once.
 func (p *probe) names(ctx context.Context) (string, error) {
 	wrong := 0
@@ -388,10 +458,13 @@ func (p *probe) names(ctx context.Context) (string, error) {
 	return "", nil
 }
 
-// clean removes this host's files, and those that both used.
+// clean removes this host's files, those that both used, and those of hosts that are gone.
 func (p *probe) clean() {
 	p.d.Scan(p.dir, func(e disk.Dirent) error {
-		if strings.HasPrefix(e.Name, p.id+".") || !strings.Contains(e.Name, ".") {
+		if p.other == "" && !strings.HasPrefix(e.Name, p.id+".") {
+			return nil
+		}
+		if !strings.HasPrefix(e.Name, p.other+".") {
 			p.d.Unlink(p.dir, e.Name, 0)
 		}
 		return nil

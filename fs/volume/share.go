@@ -5,8 +5,8 @@ package volume
 import (
 	"context"
 	"errors"
-	"fmt"
 	"slices"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -56,9 +56,8 @@ func Unshared(dir string) error {
 	return disk.Ignore(d.Unlink(root, layout.HostsName, unix.AT_REMOVEDIR), unix.ENOENT)
 }
 
-// CheckShared returns an [UnfitError] if a directory's filesystem is mounted so that other hosts do not see
-// this one's locks, as far as this host alone can tell; local says that no other host can see the
-// directory as this one does.
+// CheckShared returns an [UnfitError] if the filesystem of a directory is not fit for a shared volume, as far
+// as this host alone can tell; local says that no other host can see the directory as this one does.
 func CheckShared(dir string) (local bool, err error) {
 	d := &disk.Disk{}
 	root, err := layout.OpenRoot(d, dir)
@@ -70,14 +69,30 @@ func CheckShared(dir string) (local bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	options, err := d.MountOptions(root)
+	return !slices.Contains(remote, uint32(st.Type)), fitForHosts(d, root)
+}
+
+func fitForHosts(d *disk.Disk, root int) error {
+	m, err := d.MountOf(root)
 	if err != nil {
-		return false, err
+		return err
 	}
+	if lacks := lacksForHosts(m); lacks != "" {
+		return &UnfitError{Lacks: lacks}
+	}
+	return nil
+}
+
+// lacksForHosts says what a mount lacks for a shared volume; "" if that cannot be told from here.
+func lacksForHosts(m disk.Mount) string {
 	for _, o := range []string{"nolock", "local_lock=all", "local_lock=posix", "local_lock=flock", "nobrl"} {
-		if slices.Contains(options, o) {
-			return false, &UnfitError{Lacks: fmt.Sprintf("keeps locks on this host: mount it without the option %s", o)}
+		if slices.Contains(m.Options, o) {
+			return "keeps locks on this host: mount it without the option " + o
 		}
 	}
-	return !slices.Contains(remote, uint32(st.Type)), nil
+	// Its client makes a file as long again as it has written it, though another host has shortened it since.
+	if strings.HasPrefix(m.Source, `mfs\043`) {
+		return "is MooseFS, on which a host does not see that another has shortened a file"
+	}
+	return ""
 }

@@ -150,6 +150,11 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 	if err != nil {
 		return nil, err
 	}
+	if v.cfg.Shared && !o.ReadOnly {
+		if err := fitForHosts(&v.disk, v.rootD); err != nil {
+			return nil, err
+		}
+	}
 	if !o.ReadOnly {
 		if v.lockFD, err = layout.LockWriter(&v.disk, v.rootD, v.cfg.Shared, o.Alone); err != nil {
 			return nil, err

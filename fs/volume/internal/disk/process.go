@@ -22,21 +22,28 @@ func PIDSpace() string {
 // NoProcess reports whether there is no process with this number.
 func NoProcess(pid int) bool { return errors.Is(unix.Kill(pid, 0), unix.ESRCH) }
 
-// MountOptions returns the options of the mount that an open object is in, as mount(8) shows them.
-func (d *Disk) MountOptions(fd int) ([]string, error) {
+// Mount is a mount of a filesystem, with the octal escapes of /proc/self/mountinfo.
+type Mount struct {
+	Source  string
+	Options []string // of the mount and of the filesystem
+}
+
+// MountOf returns the mount that an open object is in; an empty one if it is not in this namespace.
+func (d *Disk) MountOf(fd int) (Mount, error) {
 	d.sees("statx")
 	var st unix.Statx_t
 	if err := unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_MNT_ID, &st); err != nil {
-		return nil, err
+		return Mount{}, err
 	}
 	b, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
-		return nil, err
+		return Mount{}, err
 	}
 	for line := range strings.Lines(string(b)) {
 		if fields := strings.Fields(line); len(fields) > 6 && fields[0] == fmt.Sprint(st.Mnt_id) {
-			return slices.Concat(strings.Split(fields[5], ","), strings.Split(fields[len(fields)-1], ",")), nil
+			last := len(fields) - 1
+			return Mount{fields[last-1], slices.Concat(strings.Split(fields[5], ","), strings.Split(fields[last], ","))}, nil
 		}
 	}
-	return nil, nil
+	return Mount{}, nil
 }

@@ -1,0 +1,40 @@
+//go:build linux && !portable
+
+package volume
+
+import (
+	"slices"
+	"strings"
+	"testing"
+
+	"kmsfs/fs/volume/internal/disk"
+)
+
+// What a host alone can tell of a filesystem that is not fit for a shared volume.
+func TestUnfitForHosts(t *testing.T) {
+	for _, c := range []struct {
+		m     disk.Mount
+		lacks string
+	}{
+		{disk.Mount{Source: "server:/x", Options: []string{"rw", "vers=4.2", "local_lock=none"}}, ""},
+		{disk.Mount{Source: "server:/x", Options: []string{"rw", "vers=3", "nolock", "local_lock=all"}}, "without the option nolock"},
+		{disk.Mount{Source: "server:/x", Options: []string{"vers=3", "local_lock=posix"}}, "without the option local_lock=posix"},
+		{disk.Mount{Source: "//server/x", Options: []string{"vers=3.1.1", "nobrl"}}, "without the option nobrl"},
+		{disk.Mount{Source: `mfs\04310.0.0.1:9421`, Options: []string{"rw"}}, "MooseFS"},
+		{disk.Mount{}, ""},
+	} {
+		if got := lacksForHosts(c.m); (got == "") != (c.lacks == "") || !strings.Contains(got, c.lacks) {
+			t.Errorf("%v: %q", c.m, got)
+		}
+	}
+	// A directory's own mount is found.
+	d := &disk.Disk{}
+	root, err := d.OpenRoot("/proc")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close(root)
+	if m, err := d.MountOf(root); err != nil || m.Source != "proc" || !slices.Contains(m.Options, "rw") {
+		t.Errorf("the mount of /proc: %v, %v", m, err)
+	}
+}
