@@ -1,6 +1,7 @@
 #!/bin/sh
-# Installs what the demo (fuse3), the tests or the long tests (soak) need, if it is missing: Debian
-# packages as root or by sudo, moto_server into .venv. Says what to do where it cannot.
+# Installs what the demo (fuse3), the tests (test), the long tests (soak) or those of several hosts (hosts)
+# need, if it is missing: Debian packages as root or by sudo, moto_server into .venv. Says what to do where it
+# cannot.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -36,6 +37,19 @@ if [ "${1:-}" = test ]; then
 	export PATH="$PWD/.venv/bin:$PATH"
 	command -v aws >/dev/null 2>&1 || need="$need awscli"
 	command -v moto_server >/dev/null 2>&1 || python3 -c 'import venv, ensurepip' 2>/dev/null || need="$need python3-venv"
+fi
+if [ "${1:-}" = hosts ]; then
+	want make make
+	want gcc gcc
+	want libc6-dev gcc
+	want git git
+	want sqlite3 sqlite3
+	want e2fsprogs mkfs.ext4
+	want glusterfs-server glusterd
+	want glusterfs-client glusterfs
+	want moosefs-master mfsmaster
+	want moosefs-chunkserver mfschunkserver
+	want moosefs-client mfsmount
 fi
 if [ "${1:-}" = soak ]; then
 	want stress-ng stress-ng

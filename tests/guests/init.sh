@@ -1,8 +1,9 @@
 #!/bin/bash
 # The first process of a User-Mode Linux guest. The guest's root is the host's own tree, to read only; what
 # it writes is in memory. LAB is the laboratory's directory, HN the guest's name, IP its address, ROLE
-# "server" or "client", LEASE the seconds of an NFS lease. It mounts, and then runs the scripts that
-# appear in LAB/share/HN.
+# "server" or "client", LEASE the seconds after which the server takes a silent client for dead.
+# BACKING.sh has a function for each role: what a server starts on the disk at /media, and what a client
+# mounts at /mnt/n. Then the guest runs the scripts that appear in LAB/share/HN.
 export LD_LIBRARY_PATH=$LAB/root/usr/lib/x86_64-linux-gnu HOME=/root
 export PATH=$LAB/share:/usr/sbin:/usr/bin:/sbin:/bin:$LAB/root/usr/sbin:$LAB/root/sbin:$LAB/root/bin
 mount -t proc proc /proc
@@ -23,39 +24,16 @@ mount -t tmpfs -o mode=700 tmpfs /root
 mount -t hostfs none /mnt/share -o "$LAB/share"
 hostname "$HN"
 echo "$LAB/share/modprobe" >/proc/sys/kernel/modprobe
-for m in sunrpc lockd nfs nfsv4 fuse; do modprobe $m || echo "modprobe $m failed"; done
+modprobe fuse || echo "modprobe fuse failed"
+. "$LAB/$BACKING.sh"
 ip link set lo up
-ip link set eth0 up
 ip addr add "$IP/24" dev eth0
-# Neighbours that do not age: else a client whose server is away waits for ARP, and backs off past the
-# end of the server's grace period.
-for k in 1 2 3; do
-	[ "10.77.0.$k" = "$IP" ] || ip neigh replace 10.77.0.$k lladdr 02:00:0a:4d:00:0$k nud permanent dev eth0
-done
+"$LAB/connect.sh"
 if [ "$ROLE" = server ]; then
-	modprobe nfsd
-	mkdir -p /var/lib/nfs/v4recovery /var/lib/nfs/rpc_pipefs /run/lock
-	touch /var/lib/nfs/rmtab /var/lib/nfs/etab
 	mount -t ext4 /dev/ubda /media
-	mkdir -p /media/export /media/nfsdcld
-	chmod 777 /media/export
-	mount -t nfsd nfsd /proc/fs/nfsd
-	mount -t rpc_pipefs rpc_pipefs /var/lib/nfs/rpc_pipefs
-	# Which clients had locks must outlive a restart of the server.
-	nfsdcld -F -s /media/nfsdcld -p /var/lib/nfs/rpc_pipefs &
-	sleep 0.5
-	echo "$LEASE" >/proc/fs/nfsd/nfsv4leasetime
-	echo 20 >/proc/fs/nfsd/nfsv4gracetime
-	echo "/media/export 10.77.0.0/24(rw,sync,no_root_squash,fsid=0,no_subtree_check,insecure)" >/etc/exports
-	exportfs -r
-	rpc.mountd -F -N 2 -N 3 &
-	sleep 0.3
-	rpc.nfsd -N 3 -V 4.2 -G 20 -L "$LEASE" 4
+	server
 else
-	for _ in $(seq 100); do
-		mount.nfs4 10.77.0.1:/ /mnt/n -o vers=4.2 && break
-		sleep 0.2
-	done
+	client
 fi
 dir=/mnt/share/$HN
 : >"$dir/ready"

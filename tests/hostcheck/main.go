@@ -54,6 +54,7 @@ type workload struct {
 
 var workloads = map[string]workload{
 	"counter":  {(*part).counter, judgeCounter},
+	"reopened": {(*part).reopened, judgeCounter},
 	"list":     {(*part).list, judgeList},
 	"append":   {(*part).appends, judgeAppend},
 	"pages":    {(*part).pages, judgePages},
@@ -110,20 +111,27 @@ func (p *part) ack(x any) {
 	p.out.Flush()
 }
 
-// locked calls f while the whole file is locked by fcntl(2).
-func locked(file *os.File, f func() error) error {
+// lock locks the whole file by fcntl(2).
+func lock(file *os.File) error {
 	l := syscall.Flock_t{Type: syscall.F_WRLCK}
 	for {
 		err := syscall.FcntlFlock(file.Fd(), syscall.F_SETLKW, &l)
 		if err == nil {
-			break
+			return nil
 		}
 		if err != syscall.EINTR {
 			return fmt.Errorf("lock: %w", err)
 		}
 	}
+}
+
+// locked calls f while the whole file is locked.
+func locked(file *os.File, f func() error) error {
+	if err := lock(file); err != nil {
+		return err
+	}
 	err := f()
-	l.Type = syscall.F_UNLCK
+	l := syscall.Flock_t{Type: syscall.F_UNLCK}
 	if uerr := syscall.FcntlFlock(file.Fd(), syscall.F_SETLK, &l); uerr != nil {
 		return errors.Join(err, fmt.Errorf("unlock: %w", uerr))
 	}
@@ -132,33 +140,58 @@ func locked(file *os.File, f func() error) error {
 
 // counter adds 1 to a number under a lock, and reads it.
 func (p *part) counter() error {
-	file, err := os.OpenFile(p.path("counter"), os.O_RDWR|os.O_CREATE, 0o644)
+	file, err := p.openCounter()
 	if err != nil {
 		return err
 	}
 	defer file.Close()
 	last := uint64(0)
 	for p.running() {
-		err := locked(file, func() error {
-			var b [8]byte
-			if n, err := file.ReadAt(b[:], 5000); err != nil && !(err == io.EOF && n == 0) {
-				return err
-			}
-			x := binary.BigEndian.Uint64(b[:])
-			if x < last {
-				return fmt.Errorf("read %d after %d", x, last)
-			}
-			last = x + 1
-			binary.BigEndian.PutUint64(b[:], last)
-			_, err := file.WriteAt(b[:], 5000)
-			return err
-		})
-		if err != nil {
+		if err := locked(file, func() error { return add(file, &last) }); err != nil {
 			return err
 		}
 		p.ack(last)
 	}
 	return nil
+}
+
+// reopened is counter where each addition opens the file, and its close gives the lock back.
+func (p *part) reopened() error {
+	last := uint64(0)
+	for p.running() {
+		file, err := p.openCounter()
+		if err != nil {
+			return err
+		}
+		if err = lock(file); err == nil {
+			err = add(file, &last)
+		}
+		if err = errors.Join(err, file.Close()); err != nil {
+			return err
+		}
+		p.ack(last)
+	}
+	return nil
+}
+
+func (p *part) openCounter() (*os.File, error) {
+	return os.OpenFile(p.path("counter"), os.O_RDWR|os.O_CREATE, 0o644)
+}
+
+// add adds 1 to the counter in a file, which was never less than last.
+func add(file *os.File, last *uint64) error {
+	var b [8]byte
+	if n, err := file.ReadAt(b[:], 5000); err != nil && !(err == io.EOF && n == 0) {
+		return err
+	}
+	x := binary.BigEndian.Uint64(b[:])
+	if x < *last {
+		return fmt.Errorf("read %d after %d", x, *last)
+	}
+	*last = x + 1
+	binary.BigEndian.PutUint64(b[:], *last)
+	_, err := file.WriteAt(b[:], 5000)
+	return err
 }
 
 // judgeCounter demands that each value was given out once, and that the file has the last one.
