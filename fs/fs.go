@@ -43,7 +43,10 @@ func (nobody) behind(uint64)       {}
 func newFS(v *volume.Volume, kernelChecks bool) *fileSystem {
 	f := &fileSystem{RawFileSystem: fuse.NewDefaultRawFileSystem(), v: v, timeout: remember,
 		kernelChecks: kernelChecks, waits: nobody{}}
-	if v.ReadOnly() || v.Shared() {
+	switch {
+	case v.Shared():
+		f.timeout = rememberShared
+	case v.ReadOnly():
 		f.timeout = rememberRead
 	}
 	return f

@@ -112,8 +112,10 @@ func raiseReadAhead(dir string) {
 }
 
 // Nobody else changes a volume that is mounted for writing, so the kernel may
-// remember what it was told; beside a read-only mount another may write, and in a shared volume.
+// remember what it was told; beside a read-only mount another may write, and in a shared volume, where the
+// volume itself remembers attributes for 0.1 s.
 const (
-	remember     = time.Minute
-	rememberRead = time.Second
+	remember       = time.Minute
+	rememberRead   = time.Second
+	rememberShared = 900 * time.Millisecond
 )

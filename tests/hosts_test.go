@@ -60,10 +60,11 @@ func (h *hostsTest) all(t *testing.T) {
 	h.run(t, "one writer", h.oneWriter)
 	h.run(t, "peer", h.peer)
 	share(h.hosts)
-	for _, w := range []string{"counter", "list", "append", "pages", "register", "names", "cut"} {
+	for _, w := range []string{"counter", "reopened", "list", "append", "pages", "register", "names", "cut"} {
 		h.run(t, w, func(t *testing.T) { h.work(t, w, h.hosts) })
 	}
 	h.run(t, "SQLite and git", h.programs)
+	h.run(t, "lock of the last host", h.lastHost)
 	h.run(t, "build", h.build)
 	h.run(t, "removed while open", h.removed)
 	h.run(t, "full disk", h.full)
@@ -218,19 +219,20 @@ func (h *hostsTest) peer(t *testing.T) {
 func (h *hostsTest) programs(t *testing.T) {
 	a, b := h.a, h.b
 	a.must(`sqlite3 /mnt/p/db 'PRAGMA journal_mode=DELETE; CREATE TABLE t(host, n, UNIQUE(host, n));'`)
-	insert := func(host int) string {
+	insert := func(host int) string { // and print what was there
 		return fmt.Sprintf(`for n in $(seq 15); do
-	sqlite3 -cmd ".timeout 60000" /mnt/p/db "BEGIN IMMEDIATE; INSERT INTO t VALUES(%d, $n); COMMIT;" || exit 1
+	sqlite3 -cmd ".timeout 60000" /mnt/p/db "BEGIN IMMEDIATE; SELECT $n, group_concat(host || '.' || n, ' ') FROM t; INSERT INTO t VALUES(%d, $n); COMMIT;" || exit 1
 done`, host)
 	}
 	wait := a.begin(insert(0))
-	b.must(insert(1))
-	if out, err := wait(2 * time.Minute); err != nil {
-		t.Errorf("%v: %s", err, out)
+	theirs := b.must(insert(1))
+	ours, err := wait(2 * time.Minute)
+	if err != nil {
+		t.Errorf("%v: %s", err, ours)
 	}
 	for _, g := range h.hosts {
 		if out := g.must(`sqlite3 /mnt/p/db 'PRAGMA integrity_check; SELECT count(*) FROM t;'`); out != "ok\n30\n" {
-			t.Errorf("%s: %q", g.name, out)
+			t.Errorf("%s: %q\nhost 0:\n%s\nhost 1:\n%s", g.name, out, ours, theirs)
 		}
 	}
 	const identity = "export GIT_AUTHOR_NAME=a GIT_AUTHOR_EMAIL=a@example.org GIT_COMMITTER_NAME=a GIT_COMMITTER_EMAIL=a@example.org; "
@@ -240,6 +242,23 @@ done`, host)
 	}
 	if out := b.must("cd /mnt/p/repo && git log --oneline | wc -l && git status --short"); out != "4\n" {
 		t.Errorf("%q", out)
+	}
+}
+
+// A host has a file open while another changes it under a lock, and closes it. The server of NFS may then
+// delegate reading to the first, which does not look at what its cache has when it takes a lock.
+func (h *hostsTest) lastHost(t *testing.T) {
+	for i := range 3 {
+		file := fmt.Sprint("/mnt/p/delegated", i)
+		h.a.must("head -c 20000 /dev/zero >" + file + "; rm -f /mnt/share/opened /mnt/share/written")
+		wait := h.b.begin(fmt.Sprintf(`cat %s >/dev/null; exec 3<>%s; exec 4<%s; touch /mnt/share/opened
+while [ ! -e /mnt/share/written ]; do sleep 0.1; done; sleep 1.5
+flock 3; head -c 3 <&4`, file, file, file))
+		h.a.must(fmt.Sprintf(`while [ ! -e /mnt/share/opened ]; do sleep 0.1; done
+flock %s -c 'printf new | dd of=%s conv=notrunc status=none'; touch /mnt/share/written`, file, file))
+		if out, err := wait(time.Minute); err != nil || out != "new" {
+			t.Errorf("under the lock: %v, %q", err, out)
+		}
 	}
 }
 

@@ -16,6 +16,7 @@ import (
 // for writing and takes the data key that an empty file's first byte needs. No
 // lock is held while a key service is asked.
 func (c *content) acquire(ctx context.Context, write bool) (*file, error) {
+	asked := bootTime()
 	if c.n.typ != unix.S_IFREG {
 		return nil, unix.EINVAL
 	}
@@ -61,7 +62,7 @@ func (c *content) acquire(ctx context.Context, write bool) (*file, error) {
 		opened(false)
 		err = f.ready(ctx, false) // a refusal shows at open
 		if err == nil {
-			err = f.lease.follow(ctx)
+			err = f.lease.follow(ctx, asked, false)
 		}
 		if err != nil {
 			f.release(write)

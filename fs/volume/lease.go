@@ -21,6 +21,7 @@ const (
 	leaseTick   = 20 * time.Millisecond  // between two looks whether others wait for a lease
 	leaseIdle   = 300 * time.Millisecond // without a write, after which a lease is given back
 	leaseMost   = 5 * time.Second        // after which it is given back anyway
+	leaseSeen   = 100 * time.Millisecond // in which attributes are not read again; the kernel keeps them for 0.9 s
 	leaseYield  = 40 * time.Millisecond  // in which a lease that another waits for is not taken again
 	leasePause  = time.Millisecond       // between two attempts to take a lease, at first
 	leasePauses = 10 * time.Millisecond  // and at most
@@ -38,10 +39,29 @@ type lease struct {
 	doubt   atomic.Uint64 // a session that left the file unfinished, and that no dead host is known to have had
 	wanted  bool          // another host waits for it
 	stale   atomic.Bool   // programs had locks on the file that this host may have lost: it must be opened again
-	loaded  atomic.Bool   // just now, so that it is as the disk has it
+	seen    atomic.Int64  // bootTime at which the file was as the disk has it
+	version version       // then
 	wanting bool          // this host has said that it waits
 	free    time.Time     // when it may be taken again
 }
+
+// A version is what the filesystem says of a file before its header is read. A file that has the same
+// again was not changed since, if the version is old enough by the filesystem's clock: a change later would
+// have got another time.
+type version struct {
+	changed unix.Timespec
+	size    int64
+	old     bool
+}
+
+// settledAfter is more than a filesystem's clock takes from one time to the next.
+const settledAfter = time.Second
+
+func (v *Volume) versionOf(st *unix.Stat_t) version {
+	return version{st.Ctim, st.Size, v.peers.clock.Load()-st.Ctim.Nano() > int64(settledAfter)}
+}
+
+func (x version) is(st *unix.Stat_t) bool { return x.old && x.changed == st.Ctim && x.size == st.Size }
 
 // leases are the files whose leases this host has.
 type leases struct {
@@ -101,7 +121,7 @@ func (l *lease) has() (bool, error) {
 		f.v.disk.OFDLock(f.FD, wantedLock(disk.None))
 		l.wanting = false
 	}
-	if err := l.reload(); err != nil {
+	if err := l.reload(true); err != nil {
 		l.drop()
 		return false, err
 	}
@@ -260,10 +280,11 @@ func (l *lease) freshen(ctx context.Context) error {
 	return nil
 }
 
-// follow takes over what others have changed, without the lease if the file is at rest.
-func (l *lease) follow(ctx context.Context) error {
+// follow takes over what others have changed before asked, a bootTime, without the lease if the
+// file is at rest. locked says that a program has a lock, so that it must read nothing older.
+func (l *lease) follow(ctx context.Context, asked int64, locked bool) error {
 	f := l.f
-	if !f.v.Shared() || l.loaded.Swap(false) {
+	if !f.v.Shared() || l.seen.Load() >= asked {
 		return nil
 	}
 	for {
@@ -274,7 +295,7 @@ func (l *lease) follow(ctx context.Context) error {
 		switch {
 		case f.Broken():
 		case !l.held:
-			err = l.reload()
+			err = l.reload(locked)
 		case !f.v.o.ReadOnly: // the filesystem may have given it to another host
 			var late uint64
 			if late, err = f.v.peers.leases(); err == nil && l.late != late {
@@ -296,32 +317,47 @@ func (l *lease) follow(ctx context.Context) error {
 	}
 }
 
-// look is follow where that needs not wait for anybody: for attributes.
+// look is follow where that needs not wait for anybody: for attributes, which programs ask for just after
+// an open.
 func (l *lease) look() {
 	f := l.f
-	if !f.v.Shared() || !f.mu.TryLock() {
+	if !f.v.Shared() {
+		return
+	}
+	if bootTime()-l.seen.Load() < int64(leaseSeen) || !f.mu.TryLock() {
 		return
 	}
 	defer f.unlock()
 	if f.FD >= 0 && !f.closed && !l.held && !f.Broken() {
-		l.reload() // else the file is shown as it was
+		l.reload(false) // else the file is shown as it was
 	}
 }
 
 // reload reads the header again, and where it is another than before takes the file as it is now.
-// Without the lease it needs a file at rest. On an error the file is as before. mu is held for writing.
-func (l *lease) reload() error {
+// Without the lease it needs a file at rest. If it must not be sure, it believes a version that did not
+// change. On an error the file is as before. mu is held for writing.
+//
+// The cache of a network filesystem is not believed. Linux' NFS keeps the pages of a file that is open for
+// writing here when another host has changed it, until a lock is taken; and even then if the server has
+// delegated reading to this host meanwhile.
+func (l *lease) reload(sure bool) error {
 	f := l.f
 	v, c := f.v, &f.n.content
+	asked := bootTime()
 	var st unix.Stat_t
 	if err := v.disk.FstatFresh(f.FD, &st); err != nil {
 		return err
 	}
-	if v.blurred {
-		v.disk.ForgetPages(f.FD, 0, 0)
-	}
 	if st.Size == 0 && f.Header == nil || f.Broken() {
 		return nil
+	}
+	if !sure && !v.blurred && l.version.is(&st) {
+		l.seen.Store(asked)
+		return nil
+	}
+	now := v.versionOf(&st)
+	if v.disk.Remote {
+		v.disk.ForgetPages(f.FD, 0, blockcrypt.PageSize)
 	}
 	if f.Header != nil && st.Size > 0 {
 		head := make([]byte, f.Geo.Header())
@@ -330,8 +366,16 @@ func (l *lease) reload() error {
 			return err
 		}
 		if cfile.SameHead(f.File, head[:n]) {
+			if v.blurred { // pages can be older than the header
+				v.disk.ForgetPages(f.FD, 0, 0)
+			}
+			l.seen.Store(asked)
+			l.version = now
 			return nil
 		}
+	}
+	if v.disk.Remote {
+		v.disk.ForgetPages(f.FD, 0, 0)
 	}
 	was, of := f.File, f.domain.Load()
 	f.File = blank(f, f.FD, st.Mtim)
@@ -366,6 +410,8 @@ func (l *lease) reload() error {
 	f.moves = f.Times().Moves
 	c.foreign.Store(true)
 	v.lists.keep(f)
+	l.seen.Store(asked)
+	l.version = now
 	return nil
 }
 

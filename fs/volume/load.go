@@ -21,6 +21,8 @@ type half struct {
 	f       *file
 	st      unix.Stat_t // before the header was read
 	doubted bool
+	begun   int64 // bootTime before the header was read
+	version version
 	waiting int  // calls that wait for its key; guarded by openMu
 	stale   bool // its lease was given back while its key was waited for
 }
@@ -223,7 +225,8 @@ func (c *content) finish(h *half, keys *blockcrypt.FileKeys) error {
 		f.Reserved(h.st.Blocks * 512) // as many were reserved, and left so when it settled
 	}
 	c.attach(f)
-	f.lease.loaded.Store(true)
+	f.lease.seen.Store(h.begun)
+	f.lease.version = h.version
 	if f.lease.held {
 		c.v.leases.add(f)
 	}
@@ -263,11 +266,12 @@ func (c *content) openHalf() (*half, error) {
 
 // halfOf reads the header of a file that was opened. openMu is held.
 func halfOf(c *content, f *file, st unix.Stat_t) (*half, error) {
-	h := &half{f: f, st: st, doubted: c.v.doubts.of(c.n)}
+	h := &half{f: f, st: st, doubted: c.v.doubts.of(c.n), begun: bootTime(), version: c.v.versionOf(&st)}
 	err := error(nil)
 	// After a sync that failed, of this mount or of one that ended badly, the page cache
-	// can say more than the disk has.
-	if h.doubted || c.v.repairs() || c.v.blurred {
+	// can say more than the disk has; and less, if another host wrote.
+	old := c.v.Shared() && c.v.disk.Remote && (f.lease.held || !c.lastSeen.is(&st))
+	if h.doubted || c.v.repairs() || c.v.blurred || old {
 		c.v.disk.ForgetPages(f.FD, 0, 0)
 	}
 	if st.Size > 0 {

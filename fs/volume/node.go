@@ -97,6 +97,7 @@ type content struct {
 	sound    uint64     // no session that ended badly has left it to be repaired, see sessions.sound
 	believed int64      // the size that the file had when it broke, which the kernel goes on to believe in
 	lastHead []byte     // the header when it was closed last, in a shared volume
+	lastSeen version    // and the version of it
 }
 
 // newNode returns a node that st describes.

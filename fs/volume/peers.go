@@ -37,6 +37,7 @@ type peers struct {
 	probe int           // of it, too, by which the lock is looked for
 
 	proven atomic.Int64  // since when, on CLOCK_BOOTTIME in nanoseconds, this host is known to be alive
+	clock  atomic.Int64  // of the filesystem at the last proof, in nanoseconds of Unix time
 	late   atomic.Uint64 // how often a proof came too late: leases of before are lost
 	fenced atomic.Bool   // another host repairs what this one has left: for good
 
@@ -262,10 +263,11 @@ func (p *peers) write(change func(*layout.HostFile)) error {
 // lost reports whether this host was taken for dead, or its lock taken away; written is the error of its
 // last write.
 func (p *peers) lost(written error) (bool, error) {
-	fenced, err := p.hosts.FencedName(p.name)
+	fenced, changed, err := p.hosts.FencedName(p.name)
 	if fenced || err != nil {
 		return fenced, err
 	}
+	p.clock.Store(changed.Nano())
 	if written != nil { // of a descriptor whose lock was lost, some filesystems take nothing
 		late := bootTime()-p.proven.Load() > int64(p.holds())
 		refused := errors.Is(written, unix.EIO) || errors.Is(written, unix.EBADF) || errors.Is(written, unix.EBADFD)

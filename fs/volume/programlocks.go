@@ -121,7 +121,7 @@ func (l *programLocks) lockedProgram(ctx context.Context) error {
 		if f.lease.stale.Load() {
 			return errStale
 		}
-		if err := f.lease.follow(ctx); err != nil {
+		if err := f.lease.follow(ctx, bootTime(), true); err != nil {
 			return err
 		}
 	}

@@ -432,7 +432,7 @@ func setRecipientsAwake(ctx context.Context, c *content, was *blockcrypt.Header,
 			return false, err
 		}
 		defer c.v.disk.OFDLock(fd, leaseLock(disk.None))
-		if c.v.blurred {
+		if c.v.disk.Remote {
 			c.v.disk.ForgetPages(fd, 0, 0)
 		}
 	}

@@ -205,7 +205,7 @@ func (f *file) dropIfIdleLocked() {
 		return
 	}
 	if f.v.Shared() {
-		f.n.lastHead = cfile.HeadOf(f.File)
+		f.n.lastHead, f.n.lastSeen = cfile.HeadOf(f.File), f.lease.version
 	} else if f.rw && f.FD >= 0 && !f.Broken() && !f.n.Gone() { // the kernel wrote a time back after the last close
 		f.failed("close", f.PutMtime())
 	}

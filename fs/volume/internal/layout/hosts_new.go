@@ -174,14 +174,16 @@ func (h Hosts) Fenced(fd int) (bool, error) {
 	return st.Size > hostSize || st.Nlink == 0, nil
 }
 
-// FencedName is Fenced of the file with a name.
-func (h Hosts) FencedName(name string) (bool, error) {
+// FencedName is Fenced of the file with a name. changed is when that was written last, by the filesystem's
+// clock.
+func (h Hosts) FencedName(name string) (fenced bool, changed unix.Timespec, err error) {
 	var dir, st unix.Stat_t
 	if err := h.Disk.FstatFresh(h.Dir, &dir); err != nil { // else it would be the one that this host remembers
-		return false, err
+		return false, changed, err
 	}
-	err := h.Disk.StatFresh(h.Dir, name, &st)
-	return errors.Is(err, unix.ENOENT) || err == nil && st.Size > hostSize, disk.Ignore(err, unix.ENOENT)
+	err = h.Disk.StatFresh(h.Dir, name, &st)
+	fenced = errors.Is(err, unix.ENOENT) || err == nil && st.Size > hostSize
+	return fenced, st.Ctim, disk.Ignore(err, unix.ENOENT)
 }
 
 // Fence makes a host that is dead a fenced one, durably.
