@@ -57,8 +57,8 @@ type version struct {
 // settledAfter is more than a filesystem's clock takes from one time to the next.
 const settledAfter = time.Second
 
-func (v *Volume) versionOf(st *unix.Stat_t) version {
-	return version{st.Ctim, st.Size, v.peers.clock.Load()-st.Ctim.Nano() > int64(settledAfter)}
+func (p *peers) versionOf(st *unix.Stat_t) version {
+	return version{st.Ctim, st.Size, p.clock.Load()-st.Ctim.Nano() > int64(settledAfter)}
 }
 
 func (x version) is(st *unix.Stat_t) bool { return x.old && x.changed == st.Ctim && x.size == st.Size }
@@ -355,7 +355,7 @@ func (l *lease) reload(sure bool) error {
 		l.seen.Store(asked)
 		return nil
 	}
-	now := v.versionOf(&st)
+	now := v.peers.versionOf(&st)
 	if v.disk.Remote {
 		v.disk.ForgetPages(f.FD, 0, blockcrypt.PageSize)
 	}

@@ -266,7 +266,7 @@ func (c *content) openHalf() (*half, error) {
 
 // halfOf reads the header of a file that was opened. openMu is held.
 func halfOf(c *content, f *file, st unix.Stat_t) (*half, error) {
-	h := &half{f: f, st: st, doubted: c.v.doubts.of(c.n), begun: bootTime(), version: c.v.versionOf(&st)}
+	h := &half{f: f, st: st, doubted: c.v.doubts.of(c.n), begun: bootTime(), version: c.v.peers.versionOf(&st)}
 	err := error(nil)
 	// After a sync that failed, of this mount or of one that ended badly, the page cache
 	// can say more than the disk has; and less, if another host wrote.

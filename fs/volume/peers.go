@@ -36,13 +36,8 @@ type peers struct {
 	fd    int           // of it, which holds its lock
 	probe int           // of it, too, by which the lock is looked for
 
-	proven atomic.Int64  // since when, on CLOCK_BOOTTIME in nanoseconds, this host is known to be alive
-	clock  atomic.Int64  // of the filesystem at the last proof, in nanoseconds of Unix time
-	late   atomic.Uint64 // how often a proof came too late: leases of before are lost
-	fenced atomic.Bool   // another host repairs what this one has left: for good
-
-	config   atomic.Uint64 // generation of the kmsfs.json that this host uses
-	refusals atomic.Int32  // of its last writes
+	ownLife
+	config atomic.Uint64 // generation of the kmsfs.json that this host uses
 
 	hosts  layout.Hosts
 	selfMu sync.Mutex // guards self, and the writes of this host's file
@@ -53,6 +48,15 @@ type peers struct {
 	dead    map[string]*deadHost // by the names of their files
 	stop    chan struct{}
 	done    sync.WaitGroup
+}
+
+// ownLife is what is known of whether this host is alive.
+type ownLife struct {
+	proven   atomic.Int64  // since when, on CLOCK_BOOTTIME in nanoseconds, this host is known to be alive
+	clock    atomic.Int64  // of the filesystem at the last proof, in nanoseconds of Unix time
+	late     atomic.Uint64 // how often a proof came too late: leases of before are lost
+	fenced   atomic.Bool   // another host repairs what this one has left: for good
+	refusals atomic.Int32  // of the last writes
 }
 
 // hostEvents are what peers tells the volume, and asks of it.
