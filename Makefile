@@ -46,6 +46,11 @@ test: deps-test lint
 	PATH="$(CURDIR)/.venv/bin:$$PATH" $(GO) test -race -timeout 20m ./blockcrypt/... ./keystore/... ./fs/... ./cmd/...
 	KMSFS_TEST_SHARED=1 $(GO) test -timeout 10m -run '$(SHARED)' ./fs/volume
 	PATH="$(CURDIR)/.venv/bin:$$PATH" $(GO) test -count 1 -timeout 20m ./tests/...
+	sh tests/guests/fetch.sh .guests
+	KMSFS_GUESTS="$(CURDIR)/.guests" KMSFS_HOST_SECONDS=3 $(GO) test -count 1 -timeout 10m -run '$(GUESTS)' ./tests
+
+# The part of test-shared that every test has: two minutes.
+GUESTS := TestHosts/nfs/^(one_writer|peer|reopened|append|lock_of_the_last_host|power_cut_during_append|end)$$
 
 # Tests of volumes in general that are made again with shared ones.
 SHARED := TestModel|TestKillAnywhere|TestRekey|TestRecipients|TestLong|TestRename|TestSparse
@@ -56,7 +61,7 @@ HOST_SECONDS ?= 5
 HOSTS ?= Hosts
 test-shared:
 	@sh tests/deps.sh hosts
-	[ -d .guests/root ] || sh tests/guests/fetch.sh .guests
+	sh tests/guests/fetch.sh .guests
 	KMSFS_GUESTS="$(CURDIR)/.guests" KMSFS_HOST_SECONDS=$(HOST_SECONDS) $(GO) test -count 1 -timeout 8h -v -run '$(HOSTS)' ./tests
 
 # What takes longer: run before a change is called finished.

@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -12,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"kmsfs/keystore/keystoretest"
 )
 
 // Real hosts: User-Mode Linux guests, each with its own kernel and caches, with the ciphertext on the
@@ -55,9 +58,10 @@ func newLaboratory(t testing.TB, backing networkFilesystem) (lab *laboratory, ho
 	t.Helper()
 	packages := os.Getenv("KMSFS_GUESTS")
 	if packages == "" {
-		t.Skip("make test-shared fetches what the guests need, and sets KMSFS_GUESTS")
+		t.Skip("make fetches what the guests need, and sets KMSFS_GUESTS")
 	}
 	needRoot(t)
+	keystoretest.Need(t, "amd64: Debian has User-Mode Linux for no other", runtime.GOARCH == "amd64")
 	for _, p := range backing.programs {
 		if _, err := exec.LookPath(p); err != nil {
 			t.Fatalf("make test-shared installs %s: %v", backing.name, err)
