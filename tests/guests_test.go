@@ -191,6 +191,7 @@ func (g *guest) boot() {
 		fmt.Sprintf("eth0=daemon,02:00:0a:4d:00:%02x,unix,%s/net", number, dir), "quiet")
 	for end := time.Now().Add(2 * time.Minute); ; time.Sleep(100 * time.Millisecond) {
 		if _, err := os.Stat(filepath.Join(mine, "ready")); err == nil {
+			g.wake()
 			return
 		}
 		if time.Now().After(end) {
@@ -199,6 +200,27 @@ func (g *guest) boot() {
 			return
 		}
 	}
+}
+
+// wake interrupts the guest's kernel every second, until the test ends. On a host with much to do User-Mode
+// Linux can lose the signal of its timer, and would wait for it for good.
+func (g *guest) wake() {
+	stop, pid := make(chan struct{}), g.process.Process.Pid
+	var done sync.WaitGroup
+	done.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			case <-time.After(time.Second):
+				unix.Kill(pid, unix.SIGALRM)
+			}
+		}
+	})
+	g.lab.whole.Cleanup(func() { // before the process is waited for, and its number another's
+		close(stop)
+		done.Wait()
+	})
 }
 
 // powerCut ends the guest's kernel at once.
