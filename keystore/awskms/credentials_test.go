@@ -394,6 +394,7 @@ func TestSilentAgent(t *testing.T) {
 // for all else, stay.
 func TestRefusalWithoutSTS(t *testing.T) {
 	asRole(t, func(t *testing.T, srv *keystoretest.Server, o awskms.Options) {
+		o.Attempt, o.Total = 2*time.Second, 8*time.Second // a busy machine is slow, too
 		s, err := awskms.New(o).Open(t.Context(), srv.AddKey(""))
 		if err != nil {
 			t.Fatal(err)
