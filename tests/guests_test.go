@@ -229,12 +229,13 @@ func (g *guest) powerCut() {
 	g.dead = true
 }
 
-// again unmounts the volume, which may tell of an outage, and mounts it again.
+// again unmounts the volume, which may tell of an outage, and mounts it again when the server is there.
 func (g *guest) again() {
 	g.lab.t.Helper()
 	if out, err := g.begin("kmsfs umount /mnt/p")(2 * time.Minute); err != nil {
 		g.lab.t.Logf("%s: umount after an outage: %s", g.name, out)
 	}
+	g.must("for _ in $(seq 90); do stat /mnt/n/v && exit; sleep 1; done; exit 1")
 	g.mount()
 }
 

@@ -151,6 +151,9 @@ func (h *hostsTest) all(t *testing.T) {
 
 // begin makes the directory in which a workload works.
 func (h *hostsTest) begin() {
+	for _, g := range h.hosts {
+		g.must("mountpoint -q /mnt/p")
+	}
 	h.a.must("rm -rf /mnt/p/w; mkdir /mnt/p/w; rm -f /mnt/share/acks.*; sleep 1.2")
 }
 

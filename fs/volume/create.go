@@ -178,6 +178,7 @@ func (c *content) adopt(fd int, st *Attr, key *freshKey, write bool) *Handle {
 			f.writers = 1
 		}
 		c.attach(f)
+		f.lease.seen.Store(bootTime())
 		f.mu.Lock()
 		c.v.lists.keep(f)
 		f.unlock()
