@@ -229,7 +229,7 @@ func (g *guest) powerCut() {
 	g.dead = true
 }
 
-// again unmounts the volume, which may tell of an outage, and mounts it again when the server is there.
+// again unmounts the volume, which may tell of an outage, and mounts it again when the server answers.
 func (g *guest) again() {
 	g.lab.t.Helper()
 	if out, err := g.begin("kmsfs umount /mnt/p")(2 * time.Minute); err != nil {

@@ -24,7 +24,8 @@ func TestHosts(t *testing.T) {
 	}
 }
 
-// Who uses a filesystem that is not fit for a shared volume is told so; other volumes refuse a second host.
+// A filesystem that is not fit for a shared volume is refused; a volume that is not shared works there, and
+// refuses a second host.
 func TestUnfitHosts(t *testing.T) {
 	lab, hosts := newLaboratory(t, moosefs)
 	h := &hostsTest{lab: lab, hosts: hosts, a: hosts[0], b: hosts[1]}
@@ -265,7 +266,7 @@ flock %s -c 'printf new | dd of=%s conv=notrunc status=none'; touch /mnt/share/w
 	}
 }
 
-// One host builds a program while the other reads all that is there.
+// One host builds a program while the other reads all of its files.
 func (h *hostsTest) build(t *testing.T) {
 	h.a.must(`mkdir /mnt/p/build && cd /mnt/p/build
 for i in $(seq 8); do echo "int f$i(void) { return $i; }" >f$i.c; done

@@ -37,6 +37,9 @@ func hintOfWriting(err error) string {
 	case errors.As(err, new(*volume.UnfitError)) && errors.Is(err, unix.EACCES):
 		return "make it as a user who may write there"
 	case errors.As(err, new(*volume.UnfitError)):
+		if unfit, _ := errors.AsType[*volume.UnfitError](err); unfit.Option != "" {
+			return "mount that filesystem without the option " + unfit.Option
+		}
 		return "make the volume on another filesystem"
 	case errors.As(err, new(*volume.OnlyRecipientError)):
 		return "give them another one first: kmsfs rewrap --missing"

@@ -177,8 +177,8 @@ func (c *content) adopt(fd int, st *Attr, key *freshKey, write bool) *Handle {
 		if write {
 			f.writers = 1
 		}
-		c.attach(f)
 		f.lease.seen.Store(bootTime())
+		c.attach(f)
 		f.mu.Lock()
 		c.v.lists.keep(f)
 		f.unlock()

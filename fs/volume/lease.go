@@ -141,7 +141,7 @@ func (l *lease) drop() {
 
 // confirm finds out whether the lease is still this host's after a proof that came too late. It is
 // if the file is as this host left it: nobody else changes it without another state. Where it is not,
-// what was not at rest is lost.
+// changes that were not at rest are lost.
 func (l *lease) confirm(late uint64) {
 	f := l.f
 	if l.late == late {

@@ -224,9 +224,9 @@ func (c *content) finish(h *half, keys *blockcrypt.FileKeys) error {
 	if h.st.Blocks*512 > h.st.Size+reservedLeast {
 		f.Reserved(h.st.Blocks * 512) // as many were reserved, and left so when it settled
 	}
-	c.attach(f)
 	f.lease.seen.Store(h.begun)
-	f.lease.version = h.version
+	f.lease.version = h.version // before others find the file
+	c.attach(f)
 	if f.lease.held {
 		c.v.leases.add(f)
 	}

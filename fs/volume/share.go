@@ -77,22 +77,22 @@ func fitForHosts(d *disk.Disk, root int) error {
 	if err != nil {
 		return err
 	}
-	if lacks := lacksForHosts(m); lacks != "" {
-		return &UnfitError{Lacks: lacks}
+	if unfit := unfitForHosts(m); unfit != nil {
+		return unfit
 	}
 	return nil
 }
 
-// lacksForHosts says what a mount lacks for a shared volume; "" if that cannot be told from here.
-func lacksForHosts(m disk.Mount) string {
+// unfitForHosts says why a mount is not fit for a shared volume; nil if that cannot be told from here.
+func unfitForHosts(m disk.Mount) *UnfitError {
 	for _, o := range []string{"nolock", "local_lock=all", "local_lock=posix", "local_lock=flock", "nobrl"} {
 		if slices.Contains(m.Options, o) {
-			return "keeps locks on this host: mount it without the option " + o
+			return &UnfitError{Lacks: "keeps locks on this host: it is mounted with the option " + o, Option: o}
 		}
 	}
 	// Its client makes a file as long again as it has written it, though another host has shortened it since.
 	if strings.HasPrefix(m.Source, `mfs\043`) {
-		return "is MooseFS, on which a host does not see that another has shortened a file"
+		return &UnfitError{Lacks: "is MooseFS, on which a host does not see that another has shortened a file"}
 	}
-	return ""
+	return nil
 }

@@ -13,18 +13,19 @@ import (
 // What a host alone can tell of a filesystem that is not fit for a shared volume.
 func TestUnfitForHosts(t *testing.T) {
 	for _, c := range []struct {
-		m     disk.Mount
-		lacks string
+		m   disk.Mount
+		why string
 	}{
 		{disk.Mount{Source: "server:/x", Options: []string{"rw", "vers=4.2", "local_lock=none"}}, ""},
-		{disk.Mount{Source: "server:/x", Options: []string{"rw", "vers=3", "nolock", "local_lock=all"}}, "without the option nolock"},
-		{disk.Mount{Source: "server:/x", Options: []string{"vers=3", "local_lock=posix"}}, "without the option local_lock=posix"},
-		{disk.Mount{Source: "//server/x", Options: []string{"vers=3.1.1", "nobrl"}}, "without the option nobrl"},
-		{disk.Mount{Source: `mfs\04310.0.0.1:9421`, Options: []string{"rw"}}, "MooseFS"},
+		{disk.Mount{Source: "server:/x", Options: []string{"rw", "vers=3", "nolock", "local_lock=all"}}, "with the option nolock"},
+		{disk.Mount{Source: "server:/x", Options: []string{"vers=3", "local_lock=posix"}}, "with the option local_lock=posix"},
+		{disk.Mount{Source: "//server/x", Options: []string{"vers=3.1.1", "nobrl"}}, "with the option nobrl"},
+		{disk.Mount{Source: `mfs\04310.0.0.1:9421`, Options: []string{"rw"}}, "another has shortened a file"},
 		{disk.Mount{}, ""},
 	} {
-		if got := lacksForHosts(c.m); (got == "") != (c.lacks == "") || !strings.Contains(got, c.lacks) {
-			t.Errorf("%v: %q", c.m, got)
+		got := unfitForHosts(c.m)
+		if (got == nil) != (c.why == "") || got != nil && !strings.HasSuffix(got.Error(), c.why) {
+			t.Errorf("%v: %v", c.m, got)
 		}
 	}
 	// A directory's own mount is found.

@@ -80,7 +80,7 @@ type base struct {
 	lockFD      int    // of kmsfs.lock, which holds the other; -1 if read-only
 	plain       bool   // names mode
 	calm        bool   // a filesystem in memory: pages cannot tear, no S
-	blurred     bool   // the filesystem's cache on this host may be older than what others wrote
+	blurred     bool   // the filesystem's cache on this host may lack writes of other hosts
 	super       bool   // running as root: new files are given to their users
 	granularity uint32 // of the times of files on the disk, in nanoseconds
 }

@@ -17,8 +17,9 @@ import (
 
 // An UnfitError says which property a backing filesystem lacks.
 type UnfitError struct {
-	Lacks string // "has no symlinks", for example
-	Err   error  // of the call that showed it; nil if the call gave a wrong result
+	Lacks  string // "has no symlinks", for example
+	Option string // of its mount, by which it lacks that; "" if it is none
+	Err    error  // of the call that showed it; nil if the call gave a wrong result
 }
 
 func (e *UnfitError) Error() string {
@@ -58,26 +59,26 @@ func CheckBackingIn(d *disk.Disk, root int, plainNames bool) (notes []string, er
 	}()
 	fd, err := d.Open(root, probeName, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|disk.FileFlags, 0o600)
 	if errors.Is(err, unix.EROFS) {
-		return nil, &UnfitError{"is read-only", nil}
+		return nil, &UnfitError{Lacks: "is read-only"}
 	}
 	if err != nil {
-		return nil, &UnfitError{"lets no file be made", err}
+		return nil, &UnfitError{Lacks: "lets no file be made", Err: err}
 	}
 	defer d.Close(fd)
 	if err := checkFile(d, fd); err != nil {
 		return nil, err
 	}
 	if err := d.Mknod(root, other, unix.S_IFREG|0o400, 0); err != nil {
-		return nil, &UnfitError{"has no mknod", err}
+		return nil, &UnfitError{Lacks: "has no mknod", Err: err}
 	}
 	if err := d.Rename(root, probeName, root, other, 0); err != nil {
-		return nil, &UnfitError{"does not rename a file over another", err}
+		return nil, &UnfitError{Lacks: "does not rename a file over another", Err: err}
 	}
 	if err := d.Symlink(LinksTarget, root, probeName); err != nil {
-		return nil, &UnfitError{"has no symlinks, in which kmsfs keeps directory IDs, long names and its marker", err}
+		return nil, &UnfitError{Lacks: "has no symlinks, in which kmsfs keeps directory IDs, long names and its marker", Err: err}
 	}
 	if t, err := d.Readlink(root, probeName); err != nil || t != LinksTarget {
-		return nil, &UnfitError{"does not keep the targets of symlinks", err}
+		return nil, &UnfitError{Lacks: "does not keep the targets of symlinks", Err: err}
 	}
 	if !plainNames {
 		if err := checkNames(d, root, long); err != nil {
@@ -85,7 +86,7 @@ func CheckBackingIn(d *disk.Disk, root int, plainNames bool) (notes []string, er
 		}
 	}
 	if err := d.Fsync(root); err != nil {
-		return nil, &UnfitError{"does not sync directories", err}
+		return nil, &UnfitError{Lacks: "does not sync directories", Err: err}
 	}
 	return backingNotes(d, fd), nil
 }
@@ -94,20 +95,20 @@ func CheckBackingIn(d *disk.Disk, root int, plainNames bool) (notes []string, er
 func checkFile(d *disk.Disk, fd int) error {
 	text, far := []byte("kmsfs"), int64(64<<10)
 	if err := d.Pwrite(fd, text, far); err != nil {
-		return &UnfitError{"does not write behind the end of a file", err}
+		return &UnfitError{Lacks: "does not write behind the end of a file", Err: err}
 	}
 	got := make([]byte, far+int64(len(text))+1)
 	n, err := d.Pread(fd, got, 0)
 	if want := append(make([]byte, far), text...); err != nil || !bytes.Equal(got[:n], want) {
-		return &UnfitError{"does not read back what was written behind the end of a file", err}
+		return &UnfitError{Lacks: "does not read back what was written behind the end of a file", Err: err}
 	}
 	var st unix.Stat_t
 	err = errors.Join(d.Truncate(fd, 100), d.Truncate(fd, 8192), d.Fstat(fd, &st))
 	if err != nil || st.Size != 8192 {
-		return &UnfitError{"does not change the length of a file", err}
+		return &UnfitError{Lacks: "does not change the length of a file", Err: err}
 	}
 	if err := d.Fsync(fd); err != nil {
-		return &UnfitError{"does not sync files", err}
+		return &UnfitError{Lacks: "does not sync files", Err: err}
 	}
 	if err := d.OFDLock(fd, disk.Lock{Kind: disk.Alone, At: LockByte, N: 1}); err != nil {
 		return errNoLocks{err}
@@ -118,11 +119,11 @@ func checkFile(d *disk.Disk, fd int) error {
 // checkNames tests whether encoded names are kept: up to 255 bytes, in upper and lower case.
 func checkNames(d *disk.Disk, root int, long string) error {
 	if err := d.Mknod(root, long, unix.S_IFREG|0o400, 0); err != nil {
-		return &UnfitError{"has no names of 255 bytes (init --plain-names does without)", err}
+		return &UnfitError{Lacks: "has no names of 255 bytes (init --plain-names does without)", Err: err}
 	}
 	var st unix.Stat_t
 	if err := d.Stat(root, strings.ToUpper(long), &st); err == nil {
-		return &UnfitError{"takes upper and lower case for the same (init --plain-names does without)", nil}
+		return &UnfitError{Lacks: "takes upper and lower case for the same (init --plain-names does without)"}
 	}
 	return nil
 }
