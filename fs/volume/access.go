@@ -87,19 +87,20 @@ func (f *file) ready(ctx context.Context, delayedWrite bool) error {
 		return err
 	}
 	for {
-		if err := f.refuses(delayedWrite); err != nil {
-			return err
-		}
-		if !delayedWrite {
-			ring := f.domain.Load().ring
-			known, err := ring.ProveNow()
-			if !known {
+		d := f.domain.Load()
+		err := f.refuses(delayedWrite)
+		if err == nil && !delayedWrite {
+			var known bool
+			if known, err = d.ring.ProveNow(); !known {
 				waitsOf(ctx).ForKey()
-				err = ring.Prove(ctx)
+				err = d.ring.Prove(ctx)
 			}
-			if err != nil {
-				return err
+		}
+		if err != nil {
+			if f.v.lists.regrouped(f, d) {
+				continue
 			}
+			return err
 		}
 		f.rlock(ctx)
 		hdr, has := f.Header, f.Keys != nil

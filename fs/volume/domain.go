@@ -276,6 +276,17 @@ func (l *lists) regroup(f *file) {
 	f.domain.Store(d)
 }
 
+// regrouped gives the file the domain of another of its keys if that of d may not be used. It reports
+// whether there is one, or the file has it by now. No lock is held.
+func (l *lists) regrouped(f *file, d *domain) bool {
+	if len(l.now().all) > 1 && f.domain.Load() == d {
+		f.mu.Lock()
+		l.regroup(f)
+		f.unlock()
+	}
+	return f.domain.Load() != d
+}
+
 // newKey returns a data key for a new file of a domain, and tells if it waits for a key service.
 func (d *domain) newKey(ctx context.Context) (*freshKey, error) {
 	if d.absent != nil {
