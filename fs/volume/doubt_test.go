@@ -61,6 +61,60 @@ func TestFailedSyncIsRemembered(t *testing.T) {
 	}
 }
 
+// A file that a failed sync has left in disorder keeps the marker, until it was repaired by a load or has no
+// name any more.
+func TestDisorderEnds(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		end  func(w *world)
+		well bool
+	}{
+		{"nothing", func(*world) {}, false},
+		{"a load", func(w *world) {
+			if _, err := w.read("f"); err != nil {
+				w.t.Error(err)
+			}
+		}, true},
+		{"a removal", func(w *world) { w.do("unlink", w.v.Unlink(w.v.Root(), "f")) }, true},
+		{"a rename over it", func(w *world) { w.do("rename", w.v.Rename(w.v.Root(), "other", w.v.Root(), "f", 0)) }, true},
+		{"another name that goes", func(w *world) { w.do("unlink", w.v.Unlink(w.v.Root(), "link")) }, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			var broken atomic.Bool
+			w := newWorld(t, volume.Options{}.Hooked(func(c volume.Call) error {
+				if broken.Load() && (c.Op == "fsync" || c.Op == "fdatasync") && c.Name == "" {
+					return unix.EIO
+				}
+				return nil
+			}))
+			w.quiet = true
+			w.write("other", noise(10))
+			w.write("f", noise(5000))
+			_, _, err := w.v.Link(ctx, w.must("f"), w.v.Root(), "link")
+			w.do("link", err)
+			if c.name == "a removal" || c.name == "a rename over it" {
+				w.do("unlink", w.v.Unlink(w.v.Root(), "link"))
+			}
+			h := w.opened("f")
+			_, err = h.Write(ctx, noise(9000), 0)
+			w.do("write", err)
+			broken.Store(true)
+			wantErr(t, "fsync", h.Fsync(), unix.EIO)
+			h.Release()
+			broken.Store(false)
+			c.end(w)
+			err = w.v.Close()
+			if (err == nil) != c.well || err != nil && !strings.Contains(err.Error(), "brought into order") {
+				t.Errorf("the end of the session: %v", err)
+			}
+			w.v = nil
+			if exists(filepath.Join(w.dir, "kmsfs.mounted")) == c.well {
+				t.Error("the marker is there, or it is not, against what Close says")
+			}
+		})
+	}
+}
+
 // A syncfs that failed does not say whose data is lost: every file is doubted from then on,
 // and no session leaves the marker, so that the next mount looks at all.
 func TestFailedSyncfs(t *testing.T) {

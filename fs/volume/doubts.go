@@ -18,7 +18,12 @@ type doubts struct {
 	all   bool // a syncfs failed
 	files map[inodeKey]bool
 	any   atomic.Bool
+
+	disorder  map[inodeKey]bool // files that an error left so that the next mount must repair them
+	disorders atomic.Int32
 }
+
+func keyOf(n *Node) inodeKey { return inodeKey{n.dev, n.ino.Load()} }
 
 func (d *doubts) begin(n *Node) {
 	d.mu.Lock()
@@ -26,7 +31,7 @@ func (d *doubts) begin(n *Node) {
 	if d.files == nil {
 		d.files = map[inodeKey]bool{}
 	}
-	d.files[inodeKey{n.dev, n.ino.Load()}] = true
+	d.files[keyOf(n)] = true
 	d.any.Store(true)
 }
 
@@ -44,38 +49,43 @@ func (d *doubts) of(n *Node) bool {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.all || d.files[inodeKey{n.dev, n.ino.Load()}]
+	return d.all || d.files[keyOf(n)]
 }
 
+// end ends the doubt of a file that was loaded; one that was in disorder by it is repaired by now.
 func (d *doubts) end(n *Node) {
 	if !d.any.Load() {
 		return
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	delete(d.files, inodeKey{n.dev, n.ino.Load()})
-	d.any.Store(d.all || len(d.files) > 0)
+	if d.files[keyOf(n)] {
+		d.forget(n)
+	}
 }
 
-// syncAll is syncfs, whose failure is every open file's.
-func (v *Volume) syncAll() error {
-	err := v.disk.Syncfs(v.rootD)
-	if v.Shared() {
-		// Files and repairs were made durable one by one. An error is that of others, or of a mount
-		// before this one: NFS tells it to the next who asks.
-		return nil
+// leave notes that a file is in disorder, until it is loaded after a doubt, or removed.
+func (d *doubts) leave(n *Node) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.disorder == nil {
+		d.disorder = map[inodeKey]bool{}
 	}
-	if err != nil {
-		// It does not say whose data is lost: perhaps that of files that are closed.
-		v.doubts.beginAll()
-		v.sessions.stuck.Store(true)
-		for _, f := range v.nodes.files() {
-			f.mu.Lock()
-			if f.rw && !f.closed && f.Header != nil && (f.Unsettled() || !f.AllDurable()) {
-				f.SyncFailed(err)
-			}
-			f.unlock()
-		}
-	}
-	return err
+	d.disorder[keyOf(n)] = true
+	d.disorders.Store(int32(len(d.disorder)))
+}
+
+// removed ends what is known of a file that has no name any more.
+func (d *doubts) removed(n *Node) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.forget(n)
+}
+
+// forget ends what is known of a file. mu is held.
+func (d *doubts) forget(n *Node) {
+	delete(d.files, keyOf(n))
+	delete(d.disorder, keyOf(n))
+	d.any.Store(d.all || len(d.files) > 0)
+	d.disorders.Store(int32(len(d.disorder)))
 }

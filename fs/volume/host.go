@@ -66,13 +66,16 @@ func (h host) asOwner(take func() error) error {
 func (h host) Failed(op string, err error) error { return h.f.failed(op, err) }
 
 func (h host) Broke(bySync bool) {
+	v, n := h.f.v, h.f.n
 	var st unix.Stat_t
-	if h.f.v.Shared() && h.f.v.disk.FstatFresh(h.f.FD, &st) == unix.ESTALE { // another host has removed it
-		h.f.v.nodes.vanished(h.f.n)
+	if v.Shared() && v.disk.FstatFresh(h.f.FD, &st) == unix.ESTALE { // another host has removed it
+		v.nodes.vanished(n)
 		return
 	}
 	if bySync {
-		h.f.v.doubts.begin(h.f.n)
+		v.doubts.begin(n)
 	}
-	h.f.v.sessions.stuck.Store(true)
+	if !v.nodes.removed(n) {
+		v.doubts.leave(n)
+	}
 }

@@ -140,6 +140,7 @@ func (t *nodeTable) vanished(n *Node) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	n.gone, n.vanished = true, true
+	t.v.doubts.removed(n)
 }
 
 // supplanted notes that another object has a node's inode number, since this one was removed. mu is held.

@@ -448,7 +448,7 @@ func setRecipientsAwake(ctx context.Context, c *content, was *blockcrypt.Header,
 	}
 	if _, ok := errors.AsType[cfile.SyncError](err); ok {
 		c.v.doubts.begin(c.n)
-		c.v.sessions.stuck.Store(true)
+		c.v.doubts.leave(c.n)
 	}
 	return true, err
 }

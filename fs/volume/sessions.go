@@ -27,7 +27,8 @@ type sessions struct {
 	now    atomic.Uint64 // the one that states name; 0 in a read-only mount
 	wrote  atomic.Bool   // something was written since the last one began
 	deaths atomic.Uint64 // how often bad ones were added
-	stuck  atomic.Bool   // a file could not be brought into order: the marker stays, so that the next mount repairs it
+	stuck  atomic.Bool   // for good: files could not be brought into order
+	doubts *doubts       // the files of which that is known one by one
 
 	// put makes durable that these are the sessions not known to have ended well: in the marker, or in
 	// the file of this host.
@@ -41,6 +42,10 @@ type sessions struct {
 	bad  map[uint64]bool // not known to have ended well before this mount
 	mine []uint64        // of this mount, as the marker names them
 }
+
+// isStuck reports whether a file could not be brought into order: the marker stays, so that the next mount
+// repairs it.
+func (s *sessions) isStuck() bool { return s.stuck.Load() || s.doubts.disorders.Load() > 0 }
 
 var errStuck = errors.New("a file could not be brought into order after an error")
 
@@ -124,7 +129,7 @@ func (s *sessions) replace(mine ...uint64) error {
 // confirmed. confirm makes all durable, with states that name the new session; until it
 // succeeds the old ones stay in the marker.
 func (s *sessions) next(confirm func() error) error {
-	if s.stuck.Load() {
+	if s.isStuck() {
 		return nil
 	}
 	s.markerMu.Lock()
@@ -137,7 +142,7 @@ func (s *sessions) next(confirm func() error) error {
 		return err
 	}
 	s.now.Store(now)
-	if err := confirm(); err != nil || s.stuck.Load() {
+	if err := confirm(); err != nil || s.isStuck() {
 		return err
 	}
 	return s.replace(now)
@@ -161,7 +166,7 @@ func (s *sessions) sound() uint64 { return s.deaths.Load() + 1 }
 func (s *sessions) cleaned(bad map[uint64]bool) error {
 	s.markerMu.Lock()
 	defer s.markerMu.Unlock()
-	if s.stuck.Load() { // a sync failed: a repair may not be on the disk
+	if s.isStuck() { // a sync failed: a repair may not be on the disk
 		return errStuck
 	}
 	s.mu.Lock()

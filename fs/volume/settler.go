@@ -223,7 +223,11 @@ func (f *file) dropIfIdleLocked() {
 // open: a removed file needs no settling. It waits for no lock: if one is held, the settler
 // drops the file later.
 func (n *Node) dropIfGone() {
-	if n == nil || !n.openMu.TryLock() {
+	if n == nil {
+		return
+	}
+	n.v.doubts.removed(n)
+	if !n.openMu.TryLock() {
 		return
 	}
 	defer n.openMu.Unlock()

@@ -176,7 +176,7 @@ func (u *Unlocked) Open(o Options) (*Volume, error) {
 	}
 	v.peers.moved = v.walker.moves.Load
 	v.peers.met = func() uint64 { return v.recipients.follow(context.Background()) }
-	v.sessions.d, v.sessions.root, v.sessions.vk = &v.disk, v.rootD, v.vk
+	v.sessions.d, v.sessions.root, v.sessions.vk, v.sessions.doubts = &v.disk, v.rootD, v.vk, &v.doubts
 	v.space.d, v.space.root = &v.disk, v.rootD
 	opened := false
 	defer func() {
@@ -363,7 +363,7 @@ func (v *Volume) endSession() error {
 	if err = errors.Join(err, errors.Join(errs...)); err == nil {
 		err = v.syncAll()
 	}
-	if err == nil && v.sessions.stuck.Load() {
+	if err == nil && v.sessions.isStuck() {
 		err = errStuck
 	}
 	if err != nil {
@@ -395,7 +395,7 @@ func (v *Volume) Vitals() Vitals {
 	if r := v.lists.own.refusal.Load(); r != nil && v.Suspended() == nil {
 		out.Err = r.err
 	}
-	if v.sessions.stuck.Load() {
+	if v.sessions.isStuck() {
 		out.Err = errors.Join(out.Err, errStuck)
 	}
 	v.reports.mu.Lock()
