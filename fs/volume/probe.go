@@ -111,6 +111,7 @@ const (
 	probeAdds   = 100
 	probeRounds = 20
 	probeNap    = 2 * time.Millisecond
+	closedAfter = 1500 * time.Millisecond // by a client that delays it
 )
 
 // say makes a file whose name says something.
@@ -224,6 +225,17 @@ func (p *probe) file(name string) (int, error) {
 	return fd, err
 }
 
+// again opens a file once more, and closes it: a second later SMB gives back the locks of this host.
+func (p *probe) again(name string) error {
+	fd, err := p.file(name)
+	if err != nil {
+		return err
+	}
+	err = p.d.Close(fd)
+	time.Sleep(closedAfter)
+	return err
+}
+
 // locks tests whether a lock of one host is in the way of the other, and goes.
 func (p *probe) locks(ctx context.Context) (string, error) {
 	fd, err := p.file("lock")
@@ -234,7 +246,7 @@ func (p *probe) locks(ctx context.Context) (string, error) {
 	for _, l := range []disk.Lock{{Kind: disk.Alone, At: layout.LeaseByte, N: 1},
 		{Kind: disk.Alone, At: layout.ProgramBytes + 100, N: 1000}} {
 		if p.first {
-			if err := p.d.OFDLock(fd, l); err != nil {
+			if err := errors.Join(p.d.OFDLock(fd, l), p.again("lock")); err != nil {
 				return "", err
 			}
 		}
@@ -244,7 +256,7 @@ func (p *probe) locks(ctx context.Context) (string, error) {
 		var held error
 		if !p.first {
 			if held = p.d.OFDLock(fd, l); held == nil {
-				return "", errors.New("a lock of one host is not seen by the other")
+				return "", errors.New("a lock of one host is not seen by the other, or goes when its host closes another descriptor of the file")
 			}
 			if !disk.LockBusy(held) {
 				return "", held

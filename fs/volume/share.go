@@ -85,7 +85,7 @@ func fitForHosts(d *disk.Disk, root int) error {
 
 // unfitForHosts says why a mount is not fit for a shared volume; nil if that cannot be told from here.
 func unfitForHosts(m disk.Mount) *UnfitError {
-	for _, o := range []string{"nolock", "local_lock=all", "local_lock=posix", "local_lock=flock", "nobrl"} {
+	for _, o := range []string{"nolock", "local_lock=all", "local_lock=posix", "local_lock=flock"} {
 		if slices.Contains(m.Options, o) {
 			return &UnfitError{Lacks: "keeps locks on this host: it is mounted with the option " + o, Option: o}
 		}
@@ -93,6 +93,10 @@ func unfitForHosts(m disk.Mount) *UnfitError {
 	// Its client makes a file as long again as it has written it, though another host has shortened it since.
 	if strings.HasPrefix(m.Source, `mfs\043`) {
 		return &UnfitError{Lacks: "is MooseFS, on which a host does not see that another has shortened a file"}
+	}
+	// Linux' client gives a lock back when any descriptor of the file is closed.
+	if m.Type == "cifs" || m.Type == "smb3" {
+		return &UnfitError{Lacks: "is SMB, on which a host loses its lock of a file when it closes another descriptor of it"}
 	}
 	return nil
 }

@@ -19,7 +19,7 @@ func TestUnfitForHosts(t *testing.T) {
 		{disk.Mount{Source: "server:/x", Options: []string{"rw", "vers=4.2", "local_lock=none"}}, ""},
 		{disk.Mount{Source: "server:/x", Options: []string{"rw", "vers=3", "nolock", "local_lock=all"}}, "with the option nolock"},
 		{disk.Mount{Source: "server:/x", Options: []string{"vers=3", "local_lock=posix"}}, "with the option local_lock=posix"},
-		{disk.Mount{Source: "//server/x", Options: []string{"vers=3.1.1", "nobrl"}}, "with the option nobrl"},
+		{disk.Mount{Type: "cifs", Source: "//server/x", Options: []string{"vers=3.1.1"}}, "closes another descriptor of it"},
 		{disk.Mount{Source: `mfs\04310.0.0.1:9421`, Options: []string{"rw"}}, "another has shortened a file"},
 		{disk.Mount{}, ""},
 	} {
@@ -35,7 +35,7 @@ func TestUnfitForHosts(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer d.Close(root)
-	if m, err := d.MountOf(root); err != nil || m.Source != "proc" || !slices.Contains(m.Options, "rw") {
+	if m, err := d.MountOf(root); err != nil || m.Type != "proc" || m.Source != "proc" || !slices.Contains(m.Options, "rw") {
 		t.Errorf("the mount of /proc: %v, %v", m, err)
 	}
 }

@@ -24,6 +24,7 @@ func NoProcess(pid int) bool { return errors.Is(unix.Kill(pid, 0), unix.ESRCH) }
 
 // Mount is a mount of a filesystem, with the octal escapes of /proc/self/mountinfo.
 type Mount struct {
+	Type    string // "nfs4", for example
 	Source  string
 	Options []string // of the mount and of the filesystem
 }
@@ -42,7 +43,7 @@ func (d *Disk) MountOf(fd int) (Mount, error) {
 	for line := range strings.Lines(string(b)) {
 		if fields := strings.Fields(line); len(fields) > 6 && fields[0] == fmt.Sprint(st.Mnt_id) {
 			last := len(fields) - 1
-			return Mount{fields[last-1], slices.Concat(strings.Split(fields[5], ","), strings.Split(fields[last], ","))}, nil
+			return Mount{fields[last-2], fields[last-1], slices.Concat(strings.Split(fields[5], ","), strings.Split(fields[last], ","))}, nil
 		}
 	}
 	return Mount{}, nil
