@@ -55,8 +55,8 @@ GUESTS := TestHosts/nfs/^(one_writer|peer|reopened|append|lock_of_the_last_host|
 # Tests of volumes in general that are made again with shared ones.
 SHARED := TestModel|TestKillAnywhere|TestRekey|TestRecipients|TestLong|TestRename|TestSparse
 
-# Several hosts with kernels of their own, on NFS, GlusterFS and MooseFS: User-Mode Linux, as root, some 25
-# minutes. HOST_SECONDS is how long each workload runs; HOSTS chooses a part, as TestHosts/nfs.
+# Several hosts with kernels of their own, on NFS, CephFS, GlusterFS, MooseFS and SMB: User-Mode Linux, as
+# root, some 50 minutes. HOST_SECONDS is how long each workload runs; HOSTS chooses a part, as TestHosts/nfs.
 HOST_SECONDS ?= 5
 HOSTS ?= Hosts
 test-shared:

@@ -47,6 +47,13 @@ if [ "${1:-}" = hosts ]; then
 	want e2fsprogs mkfs.ext4
 	want glusterfs-server glusterd
 	want glusterfs-client glusterfs
+	want quota setquota
+	want samba smbd
+	want ceph-mon ceph-mon
+	want ceph-osd ceph-osd
+	want ceph-mds ceph-mds
+	want ceph-common ceph
+	want cifs-utils mount.cifs
 	want moosefs-master mfsmaster
 	want moosefs-chunkserver mfschunkserver
 	want moosefs-client mfsmount

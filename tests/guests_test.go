@@ -25,12 +25,18 @@ type networkFilesystem struct {
 	name           string
 	server, client int      // MiB of memory
 	programs       []string // that must be installed
+	disk           bool     // files lie on the server's disk one by one, so that it can be full
+	quota          bool     // and that of a user counts
+	stalls         bool     // for all, until a dead host is evicted
 }
 
 var (
-	nfs       = networkFilesystem{"nfs", 256, 256, nil} // tests/guests/fetch.sh brings it
-	glusterfs = networkFilesystem{"glusterfs", 512, 384, []string{"glusterd", "glusterfs"}}
-	moosefs   = networkFilesystem{"moosefs", 1536, 512, []string{"mfsmaster", "mfschunkserver", "mfsmount"}}
+	nfs       = networkFilesystem{"nfs", 256, 256, nil, true, true, false} // tests/guests/fetch.sh brings it
+	efs       = networkFilesystem{"efs", 256, 256, nil, true, true, false}
+	smb       = networkFilesystem{"smb", 512, 256, []string{"smbd", "smbpasswd", "mount.cifs"}, true, false, false}
+	cephfs    = networkFilesystem{"cephfs", 2048, 384, []string{"ceph-mon", "ceph-osd", "ceph-mds", "ceph"}, false, false, true}
+	glusterfs = networkFilesystem{"glusterfs", 512, 384, []string{"glusterd", "glusterfs"}, true, false, false}
+	moosefs   = networkFilesystem{"moosefs", 1536, 512, []string{"mfsmaster", "mfschunkserver", "mfsmount"}, false, false, false}
 )
 
 // laboratory is a directory with guests, which end with the test.
@@ -88,12 +94,13 @@ func newLaboratory(t testing.TB, backing networkFilesystem) (lab *laboratory, ho
 		t.Fatal(err)
 	}
 	script := fmt.Sprintf(`set -e
+chmod 755 %q
 ln -s %q %q
 cp %q %q/kmsfs; cp %q %q/hostcheck; cp guests/*.sh %q/; chmod 755 %q/*.sh
 printf '#!/bin/sh\nexport LD_LIBRARY_PATH=%s/root/usr/lib/x86_64-linux-gnu\nexec %s/root/sbin/modprobe -d %s/root/../mods "$@"\n' >%q/modprobe; chmod 755 %q/modprobe
 head -c 32 /dev/urandom >%q/key; chmod 600 %q/key
-truncate -s 1G %q/disk; mkfs.ext4 -q -m 0 %q/disk`,
-		filepath.Join(packages, "root"), filepath.Join(dir, "root"), binary, share, program, share, dir, dir,
+truncate -s 4G %q/disk; mkfs.ext4 -q -m 0 -O quota %q/disk`,
+		dir, filepath.Join(packages, "root"), filepath.Join(dir, "root"), binary, share, program, share, dir, dir,
 		packages, packages, packages, share, share, share, share, dir, dir)
 	if out, err := exec.Command("bash", "-c", script).CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)

@@ -33,7 +33,7 @@ ip link set lo up
 ip addr add "$IP/24" dev eth0
 "$LAB/connect.sh"
 if [ "$ROLE" = server ]; then
-	mount -t ext4 /dev/ubda /media
+	mount -t ext4 -o usrquota /dev/ubda /media
 	server
 else
 	client

@@ -1,4 +1,5 @@
 # The kernel's NFS server and client.
+options=vers=4.2
 server() {
 	modprobe nfsd
 	mkdir -p /var/lib/nfs/v4recovery /var/lib/nfs/rpc_pipefs /run/lock
@@ -22,7 +23,7 @@ server() {
 client() {
 	modprobe nfsv4
 	for _ in $(seq 100); do
-		mount.nfs4 10.77.0.1:/ /mnt/n -o vers=4.2 && break
+		mount.nfs4 10.77.0.1:/ /mnt/n -o "$options" && break
 		sleep 0.2
 	done
 }
