@@ -434,14 +434,12 @@ func BenchmarkHosts(b *testing.B) {
 	}
 	for _, dir := range []string{"/mnt/n/raw", "/mnt/p"} {
 		one.must("mkdir " + dir + "/turns; sleep 1.2")
-		run := func(id int) string {
-			return fmt.Sprintf("hostcheck run counter %s/turns %d 5 | wc -l", dir, id)
-		}
-		alone := strings.TrimSpace(one.must(run(0)))
-		wait := one.begin(run(0))
-		other := two.must(run(1))
+		run := "hostcheck turns " + dir + "/turns 5"
+		alone := strings.TrimSpace(one.must(run))
+		wait := one.begin(run)
+		other := two.must(run)
 		mine, err := wait(time.Minute)
-		b.Logf("additions under a lock in 5 s in %s: %s alone, then %s and %s %v", dir, alone,
+		b.Logf("in turns for 5 s in %s: alone %s; then %s and %s %v", dir, alone,
 			strings.TrimSpace(mine), strings.TrimSpace(other), err)
 	}
 	for _, g := range hosts {

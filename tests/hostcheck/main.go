@@ -6,6 +6,7 @@
 //	hostcheck run WORKLOAD DIR ID SECONDS     one host's part; its acknowledgements go to standard output
 //	hostcheck judge WORKLOAD DIR FILE...      after all parts have ended: their outputs, and the files in DIR
 //	hostcheck time DIR SECONDS                how fast one host works in DIR: operations or MiB a second
+//	hostcheck turns DIR SECONDS               how long one host waits for its turn to add under a lock
 //
 // It has no dependency, so that a static program runs on a host that has nothing else.
 package main
@@ -34,7 +35,7 @@ func main() {
 	}
 }
 
-var errUsage = errors.New("usage: run WORKLOAD DIR ID SECONDS, judge WORKLOAD DIR FILE, or time DIR SECONDS")
+var errUsage = errors.New("usage: run WORKLOAD DIR ID SECONDS, judge WORKLOAD DIR FILE, time DIR SECONDS, or turns DIR SECONDS")
 
 // part is what one host does.
 type part struct {
@@ -65,12 +66,12 @@ func command(args []string) error {
 	if len(args) < 3 {
 		return errUsage
 	}
-	if args[0] == "time" {
+	if f := map[string]func(string, time.Duration) error{"time": measure, "turns": turns}[args[0]]; f != nil {
 		seconds, err := strconv.Atoi(args[2])
 		if err != nil {
 			return err
 		}
-		return measure(args[1], time.Duration(seconds)*time.Second)
+		return f(args[1], time.Duration(seconds)*time.Second)
 	}
 	w, ok := workloads[args[1]]
 	if !ok {
@@ -469,67 +470,4 @@ func (p *part) cut() error {
 		p.ack(i)
 	}
 	return nil
-}
-
-// measure prints how fast files of 4 KiB are made, and read when no cache has them, and a large one is
-// written and read.
-func measure(dir string, d time.Duration) error {
-	dir, err := os.MkdirTemp(dir, "time")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(dir)
-	small, made := make([]byte, 4096), 0
-	begun := time.Now()
-	for ; time.Since(begun) < d; made++ {
-		if err := os.WriteFile(filepath.Join(dir, strconv.Itoa(made)), small, 0o644); err != nil {
-			return err
-		}
-	}
-	fmt.Printf("create %.0f ", float64(made)/time.Since(begun).Seconds())
-	if err := dropCaches(); err != nil {
-		return err
-	}
-	begun = time.Now()
-	n := 0
-	for ; n < made && time.Since(begun) < d; n++ {
-		if _, err := os.ReadFile(filepath.Join(dir, strconv.Itoa(n))); err != nil {
-			return err
-		}
-	}
-	fmt.Printf("read %.0f ", float64(n)/time.Since(begun).Seconds())
-	file, err := os.Create(filepath.Join(dir, "large"))
-	if err != nil {
-		return err
-	}
-	defer file.Close()
-	chunk, size := make([]byte, 1<<20), 0
-	begun = time.Now()
-	for ; time.Since(begun) < d && size < 256; size++ {
-		if _, err := file.Write(chunk); err != nil {
-			return err
-		}
-	}
-	if err := file.Sync(); err != nil {
-		return err
-	}
-	fmt.Printf("write-MiB %.1f ", float64(size)/time.Since(begun).Seconds())
-	if err := dropCaches(); err != nil {
-		return err
-	}
-	begun = time.Now()
-	read := 0
-	for ; read < size && time.Since(begun) < d; read++ {
-		if _, err := file.ReadAt(chunk, int64(read)<<20); err != nil {
-			return err
-		}
-	}
-	fmt.Printf("read-MiB %.1f\n", float64(read)/time.Since(begun).Seconds())
-	return nil
-}
-
-// dropCaches makes the kernel forget what it has read.
-func dropCaches() error {
-	syscall.Sync()
-	return os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0)
 }
