@@ -132,6 +132,14 @@ func (d *directory) leaseEntries() (id blockcrypt.ID, err error) {
 	return id, nil
 }
 
+// keepsEntries reports whether this host has the lock of leaseEntries, so that the ID is the one it knows.
+func (d *directory) keepsEntries() bool {
+	late, err := d.v.peers.leases()
+	d.dirMu.Lock()
+	defer d.dirMu.Unlock()
+	return err == nil && d.leased && d.leasedAt == late
+}
+
 // makeDirID returns the ID that the directory has on the disk, in both places. No host removes it
 // meanwhile; another one may make it.
 func (d *directory) makeDirID(fd int) (id blockcrypt.ID, err error) {
