@@ -132,14 +132,6 @@ func (d *directory) leaseEntries() (id blockcrypt.ID, err error) {
 	return id, nil
 }
 
-// keepsEntries reports whether this host has the lock of leaseEntries, so that the ID is the one it knows.
-func (d *directory) keepsEntries() bool {
-	late, err := d.v.peers.leases()
-	d.dirMu.Lock()
-	defer d.dirMu.Unlock()
-	return err == nil && d.leased && d.leasedAt == late
-}
-
 // makeDirID returns the ID that the directory has on the disk, in both places. No host removes it
 // meanwhile; another one may make it.
 func (d *directory) makeDirID(fd int) (id blockcrypt.ID, err error) {
@@ -187,6 +179,14 @@ func (h *hostLocks) keep(d *directory) {
 		h.dirs = map[*directory]bool{}
 	}
 	h.dirs[d] = true
+}
+
+// keeps reports whether this host has the lock of d.leaseEntries, so that the ID is the one it knows.
+func (h *hostLocks) keeps(d *directory) bool {
+	late, err := h.v.peers.leases()
+	d.dirMu.Lock()
+	defer d.dirMu.Unlock()
+	return err == nil && d.leased && d.leasedAt == late
 }
 
 func (h *hostLocks) drop(d *directory) {

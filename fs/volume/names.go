@@ -75,7 +75,7 @@ func (d *directory) ownID(fd int) (id blockcrypt.ID, has bool, err error) {
 // otherID reports whether the directory has another ID by now than is remembered, since another host
 // has begun to remove it, and takes that.
 func (d *directory) otherID() bool {
-	if d.v.plain || d.n == d.v.root || d.keepsEntries() {
+	if d.v.plain || d.n == d.v.root || d.v.locks.keeps(d) {
 		return false
 	}
 	fd, err := d.enter()
