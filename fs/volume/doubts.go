@@ -13,14 +13,16 @@ import (
 // failed, and the kernel takes the pages that it could not write for written from then on.
 // A doubt ends when the file was loaded from what the disk has; the node may be forgotten,
 // and made again, before that.
+//
+// They know, too, which files an error left in disorder: the marker stays for them.
 type doubts struct {
 	mu    sync.Mutex
 	all   bool // a syncfs failed
 	files map[inodeKey]bool
 	any   atomic.Bool
 
-	disorder  map[inodeKey]bool // files that an error left so that the next mount must repair them
-	disorders atomic.Int32
+	disorder  map[inodeKey]bool // until they are loaded after a doubt, or removed
+	disorders atomic.Int32      // how many
 }
 
 func keyOf(n *Node) inodeKey { return inodeKey{n.dev, n.ino.Load()} }
@@ -64,7 +66,7 @@ func (d *doubts) end(n *Node) {
 	}
 }
 
-// leave notes that a file is in disorder, until it is loaded after a doubt, or removed.
+// leave notes that an error left a file in disorder.
 func (d *doubts) leave(n *Node) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -75,7 +77,7 @@ func (d *doubts) leave(n *Node) {
 	d.disorders.Store(int32(len(d.disorder)))
 }
 
-// removed ends what is known of a file that has no name any more.
+// removed forgets a file that has no name any more: nothing of it has to be repaired.
 func (d *doubts) removed(n *Node) {
 	d.mu.Lock()
 	defer d.mu.Unlock()

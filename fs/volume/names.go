@@ -73,7 +73,7 @@ func (d *directory) ownID(fd int) (id blockcrypt.ID, has bool, err error) {
 }
 
 // otherID reports whether the directory has another ID by now than is remembered, since another host
-// has begun to remove it, and takes that.
+// has begun to remove it, and takes that. It reads nothing while this host's lock keeps others from that.
 func (d *directory) otherID() bool {
 	if d.v.plain || d.n == d.v.root || d.v.locks.keeps(d) {
 		return false
@@ -220,8 +220,8 @@ func (d *directory) emptied(fd int) (own []string, err error) {
 	}
 }
 
-// sillyFor is how long a directory counts as not empty for a removed file that NFS keeps: the kernel lets
-// go of what it has removed after it was answered.
+// sillyFor is how long a directory counts as not empty for a removed file that NFS keeps: the kernel closes
+// such a file only after the removal was answered.
 const sillyFor = 500 * time.Millisecond
 
 // ownEntries returns the entries of a directory, which are kmsfs' own; silly says that NFS keeps removed

@@ -220,8 +220,8 @@ func (f *file) dropIfIdleLocked() {
 }
 
 // dropIfGone closes the file of a node that has lost its last name, if no program has it
-// open: a removed file needs no settling. It waits for no lock: if one is held, the settler
-// drops the file later.
+// open: a removed file needs no settling, and no repair. It waits for no lock of the file: if
+// one is held, the settler drops the file later.
 func (n *Node) dropIfGone() {
 	if n == nil {
 		return
