@@ -14,16 +14,16 @@ for d in /run /var/lib /var/log /mnt /media /dev/shm; do mount -t tmpfs tmpfs $d
 mkdir /run/etc
 cp -a /etc/. /run/etc/
 mount --bind /run/etc /etc
-# /tmp is the guest's own; the laboratory, and the packages beside its root, stay where they are.
+# /tmp and /root are the guest's own; the laboratory, and the packages beside its root, stay where they are.
 packages=$(cd -P "$LAB/root/.." && pwd)
 mkdir -p /mnt/share /mnt/n /mnt/p /mnt/lab /mnt/packages
 mount --bind "$LAB" /mnt/lab
 mount --bind "$packages" /mnt/packages
 mount -t tmpfs tmpfs /tmp
+mount -t tmpfs -o mode=700 tmpfs /root
 mkdir -p "$LAB" "$packages"
 mount --bind /mnt/lab "$LAB"
 mount --bind /mnt/packages "$packages"
-mount -t tmpfs -o mode=700 tmpfs /root
 mount -t hostfs none /mnt/share -o "$LAB/share"
 hostname "$HN"
 echo "$LAB/share/modprobe" >/proc/sys/kernel/modprobe
