@@ -191,16 +191,14 @@ func (l *lease) wait(ctx context.Context, why error, pause *time.Duration) error
 	if *pause == 0 {
 		*pause = leasePause
 	}
-	select {
-	case <-ctx.Done():
+	if err := pauseFor(ctx, *pause); err != nil {
 		f.mu.Lock()
 		defer f.unlock()
 		if l.wanting && f.FD >= 0 {
 			f.v.disk.OFDLock(f.FD, wantedLock(disk.None))
 			l.wanting = false
 		}
-		return unix.EINTR
-	case <-time.After(*pause):
+		return err
 	}
 	*pause = min(2**pause, leasePauses)
 	return nil
@@ -251,22 +249,29 @@ func (l *lease) lockBare(ctx context.Context) error {
 // leaseFD takes the lease of the ciphertext file of a descriptor.
 func leaseFD(ctx context.Context, v *Volume, fd int, kind disk.LockKind) error {
 	asked := false
+	defer func() {
+		if asked {
+			v.disk.OFDLock(fd, wantedLock(disk.None))
+		}
+	}()
 	for pause := leasePause; ; pause = min(2*pause, leasePauses) {
-		err := v.disk.OFDLock(fd, leaseLock(kind))
-		if !disk.LockBusy(err) {
-			if asked {
-				v.disk.OFDLock(fd, wantedLock(disk.None))
-			}
+		if err := v.disk.OFDLock(fd, leaseLock(kind)); !disk.LockBusy(err) {
 			return err
 		}
-		if !asked {
-			asked = v.disk.OFDLock(fd, wantedLock(disk.Shared)) == nil
+		asked = asked || v.disk.OFDLock(fd, wantedLock(disk.Shared)) == nil
+		if err := pauseFor(ctx, pause); err != nil {
+			return err
 		}
-		select {
-		case <-ctx.Done():
-			return unix.EINTR
-		case <-time.After(pause):
-		}
+	}
+}
+
+// pauseFor waits, or returns EINTR when ctx ends.
+func pauseFor(ctx context.Context, d time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return unix.EINTR
+	case <-time.After(d):
+		return nil
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 
 	"kmsfs/fs/volume/internal/disk"
 	"kmsfs/fs/volume/internal/layout"
+	"kmsfs/fs/volume/internal/ranges"
 )
 
 // programLocks are the locks of this host's programs on a file of a shared volume. Each owner has a
@@ -21,8 +22,28 @@ type programLocks struct {
 	v *Volume
 	n *Node
 
-	mu  sync.Mutex // held across the syscalls that lock, which do not wait
-	fds map[lockOwner]int
+	mu     sync.Mutex // held across the syscalls that lock, which do not wait
+	owners map[lockOwner]*ownLocks
+	given  time.Time // when an owner gave its last lock back
+}
+
+// ownLocks are the locks of an owner.
+type ownLocks struct {
+	fd   int        // has them
+	held ranges.Set // bytes of the ciphertext file
+}
+
+// set takes, changes or gives back a lock.
+func (o *ownLocks) set(d *disk.Disk, l disk.Lock) error {
+	err := d.OFDLock(o.fd, l)
+	switch {
+	case err != nil:
+	case l.Kind == disk.None:
+		o.held = o.held.Without(l.At, l.At+l.N-1)
+	default:
+		o.held = o.held.With(l.At, l.At+l.N-1)
+	}
+	return err
 }
 
 // lockOwner is who has locks: for the kernel a number, which for flock(2) is another's than for fcntl(2).
@@ -43,7 +64,11 @@ type ProgramLock struct {
 const (
 	lockPause  = time.Millisecond // between two attempts to take a program's lock, at first
 	lockPauses = 10 * time.Millisecond
+	lockTurn   = 100 * time.Millisecond // after a lock was given back, in which others that wait go first
+	lockYield  = 2 * lockPauses         // in which one of them surely asks
 )
+
+func (p ProgramLock) owner() lockOwner { return lockOwner{p.Owner, p.Flock} }
 
 // lock returns the lock of the ciphertext file that stands for it.
 func (p ProgramLock) lock() disk.Lock {
@@ -64,6 +89,15 @@ func (l *programLocks) Lock(ctx context.Context, p ProgramLock) error {
 		return l.unlockProgram(p)
 	}
 	waitsOf(ctx).ForKey()
+	if err := l.giveWay(ctx, p.owner()); err != nil {
+		return err
+	}
+	asked := false
+	defer func() {
+		if asked {
+			l.ask(p.owner(), disk.None)
+		}
+	}()
 	for pause := lockPause; ; pause = min(2*pause, lockPauses) {
 		err := l.tryLock(p)
 		if err == nil {
@@ -75,29 +109,63 @@ func (l *programLocks) Lock(ctx context.Context, p ProgramLock) error {
 		if !p.Wait {
 			return unix.EAGAIN
 		}
-		select {
-		case <-ctx.Done():
-			return unix.EINTR
-		case <-time.After(pause):
+		asked = asked || l.ask(p.owner(), disk.Shared)
+		if err := pauseFor(ctx, pause); err != nil {
+			return err
 		}
 	}
+}
+
+// giveWay lets others that wait for a lock of the file go first, on this host and on others, if one was
+// given back here just now: who asks again at once would always be faster than they are.
+func (l *programLocks) giveWay(ctx context.Context, o lockOwner) error {
+	for end := time.Now().Add(lockYield); l.othersWait(o) && time.Now().Before(end); {
+		if err := pauseFor(ctx, lockPauses/2); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// othersWait reports whether it is others' turn, as far as is known: none of an owner's that has a lock.
+func (l *programLocks) othersWait(o lockOwner) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	x := l.owners[o]
+	if x == nil || len(x.held) > 0 || time.Since(l.given) > lockTurn {
+		return false
+	}
+	in, err := l.v.disk.OFDLocked(x.fd, askedLock(disk.Alone))
+	return err == nil && in.Kind != disk.None
+}
+
+// ask says to others that an owner waits for a lock, or no more.
+func (l *programLocks) ask(o lockOwner, kind disk.LockKind) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	x := l.owners[o]
+	return x != nil && l.v.disk.OFDLock(x.fd, askedLock(kind)) == nil
+}
+
+func askedLock(kind disk.LockKind) disk.Lock {
+	return disk.Lock{Kind: kind, At: layout.ProgramWantedByte, N: 1}
 }
 
 // tryLock is one attempt.
 func (l *programLocks) tryLock(p ProgramLock) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	fd, err := l.lockFD(lockOwner{p.Owner, p.Flock})
+	o, err := l.of(p.owner())
 	if err != nil {
 		return err
 	}
-	return l.v.disk.OFDLock(fd, p.lock())
+	return o.set(&l.v.disk, p.lock())
 }
 
-// lockFD returns the descriptor that has the locks of an owner. programs.mu is held.
-func (l *programLocks) lockFD(o lockOwner) (int, error) {
-	if fd, ok := l.fds[o]; ok {
-		return fd, nil
+// of returns the locks of an owner. mu is held.
+func (l *programLocks) of(owner lockOwner) (*ownLocks, error) {
+	if o := l.owners[owner]; o != nil {
+		return o, nil
 	}
 	flags := unix.O_RDWR
 	if l.v.o.ReadOnly {
@@ -105,13 +173,14 @@ func (l *programLocks) lockFD(o lockOwner) (int, error) {
 	}
 	fd, err := l.n.openFor(flags)
 	if err != nil {
-		return -1, err
+		return nil, err
 	}
-	if l.fds == nil {
-		l.fds = map[lockOwner]int{}
+	if l.owners == nil {
+		l.owners = map[lockOwner]*ownLocks{}
 	}
-	l.fds[o] = fd
-	return fd, nil
+	o := &ownLocks{fd: fd}
+	l.owners[owner] = o
+	return o, nil
 }
 
 // lockedProgram makes this host read what others wrote before a lock came here: in the daemon, and then
@@ -134,15 +203,22 @@ func (l *programLocks) lockedProgram(ctx context.Context) error {
 // unlockProgram makes what was written under the lock durable, and gives the lock back.
 func (l *programLocks) unlockProgram(p ProgramLock) error {
 	l.mu.Lock()
-	fd, ok := l.fds[lockOwner{p.Owner, p.Flock}]
+	o := l.owners[p.owner()]
 	l.mu.Unlock()
-	if !ok {
+	if o == nil {
 		return nil
 	}
 	err := l.rest()
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return errors.Join(err, l.v.disk.OFDLock(fd, p.lock()))
+	if l.owners[p.owner()] != o { // a close was faster
+		return err
+	}
+	err = errors.Join(err, o.set(&l.v.disk, p.lock()))
+	if len(o.held) == 0 {
+		l.given = time.Now()
+	}
+	return err
 }
 
 // rest gives the lease of the file back, if this host has it.
@@ -163,11 +239,11 @@ func (l *programLocks) rest() error {
 func (l *programLocks) TestLock(p ProgramLock) (ProgramLock, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	fd, err := l.lockFD(lockOwner{p.Owner, p.Flock})
+	o, err := l.of(p.owner())
 	if err != nil {
 		return p, err
 	}
-	in, err := l.v.disk.OFDLocked(fd, p.lock())
+	in, err := l.v.disk.OFDLocked(o.fd, p.lock())
 	if err != nil {
 		return p, err
 	}
@@ -186,13 +262,14 @@ func (l *programLocks) TestLock(p ProgramLock) (ProgramLock, error) {
 func (l *programLocks) DropLocks(owner uint64, flock bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	o := lockOwner{owner, flock}
-	if fd, ok := l.fds[o]; ok {
+	at := lockOwner{owner, flock}
+	if o := l.owners[at]; o != nil {
 		// Some filesystems forget to when a descriptor is closed.
-		l.v.disk.OFDLock(fd, disk.Lock{Kind: disk.None, At: layout.FlockByte, N: 1})
-		l.v.disk.OFDLock(fd, disk.Lock{Kind: disk.None, At: layout.ProgramBytes, N: layout.ProgramMost + 1})
-		l.v.disk.Close(fd)
-		delete(l.fds, o)
+		l.v.disk.OFDLock(o.fd, disk.Lock{Kind: disk.None, At: layout.FlockByte, N: 2}) // and ProgramWantedByte
+		l.v.disk.OFDLock(o.fd, disk.Lock{Kind: disk.None, At: layout.ProgramBytes, N: layout.ProgramMost + 1})
+		l.v.disk.Close(o.fd)
+		delete(l.owners, at)
+		l.given = time.Now()
 	}
 }
 
@@ -200,5 +277,5 @@ func (l *programLocks) DropLocks(owner uint64, flock bool) {
 func (l *programLocks) locked() bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return len(l.fds) > 0
+	return len(l.owners) > 0
 }

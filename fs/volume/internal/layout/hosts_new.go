@@ -32,6 +32,8 @@ const (
 	WantedByte = LockByte + 1 // a host waits for that
 	FlockByte  = LockByte + 2 // flock(2) of programs
 
+	ProgramWantedByte = LockByte + 3 // a program waits for one of its locks
+
 	// Byte x of a program's fcntl lock is byte ProgramBytes + x of the content file, up to the last one,
 	// which stands for all beyond.
 	ProgramBytes = LockByte + 1<<61

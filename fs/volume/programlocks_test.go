@@ -1,0 +1,122 @@
+//go:build linux && !portable
+
+package volume_test
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"kmsfs/fs/volume"
+)
+
+// whole is a lock on all bytes of a file, by a program with this number.
+func whole(owner uint64, kind int16) volume.ProgramLock {
+	return volume.ProgramLock{Owner: owner, Kind: kind, Last: 1<<63 - 1, Wait: true}
+}
+
+// Programs that take a lock again as soon as they have given it back let one another go first, on one host
+// and on several: none starves.
+func TestProgramLocksInTurns(t *testing.T) {
+	hosts := newHosts(t, 2)
+	a, b := hosts[0], hosts[1]
+	a.write("f", noise(100))
+	programs := []*world{a, a, b}
+	const times = 90
+	var mu sync.Mutex
+	var order []int // who had the lock
+	var wg sync.WaitGroup
+	for i, w := range programs {
+		n, owner := w.must("f"), uint64(i+1)
+		wg.Go(func() {
+			defer n.DropLocks(owner, false)
+			for more := true; more; {
+				if err := n.Lock(ctx, whole(owner, unix.F_WRLCK)); err != nil {
+					t.Error(err)
+					return
+				}
+				mu.Lock()
+				order = append(order, i)
+				more = len(order) < times
+				mu.Unlock()
+				time.Sleep(time.Millisecond)
+				if err := n.Lock(ctx, whole(owner, unix.F_UNLCK)); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	had, turns := map[int]int{}, 0
+	for i, x := range order {
+		if had[x]++; i > 0 && order[i-1] != x {
+			turns++
+		}
+	}
+	if turns < times/6 || len(had) < len(programs) {
+		t.Errorf("%d changes of %d, of which each program had %v", turns, len(order), had)
+	}
+}
+
+// Who has a lock of a file waits for nobody when it takes another; and of one that stopped to wait
+// nothing is left.
+func TestProgramLocksAskedFor(t *testing.T) {
+	hosts := newHosts(t, 2)
+	a, b := hosts[0], hosts[1]
+	a.write("f", noise(100))
+	cipher := ""
+	names, err := os.ReadDir(a.dir)
+	a.do("list", err)
+	for _, e := range names {
+		if !strings.HasPrefix(e.Name(), "kmsfs.") {
+			cipher = filepath.Join(a.dir, e.Name())
+		}
+	}
+	n, m := a.must("f"), b.must("f")
+	first := volume.ProgramLock{Owner: 1, Kind: unix.F_WRLCK, First: 10, Last: 19}
+	a.do("lock", n.Lock(ctx, first))
+	canceled, cancel := context.WithCancel(ctx)
+	waiting := make(chan error)
+	go func() { waiting <- m.Lock(canceled, whole(7, unix.F_RDLCK)) }()
+	asked := func() bool {
+		file, err := os.Open(cipher)
+		a.do("open", err)
+		defer file.Close()
+		l := unix.Flock_t{Type: unix.F_WRLCK, Start: 1<<62 + 3, Len: 1}
+		a.do("look", unix.FcntlFlock(file.Fd(), unix.F_OFD_GETLK, &l))
+		return l.Type != unix.F_UNLCK
+	}
+	waitFor(t, "the other host to ask", asked)
+	second := first
+	second.First, second.Last = 30, 39
+	a.do("a further lock", n.Lock(ctx, second))
+	part := second
+	part.Kind = unix.F_UNLCK
+	a.do("unlock of it", n.Lock(ctx, part))
+	a.do("a further lock", n.Lock(ctx, second))
+	if err := m.Lock(ctx, volume.ProgramLock{Owner: 8, Kind: unix.F_RDLCK, First: 35, Last: 35}); err != unix.EAGAIN {
+		t.Errorf("a lock that is in the way: %v", err)
+	}
+	if !asked() {
+		t.Error("another program's attempt has ended the wait of the first")
+	}
+	cancel()
+	if err := <-waiting; !errors.Is(err, unix.EINTR) {
+		t.Errorf("a wait that was ended: %v", err)
+	}
+	if asked() {
+		t.Error("a program that stopped to wait still asks")
+	}
+	n.DropLocks(1, false)
+	b.do("lock after a close", m.Lock(ctx, whole(7, unix.F_WRLCK)))
+	m.DropLocks(7, false)
+	m.DropLocks(8, false)
+}
