@@ -70,7 +70,7 @@ func (h *hostsTest) all(t *testing.T) {
 	h.run(t, "one writer", h.oneWriter)
 	h.run(t, "peer", h.peer)
 	share(h.hosts)
-	for _, w := range []string{"counter", "reopened", "list", "append", "pages", "register", "names", "cut"} {
+	for _, w := range []string{"counter", "reopened", "list", "append", "pages", "register", "names", "replaced", "cut"} {
 		h.run(t, w, func(t *testing.T) { h.work(t, w, h.hosts) })
 	}
 	h.run(t, "SQLite and git", h.programs)
@@ -87,6 +87,11 @@ func (h *hostsTest) all(t *testing.T) {
 		const turn = "date -s @$(($(date +%%s) %s 300)) >/dev/null"
 		h.b.must(fmt.Sprintf(turn, "+"))
 		h.work(t, "list", h.hosts)
+		h.b.must("echo x >/mnt/p/timed")
+		for _, g := range h.hosts { // a file has the filesystem's time, and not that of who wrote it
+			g.must(fmt.Sprintf("t=$(stat -c %%Y /mnt/p/timed); now=%s; [ $((t - now)) -lt 60 -a $((now - t)) -lt 60 ]",
+				strings.TrimSpace(h.a.must("date +%s"))))
+		}
 		h.b.must(fmt.Sprintf(turn, "-"))
 	})
 	h.run(t, "daemon killed", func(t *testing.T) {

@@ -148,6 +148,34 @@ func judgeNames(dir string, acks [][]string) error {
 	return err
 }
 
+// judgeReplaced demands that each change has a number of its own, and the file, if it is there, the last one.
+func judgeReplaced(dir string, acks [][]string) error {
+	n, last := 0, uint64(0)
+	seen := map[string]bool{}
+	for _, host := range acks {
+		for _, x := range host {
+			if seen[x] {
+				return fmt.Errorf("the change %s came twice", x)
+			}
+			seen[x] = true
+			i, err := strconv.ParseUint(x, 10, 64)
+			if err != nil {
+				return err
+			}
+			n, last = n+1, max(last, i)
+		}
+	}
+	b, err := os.ReadFile(filepath.Join(dir, "name"))
+	if err != nil && !os.IsNotExist(err) || err == nil && string(b) != strconv.FormatUint(last, 10) {
+		return fmt.Errorf("the file has %q after change %d, %w", b, last, err)
+	}
+	if uint64(n) != last {
+		return fmt.Errorf("%d changes, and the last has the number %d", n, last)
+	}
+	fmt.Println(n, "changes of a name")
+	return nil
+}
+
 func judgeCut(dir string, acks [][]string) error {
 	b, err := os.ReadFile(filepath.Join(dir, "cut"))
 	fmt.Println(len(b), "bytes")

@@ -59,6 +59,7 @@ var workloads = map[string]workload{
 	"pages":    {(*part).pages, judgePages},
 	"register": {(*part).register, judgeRegister},
 	"names":    {(*part).names, judgeNames},
+	"replaced": {(*part).replaced, judgeReplaced},
 	"cut":      {(*part).cut, judgeCut},
 }
 
@@ -420,6 +421,73 @@ func (p *part) names() error {
 			}
 			p.ack(i)
 		}
+	}
+	return nil
+}
+
+// replaced changes, under a lock, which file has a name, and demands that an open finds the one that has it,
+// whatever was known of the name before. The former file often goes on to live under another name.
+func (p *part) replaced() error {
+	turn, err := os.OpenFile(p.path("turn"), os.O_RDWR|os.O_CREATE, 0o644)
+	if err != nil {
+		return err
+	}
+	defer turn.Close()
+	name, kept, next := p.path("name"), p.path(fmt.Sprint("kept.", p.id)), p.path(fmt.Sprint("next.", p.id))
+	for p.running() {
+		for range rand.IntN(4) {
+			os.Stat(name)
+		}
+		var state [9]byte // how often the name was changed, and whether it is there
+		err := locked(turn, func() error {
+			if n, err := turn.ReadAt(state[:], 0); err != nil && !(err == io.EOF && n == 0) {
+				return err
+			}
+			times, there := binary.BigEndian.Uint64(state[:]), state[8] == 1
+			if rand.IntN(2) == 0 {
+				os.Stat(name)
+			}
+			b, err := os.ReadFile(name)
+			if there && (err != nil || string(b) != strconv.FormatUint(times, 10)) || !there && !os.IsNotExist(err) {
+				return fmt.Errorf("after change %d, the name is there: %v; it has %q, %w", times, there, b, err)
+			}
+			times++
+			text := strconv.AppendUint(nil, times, 10)
+			switch rand.IntN(3) {
+			case 0:
+				if there && rand.IntN(2) == 0 {
+					if err := os.Remove(kept); err != nil && !os.IsNotExist(err) {
+						return err
+					}
+					if err := os.Link(name, kept); err != nil {
+						return err
+					}
+				}
+				if err := os.WriteFile(next, text, 0o644); err != nil {
+					return err
+				}
+				there, err = true, os.Rename(next, name)
+			case 1:
+				if err = nil; there {
+					there, err = false, os.Rename(name, kept)
+				}
+			case 2:
+				there, err = true, os.WriteFile(name, text, 0o644)
+			}
+			if err != nil {
+				return err
+			}
+			if state[8] = 0; there {
+				state[8] = 1
+			}
+			binary.BigEndian.PutUint64(state[:], times)
+			_, err = turn.WriteAt(state[:], 0)
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		p.ack(binary.BigEndian.Uint64(state[:]))
 	}
 	return nil
 }
