@@ -33,14 +33,11 @@ func accessOf(flags uint32) uint32 {
 func (f *fileSystem) opened(out *fuse.OpenOut, h *volume.Handle, flags uint32) {
 	out.Fh = f.files.put(h)
 	writes := writes(flags)
-	if f.v.Shared() { // its size may be another one than the kernel was told with its name
-		f.notify.forgetAttr(h.Node().ID())
-	}
 	switch {
 	case f.v.ReadOnly() || h.Reread() || h.Foreign(): // the kernel reads the content again
 	case f.v.Shared() && flags&syscall.O_APPEND != 0:
 		out.OpenFlags |= fuse.FOPEN_DIRECT_IO // the end is where the daemon finds it
-	case writes && f.v.NearFull():
+	case writes && !f.v.Shared() && f.v.NearFull(): // the kernel holds nothing back of a shared volume
 		out.OpenFlags |= fuse.FOPEN_DIRECT_IO // so that write itself fails
 	default:
 		out.OpenFlags |= fuse.FOPEN_KEEP_CACHE
@@ -92,6 +89,9 @@ func (f *fileSystem) Open(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.Ope
 	h, err := n.Open(f.with(cancel, &in.InHeader), writes(in.Flags))
 	if err != nil {
 		return status(err)
+	}
+	if f.v.Shared() && !h.AsTold() {
+		f.notify.forgetAttr(n.ID())
 	}
 	f.opened(out, h, in.Flags)
 	return fuse.OK

@@ -534,6 +534,9 @@ func (f *fileSystem) ReadDirPlus(cancel <-chan struct{}, in *fuse.ReadIn,
 		if e.Name == "." || e.Name == ".." {
 			return true
 		}
+		if f.v.Shared() && e.Type == unix.S_IFREG { // the kernel looks it up again, see entry
+			return true
+		}
 		// One that cannot be looked up stays in the list; its own lookup says why.
 		if n, st, final, err := d.Lookup(ctx, e); err == nil {
 			f.entry(slot, n, &st, final)

@@ -73,8 +73,15 @@ func (a *attributes) fill(st *Attr, dir int, name string) error {
 		st.Size = max(0, blockcrypt.TargetLen(st.Size))
 	case unix.S_IFREG:
 		st.Blksize = blockcrypt.PageSize
-		if f := a.n.file.Load(); f != nil && f.fill(st) {
-			return nil
+		if f := a.n.file.Load(); f != nil {
+			if a.v.Shared() { // what is told of it is to be remembered
+				if done, err := f.attr(st, false); done {
+					return err
+				}
+			}
+			if f.showing.fill(st) {
+				return nil
+			}
 		}
 		size, err := a.plainSize(st.Size, func() (fd int, err error) {
 			if dir < 0 {
@@ -242,6 +249,9 @@ func (a *attributes) setTimes(atime, mtime *unix.Timespec) error {
 			err := set(f.FD)
 			if err == nil && mtime != nil {
 				f.SetMtime(*mtime)
+				if a.v.Shared() && !f.AtRest() {
+					f.showing.set(f.Times().Mtime)
+				}
 			}
 			return err
 		}
@@ -451,7 +461,7 @@ func (a *attributes) Listxattr() ([]byte, error) {
 // were told last.
 func (a *attributes) KeepMtime(t unix.Timespec) (st Attr, ok bool) {
 	told := a.told.Load()
-	if told == nil || told.st.Mode&(unix.S_ISUID|unix.S_ISGID) != 0 { // a write may have taken these
+	if !a.v.o.KernelTimes || told == nil || told.st.Mode&(unix.S_ISUID|unix.S_ISGID) != 0 { // a write may have taken these
 		return st, false
 	}
 	st = told.st

@@ -69,22 +69,36 @@ func (ns *namespace) lookup(dir *Node, cname string) (n *Node, st Attr, err erro
 		return nil, st, err
 	}
 	defer dir.leave()
-	if ns.v.Shared() { // else its names would be those that this host remembers
-		if err := dir.fresh(fd); err != nil {
-			return nil, st, err
+	if !ns.v.Shared() {
+		return look(dir, fd, cname)
+	}
+	if dir.seen.recent() {
+		if n, st, err = look(dir, fd, cname); !vanished(err) {
+			return n, st, err
 		}
 	}
-	clock := ns.v.clock.Load()
-	handle := handleOf(ns.v, fd, cname)
-	if err := ns.v.disk.Stat(fd, cname, &st); err != nil {
+	if err := dir.fresh(fd); err != nil { // else its names would be those that this host remembers
 		return nil, st, err
 	}
-	n = ns.v.nodes.internHandle(&st, handle, dir, cname)
+	return look(dir, fd, cname)
+}
+
+// look is lookup in the directory of a descriptor, as far as this host knows it.
+func look(dir *Node, fd int, cname string) (n *Node, st Attr, err error) {
+	v := dir.directory.v
+	clock := v.clock.Load()
+	asked, err := v.nodes.statAt(location{dir, cname}, fd, &st)
+	if err != nil {
+		return nil, st, err
+	}
+	// Behind the stat, for which the kernel may have looked the name up again.
+	n = v.nodes.internHandle(&st, handleOf(v, fd, cname), dir, cname)
 	if err := n.fill(&st, fd, cname); err != nil {
-		ns.v.Forget(n.id, 1)
+		v.Forget(n.id, 1)
 		return nil, st, err
 	}
 	n.lookedUp.Store(time.Now().UnixNano())
+	n.statted.Store(asked)
 	n.tell(&st, clock)
 	return n, st, nil
 }

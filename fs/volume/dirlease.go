@@ -28,7 +28,8 @@ type hostLocks struct {
 }
 
 const (
-	entriesIdle = 100 * time.Millisecond // without a new entry, after which a directory's lock is given back
+	entriesIdle = time.Second            // without a new entry, after which a directory's lock is given back
+	entriesLook = 100 * time.Millisecond // between two looks whether others wait to remove it
 	hostsWithin = 30 * time.Second       // in which other hosts give a lock back that is held for a moment only
 )
 
@@ -235,7 +236,11 @@ func (d *directory) checkEntries() {
 // just after it was looked up; else ESTALE, by which the kernel looks its path up again.
 func (d *directory) fresh(fd int) error {
 	var st unix.Stat_t
+	asked := bootTime()
 	err := d.v.disk.FstatFresh(fd, &st)
+	if err == nil {
+		d.seen.Store(asked)
+	}
 	if err == nil && st.Nlink == 0 {
 		err = unix.ESTALE
 	}

@@ -91,7 +91,7 @@
 //	peers.mu,
 //	leases.mu,
 //	reports.mu,
-//	file.shownMu
+//	file.showing.mu
 //
 // In a shared volume locks of other hosts are waited for, too, without any lock of this list but
 // Node.entries, of a directory in which an entry is made or which is removed, and

@@ -28,8 +28,7 @@ type file struct {
 
 	namesSynced atomic.Uint64 // Node.moves + 1 when the symlinks of long names were made durable
 
-	shownMu sync.Mutex // guards shown, and nothing is done under it
-	shown   shown
+	showing showing
 
 	// mu guards the fields below, and the ciphertext file. It is held across reads and writes of
 	// the file, and shared by readers; not across a call to a key service, nor across the fsync by a
@@ -115,33 +114,18 @@ func (f *file) borrow(g func(fd int) error) (done bool, err error) {
 	return true, g(f.FD)
 }
 
-// shown is what stat says of an open file besides what the backing file says.
-type shown struct {
-	size    int64
-	mtime   unix.Timespec
-	touched bool
-	closed  bool
-}
-
-func (s shown) fill(st *Attr) {
-	if st.Size = s.size; s.touched {
-		st.Mtim = s.mtime
-	}
-}
-
 // current returns what is to be shown now. mu is held.
 func (f *file) current() shown {
 	t := f.Times()
-	return shown{f.Size, t.Mtime, t.Touched, f.closed}
+	return shown{f.Size, t.Mtime, t.Touched && !f.v.Shared(), f.closed}
 }
 
 // unlock unlocks mu after it was held for writing. Requests for attributes do not wait for
 // mu: the present size and time are shown from here on.
 func (f *file) unlock() {
-	f.shownMu.Lock()
-	f.shown = f.current()
-	f.shownMu.Unlock()
-	if moves := f.Times().Moves; f.moves != moves {
+	moves := f.Times().Moves
+	f.showing.change(f.current(), f.v.Shared() && f.moves == moves)
+	if f.moves != moves {
 		f.moves = moves
 		f.n.change()
 	}
@@ -165,19 +149,12 @@ func (f *file) attr(st *Attr, wait bool) (done bool, err error) {
 	}
 	st.Ino = f.v.foldIno(st.Dev, st.Ino)
 	st.Blksize = blockcrypt.PageSize
-	f.current().fill(st)
-	return true, nil
-}
-
-// fill puts size and time into st; false where the file was closed.
-func (f *file) fill(st *Attr) bool {
-	f.shownMu.Lock()
-	defer f.shownMu.Unlock()
-	if f.shown.closed {
-		return false
+	if f.v.Shared() {
+		f.showing.tell(st, f.Size, f.AtRest())
+	} else {
+		f.current().fill(st)
 	}
-	f.shown.fill(st)
-	return true
+	return true, nil
 }
 
 func (c *content) newFile(fd int, rw bool, st *Attr) *file {

@@ -132,6 +132,17 @@ func (h *Handle) Reread() bool {
 // of before.
 func (h *Handle) Foreign() bool { return h.f.n.foreign.Swap(false) }
 
+// AsTold reports whether the file is as the kernel was told last, so that it need not ask again.
+func (h *Handle) AsTold() bool {
+	f, told := h.f, h.f.n.told.Load()
+	if told == nil || f.n.changed.Load() > told.clock {
+		return false
+	}
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	return f.AtRest() && told.st.Size == f.Size && told.st.Ctim == f.lease.version.changed
+}
+
 // Node returns the node of the file.
 func (h *Handle) Node() *Node { return h.f.n }
 

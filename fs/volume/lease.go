@@ -39,7 +39,7 @@ type lease struct {
 	doubt   atomic.Uint64 // a session that left the file unfinished, and that no dead host is known to have had
 	wanted  bool          // another host waits for it
 	stale   atomic.Bool   // programs had locks on the file that this host may have lost: it must be opened again
-	seen    atomic.Int64  // bootTime at which the file was as the disk has it
+	seen    sight         // of the file
 	version version       // then
 	wanting bool          // this host has said that it waits
 	free    time.Time     // when it may be taken again
@@ -133,6 +133,7 @@ func (l *lease) has() (bool, error) {
 func (l *lease) drop() {
 	f := l.f
 	l.held = false
+	f.showing.rests()
 	if f.FD >= 0 {
 		f.v.disk.OFDLock(f.FD, leaseLock(disk.None))
 	}
@@ -329,7 +330,7 @@ func (l *lease) look() {
 	if !f.v.Shared() {
 		return
 	}
-	if bootTime()-l.seen.Load() < int64(leaseSeen) || !f.mu.TryLock() {
+	if l.seen.recent() || !f.mu.TryLock() {
 		return
 	}
 	defer f.unlock()
@@ -452,7 +453,7 @@ func (l *lease) giveBack() error {
 			f.failed("giving its lease back", errTaken)
 			cfile.GiveUp(f.File)
 		}
-		err := f.ComeToRest()
+		err := f.ComeToRest(f.showing.known())
 		if errors.Is(err, unix.ESTALE) { // another host has removed it
 			f.v.nodes.vanished(f.n)
 		} else if err != nil && !f.Broken() {
@@ -511,16 +512,21 @@ func (s *leases) now() (files []*file, fds []int) {
 func (s *leases) run() {
 	t := time.NewTicker(leaseTick)
 	defer t.Stop()
-	for {
+	for looked := time.Now(); ; {
 		select {
 		case <-s.v.quit:
 			return
 		case <-t.C:
 		}
-		s.v.locks.check()
+		now := time.Now()
+		if now.Sub(looked) >= entriesLook {
+			looked = now
+			s.v.locks.check()
+		}
 		files, fds := s.now()
 		for i, f := range files {
-			if !f.lease.checked.Swap(true) { // one that waits holds no other up
+			// Most are written and closed before anybody can wait. One that waits holds no other up.
+			if now.UnixNano()-f.lease.since.Load() >= int64(leaseTick) && !f.lease.checked.Swap(true) {
 				s.v.bg.Go(func() {
 					defer f.lease.checked.Store(false)
 					f.lease.check(fds[i])

@@ -83,7 +83,11 @@ func (d *directory) otherID() bool {
 		return false
 	}
 	defer d.leave()
-	id, has, err := d.ownID(fd)
+	x, err := layout.ReadDirID(&d.v.disk, fd) // as fresh as the lookup that has found nothing
+	if err != nil {
+		return false
+	}
+	id, has, _, err := x.Resolve()
 	if err != nil {
 		return false
 	}

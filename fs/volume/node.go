@@ -74,6 +74,7 @@ type directory struct {
 	leased   bool     // in a shared volume: this host may make entries, see leaseEntries
 	leasedAt uint64   // peers.late when it was
 
+	seen         sight        // of the entries
 	lookedUp     atomic.Int64 // when it was last, in nanoseconds of Unix time
 	leaseChecked atomic.Bool  // checkEntries is under way
 	leaseUsed    atomic.Int64 // when an entry was made last, in nanoseconds of Unix time
@@ -168,16 +169,18 @@ func (n *Node) find(f func(dir int, name string) error) error {
 		v.nodes.mu.Lock()
 		links := slices.Clone(n.links)
 		v.nodes.mu.Unlock()
-		err := error(unix.ENOENT)
+		err, believed := error(unix.ENOENT), false // believed: a name that is another's by now, perhaps
 		for _, l := range links {
 			if err = l.visit(f); !errors.Is(err, unix.ENOENT) && !errors.Is(err, errMoved) {
 				return err
 			}
+			believed = v.Shared() && l.dir.seen.recent() || believed
+			l.dir.seen.Store(0) // the kernel looks the name up again
 		}
 		// A rename or an unlink under way has changed the disk before the links.
 		if settled && n.moves.Load() == moves && n.moving.Load() == 0 || len(links) == 0 ||
 			try == maxTries {
-			if errors.Is(err, errMoved) {
+			if errors.Is(err, errMoved) || believed {
 				err = unix.ESTALE
 			}
 			return err

@@ -89,6 +89,24 @@ func (t *nodeTable) at(p location) *Node {
 	return t.byPlace[p]
 }
 
+// statAt is stat of an entry of the directory fd, as it was at the bootTime that it returns. What this host
+// knows will do of a node of a shared volume that it has just asked for: an open asks again.
+func (t *nodeTable) statAt(p location, fd int, st *unix.Stat_t) (asked int64, err error) {
+	if !t.v.Shared() {
+		return 0, t.v.disk.Stat(fd, p.cname, st)
+	}
+	if n := t.at(p); n != nil {
+		if n.statted.recent() {
+			asked = n.statted.Load()
+			if err = t.v.disk.StatKnown(fd, p.cname, st); err != nil || n.is(st) {
+				return asked, err
+			}
+		}
+	}
+	asked = bootTime()
+	return asked, t.v.disk.Stat(fd, p.cname, st)
+}
+
 // unlock unlocks mu, and closes what nobody needs any more: closing can wait for the disk.
 func (t *nodeTable) unlock() {
 	fds, left := t.unneeded, t.left

@@ -38,7 +38,7 @@ func (t *nodeTable) part(p location, fd int) parting {
 	if x.fd >= 0 {
 		t.v.disk.Fstat(x.fd, &x.st)
 	} else {
-		t.v.disk.Stat(fd, p.cname, &x.st) // if it fails too, the removal will
+		t.statAt(p, fd, &x.st) // if it fails too, the removal will
 	}
 	return x
 }

@@ -12,6 +12,8 @@ import (
 // told are the attributes of a file as a stat gave them that was made when Volume.clock had
 // this value.
 //
+// In a shared volume they say whether an open has found another file than the kernel knows.
+//
 // With its writeback cache the kernel owns the times of files. It writes them back a while
 // after it changed one: after each write, and after a rename or a link, for the ctime that
 // is the disk's own affair. The disk has most of these times already, or gets them when the
@@ -32,12 +34,13 @@ type attributes struct {
 	steady sync.RWMutex
 
 	told    atomic.Pointer[told] // of a file
+	statted sight                // of the attributes, by name
 	changed atomic.Uint64        // the value of Volume.clock at the last change
 }
 
 // tell remembers attributes that were asked for when Volume.clock was clock.
 func (a *attributes) tell(st *Attr, clock uint64) {
-	if a.n.typ == unix.S_IFREG && a.v.o.KernelTimes {
+	if a.n.typ == unix.S_IFREG && (a.v.o.KernelTimes || a.v.Shared()) {
 		a.told.Store(&told{*st, clock})
 	}
 }

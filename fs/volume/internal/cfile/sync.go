@@ -173,8 +173,9 @@ func (f *File) Restamp() error {
 func (f *File) AtRest() bool { return f.rested == int64(f.changes) && !f.Unsettled() }
 
 // ComeToRest brings the file into its final form, durably, so that another host can go on with it. If
-// the content changed, the state has another generation then.
-func (f *File) ComeToRest() error {
+// the content changed, the state has another generation then. The file keeps the time mtime; if that is
+// nil, it has the one of its last write.
+func (f *File) ComeToRest(mtime *unix.Timespec) error {
 	switch {
 	case f.phase == Broken:
 		return unix.EIO
@@ -183,6 +184,10 @@ func (f *File) ComeToRest() error {
 	case f.Keyless():
 		return unix.EKEYEXPIRED // its changes were settled before the key went, or cannot be
 	}
+	if f.times.anyTime = mtime == nil; mtime != nil {
+		f.times.Mtime = *mtime
+	}
+	defer func() { f.times.anyTime = false }()
 	if err := f.trim(); err != nil {
 		return err
 	}

@@ -13,6 +13,7 @@ type Times struct {
 	Mtime   unix.Timespec // what the kernel believes
 	Touched bool          // the backing's is another by now
 	Moves   uint64        // how often the backing's times were moved, by a write or set
+	anyTime bool          // nobody knows it, so that the one on the disk is as good
 
 	wroteAt time.Time // of our last write, which gave the backing its time
 }
@@ -74,6 +75,10 @@ func (p *pages) touch() {
 // PutMtime puts the time back that the kernel believes, which our own writes have moved.
 func (p *pages) PutMtime() error {
 	if !p.times.Touched {
+		return nil
+	}
+	if p.times.anyTime {
+		p.times.Touched = false
 		return nil
 	}
 	err := p.Disk.Utimens(p.FD, unix.Timespec{Nsec: unix.UTIME_OMIT}, p.times.Mtime)

@@ -192,6 +192,12 @@ func (d *Disk) InfoAt(dir int, name string) (Info, error) {
 	return infoOf(st), nil
 }
 
+// Has reports whether a directory has an entry.
+func (d *Disk) Has(dir int, name string) bool {
+	_, err := d.InfoAt(dir, name)
+	return err == nil
+}
+
 // Pread reads at an offset; it reads less only at the end of the file.
 func (d *Disk) Pread(fd int, b []byte, off int64) (int, error) {
 	n, err := d.at(fd).file.ReadAt(b, off)

@@ -57,6 +57,14 @@ func (d *Disk) InfoAt(dir int, name string) (Info, error) {
 	return infoOf(&st), err
 }
 
+// Has reports whether a directory has an entry, as far as this host knows the directory.
+func (d *Disk) Has(dir int, name string) bool {
+	d.sees("statx")
+	const flags = unix.AT_SYMLINK_NOFOLLOW | unix.AT_STATX_DONT_SYNC
+	var x unix.Statx_t
+	return again(func() error { return unix.Statx(dir, name, flags, 0, &x) }) == nil
+}
+
 // infoOf gives a mode the form of package os.
 func infoOf(st *unix.Stat_t) Info {
 	mode := fs.FileMode(st.Mode & 0o777)

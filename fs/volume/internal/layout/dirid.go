@@ -51,7 +51,7 @@ func ReadDirID(d *disk.Disk, fd int) (x DirID, err error) {
 	if err == nil {
 		if id, ok := blockcrypt.ParseID(target); ok {
 			name := DirLink + "." + target
-			if _, err := d.InfoAt(fd, name); err == nil {
+			if d.Has(fd, name) {
 				return DirID{IDs: []blockcrypt.ID{id}, Places: []string{DirLink, name}}, nil
 			}
 		}
