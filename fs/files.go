@@ -2,6 +2,7 @@ package fs
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -87,6 +88,9 @@ func (f *fileSystem) Open(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.Ope
 		}
 	}
 	h, err := n.Open(f.with(cancel, &in.InHeader), writes(in.Flags))
+	if f.v.Shared() && errors.Is(err, unix.ENOENT) {
+		err = unix.ESTALE // the kernel looks the name up again: with O_CREAT, the file is made
+	}
 	if err != nil {
 		return status(err)
 	}

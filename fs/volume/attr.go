@@ -46,7 +46,7 @@ func (a *attributes) Attr() (st Attr, err error) {
 		a.fill(&st, -1, "")
 		return st, err
 	}
-	err = a.n.find(func(dir int, name string) error {
+	err = a.n.find(0, func(dir int, name string) error {
 		err := v.disk.Stat(dir, name, &st)
 		if err == nil && !a.n.is(&st) {
 			err = errMoved

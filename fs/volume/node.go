@@ -160,8 +160,9 @@ func (n *Node) kept() (fd int, ok bool) {
 
 // find calls f with a place of the node: a directory's descriptor and a name in
 // it. f must check that it found this node, see is. Where the place is no
-// longer right, another is tried.
-func (n *Node) find(f func(dir int, name string) error) error {
+// longer right, another is tried. In a shared volume the directory's entries are those of asked, a bootTime,
+// or later.
+func (n *Node) find(asked int64, f func(dir int, name string) error) error {
 	v := n.v
 	for try := 0; ; try++ {
 		settled := n.moving.Load() == 0
@@ -169,18 +170,17 @@ func (n *Node) find(f func(dir int, name string) error) error {
 		v.nodes.mu.Lock()
 		links := slices.Clone(n.links)
 		v.nodes.mu.Unlock()
-		err, believed := error(unix.ENOENT), false // believed: a name that is another's by now, perhaps
+		err := error(unix.ENOENT)
 		for _, l := range links {
-			if err = l.visit(f); !errors.Is(err, unix.ENOENT) && !errors.Is(err, errMoved) {
+			if err = l.visit(asked, f); !errors.Is(err, unix.ENOENT) && !errors.Is(err, errMoved) {
 				return err
 			}
-			believed = v.Shared() && l.dir.seen.recent() || believed
 			l.dir.seen.Store(0) // the kernel looks the name up again
 		}
 		// A rename or an unlink under way has changed the disk before the links.
 		if settled && n.moves.Load() == moves && n.moving.Load() == 0 || len(links) == 0 ||
 			try == maxTries {
-			if errors.Is(err, errMoved) || believed {
+			if errors.Is(err, errMoved) {
 				err = unix.ESTALE
 			}
 			return err
@@ -191,12 +191,17 @@ func (n *Node) find(f func(dir int, name string) error) error {
 
 const maxTries = 10000
 
-func (p location) visit(f func(int, string) error) error {
+func (p location) visit(asked int64, f func(int, string) error) error {
 	fd, err := p.dir.enter()
 	if err != nil {
 		return err
 	}
 	defer p.dir.leave()
+	if d := &p.dir.directory; d.v.Shared() && d.seen.Load() < asked {
+		if err := d.fresh(fd); err != nil {
+			return err
+		}
+	}
 	return f(fd, p.cname)
 }
 
@@ -246,7 +251,8 @@ func (n *Node) openStat(flags int, st *unix.Stat_t) (fd int, err error) {
 }
 
 func (n *Node) openNamed(flags int, st *unix.Stat_t) (fd int, err error) {
-	err = n.find(func(dir int, name string) error {
+	// To open a file, NFS asks for no name that it knows.
+	err = n.find(bootTime(), func(dir int, name string) error {
 		fd, err = n.v.disk.Open(dir, name, flags|disk.FileFlags, 0)
 		if err != nil {
 			return err
@@ -351,6 +357,27 @@ func (d *directory) leave() {
 	d.dirRefs--
 	d.v.dirFDs.mu.Unlock()
 }
+
+// fresh makes this host see the entries that a directory has now. If it was removed, that is ENOENT
+// just after it was looked up; else ESTALE, by which the kernel looks its path up again.
+func (d *directory) fresh(fd int) error {
+	var st unix.Stat_t
+	asked := bootTime()
+	err := d.v.disk.FstatFresh(fd, &st)
+	if err == nil && st.Nlink == 0 {
+		err = unix.ESTALE
+	}
+	if err == nil {
+		d.seen.Store(asked)
+	}
+	if errors.Is(err, unix.ESTALE) && time.Since(time.Unix(0, d.lookedUp.Load())) < justNow {
+		err = unix.ENOENT
+	}
+	return err
+}
+
+// justNow is how long the kernel takes from a lookup of a directory to the request in it.
+const justNow = 20 * time.Millisecond
 
 // place returns where the node is.
 func (n *Node) place() (location, bool) {

@@ -32,6 +32,9 @@ func (t *nodeTable) part(p location, fd int) parting {
 	// A network filesystem keeps the file under another name in the directory while a descriptor is open.
 	if last < 0 && !(t.v.disk.Remote && n.file.Load() == nil) {
 		var err error
+		if t.v.Shared() { // else the name may be another file's by now, and this one be given up
+			p.dir.fresh(fd) // if it fails, the removal will
+		}
 		x.fd, err = t.v.disk.Open(fd, p.cname, unix.O_PATH, 0)
 		x.ours = err == nil
 	}
@@ -74,7 +77,7 @@ func (t *nodeTable) leaves(x parting) (gone *Node) {
 	t.mu.Lock()
 	defer t.unlock()
 	if !same {
-		last = len(n.links) <= 1
+		last = len(n.links) <= 1 && !t.v.Shared() // another host has moved it
 	}
 	if last && !n.gone {
 		gone = n

@@ -501,3 +501,27 @@ func TestAloneOfHosts(t *testing.T) {
 	_, err = u.Open(volume.Options{})
 	wantErr(t, "a second writer", err, volume.ErrLocked)
 }
+
+// A host removes a name that another one has given to another file: what it has written to the file that it
+// knew is not lost.
+func TestHostsRemoveWhatWasReplaced(t *testing.T) {
+	hosts := newHosts(t, 2)
+	a, b := hosts[0], hosts[1]
+	b.write("f", noise(100))
+	b.write("x", noise(7))
+	text := noise(5000)
+	h := b.toWrite("f")
+	_, err := h.Write(ctx, text, 0)
+	b.do("write", err)
+	a.do("rename", a.v.Rename(a.v.Root(), "f", a.v.Root(), "g", 0))
+	a.do("rename", a.v.Rename(a.v.Root(), "x", a.v.Root(), "f", 0))
+	b.do("remove", b.v.Unlink(b.v.Root(), "f"))
+	b.do("close", h.Release())
+	for _, w := range hosts {
+		w.want("g", text)
+		if got := w.list(""); len(got) != 1 {
+			t.Errorf("%v", got)
+		}
+	}
+	sound(t, hosts...)
+}

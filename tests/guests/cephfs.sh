@@ -56,7 +56,7 @@ server() {
 client() {
 	modprobe ceph
 	for _ in $(seq 60); do
-		mount -i -t ceph 10.77.0.1:6789:/ /mnt/n -o name=admin && break
+		mount -i -t ceph 10.77.0.1:6789:/ /mnt/n -o name=admin,recover_session=clean && break
 		sleep 1
 	done
 }

@@ -433,6 +433,8 @@ func (p *part) replaced() error {
 		return err
 	}
 	defer turn.Close()
+	var held *os.File // the file that had the name some time before
+	defer func() { held.Close() }()
 	name, kept, next := p.path("name"), p.path(fmt.Sprint("kept.", p.id)), p.path(fmt.Sprint("next.", p.id))
 	for p.running() {
 		for range rand.IntN(4) {
@@ -450,6 +452,12 @@ func (p *part) replaced() error {
 			b, err := os.ReadFile(name)
 			if there && (err != nil || string(b) != strconv.FormatUint(times, 10)) || !there && !os.IsNotExist(err) {
 				return fmt.Errorf("after change %d, the name is there: %v; it has %q, %w", times, there, b, err)
+			}
+			if there && rand.IntN(2) == 0 {
+				held.Close()
+				if held, err = os.Open(name); err != nil {
+					return err
+				}
 			}
 			times++
 			text := strconv.AppendUint(nil, times, 10)
