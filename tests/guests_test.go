@@ -28,15 +28,16 @@ type networkFilesystem struct {
 	disk           bool     // files lie on the server's disk one by one, so that it can be full
 	quota          bool     // and that of a user counts
 	stalls         bool     // for all, until a dead host is evicted
+	evicts         int      // seconds after which that happens, if they are more than the lease
 }
 
 var (
-	nfs       = networkFilesystem{"nfs", 256, 256, nil, true, true, false} // tests/guests/fetch.sh brings it
-	efs       = networkFilesystem{"efs", 256, 256, nil, true, true, false}
-	smb       = networkFilesystem{"smb", 512, 256, []string{"smbd", "smbpasswd", "mount.cifs"}, true, false, false}
-	cephfs    = networkFilesystem{"cephfs", 2048, 384, []string{"ceph-mon", "ceph-osd", "ceph-mds", "ceph"}, false, false, true}
-	glusterfs = networkFilesystem{"glusterfs", 512, 384, []string{"glusterd", "glusterfs"}, true, false, false}
-	moosefs   = networkFilesystem{"moosefs", 1536, 512, []string{"mfsmaster", "mfschunkserver", "mfsmount"}, false, false, false}
+	nfs       = networkFilesystem{"nfs", 256, 256, nil, true, true, false, 0} // tests/guests/fetch.sh brings it
+	efs       = networkFilesystem{"efs", 256, 256, nil, true, true, false, 0}
+	smb       = networkFilesystem{"smb", 512, 256, []string{"smbd", "smbpasswd", "mount.cifs"}, true, false, false, 0}
+	cephfs    = networkFilesystem{"cephfs", 2048, 384, []string{"ceph-mon", "ceph-osd", "ceph-mds", "ceph"}, false, false, true, 60}
+	glusterfs = networkFilesystem{"glusterfs", 512, 384, []string{"glusterd", "glusterfs"}, true, false, false, 0}
+	moosefs   = networkFilesystem{"moosefs", 1536, 512, []string{"mfsmaster", "mfschunkserver", "mfsmount"}, false, false, false, 0}
 )
 
 // laboratory is a directory with guests, which end with the test.
