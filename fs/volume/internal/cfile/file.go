@@ -62,7 +62,9 @@ func New(d *disk.Disk, g blockcrypt.Geometry, o Opened, r Rules, h Host) *File {
 	f.tail.k = -1
 	f.born = time.Now()
 	f.covered = -1
-	f.times.Mtime = o.Mtime
+	if f.times.Mtime, f.times.near = o.Mtime, mtimeNear; d.Remote {
+		f.times.near = mtimeNearRemote
+	}
 	return f
 }
 

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -349,6 +350,23 @@ func TestSettleRemote(t *testing.T) {
 		x.before()
 		if err := settlePages(p, 0, blockcrypt.PageSize); err != nil || syncs != x.syncs {
 			t.Errorf("%d: %d syncs, %v", i, syncs, err)
+		}
+	}
+}
+
+// The kernel writes times back every second. On a network filesystem, where to set one sends all data, that
+// waits for the file's close unless the times are far apart.
+func TestTimesWaitLongerOnNetworks(t *testing.T) {
+	for _, remote := range []bool{false, true} {
+		f := New(&disk.Disk{Remote: remote}, blockcrypt.Geometry{}, Opened{FD: -1}, Rules{KernelTimes: true}, nil)
+		f.Times().TouchNow()
+		for _, c := range []struct {
+			ago  time.Duration
+			near bool
+		}{{0, true}, {10 * time.Second, remote}, {time.Minute, false}} {
+			if got := f.Times().Near(unix.NsecToTimespec(time.Now().Add(-c.ago).UnixNano())); got != c.near {
+				t.Errorf("on a network: %v; a time of %v ago is near: %v", remote, c.ago, got)
+			}
 		}
 	}
 }

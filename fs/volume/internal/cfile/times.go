@@ -15,7 +15,8 @@ type Times struct {
 	Moves   uint64        // how often the backing's times were moved, by a write or set
 	anyTime bool          // nobody knows it, so that the one on the disk is as good
 
-	wroteAt time.Time // of our last write, which gave the backing its time
+	wroteAt time.Time     // of our last write, which gave the backing its time
+	near    time.Duration // mtimeNear or mtimeNearRemote
 }
 
 // Times returns the times of modification.
@@ -41,12 +42,17 @@ func (t *Times) move() {
 
 // mtimeNear is how much later the modification time on the disk may be than the one that the
 // kernel believes, while a file is open for writing. After a power cut it can stay so.
-const mtimeNear = time.Second
+const (
+	mtimeNear = time.Second
+	// On a network filesystem to set a time sends all that was written before: the kernel, which writes times
+	// back every second, would make a large file as slow as single writes.
+	mtimeNearRemote = 30 * time.Second
+)
 
 // Near reports whether the time on the disk is nearly this one, since it was written just then.
 func (t *Times) Near(want unix.Timespec) bool {
 	d := t.wroteAt.Sub(time.Unix(want.Unix()))
-	return !t.wroteAt.IsZero() && -mtimeNear < d && d < mtimeNear
+	return !t.wroteAt.IsZero() && -t.near < d && d < t.near
 }
 
 // SetMtime notes that the backing file was given a time.
