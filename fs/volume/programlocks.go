@@ -131,8 +131,11 @@ func (l *programLocks) giveWay(ctx context.Context, o lockOwner) error {
 func (l *programLocks) othersWait(o lockOwner) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	x := l.owners[o]
-	if x == nil || len(x.held) > 0 || time.Since(l.given) > lockTurn {
+	if time.Since(l.given) > lockTurn {
+		return false
+	}
+	x, err := l.of(o)
+	if err != nil || len(x.held) > 0 {
 		return false
 	}
 	in, err := l.v.disk.OFDLocked(x.fd, askedLock(disk.Alone))

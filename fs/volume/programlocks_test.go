@@ -34,10 +34,13 @@ func TestProgramLocksInTurns(t *testing.T) {
 	var order []int // who had the lock
 	var wg sync.WaitGroup
 	for i, w := range programs {
-		n, owner := w.must("f"), uint64(i+1)
+		n, owner, closes := w.must("f"), uint64(i+1), i == 0
 		wg.Go(func() {
-			defer n.DropLocks(owner, false)
+			defer func() { n.DropLocks(owner, false) }()
 			for more := true; more; {
+				if closes { // and opens the file again
+					owner += 100
+				}
 				if err := n.Lock(ctx, whole(owner, unix.F_WRLCK)); err != nil {
 					t.Error(err)
 					return
@@ -47,7 +50,9 @@ func TestProgramLocksInTurns(t *testing.T) {
 				more = len(order) < times
 				mu.Unlock()
 				time.Sleep(time.Millisecond)
-				if err := n.Lock(ctx, whole(owner, unix.F_UNLCK)); err != nil {
+				if closes {
+					n.DropLocks(owner, false)
+				} else if err := n.Lock(ctx, whole(owner, unix.F_UNLCK)); err != nil {
 					t.Error(err)
 					return
 				}
