@@ -73,14 +73,20 @@ func (ns *namespace) lookup(dir *Node, cname string) (n *Node, st Attr, err erro
 		return look(dir, fd, cname)
 	}
 	if dir.seen.recent() {
-		if n, st, err = look(dir, fd, cname); !vanished(err) {
+		if n, st, err = look(dir, fd, cname); err == nil {
+			n.nameSeen.Store(0)
+		}
+		if !vanished(err) {
 			return n, st, err
 		}
 	}
 	if err := dir.fresh(fd); err != nil { // else its names would be those that this host remembers
 		return nil, st, err
 	}
-	return look(dir, fd, cname)
+	if n, st, err = look(dir, fd, cname); err == nil {
+		n.nameSeen.Store(dir.seen.Load())
+	}
+	return n, st, err
 }
 
 // look is lookup in the directory of a descriptor, as far as this host knows it.

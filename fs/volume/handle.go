@@ -29,7 +29,7 @@ func (c *content) acquire(ctx context.Context, write bool) (*file, error) {
 	if write && c.immutable.Load() {
 		return nil, unix.EPERM
 	}
-	if c.file.Load() != nil && c.v.Shared() { // else its name is asked for when it is loaded
+	if c.file.Load() != nil && c.v.Shared() && !c.n.nameSeen.recent() { // else its name is asked for when it is loaded
 		if err := placed(c.n, asked); err != nil {
 			return nil, err
 		}

@@ -32,6 +32,10 @@ type Node struct {
 	content   // only of a file
 	programLocks
 
+	// nameSeen is of the name by which it was looked up last, as the kernel does for each open; 0 if the name
+	// was believed.
+	nameSeen sight
+
 	moving atomic.Int64  // changes of its places under way
 	moves  atomic.Uint64 // changes of its places so far
 	linked atomic.Bool   // another name was made in this mount
@@ -251,8 +255,11 @@ func (n *Node) openStat(flags int, st *unix.Stat_t) (fd int, err error) {
 }
 
 func (n *Node) openNamed(flags int, st *unix.Stat_t) (fd int, err error) {
-	// To open a file, NFS asks for no name that it knows.
-	err = n.find(bootTime(), func(dir int, name string) error {
+	asked := int64(0)
+	if n.v.Shared() && !n.nameSeen.recent() { // to open a file, NFS asks for no name that it knows
+		asked = bootTime()
+	}
+	err = n.find(asked, func(dir int, name string) error {
 		fd, err = n.v.disk.Open(dir, name, flags|disk.FileFlags, 0)
 		if err != nil {
 			return err

@@ -163,6 +163,16 @@ func TestSharedCalls(t *testing.T) {
 		w.v.Forget(n.ID(), 1)
 		return c.take()
 	}
+	open := func(name string) string {
+		t.Helper()
+		n := w.must("d/" + name)
+		c.take()
+		h, err := n.Open(ctx, false)
+		w.do("open", err)
+		got := c.take()
+		w.do("close", h.Release())
+		return got
+	}
 	for range 50 {
 		time.Sleep(150 * time.Millisecond)
 		begun := time.Now()
@@ -170,6 +180,10 @@ func TestSharedCalls(t *testing.T) {
 		_, _, _, err := w.v.Lookup(ctx, d, "none")
 		wantErr(t, "lookup", err, unix.ENOENT)
 		none := c.take()
+		believed := open("f")
+		time.Sleep(150 * time.Millisecond)
+		begun = begun.Add(150 * time.Millisecond)
+		asked := open("f")
 		if time.Since(begun) > 80*time.Millisecond { // a loaded machine
 			continue
 		}
@@ -180,6 +194,13 @@ func TestSharedCalls(t *testing.T) {
 		// What is missing may be new: the directory is asked. While this host makes entries in it, its ID is known.
 		if want := "statx statx statx"; none != want && none != want+" readlinkat statx" {
 			t.Errorf("lookup of a name that is missing: %q, want %q", none, want)
+		}
+		// An open asks for its name, if the lookup before it has believed it.
+		if want := "statx openat fstat name_to_handle_at pread"; believed != want {
+			t.Errorf("open of a name that was believed: %q, want %q", believed, want)
+		}
+		if want := "openat fstat name_to_handle_at pread"; asked != want {
+			t.Errorf("open of a name that was asked for: %q, want %q", asked, want)
 		}
 		return
 	}
