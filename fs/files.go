@@ -45,6 +45,15 @@ func (f *fileSystem) opened(out *fuse.OpenOut, h *volume.Handle, flags uint32) {
 	}
 }
 
+// gone is status of an error of an open. If another host has removed the file since it was looked up, the
+// kernel looks the name up again: with O_CREAT, the file is made.
+func (f *fileSystem) gone(err error) fuse.Status {
+	if f.v.Shared() && errors.Is(err, unix.ENOENT) {
+		err = unix.ESTALE
+	}
+	return status(err)
+}
+
 func (f *fileSystem) Create(cancel <-chan struct{}, in *fuse.CreateIn, name string,
 	out *fuse.CreateOut) fuse.Status {
 	dir, s := f.node(in.NodeId)
@@ -84,15 +93,12 @@ func (f *fileSystem) Open(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.Ope
 	}
 	if !f.kernelChecks {
 		if err := n.Access(accessOf(in.Flags)); err != nil {
-			return status(err)
+			return f.gone(err)
 		}
 	}
 	h, err := n.Open(f.with(cancel, &in.InHeader), writes(in.Flags))
-	if f.v.Shared() && errors.Is(err, unix.ENOENT) {
-		err = unix.ESTALE // the kernel looks the name up again: with O_CREAT, the file is made
-	}
 	if err != nil {
-		return status(err)
+		return f.gone(err)
 	}
 	if f.v.Shared() && !h.AsTold() {
 		f.notify.forgetAttr(n.ID())

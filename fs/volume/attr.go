@@ -46,7 +46,7 @@ func (a *attributes) Attr() (st Attr, err error) {
 		a.fill(&st, -1, "")
 		return st, err
 	}
-	err = a.n.find(0, func(dir int, name string) error {
+	err = a.n.find(func(dir int, name string) error {
 		err := v.disk.Stat(dir, name, &st)
 		if err == nil && !a.n.is(&st) {
 			err = errMoved
@@ -75,6 +75,7 @@ func (a *attributes) fill(st *Attr, dir int, name string) error {
 		st.Blksize = blockcrypt.PageSize
 		if f := a.n.file.Load(); f != nil {
 			if a.v.Shared() { // what is told of it is to be remembered
+				f.lease.look()
 				if done, err := f.attr(st, false); done {
 					return err
 				}

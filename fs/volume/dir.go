@@ -69,30 +69,12 @@ func (ns *namespace) lookup(dir *Node, cname string) (n *Node, st Attr, err erro
 		return nil, st, err
 	}
 	defer dir.leave()
-	if !ns.v.Shared() {
-		return look(dir, fd, cname)
-	}
-	if dir.seen.recent() {
-		if n, st, err = look(dir, fd, cname); err == nil {
-			n.nameSeen.Store(0)
-		}
-		if !vanished(err) {
-			return n, st, err
+	if ns.v.Shared() { // else its names would be those that this host remembers
+		if err := dir.fresh(fd); err != nil {
+			return nil, st, err
 		}
 	}
-	if err := dir.fresh(fd); err != nil { // else its names would be those that this host remembers
-		return nil, st, err
-	}
-	if n, st, err = look(dir, fd, cname); err == nil {
-		n.nameSeen.Store(dir.seen.Load())
-	}
-	return n, st, err
-}
-
-// look is lookup in the directory of a descriptor, as far as this host knows it.
-func look(dir *Node, fd int, cname string) (n *Node, st Attr, err error) {
-	v := dir.directory.v
-	clock := v.clock.Load()
+	v, clock := ns.v, ns.v.clock.Load()
 	asked, err := v.nodes.statAt(location{dir, cname}, fd, &st)
 	if err != nil {
 		return nil, st, err

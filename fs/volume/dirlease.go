@@ -232,6 +232,20 @@ func (d *directory) checkEntries() {
 	}
 }
 
+// fresh makes this host see the entries that a directory has now. If it was removed, that is ENOENT
+// just after it was looked up; else ESTALE, by which the kernel looks its path up again.
+func (d *directory) fresh(fd int) error {
+	var st unix.Stat_t
+	err := d.v.disk.FstatFresh(fd, &st)
+	if err == nil && st.Nlink == 0 {
+		err = unix.ESTALE
+	}
+	if errors.Is(err, unix.ESTALE) && time.Since(time.Unix(0, d.lookedUp.Load())) < justNow {
+		err = unix.ENOENT
+	}
+	return err
+}
+
 // vanished reports whether an error says that the directory itself was removed.
 func vanished(err error) bool { return errors.Is(err, unix.ESTALE) || errors.Is(err, unix.ENOENT) }
 
@@ -248,3 +262,6 @@ func (d *directory) lookDirID(fd int) (id blockcrypt.ID, ok, lost bool, err erro
 	}
 	return x.Resolve()
 }
+
+// justNow is how long the kernel takes from a lookup of a directory to the request in it.
+const justNow = 20 * time.Millisecond

@@ -29,11 +29,6 @@ func (c *content) acquire(ctx context.Context, write bool) (*file, error) {
 	if write && c.immutable.Load() {
 		return nil, unix.EPERM
 	}
-	if c.file.Load() != nil && c.v.Shared() && !c.n.nameSeen.recent() { // else its name is asked for when it is loaded
-		if err := placed(c.n, asked); err != nil {
-			return nil, err
-		}
-	}
 	if c.file.Load() == nil {
 		if err := c.v.descriptors.roomForFile(); err != nil {
 			return nil, err
@@ -75,22 +70,6 @@ func (c *content) acquire(ctx context.Context, write bool) (*file, error) {
 		}
 		return f, nil
 	}
-}
-
-// placed returns ESTALE if no name leads to the node any more, so that the kernel looks its name up again.
-// asked is as for find.
-func placed(n *Node, asked int64) error {
-	if _, ok := n.place(); !ok {
-		return nil // it was removed while it was open
-	}
-	return n.find(asked, func(dir int, name string) error {
-		var st unix.Stat_t
-		err := n.v.disk.StatKnown(dir, name, &st)
-		if err == nil && !n.is(&st) {
-			err = errMoved
-		}
-		return err
-	})
 }
 
 // join counts a handle of the node's file, which it loads if need be. If the file is empty and
@@ -156,7 +135,7 @@ func (h *Handle) Foreign() bool { return h.f.n.foreign.Swap(false) }
 // AsTold reports whether the file is as the kernel was told last, so that it need not ask again.
 func (h *Handle) AsTold() bool {
 	f, told := h.f, h.f.n.told.Load()
-	if told == nil || f.n.changed.Load() > told.clock {
+	if told == nil || !told.first || f.n.changed.Load() > told.clock {
 		return false
 	}
 	f.mu.RLock()

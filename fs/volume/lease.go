@@ -33,8 +33,8 @@ type lease struct {
 	f       *file
 	held    bool
 	late    uint64        // peers.late when it was taken
-	since   atomic.Int64  // when it was taken
-	used    atomic.Int64  // for a write, in nanoseconds of Unix time; read without mu, too
+	since   atomic.Int64  // bootTime when it was taken
+	used    atomic.Int64  // and when it was used for a write; read without mu, too
 	checked atomic.Bool   // check is under way
 	doubt   atomic.Uint64 // a session that left the file unfinished, and that no dead host is known to have had
 	wanted  bool          // another host waits for it
@@ -99,7 +99,7 @@ func (l *lease) has() (bool, error) {
 		}
 	}
 	if l.held {
-		l.used.Store(time.Now().UnixNano())
+		l.used.Store(bootTime())
 		return true, nil
 	}
 	if time.Now().Before(l.free) {
@@ -115,7 +115,7 @@ func (l *lease) has() (bool, error) {
 		return false, err
 	}
 	l.held, l.late = true, late
-	l.since.Store(time.Now().UnixNano())
+	l.since.Store(bootTime())
 	l.used.Store(l.since.Load())
 	if l.wanting {
 		f.v.disk.OFDLock(f.FD, wantedLock(disk.None))
@@ -242,7 +242,7 @@ func (l *lease) lockBare(ctx context.Context) error {
 		return err
 	}
 	l.held, l.late = true, late
-	l.since.Store(time.Now().UnixNano())
+	l.since.Store(bootTime())
 	l.used.Store(l.since.Load())
 	return nil
 }
@@ -526,7 +526,7 @@ func (s *leases) run() {
 		files, fds := s.now()
 		for i, f := range files {
 			// Most are written and closed before anybody can wait. One that waits holds no other up.
-			if now.UnixNano()-f.lease.since.Load() >= int64(leaseTick) && !f.lease.checked.Swap(true) {
+			if bootTime()-f.lease.since.Load() >= int64(leaseTick) && !f.lease.checked.Swap(true) {
 				s.v.bg.Go(func() {
 					defer f.lease.checked.Store(false)
 					f.lease.check(fds[i])
@@ -542,7 +542,7 @@ func (l *lease) check(fd int) {
 	f := l.f
 	in, err := f.v.disk.OFDLocked(fd, wantedLock(disk.Alone))
 	wanted := err == nil && in.Kind != disk.None
-	now := time.Now().UnixNano()
+	now := bootTime()
 	if !wanted && now-l.used.Load() < int64(leaseIdle) && now-l.since.Load() < int64(leaseMost) {
 		return
 	}
@@ -550,7 +550,7 @@ func (l *lease) check(fd int) {
 	defer f.unlock()
 	l.wanted = wanted
 	if f.failed("giving its lease back", l.giveBack()) != nil {
-		l.used.Store(time.Now().UnixNano()) // and again after a while
+		l.used.Store(bootTime()) // and again after a while
 		l.since.Store(l.used.Load())
 	}
 }

@@ -92,6 +92,7 @@ func (d *Dir) Next(f func(Entry) bool) error {
 	v := d.n.v
 	if !d.ok {
 		if v.Shared() {
+			d.n.fresh(d.fd) // if it fails, the listing does
 			d.n.otherID()
 		}
 		var err error

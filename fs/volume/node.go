@@ -32,10 +32,6 @@ type Node struct {
 	content   // only of a file
 	programLocks
 
-	// nameSeen is of the name by which it was looked up last, as the kernel does for each open; 0 if the name
-	// was believed.
-	nameSeen sight
-
 	moving atomic.Int64  // changes of its places under way
 	moves  atomic.Uint64 // changes of its places so far
 	linked atomic.Bool   // another name was made in this mount
@@ -78,7 +74,6 @@ type directory struct {
 	leased   bool     // in a shared volume: this host may make entries, see leaseEntries
 	leasedAt uint64   // peers.late when it was
 
-	seen         sight        // of the entries
 	lookedUp     atomic.Int64 // when it was last, in nanoseconds of Unix time
 	leaseChecked atomic.Bool  // checkEntries is under way
 	leaseUsed    atomic.Int64 // when an entry was made last, in nanoseconds of Unix time
@@ -164,9 +159,8 @@ func (n *Node) kept() (fd int, ok bool) {
 
 // find calls f with a place of the node: a directory's descriptor and a name in
 // it. f must check that it found this node, see is. Where the place is no
-// longer right, another is tried. In a shared volume the directory's entries are those of asked, a bootTime,
-// or later.
-func (n *Node) find(asked int64, f func(dir int, name string) error) error {
+// longer right, another is tried.
+func (n *Node) find(f func(dir int, name string) error) error {
 	v := n.v
 	for try := 0; ; try++ {
 		settled := n.moving.Load() == 0
@@ -176,10 +170,9 @@ func (n *Node) find(asked int64, f func(dir int, name string) error) error {
 		v.nodes.mu.Unlock()
 		err := error(unix.ENOENT)
 		for _, l := range links {
-			if err = l.visit(asked, f); !errors.Is(err, unix.ENOENT) && !errors.Is(err, errMoved) {
+			if err = l.visit(f); !errors.Is(err, unix.ENOENT) && !errors.Is(err, errMoved) {
 				return err
 			}
-			l.dir.seen.Store(0) // the kernel looks the name up again
 		}
 		// A rename or an unlink under way has changed the disk before the links.
 		if settled && n.moves.Load() == moves && n.moving.Load() == 0 || len(links) == 0 ||
@@ -195,17 +188,12 @@ func (n *Node) find(asked int64, f func(dir int, name string) error) error {
 
 const maxTries = 10000
 
-func (p location) visit(asked int64, f func(int, string) error) error {
+func (p location) visit(f func(int, string) error) error {
 	fd, err := p.dir.enter()
 	if err != nil {
 		return err
 	}
 	defer p.dir.leave()
-	if d := &p.dir.directory; d.v.Shared() && d.seen.Load() < asked {
-		if err := d.fresh(fd); err != nil {
-			return err
-		}
-	}
 	return f(fd, p.cname)
 }
 
@@ -255,11 +243,7 @@ func (n *Node) openStat(flags int, st *unix.Stat_t) (fd int, err error) {
 }
 
 func (n *Node) openNamed(flags int, st *unix.Stat_t) (fd int, err error) {
-	asked := int64(0)
-	if n.v.Shared() && !n.nameSeen.recent() { // to open a file, NFS asks for no name that it knows
-		asked = bootTime()
-	}
-	err = n.find(asked, func(dir int, name string) error {
+	err = n.find(func(dir int, name string) error {
 		fd, err = n.v.disk.Open(dir, name, flags|disk.FileFlags, 0)
 		if err != nil {
 			return err
@@ -364,27 +348,6 @@ func (d *directory) leave() {
 	d.dirRefs--
 	d.v.dirFDs.mu.Unlock()
 }
-
-// fresh makes this host see the entries that a directory has now. If it was removed, that is ENOENT
-// just after it was looked up; else ESTALE, by which the kernel looks its path up again.
-func (d *directory) fresh(fd int) error {
-	var st unix.Stat_t
-	asked := bootTime()
-	err := d.v.disk.FstatFresh(fd, &st)
-	if err == nil && st.Nlink == 0 {
-		err = unix.ESTALE
-	}
-	if err == nil {
-		d.seen.Store(asked)
-	}
-	if errors.Is(err, unix.ESTALE) && time.Since(time.Unix(0, d.lookedUp.Load())) < justNow {
-		err = unix.ENOENT
-	}
-	return err
-}
-
-// justNow is how long the kernel takes from a lookup of a directory to the request in it.
-const justNow = 20 * time.Millisecond
 
 // place returns where the node is.
 func (n *Node) place() (location, bool) {

@@ -39,11 +39,19 @@ func (t *nodeTable) part(p location, fd int) parting {
 		x.ours = err == nil
 	}
 	if x.fd >= 0 {
-		t.v.disk.Fstat(x.fd, &x.st)
+		t.fstat(x.fd, &x.st)
 	} else {
 		t.statAt(p, fd, &x.st) // if it fails too, the removal will
 	}
 	return x
+}
+
+// fstat is fstat of an object whose names other hosts may change.
+func (t *nodeTable) fstat(fd int, st *unix.Stat_t) error {
+	if t.v.Shared() {
+		return t.v.disk.FstatFresh(fd, st)
+	}
+	return t.v.disk.Fstat(fd, st)
 }
 
 // stays ends a removal that was not made.
@@ -72,7 +80,7 @@ func (t *nodeTable) leaves(x parting) (gone *Node) {
 	// network filesystem may keep a name of its own for an open object (.nfsXXXX).
 	if same && x.fd >= 0 && (!last || n.linked.Load()) {
 		var now unix.Stat_t
-		last = t.v.disk.Fstat(x.fd, &now) != nil || now.Nlink == 0
+		last = t.fstat(x.fd, &now) != nil || now.Nlink == 0
 	}
 	t.mu.Lock()
 	defer t.unlock()

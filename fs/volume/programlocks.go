@@ -79,6 +79,16 @@ func (p ProgramLock) lock() disk.Lock {
 	return disk.Lock{Kind: disk.LockKind(p.Kind), At: layout.ProgramBytes + first, N: last - first + 1}
 }
 
+// asked returns the lock by which a program says that it waits for the lock.
+func (p ProgramLock) asked(kind disk.LockKind) disk.Lock {
+	if p.Flock {
+		return disk.Lock{Kind: kind, At: layout.FlockAskedByte, N: 1}
+	}
+	l := p.lock()
+	first, last := (l.At-layout.ProgramBytes)/2, (l.At+l.N-1-layout.ProgramBytes)/2
+	return disk.Lock{Kind: kind, At: layout.ProgramAskedBytes + first, N: last - first + 1}
+}
+
 // Lock takes, changes or gives back a lock of a program. Data that was written under it is
 // durable before it is given back, and data that other hosts wrote before is read once it is held.
 func (l *programLocks) Lock(ctx context.Context, p ProgramLock) error {
@@ -89,13 +99,11 @@ func (l *programLocks) Lock(ctx context.Context, p ProgramLock) error {
 		return l.unlockProgram(p)
 	}
 	waitsOf(ctx).ForKey()
-	if err := l.giveWay(ctx, p.owner()); err != nil {
-		return err
-	}
+	l.giveWay(ctx, p)
 	asked := false
 	defer func() {
 		if asked {
-			l.ask(p.owner(), disk.None)
+			l.ask(p, disk.None)
 		}
 	}()
 	for pause := lockPause; ; pause = min(2*pause, lockPauses) {
@@ -109,49 +117,44 @@ func (l *programLocks) Lock(ctx context.Context, p ProgramLock) error {
 		if !p.Wait {
 			return unix.EAGAIN
 		}
-		asked = asked || l.ask(p.owner(), disk.Shared)
+		asked = asked || l.ask(p, disk.Shared)
 		if err := pauseFor(ctx, pause); err != nil {
 			return err
 		}
 	}
 }
 
-// giveWay lets others that wait for a lock of the file go first, on this host and on others, if one was
-// given back here just now: who asks again at once would always be faster than they are.
-func (l *programLocks) giveWay(ctx context.Context, o lockOwner) error {
-	for end := time.Now().Add(lockYield); l.othersWait(o) && time.Now().Before(end); {
-		if err := pauseFor(ctx, lockPauses/2); err != nil {
-			return err
+// giveWay lets others that wait for the same bytes go first, on this host and on others, if a lock was given
+// back here just now: who asks again at once would always be faster than they are.
+func (l *programLocks) giveWay(ctx context.Context, p ProgramLock) {
+	for end := time.Now().Add(lockYield); l.othersWait(p) && time.Now().Before(end); {
+		if pauseFor(ctx, lockPauses/2) != nil {
+			return
 		}
 	}
-	return nil
 }
 
 // othersWait reports whether it is others' turn, as far as is known: none of an owner's that has a lock.
-func (l *programLocks) othersWait(o lockOwner) bool {
+func (l *programLocks) othersWait(p ProgramLock) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if time.Since(l.given) > lockTurn {
 		return false
 	}
-	x, err := l.of(o)
-	if err != nil || len(x.held) > 0 {
+	o, err := l.of(p.owner())
+	if err != nil || len(o.held) > 0 {
 		return false
 	}
-	in, err := l.v.disk.OFDLocked(x.fd, askedLock(disk.Alone))
+	in, err := l.v.disk.OFDLocked(o.fd, p.asked(disk.Alone))
 	return err == nil && in.Kind != disk.None
 }
 
 // ask says to others that an owner waits for a lock, or no more.
-func (l *programLocks) ask(o lockOwner, kind disk.LockKind) bool {
+func (l *programLocks) ask(p ProgramLock, kind disk.LockKind) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	x := l.owners[o]
-	return x != nil && l.v.disk.OFDLock(x.fd, askedLock(kind)) == nil
-}
-
-func askedLock(kind disk.LockKind) disk.Lock {
-	return disk.Lock{Kind: kind, At: layout.ProgramWantedByte, N: 1}
+	o := l.owners[p.owner()]
+	return o != nil && l.v.disk.OFDLock(o.fd, p.asked(kind)) == nil
 }
 
 // tryLock is one attempt.
@@ -268,8 +271,11 @@ func (l *programLocks) DropLocks(owner uint64, flock bool) {
 	at := lockOwner{owner, flock}
 	if o := l.owners[at]; o != nil {
 		// Some filesystems forget to when a descriptor is closed.
-		l.v.disk.OFDLock(o.fd, disk.Lock{Kind: disk.None, At: layout.FlockByte, N: 2}) // and ProgramWantedByte
-		l.v.disk.OFDLock(o.fd, disk.Lock{Kind: disk.None, At: layout.ProgramBytes, N: layout.ProgramMost + 1})
+		for _, p := range []ProgramLock{{Flock: true}, {Last: layout.ProgramMost}} {
+			p.Kind = unix.F_UNLCK
+			l.v.disk.OFDLock(o.fd, p.lock())
+			l.v.disk.OFDLock(o.fd, p.asked(disk.None))
+		}
 		l.v.disk.Close(o.fd)
 		delete(l.owners, at)
 		l.given = time.Now()

@@ -95,7 +95,7 @@ func TestProgramLocksAskedFor(t *testing.T) {
 		file, err := os.Open(cipher)
 		a.do("open", err)
 		defer file.Close()
-		l := unix.Flock_t{Type: unix.F_WRLCK, Start: 1<<62 + 3, Len: 1}
+		l := unix.Flock_t{Type: unix.F_WRLCK, Start: 1<<62 + 1<<60, Len: 1 << 60}
 		a.do("look", unix.FcntlFlock(file.Fd(), unix.F_OFD_GETLK, &l))
 		return l.Type != unix.F_UNLCK
 	}
@@ -124,4 +124,51 @@ func TestProgramLocksAskedFor(t *testing.T) {
 	b.do("lock after a close", m.Lock(ctx, whole(7, unix.F_WRLCK)))
 	m.DropLocks(7, false)
 	m.DropLocks(8, false)
+}
+
+// A program that waits long for other bytes of the file slows nobody down who does not wait for these; and
+// an attempt that must not wait takes a lock that is free, though it is interrupted.
+func TestProgramLocksOfOtherBytes(t *testing.T) {
+	hosts := newHosts(t, 2)
+	a, b := hosts[0], hosts[1]
+	a.write("f", noise(100))
+	n, m := a.must("f"), b.must("f")
+	lock := func(owner uint64, first, last int64, kind int16) volume.ProgramLock {
+		return volume.ProgramLock{Owner: owner, Kind: kind, First: first, Last: last}
+	}
+	a.do("lock", n.Lock(ctx, lock(1, 50, 51, unix.F_WRLCK)))
+	canceled, cancel := context.WithCancel(ctx)
+	waiting := make(chan error)
+	go func() {
+		wanted := lock(2, 50, 1<<63-1, unix.F_WRLCK)
+		wanted.Wait = true
+		waiting <- m.Lock(canceled, wanted)
+	}()
+	gaveWay := func(first, last int64) bool {
+		t.Helper()
+		interrupted, stop := context.WithCancel(ctx)
+		time.AfterFunc(time.Millisecond, stop)
+		a.do("lock", n.Lock(interrupted, lock(3, first, last, unix.F_RDLCK)))
+		waited := interrupted.Err() != nil
+		stop()
+		a.do("unlock", n.Lock(ctx, lock(3, first, last, unix.F_UNLCK)))
+		return waited
+	}
+	waitFor(t, "the other host to ask", func() bool { return gaveWay(60, 69) })
+	quick := 0
+	for range 20 {
+		if !gaveWay(0, 49) {
+			quick++
+		}
+	}
+	if quick == 0 {
+		t.Error("each lock of bytes that nobody waits for gave way")
+	}
+	cancel()
+	if err := <-waiting; !errors.Is(err, unix.EINTR) {
+		t.Errorf("a wait that was ended: %v", err)
+	}
+	n.DropLocks(1, false)
+	n.DropLocks(3, false)
+	m.DropLocks(2, false)
 }

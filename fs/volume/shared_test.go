@@ -525,3 +525,35 @@ func TestHostsRemoveWhatWasReplaced(t *testing.T) {
 	}
 	sound(t, hosts...)
 }
+
+// What a host has open it goes on to use when another one moves it, and it sees how long it is by now.
+func TestHostsOpenWhatMoves(t *testing.T) {
+	hosts := newHosts(t, 2)
+	a, b := hosts[0], hosts[1]
+	for _, d := range []string{"d", "e"} {
+		a.mkdir(d)
+	}
+	a.write("d/f", noise(100))
+	n := a.must("d/f")
+	h := a.toWrite("d/f")
+	text := noise(20000)
+	b.write("d/f", text)
+	waitFor(t, "the size that another host has made", func() bool {
+		_, st, _, err := a.v.Lookup(ctx, a.must("d"), "f")
+		a.do("lookup", err)
+		return st.Size == int64(len(text))
+	})
+	b.do("rename", b.v.Rename(b.must("d"), "f", b.must("e"), "g", 0))
+	b.do("rmdir", b.v.Rmdir(b.v.Root(), "d"))
+	size := int64(50)
+	_, err := n.SetAttr(ctx, volume.SetAttr{Size: &size})
+	a.do("truncate", err)
+	_, err = h.Write(ctx, noise(10), 0)
+	a.do("write", err)
+	a.do("close", h.Release())
+	a.want("e/g", b.text("e/g"))
+	mode := uint32(0o600)
+	_, err = a.must("e/g").SetAttr(ctx, volume.SetAttr{Mode: &mode})
+	a.do("chmod", err)
+	sound(t, hosts...)
+}

@@ -21,6 +21,7 @@ import (
 type told struct {
 	st    Attr
 	clock uint64
+	first bool // nothing was told before: no other answer can be under way
 }
 
 // attributes are those of a node: what stat says, times, owners and modes, extended attributes and
@@ -41,7 +42,7 @@ type attributes struct {
 // tell remembers attributes that were asked for when Volume.clock was clock.
 func (a *attributes) tell(st *Attr, clock uint64) {
 	if a.n.typ == unix.S_IFREG && (a.v.o.KernelTimes || a.v.Shared()) {
-		a.told.Store(&told{*st, clock})
+		a.told.Store(&told{*st, clock, a.told.Load() == nil})
 	}
 }
 

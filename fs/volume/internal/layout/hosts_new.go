@@ -32,7 +32,8 @@ const (
 	WantedByte = LockByte + 1 // a host waits for that
 	FlockByte  = LockByte + 2 // flock(2) of programs
 
-	ProgramWantedByte = LockByte + 3 // a program waits for one of its locks
+	FlockAskedByte    = LockByte + 3     // a program waits for flock(2)
+	ProgramAskedBytes = LockByte + 1<<60 // and for byte x of fcntl(2): this one + x/2
 
 	// Byte x of a program's fcntl lock is byte ProgramBytes + x of the content file, up to the last one,
 	// which stands for all beyond.
