@@ -50,7 +50,7 @@ test: deps-test lint
 	KMSFS_GUESTS="$(CURDIR)/.guests" KMSFS_HOST_SECONDS=3 $(GO) test -count 1 -timeout 10m -run '$(GUESTS)' ./tests
 
 # The part of test-shared that every test has: two minutes.
-GUESTS := TestHosts/nfs/^(one_writer|peer|reopened|append|lock_of_the_last_host|power_cut_during_append|end)$$
+GUESTS := TestHosts/nfs/^(one_writer|peer|reopened|append|replaced|lock_of_the_last_host|power_cut_during_append|end)$$
 
 # Tests of volumes in general that are made again with shared ones.
 SHARED := TestModel|TestKillAnywhere|TestRekey|TestRecipients|TestLong|TestRename|TestSparse
