@@ -88,7 +88,7 @@ func (h *hostsTest) all(t *testing.T) {
 		h.b.must(fmt.Sprintf(turn, "+"))
 		h.work(t, "list", h.hosts)
 		h.b.must("echo x >/mnt/p/timed")
-		for _, g := range h.hosts { // a file has the filesystem's time, and not that of who wrote it
+		for _, g := range h.hosts { // a file has the time of the filesystem, not of the host that wrote it
 			g.must(fmt.Sprintf("t=$(stat -c %%Y /mnt/p/timed); now=%s; [ $((t - now)) -lt 60 -a $((now - t)) -lt 60 ]",
 				strings.TrimSpace(h.a.must("date +%s"))))
 		}

@@ -74,7 +74,7 @@ func (a *attributes) fill(st *Attr, dir int, name string) error {
 	case unix.S_IFREG:
 		st.Blksize = blockcrypt.PageSize
 		if f := a.n.file.Load(); f != nil {
-			if a.v.Shared() { // what is told of it is to be remembered
+			if a.v.Shared() { // the file remembers the time that is told
 				f.lease.look()
 				if done, err := f.attr(st, false); done {
 					return err

@@ -124,8 +124,8 @@ func (l *programLocks) Lock(ctx context.Context, p ProgramLock) error {
 	}
 }
 
-// giveWay lets others that wait for the same bytes go first, on this host and on others, if a lock was given
-// back here just now: who asks again at once would always be faster than they are.
+// giveWay lets programs that wait for the same bytes go first, on this host and on others, if a lock was given
+// back here just now. They poll; a program that asks again at once would always be faster.
 func (l *programLocks) giveWay(ctx context.Context, p ProgramLock) {
 	for end := time.Now().Add(lockYield); l.othersWait(p) && time.Now().Before(end); {
 		if pauseFor(ctx, lockPauses/2) != nil {
@@ -134,7 +134,8 @@ func (l *programLocks) giveWay(ctx context.Context, p ProgramLock) {
 	}
 }
 
-// othersWait reports whether it is others' turn, as far as is known: none of an owner's that has a lock.
+// othersWait reports whether other programs wait for the bytes of p. It does not look if the owner of p has a
+// lock already: the others wait until that one is given back.
 func (l *programLocks) othersWait(p ProgramLock) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()

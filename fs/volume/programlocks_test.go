@@ -31,7 +31,7 @@ func TestProgramLocksInTurns(t *testing.T) {
 	programs := []*world{a, a, b}
 	const times = 90
 	var mu sync.Mutex
-	var order []int // who had the lock
+	var order []int // the programs that had the lock
 	var wg sync.WaitGroup
 	for i, w := range programs {
 		n, owner, closes := w.must("f"), uint64(i+1), i == 0
@@ -71,8 +71,8 @@ func TestProgramLocksInTurns(t *testing.T) {
 	}
 }
 
-// Who has a lock of a file waits for nobody when it takes another; and of one that stopped to wait
-// nothing is left.
+// A program that has a lock of a file does not give way when it takes another one. A program that stops to
+// wait leaves no lock behind.
 func TestProgramLocksAskedFor(t *testing.T) {
 	hosts := newHosts(t, 2)
 	a, b := hosts[0], hosts[1]

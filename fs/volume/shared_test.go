@@ -502,8 +502,8 @@ func TestAloneOfHosts(t *testing.T) {
 	wantErr(t, "a second writer", err, volume.ErrLocked)
 }
 
-// A host removes a name that another one has given to another file: what it has written to the file that it
-// knew is not lost.
+// A host removes a name that another host has given to another file. The data that it wrote to the former
+// file is not lost.
 func TestHostsRemoveWhatWasReplaced(t *testing.T) {
 	hosts := newHosts(t, 2)
 	a, b := hosts[0], hosts[1]
@@ -526,7 +526,7 @@ func TestHostsRemoveWhatWasReplaced(t *testing.T) {
 	sound(t, hosts...)
 }
 
-// What a host has open it goes on to use when another one moves it, and it sees how long it is by now.
+// A host goes on to use an open file that another host moves, and sees its present length.
 func TestHostsOpenWhatMoves(t *testing.T) {
 	hosts := newHosts(t, 2)
 	a, b := hosts[0], hosts[1]

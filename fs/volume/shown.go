@@ -33,7 +33,7 @@ type showing struct {
 	now shown
 }
 
-// change shows something new. known says that the time goes on to hold that a program knows.
+// change replaces the attributes. If known is set, a time that a program knows stays.
 func (s *showing) change(now shown, known bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -95,6 +95,6 @@ func (s *showing) rests() {
 // sight is the bootTime at which something of a shared volume was as the filesystem has it.
 type sight struct{ atomic.Int64 }
 
-// recent reports whether that was just now, so that it is believed: others hear of a change within a second,
-// of which the kernel takes 0.9.
+// recent reports whether that was in the last 0.1 s (leaseSeen). Other hosts are promised to see a change
+// within a second; the kernel caches attributes for the other 0.9 s.
 func (s *sight) recent() bool { return bootTime()-s.Load() < int64(leaseSeen) }

@@ -12,7 +12,7 @@ import (
 // told are the attributes of a file as a stat gave them that was made when Volume.clock had
 // this value.
 //
-// In a shared volume they say whether an open has found another file than the kernel knows.
+// In a shared volume [Handle.AsTold] compares them with the file that an open has found.
 //
 // With its writeback cache the kernel owns the times of files. It writes them back a while
 // after it changed one: after each write, and after a rename or a link, for the ctime that
@@ -21,7 +21,7 @@ import (
 type told struct {
 	st    Attr
 	clock uint64
-	first bool // nothing was told before: no other answer can be under way
+	first bool // nothing was told before, so the kernel has no newer answer
 }
 
 // attributes are those of a node: what stat says, times, owners and modes, extended attributes and
